@@ -1,0 +1,308 @@
+"""NullspaceAugment: noise that the model does not, or just does, see, added while it is finetuned.
+
+Two forms. `aug.loss(images, labels, criterion)` is the published one, CE(clean) + CE(noisy), with both views in one
+pass of the encoder and the patch embedding computed once. The hook form (`attach()`, `detach()`, `with aug:`) puts the
+noise into any training loop that calls the model. Noise is on in training mode only.
+
+    aug = NullspaceAugment(model, mode="boundary")
+    for images, labels in loader:
+        loss, logits = aug.loss(images, labels, criterion)
+        loss.backward()
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnull.checks import check_choice, check_labels
+from fastnull.encoder import FrozenEncoder
+from fastnull.rng import generator, uniform
+from fastnull.solvers import boundary_noise, norms, optimized_noise, valid_noise
+from fastnull.synthesis import Noise, SynthesisConfig, check_batch, synthesize
+from fastnull.vit.base import frozen, unwrap
+
+MODES = ("boundary", "per_image", "universal", "random")
+
+DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
+    # (mode, in pixels): limits in token units or pixels in [0, 1]
+    ("boundary", False): {"eps": 0.1, "limit": 0.25, "steps": 3},
+    ("boundary", True): {"eps": 0.1, "limit": 8 / 255, "steps": 3},
+    ("per_image", False): {"eps": 0.03, "limit": 1.0, "steps": 3},
+    ("per_image", True): {"eps": 0.03, "limit": 8 / 255, "steps": 3, "lr": 2 / 255},
+    ("universal", False): {"eps": 0.03, "limit": 3.0},
+    ("universal", True): {"eps": 0.03, "limit": 16 / 255, "lr": 2 / 255},
+    ("random", False): {"limit": 0.5},
+    ("random", True): {"limit": 8 / 255},
+}
+"""What eps, limit, steps and lr are where the caller names none."""
+
+
+class NullspaceAugment:
+    """Adds synthesised noise to a ViT's training views.
+
+    Not a module, and never part of the model: a copy of the model (EMA, deepcopy) carries no live hook.
+
+    Args:
+        model: the ViT that is trained, as the training loop calls it (NormalizedModel, DDP, compiled or plain). It must
+            take pixels in [0, 1] for site `pixels`. Create the augmentation before the compiled model first runs.
+        mode: `boundary`: each image's noise is driven to influence ε; `per_image`: to below ε; `universal`: drawn from
+            a bank that `refresh` learns; `random`: U(−limit, limit) an image, no synthesis (a control).
+        eps: influence aimed at; limit: of the uniform start, in units of the site; steps: of the synthesis.
+            None takes the default of mode and site, see DEFAULTS.
+        site: `patch`, `block0` or `pixels`.
+        count: universal: noises in the bank; every image of a batch gets one of them.
+        seed: with `step` the key of all random numbers: the same (seed, step) gives the same noise.
+        backend, dtype: of the FrozenEncoder that synthesis runs on.
+        config: every setting of the synthesis at once, instead of eps, limit, steps and count.
+
+    Attributes:
+        step: number of draws so far; set it to the global step for exact resume.
+        enabled: False switches the hook form off without detaching.
+        stats: of the last draw: `influence` (mean over images before the last step; of the bank in universal mode;
+            NaN in random mode) and `norm` (mean), as tensors on the device: reading them costs no sync until asked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str = "boundary",
+        *,
+        eps: float | None = None,
+        limit: float | None = None,
+        steps: int | None = None,
+        site: str = "patch",
+        count: int = 1,
+        seed: int = 0,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        config: SynthesisConfig | None = None,
+    ) -> None:
+        self.mode = check_choice("mode", mode, MODES)
+        if config is None:
+            asked = {"eps": eps, "limit": limit, "steps": steps, "site": site, "count": count, "seed": seed}
+            values = {**DEFAULTS[mode, site == "pixels"], **{k: v for k, v in asked.items() if v is not None}}
+            config = SynthesisConfig(mode="boundary" if mode == "random" else mode, **values)
+        elif (eps, limit, steps) != (None, None, None):
+            raise ValueError("give either config or eps, limit and steps, not both")
+        self.config = config
+        self.encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
+        self.model = model
+        self.step = 0
+        self.enabled = True
+        self.stats: dict[str, Tensor] = {}
+        self._bank: Noise | None = None
+        self._attached = False
+        self._pairing = False
+        self._view: str | None = None
+        self._register()
+
+    def loss(
+        self, images: Tensor, labels: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """criterion(clean) + criterion(noisy), from one pass of the model over both views.
+
+        Args:
+            images: [B, C, H, W] as the model takes them.
+            labels: [B] or soft [B, K], as the criterion takes them.
+            criterion: (logits [B, K], labels) → scalar.
+
+        Returns:
+            the loss with its graph, and the clean view's logits [B, K].
+
+        Raises:
+            RuntimeError: in eval mode, before `refresh` in universal mode, or where the hooks did not run (the model
+                was compiled and run before this augmentation was created).
+            ValueError, TypeError: bad images or labels.
+        """
+        clean, noisy = self.views(images)
+        check_labels(labels, clean.shape[-1], len(images))
+        return criterion(clean, labels) + criterion(noisy, labels), clean
+
+    def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, K] of the clean and of the noisy view, from one pass with its graph. Raises as `loss`."""
+        if not self.encoder.vit.model.training:
+            raise RuntimeError("noise is for training: call model.train() first")
+        check_batch(self.encoder, images)
+        self._view = None
+        self._pairing = True
+        try:
+            logits = self.model(images)
+        finally:
+            self._pairing = False
+        logits = getattr(logits, "logits", logits)
+        if self._view != "pair" or len(logits) != 2 * len(images):
+            raise RuntimeError(
+                "the noise hooks did not run: the model was compiled and run before NullspaceAugment was created. "
+                "Create it first, or call torch._dynamo.reset()"
+            )
+        clean, noisy = logits.chunk(2)
+        return clean, noisy
+
+    def refresh(self, batches: Tensor | Iterable[Any], *, check: Any = None, progress: bool = False) -> Noise | None:
+        """Universal mode: learn the bank anew from the model's current weights. Nothing to do in the other modes.
+
+        Args:
+            batches, check, progress: see fastnull.synthesis.synthesize.
+
+        Returns:
+            the new bank, or None in other modes.
+        """
+        if self.mode != "universal":
+            return None
+        seed = int(torch.randint(2**31, (), generator=generator(self.config.seed, self.step)))
+        self._bank = synthesize(self.encoder, batches, replace(self.config, seed=seed), check=check, progress=progress)
+        return self._bank
+
+    @property
+    def bank(self) -> Noise | None:
+        """The noises of universal mode; None before `refresh`."""
+        return self._bank
+
+    def attach(self) -> NullspaceAugment:
+        """From now on every training forward of the model sees the noisy tokens in place of the clean ones."""
+        if _is_compiled(self.model):
+            warnings.warn(
+                "attaching to a compiled model: hooks are ignored where it has already run, so torch._dynamo.reset() "
+                "is called and it compiles again. Attach before the first call to avoid this",
+                stacklevel=2,
+            )
+            torch._dynamo.reset()
+        self._attached = True
+        return self
+
+    def detach(self) -> None:
+        """Take the noise out again."""
+        self._attached = False
+
+    def __enter__(self) -> NullspaceAugment:
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs: step, settings and the bank; tensors and plain values only."""
+        bank = None
+        if self._bank is not None:
+            bank = {name: getattr(self._bank, name) for name in ("tokens", "influence", "norm", "converged", "steps")}
+        return {"mode": self.mode, "config": asdict(self.config), "step": self.step, "bank": bank}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            ValueError: the state is of another mode or site.
+        """
+        mine, theirs = (self.mode, self.config.site), (state.get("mode"), state.get("config", {}).get("site"))
+        if theirs != mine:
+            raise ValueError(f"state is of mode and site {theirs}; this augmentation has {mine}")
+        self.config = SynthesisConfig(**state["config"])
+        self.step = state["step"]
+        self._bank = None if state["bank"] is None else Noise(**state["bank"], site=self.config.site)
+
+    def draw(self, tokens: Tensor) -> Tensor:
+        """Noise for a batch at the site [B, ...], made with the current weights; no gradient.
+
+        Advances `step` and fills `stats`.
+        """
+        tokens = tokens.detach()
+        source = generator(self.config.seed, self.step, 1)
+        self.step += 1
+        if self.mode == "universal":
+            noise = self._from_bank(tokens, source)
+        else:
+            start = uniform(tokens.shape, self.config.limit, source, tokens)
+            noise, seen = self._synthesized(tokens, start)
+            self.stats["influence"] = seen.mean()
+        self.stats["norm"] = norms(noise).mean()
+        return noise.to(tokens.dtype)
+
+    def _from_bank(self, tokens: Tensor, source: torch.Generator) -> Tensor:
+        if self._bank is None:
+            raise RuntimeError("universal mode has no noise yet: call refresh(batches) first")
+        rows = torch.randint(len(self._bank), (len(tokens),), generator=source)
+        self.stats["influence"] = self._bank.influence.mean()
+        noise = self._bank.tokens[rows].to(tokens.device)
+        return valid_noise(tokens, noise) if self.config.site == "pixels" else noise
+
+    def _synthesized(self, tokens: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mode == "random":
+            noise = valid_noise(tokens, start) if self.config.site == "pixels" else start
+            return noise, torch.full((1,), float("nan"))
+        with frozen(self.encoder.vit.model):
+            self.encoder.sync()
+            inputs = tokens.to(self.encoder.dtype)
+            if self.mode == "boundary":
+                return boundary_noise(self.encoder, inputs, start, self.config)
+            noise, seen, _ = optimized_noise(self.encoder, inputs, start, self.config)
+            return noise, seen
+
+    def _register(self) -> None:
+        """The hooks stay for the life of this object and do nothing unless a view is asked for."""
+        vit = self.encoder.vit
+        handles = [vit.model.register_forward_pre_hook(_Hook(self, "_begin"))]
+        if self.config.site != "pixels":
+            handles.append(vit.site_module(self.config.site).register_forward_hook(_Hook(self, "_at_site")))
+        weakref.finalize(self, _remove, handles)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Start of a forward of the model: decide its view."""
+        self._view = None
+        if module.training:
+            self._view = "pair" if self._pairing else "replace" if self._attached and self.enabled else None
+        if self._view is None or self.config.site != "pixels":
+            return None
+        return (self._noisy(args[0]), *args[1:])
+
+    def _at_site(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        # synthesis runs these modules too, in eval mode
+        return self._noisy(output) if self._view is not None and module.training else None
+
+    def _noisy(self, tokens: Tensor) -> Tensor:
+        noisy = tokens + self.draw(tokens)
+        return torch.cat([tokens, noisy]) if self._view == "pair" else noisy
+
+
+class _Hook:
+    """Calls a method of the augmentation without keeping it alive; a copy of it does nothing."""
+
+    def __init__(self, owner: NullspaceAugment | None, method: str) -> None:
+        self._owner = weakref.ref(owner) if owner is not None else None
+        self._method = method
+        # synthesis has a gradient of its own inside, which a compiled graph cannot hold
+        self._call = torch.compiler.disable(self._run)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def _run(self, *args: Any) -> Any:
+        owner = self._owner() if self._owner is not None else None
+        return None if owner is None else getattr(owner, self._method)(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None, self._method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Hook, (None, self._method))
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    inner = unwrap(model)
+    if inner is not model and hasattr(model, "_orig_mod"):
+        return True
+    return any(getattr(module, "_compiled_call_impl", None) is not None for module in inner.modules())

@@ -1,0 +1,97 @@
+"""The result of a synthesis: noises with how they were obtained, and their file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnull.checks import check_finite
+from fastnull.vit.base import check_site
+
+FORMAT = "fastnull-noise-1"
+_TENSORS = ("tokens", "influence", "norm", "converged", "steps")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """M noises and what is known of each.
+
+    Attributes:
+        tokens: [M, ...], each shaped as the site's tensor without its batch: [M, N, D] at the token sites.
+        influence: [M], mean over the check images (or of the noise's own image) of sum over classes (p − p̃)².
+        norm: [M], the L2 norm.
+        converged: [M], bool: influence below ε (boundary: within a factor of two of ε).
+        steps: [M], updates made.
+        site: where the noise belongs, see fastnull.vit.SITES.
+        metadata: configuration, check set, provenance; JSON-able.
+        history: a record per step (step, loss, influence, norm), not kept in the file.
+    """
+
+    tokens: Tensor
+    influence: Tensor
+    norm: Tensor
+    converged: Tensor
+    steps: Tensor
+    site: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def permuted(self, seed: int = 0) -> Noise:
+        """The control that keeps the norm and destroys the direction: all elements of each noise shuffled.
+
+        Its influence is unknown (NaN) until measured. Source: the published code's permuted control.
+        """
+        source = torch.Generator().manual_seed(seed)
+        flat = self.tokens.flatten(1)
+        rows = [row[torch.randperm(row.numel(), generator=source).to(row.device)] for row in flat]
+        tokens = torch.stack(rows).view_as(self.tokens) if rows else self.tokens.clone()
+        unknown = torch.full_like(self.influence, float("nan"))
+        return replace(self, tokens=tokens, influence=unknown, converged=torch.zeros_like(self.converged))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all."""
+        from safetensors.torch import save_file
+
+        from fastnull.record import replacing
+
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
+        metadata = {"format": FORMAT, "site": self.site, "metadata": json.dumps(self.metadata)}
+        with replacing(path) as beside:
+            save_file(tensors, beside, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Noise:
+        """Read a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: truncated, not safetensors (pickles are refused), from another program, or with bad values.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no noise file at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise ValueError(f"{path} is no noise file of fastnull (format {header.get('format')!r})")
+                missing = [name for name in _TENSORS if name not in file.keys()]  # noqa: SIM118 (not a dict)
+                if missing:
+                    raise ValueError(f"{path} lacks {', '.join(missing)}")
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file (truncated, or a pickle?): {error}") from error
+        check_finite(f"noise in {path}", tensors["tokens"])
+        counts = {name: len(tensor) for name, tensor in tensors.items()}
+        if len(set(counts.values())) != 1:
+            raise ValueError(f"{path} holds different numbers of noises: {counts}")
+        return cls(**tensors, site=check_site(header["site"]), metadata=json.loads(header["metadata"]))

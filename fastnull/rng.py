@@ -1,0 +1,51 @@
+"""Random numbers that do not depend on, and do not disturb, the caller's."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator keyed by integers such as (seed, step); nearby keys give unrelated streams."""
+    state = 0
+    for part in key:
+        # splitmix64: the finaliser spreads every bit of the key over the whole word
+        state = (state + (part & 0xFFFFFFFFFFFFFFFF) + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state & 0x7FFFFFFFFFFFFFFF)
+
+
+def uniform(shape: Sequence[int], limit: float, source: torch.Generator, like: Tensor) -> Tensor:
+    """U(−limit, limit) of `shape`, drawn on the CPU so that every device gets the same noise, then moved.
+
+    float64 where `like` is, float32 otherwise: noise is optimised in at least float32.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    drawn = torch.rand(tuple(shape), generator=source, dtype=dtype)
+    return ((2 * drawn - 1) * limit).to(like.device)
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """torch's CPU, Python's and (where loaded) NumPy's global generators are after the block as they were before it.
+
+    Iterating a DataLoader draws from them, and so do transforms in the main process.
+    """
+    numpy = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy and numpy_state:
+                numpy.random.set_state(numpy_state)

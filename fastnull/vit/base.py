@@ -1,0 +1,186 @@
+"""What every adapter offers, the wrapper that owns normalisation, and the frozen state synthesis runs in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastnull.checks import check_choice
+
+SITES = ("patch", "block0", "pixels")
+"""Where noise is added: the output of the patch embedding (the published method), the input of the first block
+(prefix tokens included), or the image itself in [0, 1] pixels."""
+
+
+class NormalizedModel(nn.Module):
+    """A model that takes pixels in [0, 1] and normalises them itself, with its own mean and standard deviation.
+
+    Attacks, corruptions and pixel noise live in [0, 1]; with the normalisation inside the model none of them has to
+    know it. `network` is the model inside; its state_dict is what checkpoints hold.
+
+    Args:
+        network: takes normalised images [B, C, H, W], returns logits [B, K].
+        mean, std: one value a channel, in units of pixels in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"mean and std must have one value a channel, std > 0; got mean {mean}, std {std}")
+        self.network = network
+        like = next(network.parameters())
+        for name, value in (("mean", mean), ("std", std)):
+            buffer = torch.tensor(list(value), dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)  # [1, C, 1, 1]
+
+    @classmethod
+    def from_timm(cls, network: nn.Module) -> NormalizedModel:
+        """Wrap a timm model with the mean and std of its own configuration."""
+        from fastnull.compat import import_timm
+
+        config = import_timm().data.resolve_model_data_config(network)
+        return cls(network, config["mean"], config["std"])
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1] → what `network` takes; [B, C, H, W]."""
+        return (images - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(self.normalize(images))
+
+
+class SplitViT(ABC):
+    """A Vision Transformer as the chain patch → prepare → encode → head; together they are the model's own forward.
+
+    Adapters fill in the attributes and the four steps; nothing here copies or changes the model.
+
+    Attributes:
+        model: what the user gave, compile and DDP wrappers removed.
+        network: the ViT itself, without a NormalizedModel around it.
+        patch_module: the module whose output is the `patch` site.
+        block0_module: the module whose output is the `block0` site. Not the first block's input: activation
+            checkpointing runs blocks twice, and their hooks inside its recording.
+        projection: the convolution of the patch embedding.
+        num_classes, channels: of logits and images.
+        image_size: (H, W) that the model insists on, or None where it takes several.
+        num_prefix_tokens: class, register and distillation tokens before the image tokens.
+    """
+
+    patch_module: nn.Module
+    block0_module: nn.Module
+    projection: nn.Conv2d
+    num_classes: int
+    channels: int
+    image_size: tuple[int, int] | None
+    num_prefix_tokens: int
+
+    def __init__(self, model: nn.Module, network: nn.Module) -> None:
+        self.model = model
+        self.network = network
+
+    def site_module(self, site: str) -> nn.Module:
+        """The module whose output is the tensor at a token site."""
+        return self.patch_module if site == "patch" else self.block0_module
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Pixels → what the network takes; the identity where the model does not normalise."""
+        return self.model.normalize(images) if isinstance(self.model, NormalizedModel) else images
+
+    @abstractmethod
+    def patch(self, images: Tensor) -> Tensor:
+        """Images as the model takes them [B, C, H, W] → patch tokens [B, N, D]."""
+
+    @abstractmethod
+    def prepare(self, patches: Tensor) -> Tensor:
+        """Patch tokens [B, N, D] → input of the first block [B, P + N, D]: prefix tokens, position embedding, norm."""
+
+    @abstractmethod
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Input of the first block [B, P + N, D] → output of the last one after its norm [B, P + N, D]."""
+
+    @abstractmethod
+    def head(self, features: Tensor) -> Tensor:
+        """Encoder output [B, P + N, D] → logits [B, K]."""
+
+    def embed(self, images: Tensor, site: str) -> Tensor:
+        """Images [B, C, H, W] → the tensor at `site`, where noise is added."""
+        if site == "pixels":
+            return images
+        patches = self.patch(images)
+        return patches if site == "patch" else self.prepare(patches)
+
+    def logits(self, tokens: Tensor, site: str) -> Tensor:
+        """The tensor at `site` → logits [B, K]."""
+        if site == "pixels":
+            tokens = self.patch(tokens)
+        if site != "block0":
+            tokens = self.prepare(tokens)
+        return self.head(self.encode(tokens))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model under torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def split(model: nn.Module) -> SplitViT:
+    """Find the adapter for a model.
+
+    Raises:
+        TypeError: not an nn.Module.
+        ValueError: no adapter knows the model, or it has no patch embedding; the message says what is supported.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    model = unwrap(model)
+    network = unwrap(model.network) if isinstance(model, NormalizedModel) else model
+    if type(network).__module__.startswith("timm.") or hasattr(network, "_pos_embed"):
+        from fastnull.vit.timm_vit import TimmViT
+
+        if TimmViT.supports(network):
+            return TimmViT(model, network)
+    raise ValueError(
+        f"no adapter splits {type(network).__name__} into patch embedding, encoder and head; supported: timm's "
+        "VisionTransformer family (vit_*, deit*, dinov2, siglip, clip). For another model implement "
+        "fastnull.vit.SplitViT (patch, prepare, encode, head) and pass it instead of the model"
+    )
+
+
+def as_split(model: nn.Module | SplitViT) -> SplitViT:
+    """`model` itself where it is an adapter already, else the adapter that `split` finds."""
+    return model if isinstance(model, SplitViT) else split(model)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no parameter gradients inside; every module's mode and every requires_grad flag as before after."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def check_site(site: str) -> str:
+    """Return `site` if it is one of SITES, else raise ValueError."""
+    return check_choice("site", site, SITES)

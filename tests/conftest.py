@@ -1,0 +1,57 @@
+"""Fixtures that every test may use: small models with random weights, images, and a torch that starts the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnull.compat import import_timm
+from fastnull.vit import NormalizedModel
+
+# the models here are so small that a second thread costs more than it brings
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def build_vit(**changes: Any) -> NormalizedModel:
+    """A timm ViT of digit size with random weights, loud enough that its blocks matter, in eval mode.
+
+    16x16 images, patches of 4: 16 patch tokens; width 32 < 48 pixel values a patch, so there is an exact nullspace.
+    """
+    import_timm()
+    from timm.models.vision_transformer import VisionTransformer
+
+    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+    network = VisionTransformer(**{**settings, **changes})
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            # timm's start is so quiet (0.02) that noise hardly moves the logits
+            if parameter.ndim > 1 and "pos_embed" not in name:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+    return NormalizedModel(network, [0.5] * 3, [0.5] * 3).eval()
+
+
+@pytest.fixture
+def make_vit() -> Callable[..., NormalizedModel]:
+    """The factory `build_vit`, for tests that need another shape."""
+    return build_vit
+
+
+@pytest.fixture
+def vit() -> NormalizedModel:
+    """A small ViT."""
+    return build_vit()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Eight images [8, 3, 16, 16] in [0, 1]."""
+    return torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,260 @@
+"""NullspaceAugment: two views in one pass, hooks that come and go, and copies that carry none."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnull.augment import MODES, NullspaceAugment
+from fastnull.objective import influence
+from fastnull.synthesis import SynthesisConfig
+from fastnull.vit import SITES, NormalizedModel
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    return torch.arange(8)
+
+
+def ready(model: NormalizedModel, images: Tensor, mode: str, site: str = "patch", **changes: Any) -> NullspaceAugment:
+    """An augmentation with a bank where its mode wants one, on a model in training mode."""
+    aug = NullspaceAugment(model.train(), mode, site=site, **changes)
+    aug.refresh([images], check=images)
+    return aug
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_is_the_sum_over_both_views(
+    vit: NormalizedModel, images: Tensor, labels: Tensor, mode: str, site: str
+) -> None:
+    aug = ready(vit, images, mode, site)
+    loss, logits = aug.loss(images, labels, F.cross_entropy)
+    # the same noise again, added by hand: the model has no dropout, so training mode changes nothing
+    tokens = aug.encoder.embed(images)
+    aug.step -= 1
+    noisy = tokens + aug.draw(tokens)
+    expected = F.cross_entropy(vit(images), labels) + F.cross_entropy(aug.encoder(noisy), labels)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits, vit(images))
+    assert aug.stats["norm"] > 0
+    assert not torch.equal(noisy, tokens)
+
+
+def test_gradients_are_those_of_two_separate_views(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    aug = ready(vit, images, "boundary")
+    aug.loss(images, labels, F.cross_entropy)[0].backward()
+    together = [parameter.grad.clone() for parameter in vit.parameters()]
+    vit.zero_grad()
+    F.cross_entropy(vit(images), labels).backward()
+    aug.step = 0
+    with aug:
+        F.cross_entropy(vit(images), labels).backward()
+    for mine, parameter in zip(together, vit.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_patch_embedding_runs_once_a_loss(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    aug = ready(vit, images, "boundary")
+    calls = []
+    vit.network.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+    aug.loss(images, labels, F.cross_entropy)
+    assert len(calls) == 1
+
+
+def test_boundary_views_are_nearer_to_eps_than_their_start(vit: NormalizedModel, images: Tensor) -> None:
+    eps = 0.02
+    config = SynthesisConfig(mode="boundary", eps=eps, limit=1.0, steps=20, step_size=0.2)
+    aug = NullspaceAugment(vit.train(), "boundary", config=config)
+    start = NullspaceAugment(vit, "random", limit=1.0)
+    gap = [(influence(*a.views(images)).mean() - eps).abs().item() for a in (start, aug)]
+    assert gap[1] < 0.5 * gap[0]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_hook_form_is_on_in_training_and_off_in_eval(vit: NormalizedModel, images: Tensor, site: str) -> None:
+    clean = vit.eval()(images)
+    aug = ready(vit, images, "random", site)
+    assert torch.equal(vit(images), clean), "created is not attached"
+    with aug:
+        assert not torch.allclose(vit(images), clean)
+        vit.eval()
+        assert torch.equal(vit(images), clean), "off in eval"
+        vit.train()
+        aug.enabled = False
+        assert torch.equal(vit(images), clean)
+    aug.enabled = True
+    assert torch.equal(vit(images), clean), "off after the block"
+    aug.attach()
+    assert not torch.allclose(vit(images), clean)
+    del aug
+    assert torch.equal(vit(images), clean), "gone with the object"
+    assert not vit._forward_pre_hooks
+    assert not vit.network.patch_embed._forward_hooks
+
+
+def test_copies_carry_no_live_hook(vit: NormalizedModel, images: Tensor) -> None:
+    clean = vit(images)
+    aug = ready(vit, images, "random").attach()
+    for twin in (copy.deepcopy(vit), pickle.loads(pickle.dumps(vit))):
+        assert twin.training
+        assert torch.equal(twin(images), clean)
+    assert not torch.equal(vit(images), clean)
+    assert aug.step == 1
+    assert not [key for key in vit.state_dict() if "noise" in key or "aug" in key]
+
+
+def test_ema_copy_sees_no_noise(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    from timm.utils import ModelEmaV3
+
+    aug = ready(vit, images, "boundary").attach()
+    ema = ModelEmaV3(vit, decay=0.9)
+    ema.update(vit)
+    drawn = aug.step
+    ema.module.train()
+    ema.module(images)
+    assert aug.step == drawn
+
+
+def test_same_step_same_noise_and_state_resumes(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    aug = ready(vit, images, "universal", count=3, limit=1.0)
+    for _ in range(2):
+        aug.loss(images, labels, F.cross_entropy)
+    state = copy.deepcopy(aug.state_dict())
+    third = aug.loss(images, labels, F.cross_entropy)[0]
+    fourth = aug.loss(images, labels, F.cross_entropy)[0]
+    assert third != fourth
+    again = NullspaceAugment(vit, "universal", count=3, limit=1.0)
+    again.load_state_dict(state)
+    assert again.step == 2
+    assert torch.equal(again.loss(images, labels, F.cross_entropy)[0], third)
+    with pytest.raises(ValueError, match="state is of mode and site"):
+        NullspaceAugment(vit, "boundary").load_state_dict(state)
+
+
+def test_weights_and_modes_are_left_alone(make_vit: Callable[..., NormalizedModel], images: Tensor) -> None:
+    vit = make_vit(proj_drop_rate=0.5, drop_path_rate=0.5).train()
+    vit.network.cls_token.requires_grad_(False)
+    aug = NullspaceAugment(vit, "per_image")
+    before = [parameter.clone() for parameter in vit.parameters()]
+    state = torch.get_rng_state()
+    aug.draw(aug.encoder.embed(images))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in vit.modules())
+    assert not vit.network.cls_token.requires_grad
+    assert all(p.grad is None and torch.equal(p, b) for p, b in zip(vit.parameters(), before, strict=True))
+
+
+def test_noise_follows_the_weights(vit: NormalizedModel, images: Tensor) -> None:
+    aug = NullspaceAugment(vit.train(), "boundary", dtype=torch.float64)
+    tokens = aug.encoder.embed(images)
+    first = aug.draw(tokens)
+    with torch.no_grad():
+        for parameter in vit.network.blocks.parameters():
+            parameter.mul_(1.5)
+    aug.step = 0
+    assert not torch.equal(aug.draw(tokens), first)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_activation_checkpointing_sees_one_noise(
+    vit: NormalizedModel, images: Tensor, labels: Tensor, site: str
+) -> None:
+    aug = ready(vit, images, "boundary", site)
+    aug.loss(images, labels, F.cross_entropy)[0].backward()
+    plain = [parameter.grad.clone() for parameter in vit.parameters()]
+    for attached in (False, True):
+        vit.zero_grad()
+        vit.network.set_grad_checkpointing(True)
+        aug.step = 0
+        if attached:
+            F.cross_entropy(vit(images), labels).backward()
+            with aug:
+                F.cross_entropy(vit(images), labels).backward()
+        else:
+            aug.loss(images, labels, F.cross_entropy)[0].backward()
+        assert aug.step == 1
+        for gradient, parameter in zip(plain, vit.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_attaching_after_compile_ran_is_detected(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    compiled = torch.compile(vit.train(), backend="eager")
+    clean = compiled(images)
+    aug = NullspaceAugment(compiled, "random")
+    with pytest.raises(RuntimeError, match=r"compiled and run before NullspaceAugment was created"):
+        aug.loss(images, labels, F.cross_entropy)
+    with pytest.warns(UserWarning, match=r"torch._dynamo.reset\(\) is called"):
+        aug.attach()
+    assert not torch.allclose(compiled(images), clean)
+
+
+def test_augmentation_made_before_compile_runs_inside_it(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    aug = NullspaceAugment(vit.train(), "boundary")
+    eager = aug.loss(images, labels, F.cross_entropy)[0]
+    compiled = torch.compile(vit, backend="eager")
+    aug = NullspaceAugment(compiled, "boundary")
+    torch.testing.assert_close(aug.loss(images, labels, F.cross_entropy)[0], eager)
+
+
+def test_plain_timm_model_takes_normalised_images(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    network = vit.network.train()
+    aug = NullspaceAugment(network, "boundary")
+    loss, _ = aug.loss((images - 0.5) / 0.5, labels, F.cross_entropy)
+    wrapped = NullspaceAugment(vit.train(), "boundary")
+    torch.testing.assert_close(wrapped.loss(images, labels, F.cross_entropy)[0], loss)
+
+
+def test_autocast_around_the_loss(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    aug = ready(vit, images, "boundary")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = aug.loss(images, labels, F.cross_entropy)
+    loss.backward()
+    exact = ready(vit, images, "boundary").loss(images, labels, F.cross_entropy)[0]
+    assert abs(loss.item() - exact.item()) < 0.05 * exact.item()
+
+
+def test_misuse_has_clear_errors(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"mode must be one of .* Did you mean 'boundary'"):
+        NullspaceAugment(vit, "boundry")
+    with pytest.raises(ValueError, match="either config or eps"):
+        NullspaceAugment(vit, "boundary", eps=0.1, config=SynthesisConfig(mode="boundary"))
+    aug = NullspaceAugment(vit.eval(), "universal")
+    with pytest.raises(RuntimeError, match=r"call model.train\(\) first"):
+        aug.loss(images, labels, F.cross_entropy)
+    vit.train()
+    with pytest.raises(RuntimeError, match=r"call refresh\(batches\) first"):
+        aug.loss(images, labels, F.cross_entropy)
+    aug = NullspaceAugment(vit, "random")
+    for bad, message in ((images * 3, r"pixels in \[0, 1\]"), (images[:0], "empty"), (images[:, :2], "3 channels")):
+        with pytest.raises(ValueError, match=message):
+            aug.loss(bad, labels, F.cross_entropy)
+    with pytest.raises(ValueError, match=r"labels must lie in 0..9; got values from 3 to 10"):
+        aug.loss(images, labels + 3, F.cross_entropy)
+    with pytest.raises(ValueError, match="one entry per image"):
+        aug.loss(images, labels[:3], F.cross_entropy)
+
+
+def test_import_needs_torch_only() -> None:
+    program = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in {'timm', 'torchvision', 'triton', 'safetensors', 'tqdm', 'matplotlib',"
+        " 'sklearn', 'scipy', 'PIL'}:\n"
+        "            raise ModuleNotFoundError(f'{name} is refused', name=name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "import fastnull.augment, fastnull\n"
+        "fastnull.NullspaceAugment, fastnull.FrozenEncoder, fastnull.synthesize, fastnull.PatchNullspace\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
