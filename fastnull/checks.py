@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,17 +27,17 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
 def check_number(
     name: str, value: float, low: float | None = None, high: float | None = None, *, exclusive: bool = False
 ) -> None:
-    """Raise ValueError unless low <= value <= high (low < value where `exclusive`); NaN never passes."""
+    """Raise ValueError unless low <= value <= high (low < value where `exclusive`); NaN and Inf never pass."""
     above = low is None or (value > low if exclusive else value >= low)
     below = high is None or value <= high
-    if above and below and value == value:
+    if above and below and math.isfinite(value):
         return
     bounds = []
     if low is not None:
         bounds.append(f"{'>' if exclusive else '>='} {low:g}")
     if high is not None:
         bounds.append(f"<= {high:g}")
-    raise ValueError(f"{name} must be {' and '.join(bounds) or 'a number'}; got {value!r}")
+    raise ValueError(f"{name} must be {' and '.join(bounds) or 'a finite number'}; got {value!r}")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -86,7 +87,7 @@ def check_labels(labels: Tensor, num_classes: int, batch: int, *, name: str = "l
     """Check class indices [B] (integers within 0..num_classes-1) or soft labels [B, num_classes] (finite)."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(labels).__name__}")
-    if labels.shape[0] != batch:
+    if labels.ndim == 0 or labels.shape[0] != batch:
         raise ValueError(f"{name} must hold one entry per image ({batch}); got shape {list(labels.shape)}")
     if labels.ndim == 2:
         if labels.shape[1] != num_classes:

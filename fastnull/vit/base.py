@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.checks import check_choice
+from fastnull.vit.parts import UnsupportedModelError, ViTParts
 
 SITES = ("patch", "block0", "pixels")
 """Where noise is added: the output of the patch embedding (the published method), the input of the first block
@@ -46,7 +47,12 @@ class NormalizedModel(nn.Module):
         from fastnull.compat import import_timm
 
         config = import_timm().data.resolve_model_data_config(network)
-        return cls(network, config["mean"], config["std"])
+        # timm's defaults are for three channels, also where a model was built for one
+        channels = getattr(network, "in_chans", len(config["mean"]))
+        mean, std = config["mean"], config["std"]
+        if len(mean) != channels:
+            mean, std = [sum(mean) / len(mean)] * channels, [sum(std) / len(std)] * channels
+        return cls(network, mean, std)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1] → what `network` takes; [B, C, H, W]."""
@@ -84,6 +90,14 @@ class SplitViT(ABC):
     def __init__(self, model: nn.Module, network: nn.Module) -> None:
         self.model = model
         self.network = network
+
+    def parts(self) -> ViTParts:
+        """The model's parts by name, for the encoders that are written out by hand.
+
+        Raises:
+            UnsupportedModelError: names the part that has no hand-written form.
+        """
+        raise UnsupportedModelError(f"{type(self).__name__} names no parts")
 
     def site_module(self, site: str) -> nn.Module:
         """The module whose output is the tensor at a token site."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastnull.vit.base import SplitViT
+from fastnull.vit.parts import ViTParts
+from fastnull.vit.timm_parts import timm_parts
 
 
 class TimmViT(SplitViT):
@@ -27,10 +29,20 @@ class TimmViT(SplitViT):
 
     @staticmethod
     def supports(network: nn.Module) -> bool:
-        """Whether the network has every part that the chain below calls."""
-        parts = ("patch_embed", "_pos_embed", "patch_drop", "norm_pre", "blocks", "norm", "forward_head")
-        from_vit = any(base.__name__ == "VisionTransformer" for base in type(network).__mro__)
-        return from_vit and all(hasattr(network, part) for part in parts) and hasattr(network.patch_embed, "proj")
+        """Whether the network is a VisionTransformer whose forward is the chain below."""
+        from timm.models.vision_transformer import VisionTransformer
+
+        # a subclass with a forward of its own would be split wrongly without a word
+        kind = type(network)
+        return (
+            isinstance(network, VisionTransformer)
+            and kind.forward_features is VisionTransformer.forward_features
+            and kind.forward is VisionTransformer.forward
+            and hasattr(network.patch_embed, "proj")
+        )
+
+    def parts(self) -> ViTParts:
+        return timm_parts(self.network)
 
     def patch(self, images: Tensor) -> Tensor:
         return self.network.patch_embed(self.normalize(images))

@@ -1,0 +1,369 @@
+"""Making models: timm's by name, `vit_digits` for demos, weights from local files, and files that rebuild themselves.
+
+Nothing here runs code from a file: safetensors, or torch files read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnull.checks import check_number
+from fastnull.compat import import_timm
+from fastnull.record import provenance, replacing
+from fastnull.vit.base import NormalizedModel, unwrap
+
+FORMAT = "fastnull model 1"
+"""The `format` entry in the metadata of files that `save_checkpoint` writes."""
+
+_EMBEDDED: dict[str, dict[str, Any]] = {
+    # 16 tokens of 4x4 pixels; width 32 < 48 values a patch leaves an exact nullspace of 16 dimensions
+    "vit_digits": {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10},
+}
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+_STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first, as timm prefers them
+_PREFIXES = ("module.", "_orig_mod.", "network.")  # of DDP, torch.compile and NormalizedModel
+_SHOWN = 4
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    pretrained: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    normalize: bool = True,
+    **kwargs: Any,
+) -> NormalizedModel:
+    """Create a model that takes pixels in [0, 1]: one of timm's, or `vit_digits` (16x16 pixels, width 32, 10 classes).
+
+    Args:
+        name: of a timm architecture, with or without a pretrained tag, or `vit_digits`.
+        num_classes: None keeps the model's own. Asked for, a head of another size in the weights is left out and the
+            new one starts fresh, with a warning.
+        pretrained: download timm's weights.
+        checkpoint: a local file with weights: .safetensors, or a torch file with a state dict, alone or under
+            state_dict_ema, model_ema, state_dict or model (in this order), as training scripts write them.
+        img_size: pixels, (height, width) or the side. Asked for, position embeddings in the checkpoint are resized.
+        channels: of the images; None is 3. With 1, mean and std are those of the three colours averaged; with more
+            they repeat.
+        normalize: False passes pixels to the network as they are (mean 0, std 1).
+        kwargs: go to timm, such as drop_path_rate.
+
+    Returns:
+        The model in training mode on the CPU; its attribute `recipe` says how to make it again.
+
+    Raises:
+        ValueError: unknown name (the nearest are named), an argument out of range or unknown to the model, or weights
+            that are broken, unsafe, not finite or do not fit.
+        FileNotFoundError: no such checkpoint.
+    """
+    if pretrained and checkpoint is not None:
+        raise ValueError("pretrained and checkpoint exclude each other: both bring weights")
+    recipe = {
+        "name": name,
+        "num_classes": num_classes,
+        "img_size": list(img_size) if isinstance(img_size, Sequence) else img_size,
+        "channels": channels,
+        "normalize": normalize,
+        "kwargs": kwargs,
+    }
+    model = _build(recipe, pretrained=pretrained)
+    if checkpoint is not None:
+        state = read_state_dict(checkpoint)
+        _load(model.network, state, Path(checkpoint), new_head=num_classes is not None, resize=img_size is not None)
+    return model
+
+
+def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
+    """Write a model as safetensors, with all that `load_model` needs to make it again.
+
+    Args:
+        model: compile and DDP wrappers are removed. One that `create_model` did not make is written too (the weights
+            of its network), but only its owner can build the model for them; `load_model` says so.
+        path: ends in .safetensors; written beside and renamed, so a reader never sees half a file.
+        metadata: anything JSON can hold, kept under `metadata` in the file.
+
+    Raises:
+        TypeError: `metadata` or an argument the model was created with is nothing that JSON can hold.
+        ValueError: another suffix, or weights that are not finite.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors; got {path.name!r}")
+    model = unwrap(model)
+    network = unwrap(model.network) if isinstance(model, NormalizedModel) else model
+    recipe = getattr(model, "recipe", None)
+    about = {"metadata": metadata, "classes": getattr(network, "num_classes", None), **(recipe or {})}
+    about |= {"name": recipe["name"] if recipe else type(network).__name__, "rebuilds": recipe is not None}
+    about["provenance"] = provenance(next(network.parameters()).device)
+    if isinstance(model, NormalizedModel):
+        about |= {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+    try:
+        header = {key: json.dumps(value, allow_nan=False) for key, value in about.items()}
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the model's arguments and metadata must be plain JSON values: {error}") from error
+    header["format"] = FORMAT
+    tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    _check_finite(tensors, f"the weights for {path}")
+    with replacing(path) as beside:
+        save_file(tensors, str(beside), metadata=header)
+
+
+def load_model(path: str | os.PathLike[str]) -> NormalizedModel:
+    """Rebuild the model in a file of `save_checkpoint`, with its own mean and std; weights in float32, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of `save_checkpoint`, a broken one, or one of a model that `create_model` did not make.
+    """
+    header = read_metadata(path)
+    if not header["rebuilds"]:
+        raise ValueError(
+            f"{path} holds the weights of a {header['name']} that fastnull.create_model did not make, so it cannot be "
+            "built from the file: build it yourself and load fastnull.models.read_state_dict(path)"
+        )
+    recipe = {key: header[key] for key in ("name", "num_classes", "img_size", "channels", "normalize", "kwargs")}
+    model = _build(recipe, pretrained=False)
+    _load(model.network, read_state_dict(path), Path(path), new_head=False, resize=False)
+    for buffer, values in ((model.mean, header["mean"]), (model.std, header["std"])):
+        buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
+    return model
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file of `save_checkpoint` says of its model: name, classes, kwargs, mean, std, provenance and the rest.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of `save_checkpoint`, or a broken one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = _existing(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was not written by fastnull's save_checkpoint, so it does not say which model it is for; use "
+            "create_model(name, checkpoint=...) instead"
+        )
+    try:
+        return {key: value if key == "format" else json.loads(value) for key, value in header.items()}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: its metadata is damaged: {error}") from error
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the weights in a local file, without the wrappers that training scripts put around them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, a truncated one, one with pickled code in it, or one without weights.
+    """
+    path = _existing(path)
+    if path.suffix == ".safetensors":
+        content = _read_safetensors(path)
+    elif path.suffix in _TORCH_SUFFIXES:
+        content = _read_torch(path)
+    else:
+        raise ValueError(f"{path}: checkpoints end in .safetensors or {', '.join(_TORCH_SUFFIXES)}")
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        found = ", ".join(map(repr, list(content)[:_SHOWN])) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(
+            f"{path} holds no state dict (names → tensors), neither alone nor under {', '.join(_STATE_KEYS)}; "
+            f"it holds {found or 'nothing'}"
+        )
+    state = {str(key): value for key, value in content.items() if key != "n_averaged"}  # a counter of AveragedModel
+    while prefix := next((p for p in _PREFIXES if state and all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _build(recipe: dict[str, Any], *, pretrained: bool) -> NormalizedModel:
+    """A model with fresh (or timm's) weights, from what `create_model` was asked for."""
+    name, num_classes, channels = recipe["name"], recipe["num_classes"], recipe["channels"]
+    sizes = recipe["img_size"] if isinstance(recipe["img_size"], list) else [recipe["img_size"]]
+    for key, value in [("num_classes", num_classes), ("channels", channels), *(("img_size", side) for side in sizes)]:
+        if value is not None:
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{key} must be an integer; got {value!r}")
+            check_number(key, value, 1)
+    if len(sizes) not in (1, 2):
+        raise ValueError(f"img_size must be the side or (height, width); got {tuple(sizes)!r}")
+    for key, instead in (("in_chans", "channels"), ("checkpoint_path", "checkpoint")):
+        if key in recipe["kwargs"]:
+            raise ValueError(f"{key} is timm's name; here it is {instead}=")
+    timm = import_timm()
+    _check_name(name, timm, pretrained)
+    arguments = {
+        "num_classes": num_classes,
+        "in_chans": channels,
+        "img_size": tuple(sizes) if len(sizes) == 2 else sizes[0],
+        **recipe["kwargs"],
+    }
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    try:
+        if name in _EMBEDDED:
+            network = timm.models.VisionTransformer(**{**_EMBEDDED[name], **arguments})
+            side, chans = network.patch_embed.img_size, network.patch_embed.proj.in_channels
+            network.pretrained_cfg = network.default_cfg = {
+                "architecture": name, "input_size": (chans, *side), "mean": (0.5,) * 3, "std": (0.5,) * 3,
+                "first_conv": "patch_embed.proj", "classifier": "head",
+            }  # fmt: skip
+        else:
+            network = timm.create_model(name, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take {', '.join(arguments) or 'these arguments'}: {error}") from error
+    if pretrained:
+        _check_finite(network.state_dict(), f"timm's weights of {name}")
+    config = timm.data.resolve_model_data_config(network)
+    count = channels or len(config["mean"])
+    mean, std = (_per_channel(config[key], count) if recipe["normalize"] else [b] * count
+                 for key, b in (("mean", 0.0), ("std", 1.0)))  # fmt: skip
+    model = NormalizedModel(network, mean, std)
+    # timm's own number of classes for a name may change; 0 stands for a model without a head
+    model.recipe = {**recipe, "num_classes": num_classes or getattr(network, "num_classes", None) or None}
+    return model
+
+
+def _check_name(name: str, timm: Any, pretrained: bool) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string; got {type(name).__name__}")
+    if name in _EMBEDDED:
+        if pretrained:
+            raise ValueError(f"there are no pretrained weights for {name}: train it, it takes seconds")
+        return
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        known = [*_EMBEDDED, *timm.list_models()]
+        near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"timm knows no model named {name!r}.{hint} timm.list_models('vit_*') lists them")
+    tagged = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in tagged:
+        near = difflib.get_close_matches(name, tagged, n=3, cutoff=0.0)
+        raise ValueError(f"{architecture} has no weights tagged {tag!r}; nearest are {', '.join(near) or 'none'}")
+
+
+def _per_channel(values: Sequence[float], count: int) -> list[float]:
+    """Values of three colours → `count` channels, as timm turns the weights of the first layer."""
+    if count == 1:
+        return [sum(values) / len(values)]
+    return [values[i % len(values)] for i in range(count)]
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such checkpoint file: {path}")
+    return path
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        # the arguments of a training script, which many put in their checkpoints: plain values, no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None:
+            raise ValueError(f"{path} is no whole torch checkpoint: {_first_line(error)}") from error
+        raise ValueError(
+            f"{path} is refused: beside tensors it holds a pickled {found[1]}, and unpickling can run any code. Save "
+            "the plain state dict instead, or convert the file to safetensors where it comes from"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no whole torch checkpoint: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if bad:
+        raise ValueError(f"{where}: NaN or Inf in {len(bad)} tensors: {_few(bad)}")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], path: Path, *, new_head: bool, resize: bool) -> None:
+    """Load weights that must fit, except for a head or position embedding whose size the user asked to change."""
+    _check_finite(state, str(path))
+    own = network.state_dict()
+    if resize and "pos_embed" in own and "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
+        adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+        if adapt is not None:
+            state = adapt(state, network)
+    heads = _heads(network)
+    of_head = [key for key in own if key.rpartition(".")[0] in heads]
+    if new_head and any(key not in state or state[key].shape != own[key].shape for key in of_head):
+        classes = sorted({len(state[key]) for key in of_head if key in state})
+        warnings.warn(
+            f"{path}: its head has {classes[0] if classes else 'no'} classes; the model's new head for "
+            f"{network.num_classes} classes starts fresh",
+            UserWarning,
+            stacklevel=3,
+        )
+        state = {**state, **{key: own[key] for key in of_head}}
+
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    other = [key for key in own if key in state and state[key].shape != own[key].shape]
+    absent = (("missing", missing), ("unexpected", unexpected))
+    faults = [f"{len(keys)} {what}: {_few(keys)}" for what, keys in absent if keys]
+    if other:
+        shapes = [f"{key} {list(state[key].shape)} in the file, {list(own[key].shape)} in the model" for key in other]
+        faults.append(f"{len(other)} of another shape: {_few(shapes)}")
+    if not faults:
+        network.load_state_dict(state)
+        return
+    hints = []
+    if any(key in of_head for key in other):
+        hints.append("pass num_classes: the file's number to keep its head, or another for a fresh one")
+    if "pos_embed" in other:
+        hints.append("pass img_size to resize the position embedding")
+    raise ValueError(f"{path} does not fit {type(network).__name__}: {'; '.join([*faults, *hints])}")
+
+
+def _heads(network: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier layers."""
+    names = (getattr(network, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return (names,) if isinstance(names, str) else tuple(names)

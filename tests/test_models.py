@@ -1,0 +1,350 @@
+"""Models by name, weights from files good and bad, and files that rebuild their model."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import pickle
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastnull.models import create_model, load_model, read_metadata, read_state_dict, save_checkpoint
+from fastnull.nullspace import PatchNullspace
+from fastnull.vit import NormalizedModel
+
+
+class Runs:
+    """A pickle of this runs a command when it is loaded by plain pickle."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    """Weights of a vit_digits of their own: no two models start the same."""
+    return create_model("vit_digits").network.state_dict()
+
+
+def test_vit_digits() -> None:
+    model = create_model("vit_digits")
+    assert isinstance(model, NormalizedModel)
+    assert model.mean.flatten().tolist() == model.std.flatten().tolist() == [0.5] * 3
+    network = model.network
+    assert (network.embed_dim, len(network.blocks), network.blocks[0].attn.num_heads) == (32, 4, 2)
+    assert model(torch.rand(2, 3, 16, 16)).shape == (2, 10)
+    assert PatchNullspace.from_model(model).dim == 16
+
+
+def test_timm_models_bring_their_own_normalisation() -> None:
+    deit = create_model("deit_tiny_patch16_224", num_classes=7, depth=1)
+    assert deit.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert deit.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+    assert deit.network.num_classes == 7
+    augreg = create_model("vit_tiny_patch16_224", img_size=(32, 48), depth=1)
+    assert augreg.mean.flatten().tolist() == [0.5] * 3
+    assert augreg(torch.rand(1, 3, 32, 48)).shape == (1, 1000)
+    plain = create_model("deit_tiny_patch16_224", normalize=False, depth=1)
+    images = torch.rand(1, 3, 4, 4)
+    assert torch.equal(plain.normalize(images), images)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_other_numbers_of_channels(channels: int) -> None:
+    model = create_model("deit_tiny_patch16_224", channels=channels, depth=1, img_size=32)
+    assert model(torch.rand(2, channels, 32, 32)).shape == (2, 1000)
+    mean = {1: [(0.485 + 0.456 + 0.406) / 3], 3: [0.485, 0.456, 0.406], 4: [0.485, 0.456, 0.406, 0.485]}[channels]
+    assert model.mean.flatten().tolist() == pytest.approx(mean)
+    assert create_model("vit_digits", channels=channels)(torch.rand(1, channels, 16, 16)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("vit_tiny_patch16_225", {}, ValueError, "Did you mean 'vit_tiny_patch16_224'"),
+        ("vit_digit", {}, ValueError, "'vit_digits'"),
+        ("vit_tiny_patch16_224.augreg_in22k", {}, ValueError, r"tagged 'augreg_in22k'.*\.augreg_in21k"),
+        (5, {}, TypeError, "name must be a string; got int"),
+        ("vit_digits", {"pretrained": True}, ValueError, "no pretrained weights for vit_digits"),
+        ("vit_digits", {"pretrained": True, "checkpoint": "x.pt"}, ValueError, "exclude each other"),
+        ("vit_digits", {"num_classes": 0}, ValueError, "num_classes must be >= 1; got 0"),
+        ("vit_digits", {"num_classes": 2.5}, ValueError, "num_classes must be an integer; got 2.5"),
+        ("vit_digits", {"num_classes": True}, ValueError, "num_classes must be an integer; got True"),
+        ("vit_digits", {"channels": -1}, ValueError, "channels must be >= 1; got -1"),
+        ("vit_digits", {"img_size": 0}, ValueError, "img_size must be >= 1; got 0"),
+        ("vit_digits", {"img_size": (16, 16, 3)}, ValueError, r"\(height, width\); got"),
+        ("vit_digits", {"in_chans": 1}, ValueError, "in_chans is timm's name; here it is channels="),
+        ("vit_digits", {"depht": 1}, ValueError, "vit_digits does not take depht"),
+        ("resnet18", {"img_size": 64}, ValueError, "resnet18 does not take img_size"),
+        ("vit_digits", {"checkpoint": "nowhere.pt"}, FileNotFoundError, "nowhere.pt"),
+    ],
+)  # fmt: skip
+def test_bad_requests(name: Any, options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        create_model(name, **options)
+
+
+def _wrapped(state: dict[str, Tensor], wrapper: str) -> Any:
+    return {
+        "alone": state,
+        "model": {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
+        "state_dict": OrderedDict(state_dict=OrderedDict(state), optimizer={"state": {}}),
+        "ddp": {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+        "compiled DDP of a NormalizedModel": {f"_orig_mod.module.network.{key}": v for key, v in state.items()},
+        "ema first": {"state_dict": {key: value + 1 for key, value in state.items()}, "state_dict_ema": state},
+        "averaged": {"n_averaged": torch.tensor(5), **{f"module.{key}": value for key, value in state.items()}},
+    }[wrapper]
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    ["alone", "model", "state_dict", "ddp", "compiled DDP of a NormalizedModel", "ema first", "averaged"],
+)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_torch_files(wrapper: str, legacy: bool, state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(_wrapped(state, wrapper), path, _use_new_zipfile_serialization=not legacy)
+    loaded = create_model("vit_digits", checkpoint=path).network.state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def test_safetensors_and_half_precision(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({key: value.bfloat16() for key, value in state.items()}, path)
+    loaded = create_model("vit_digits", checkpoint=str(path)).network.state_dict()
+    assert all(torch.equal(loaded[key], state[key].bfloat16().float()) for key in state)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickled_code_is_refused_and_never_runs(legacy: bool, state: dict[str, Tensor], tmp_path: Path) -> None:
+    path, trace = tmp_path / "weights.pt", tmp_path / "ran"
+    torch.save({"model": state, "extra": Runs(f"touch {trace}")}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"weights\.pt is refused.*system.*state dict"):
+        create_model("vit_digits", checkpoint=path)
+    path.write_bytes(pickle.dumps(Runs(f"touch {trace}")))
+    with pytest.raises(ValueError, match=r"weights\.pt"):
+        read_state_dict(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("damage", ["empty", "half", "most", "text", "zeros"])
+def test_broken_files_are_named(suffix: str, damage: str, state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / f"broken{suffix}"
+    if suffix == ".pth":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    whole = path.read_bytes()
+    path.write_bytes({
+        "empty": b"",
+        "half": whole[: len(whole) // 2],
+        "most": whole[:-100],
+        "text": b"<!DOCTYPE html><title>404</title>",
+        "zeros": bytes(len(whole)),
+    }[damage])  # fmt: skip
+    with pytest.raises(ValueError, match=rf"broken\{suffix}"):
+        create_model("vit_digits", checkpoint=path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_legacy_file_cut_anywhere_is_named(seed: int, state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "cut.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for share in torch.rand(8, generator=torch.Generator().manual_seed(seed)).tolist():
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=r"cut\.pth"):
+            read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([1, 2], "list"), ({"epoch": 3}, "'epoch'"), ({}, "nothing"), ({"model": {"weights": 3}}, "'weights'"),
+        (torch.ones(2), "Tensor"),
+    ],
+)  # fmt: skip
+def test_files_without_weights(content: Any, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.pt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"other\.pt holds no state dict.*{found}"):
+        read_state_dict(path)
+
+
+def test_other_kinds_of_files(tmp_path: Path) -> None:
+    path = tmp_path / "weights.npz"
+    path.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"weights\.npz: checkpoints end in \.safetensors or \.pth"):
+        read_state_dict(path)
+    with pytest.raises(FileNotFoundError):
+        read_state_dict(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_named_and_counted(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    changed = {key: value for key, value in state.items() if not key.startswith("blocks.3")}
+    changed["surplus"] = torch.zeros(1)
+    changed["norm.weight"] = torch.zeros(33)
+    save_file(changed, path)
+    with pytest.raises(ValueError) as caught:
+        create_model("vit_digits", checkpoint=path)
+    message = str(caught.value)
+    for part in (
+        "odd.safetensors does not fit VisionTransformer", "12 missing: blocks.3.norm1.weight", ", ...",
+        "1 unexpected: surplus", "1 of another shape: norm.weight [33] in the file, [32] in the model",
+    ):  # fmt: skip
+        assert part in message
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite(value: float, state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "nan.safetensors"
+    save_file({**state, "norm.bias": torch.full((32,), value)}, path)
+    with pytest.raises(ValueError, match=r"nan\.safetensors: NaN or Inf in 1 tensors: norm\.bias"):
+        create_model("vit_digits", checkpoint=path)
+
+
+def test_another_head_is_left_out_only_when_asked_for(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "seven.safetensors"
+    save_file(create_model("vit_digits", num_classes=7).network.state_dict(), path)
+    with pytest.raises(ValueError, match=r"head\.weight \[7, 32\] in the file, \[10, 32\] in the .*pass num_classes"):
+        create_model("vit_digits", checkpoint=path)
+    with pytest.warns(UserWarning, match="its head has 7 classes.*new head for 5 classes starts fresh"):
+        model = create_model("vit_digits", num_classes=5, checkpoint=path)
+    assert model(torch.rand(1, 3, 16, 16)).shape == (1, 5)
+    stored = read_state_dict(path)
+    assert torch.equal(model.network.norm.weight, stored["norm.weight"])
+    assert torch.equal(model.network.blocks[0].attn.qkv.weight, stored["blocks.0.attn.qkv.weight"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = create_model("vit_digits", num_classes=7, checkpoint=path)
+    assert torch.equal(kept.network.head.weight, stored["head.weight"])
+
+    headless = {key: value for key, value in state.items() if not key.startswith("head.")}
+    save_file(headless, path)
+    with pytest.raises(ValueError, match=r"2 missing: head\.weight, head\.bias"):
+        create_model("vit_digits", checkpoint=path)
+    with pytest.warns(UserWarning, match="its head has no classes"):
+        create_model("vit_digits", num_classes=10, checkpoint=path)
+
+
+def test_position_embedding_is_resized_only_when_a_size_is_asked_for(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    save_file(state, path)
+    model = create_model("vit_digits", img_size=32, checkpoint=path)
+    assert model.network.pos_embed.shape == (1, 65, 32)
+    assert torch.equal(model.network.pos_embed[:, :1], state["pos_embed"][:, :1])  # the class token's stays
+    assert torch.equal(model.network.norm.weight, state["norm.weight"])
+    save_file(model.network.state_dict(), path)
+    with pytest.raises(ValueError, match=r"pos_embed \[1, 65, 32\] in the file.*pass img_size to resize"):
+        create_model("vit_digits", checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_digits", {}),
+        ("vit_digits", {"num_classes": 4, "img_size": (8, 24), "channels": 1, "depth": 2, "class_token": False,
+                        "global_pool": "avg"}),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 1, "num_classes": 3, "drop_path_rate": 0.1}),
+        ("vit_small_patch16_dinov3", {"depth": 1, "num_classes": 3, "img_size": 32}),
+        ("deit_tiny_patch16_224", {"depth": 1, "normalize": False, "img_size": 32}),
+    ],
+)  # fmt: skip
+def test_saved_models_rebuild_themselves_bitwise(name: str, options: dict, tmp_path: Path) -> None:
+    model = create_model(name, **options).eval()
+    path = tmp_path / "deep" / "model.safetensors"
+    save_checkpoint(nn.DataParallel(model), path, epoch=3, note="with 'quotes' and ä", scores={"clean": 91.5})
+    again = load_model(path).eval()
+    size = options.get("img_size", 16)
+    images = torch.rand(2, options.get("channels", 3), *(size if isinstance(size, tuple) else (size, size)))
+    with torch.no_grad():
+        assert torch.equal(model(images), again(images))
+    assert again.recipe == model.recipe
+    assert torch.equal(again.std, model.std)
+    about = read_metadata(path)
+    assert about["name"] == name
+    assert about["classes"] == options.get("num_classes", model.network.num_classes)
+    assert about["metadata"] == {"epoch": 3, "note": "with 'quotes' and ä", "scores": {"clean": 91.5}}
+    assert about["provenance"]["torch"] == torch.__version__
+    assert [entry.name for entry in path.parent.iterdir()] == ["model.safetensors"]
+    plain = create_model(name, checkpoint=path, **options).network
+    assert torch.equal(plain.patch_embed.proj.weight, model.network.patch_embed.proj.weight)
+
+
+def test_copies_and_own_normalisation_survive(tmp_path: Path) -> None:
+    model = copy.deepcopy(create_model("vit_digits"))
+    model.mean.fill_(0.1307)
+    model.std.copy_(torch.tensor([0.3, 0.2, 0.1]).view(1, 3, 1, 1))
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    again = load_model(tmp_path / "m.safetensors")
+    assert torch.equal(again.mean, model.mean)
+    assert torch.equal(again.std, model.std)
+
+
+def test_metadata_is_strings_that_any_reader_can_parse(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(create_model("vit_digits"), path)
+    with safe_open(str(path), framework="pt") as file:
+        header = file.metadata()
+    assert header["format"] == "fastnull model 1"
+    assert {key: json.loads(header[key]) for key in ("name", "num_classes", "kwargs", "mean")} == {
+        "name": "vit_digits", "num_classes": 10, "kwargs": {}, "mean": [0.5] * 3,
+    }  # fmt: skip
+
+
+def test_foreign_models_are_saved_but_not_rebuilt(vit: NormalizedModel, tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    for model in (vit, vit.network):
+        save_checkpoint(model, path)
+        assert read_metadata(path)["rebuilds"] is False
+        vit.network.load_state_dict(read_state_dict(path))
+        with pytest.raises(ValueError, match=r"VisionTransformer that fastnull\.create_model did not make"):
+            load_model(path)
+
+
+def test_bad_saves_leave_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    model = create_model("vit_digits")
+    save_checkpoint(model, path, epoch=1)
+    with pytest.raises(TypeError, match="plain JSON values"):
+        save_checkpoint(model, path, epoch=object())
+    with pytest.raises(TypeError, match="plain JSON values"):
+        save_checkpoint(model, path, loss=math.nan)
+    with pytest.raises(TypeError, match="plain JSON values"):
+        save_checkpoint(create_model("vit_digits", norm_layer=nn.LayerNorm), path)
+    with pytest.raises(ValueError, match=r"path must end in \.safetensors; got 'm.pt'"):
+        save_checkpoint(model, tmp_path / "m.pt")
+    with torch.no_grad():
+        model.network.head.bias[0] = math.inf
+    with pytest.raises(ValueError, match=r"m\.safetensors: NaN or Inf in 1 tensors: head\.bias"):
+        save_checkpoint(model, path, epoch=2)
+    assert read_metadata(path)["metadata"] == {"epoch": 1}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_loading_what_is_no_model_file(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "plain.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"plain\.safetensors"):
+        load_model(path)
+    save_file(state, path)
+    with pytest.raises(ValueError, match=r"plain\.safetensors was not written by fastnull.*create_model\(name"):
+        load_model(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"plain\.safetensors is no whole safetensors file"):
+        load_model(path)
