@@ -1,0 +1,199 @@
+"""The folder of a run: its configuration, metrics, and the training states from which it goes on exactly.
+
+A state is one file: what torch.save writes, then a mark and the SHA-256 of all that. It is written beside and renamed,
+so a crash leaves the state before it; one that is damaged all the same is recognised, and the one before it is used.
+States hold tensors and plain values and are read with weights_only=True: a file with code in it is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastnull.record import provenance, replacing, write_json
+from fastnull.vit import NormalizedModel, unwrap
+
+MARK = b"fastnull-state-1"
+_DIGEST = hashlib.sha256().digest_size
+_STATE = re.compile(r"state-(\d{9})\.pt")
+_OWN_FILES = ("config.json", "metrics.jsonl", "best.safetensors", "last.safetensors")
+
+FREE_KEYS = frozenset(
+    {"out", "overwrite", "resume", "checkpoint_every", "keep_last", "log_every", "progress", "workers", "device"}
+)
+"""Settings that a resumed run may change: they say how it runs, not what it computes. (Another kind of device rounds
+differently: the run then goes on, but not bitwise.)"""
+
+
+class RunFolder:
+    """Where a run writes, and where it finds what an earlier part of it wrote.
+
+    Args:
+        path: the folder; `open` makes it.
+        config: JSON-able settings of the run.
+        overwrite: remove the files of a run that is there. Nothing else in the folder is touched.
+        resume: go on with the run that is there; a folder without one starts it.
+
+    Raises:
+        ValueError: the folder holds a run and neither is asked for, or a resumed run differs in a setting.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], config: dict[str, Any], *, overwrite: bool = False, resume: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self._config_file = self.path / "config.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out must be a folder; {self.path} is a file")
+        held = self._held()
+        if held and not (overwrite or resume):
+            raise ValueError(
+                f"out {self.path} holds a run already: resume=True goes on with it, overwrite=True starts over"
+            )
+        if held and resume:
+            self._compare(config)
+        self._overwrite = overwrite
+
+    def open(self) -> None:
+        """Make the folder, or clear it of the run that is overwritten: not before the new run is known to start."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in self._held() if self._overwrite else ():
+            file.unlink()
+
+    def describe(self, config: dict[str, Any], device: torch.device | str, **extra: Any) -> None:
+        """Write config.json: the resolved settings and where they came from. Kept as it is in a resumed run."""
+        if not self._config_file.exists():
+            write_json(self._config_file, {"config": config, **extra, "provenance": provenance(device)})
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics after `step`, and a line that a crash cut off: the resumed run writes them again."""
+        if not self.metrics.exists():
+            return
+        kept = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        with replacing(self.metrics) as beside:
+            beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def save_state(self, state: dict[str, Any], step: int, keep: int) -> Path:
+        """Write the training state of a step and remove all but the newest `keep`."""
+        path = self.path / f"state-{step:09d}.pt"
+        write_state(path, state)
+        for old in self.states()[keep:]:
+            old.unlink()
+        return path
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The newest training state that is whole; None where there is none at all.
+
+        Raises:
+            ValueError: there are states and none of them can be read.
+        """
+        problems = []
+        for path in self.states():
+            try:
+                return read_state(path)
+            except ValueError as error:
+                problems.append(str(error))
+                warnings.warn(f"{error}; using the state before it", stacklevel=2)
+        if problems:
+            raise ValueError(f"no training state in {self.path} can be read: {'; '.join(problems)}")
+        return None
+
+    def weights(self) -> tuple[Path | None, Path | None]:
+        """The files of the best and the last weights, where they are."""
+        best, last = (self.path / f"{name}.safetensors" for name in ("best", "last"))
+        return best if best.exists() else None, last if last.exists() else None
+
+    def states(self) -> list[Path]:
+        """The files of training states, newest first."""
+        return sorted((path for path in self.path.glob("state-*.pt") if _STATE.fullmatch(path.name)), reverse=True)
+
+    def _held(self) -> list[Path]:
+        return [self.path / name for name in _OWN_FILES if (self.path / name).exists()] + self.states()
+
+    def _compare(self, config: dict[str, Any]) -> None:
+        if not self._config_file.exists():
+            return
+        try:
+            before = json.loads(self._config_file.read_text(encoding="utf-8"))["config"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{self._config_file} is no configuration of a run: {error}") from error
+        now = json.loads(json.dumps(config))  # tuples become lists, as in the file
+        keys = sorted((before.keys() | now.keys()) - FREE_KEYS)
+        changed = [key for key in keys if before.get(key) != now.get(key)]
+        if changed:
+            listed = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed)
+            raise ValueError(f"cannot resume {self.path} with other settings: {listed}")
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a training state with its checksum, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    with replacing(path) as beside, open(beside, "wb") as file:
+        file.write(payload)
+        file.write(MARK)
+        file.write(hashlib.sha256(payload).digest())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what `write_state` wrote.
+
+    Raises:
+        ValueError: truncated, damaged, of another program, or with something in it that is no tensor or plain value.
+    """
+    size = path.stat().st_size - len(MARK) - _DIGEST
+    with open(path, "rb") as file:
+        payload = file.read(max(0, size))
+        mark, digest = file.read(len(MARK)), file.read(_DIGEST)
+    if mark != MARK:
+        raise ValueError(f"training state {path} is truncated or was not written by fastnull")
+    if hashlib.sha256(payload).digest() != digest:
+        raise ValueError(f"training state {path} is damaged: its checksum differs")
+    try:
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(f"training state {path} cannot be read: {error}") from error
+
+
+def save_weights(model: nn.Module, path: Path, **about: Any) -> None:
+    """Write a model's weights as safetensors: with what rebuilds it where `create_model` made it, else alone.
+
+    The names are those of the network inside a NormalizedModel, as timm has them.
+    """
+    model = unwrap(model)
+    if hasattr(model, "recipe"):
+        from fastnull.models import save_checkpoint
+
+        save_checkpoint(model, path, **about)
+        return
+    from safetensors.torch import save_file
+
+    network = model.network if isinstance(model, NormalizedModel) else model
+    # clones: tied weights share memory, which the format does not allow
+    weights = {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
+    with replacing(path) as beside:
+        save_file(weights, beside, metadata={"about": json.dumps(about)})
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,349 @@
+"""Data for finetuning: the embedded digits, folders of images and timm's datasets, in an order that can be resumed.
+
+Every random draw on the way to a batch is keyed: the order by (seed, epoch), a sample's augmentation by
+(seed, epoch, index). A batch is therefore the same whoever loads it, the main process or any number of workers, and
+whether or not the run was stopped before it.
+
+Images are pixels in [0, 1], or bytes, which `to_pixels` divides by 255 on the device: the mean and the standard
+deviation belong to the model.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
+
+from fastnull.checks import check_number
+from fastnull.rng import generator, preserved
+from fastnull.view import View
+
+if TYPE_CHECKING:
+    from fastnull.recipe import FinetuneConfig
+
+DIGITS_TEST = 500
+"""Test images of the embedded digits; the other 1297 are for training."""
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+TIMM_PREFIXES = ("torch", "hfds")
+_STREAMS = ("hfids", "wds", "tfds")
+_TEST_FOLDERS = ("val", "validation", "test")
+
+Sample = tuple[Any, Any]
+
+
+def digits(size: int | tuple[int, int] = 16, channels: int = 3) -> tuple[TensorDataset, TensorDataset]:
+    """scikit-learn's 1797 handwritten digits, which need no download, as (train, test) with 1297 and 500 images.
+
+    Args:
+        size: height and width in pixels (one number or both); the 8x8 originals are resized bilinearly.
+        channels: the grey value is repeated so often.
+
+    Returns:
+        Two datasets of image [channels, H, W] (float32 in [0, 1]) and label; always the same split.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    check_number("size", min(height, width), 1)
+    check_number("channels", channels, 1)
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(f"the digits need scikit-learn (pip install scikit-learn): {error}") from error
+    found = load_digits()
+    grey = torch.from_numpy(found.images).float().unsqueeze(1) / 16  # [1797, 1, 8, 8]
+    images = F.interpolate(grey, size=(height, width), mode="bilinear", align_corners=False)
+    images = images.clamp(0, 1).expand(-1, channels, -1, -1).contiguous()  # [1797, channels, H, W]
+    labels = torch.from_numpy(found.target).long()
+    order = torch.randperm(len(labels), generator=generator(0))
+    test, train = order[:DIGITS_TEST], order[DIGITS_TEST:]
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
+
+
+class ImageFolder(Dataset[Sample]):
+    """Images sorted into a folder a class: root/class/.../image.png.
+
+    Classes are numbered in natural order (2 before 10), as the numbered folders of ImageNetV2 need it.
+
+    Args:
+        root: the folder.
+        classes: names that fix the numbering, such as those of the training folder; None takes the folders' own.
+
+    Raises:
+        ValueError: no such folder, no classes, a class without an image, or one that `classes` does not name. A file
+            that cannot be read as an image is named when it is asked for.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], classes: Sequence[str] | None = None) -> None:
+        root = Path(root)
+        if not root.is_dir():
+            raise ValueError(f"data: there is no folder {root}")
+        folders = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: _natural(path.name))
+        names = [path.name for path in folders]
+        if not names:
+            raise ValueError(f"data: {root} must hold one folder of images a class; it holds no folder")
+        self.classes = list(classes) if classes is not None else names
+        unknown = [name for name in names if name not in self.classes]
+        if unknown:
+            raise ValueError(f"data: {root} has classes that the training data lacks: {', '.join(unknown[:5])}")
+        self.files: list[tuple[Path, int]] = []
+        for folder in folders:
+            files = sorted(
+                (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES),
+                key=lambda path: _natural(str(path)),
+            )
+            if not files:
+                raise ValueError(f"data: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            self.files += [(path, self.classes.index(folder.name)) for path in files]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        from PIL import Image
+
+        path, label = self.files[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB"), label
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"data: cannot read the image file {path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """Training data before transforms.
+
+    Attributes:
+        train: yields (image, label); None for the digits, which are made at the size that the model takes.
+        num_classes: None where the data does not say.
+        classes: their names, where they have any.
+        transforms: whether the images are of any size and go through the model's transforms.
+    """
+
+    train: Dataset[Sample] | None
+    num_classes: int | None
+    classes: list[str] | None = None
+    transforms: bool = False
+
+
+def open_source(config: FinetuneConfig) -> Source:
+    """Find the training data that `config.data` names (with config.data_dir and config.download).
+
+    Raises:
+        ValueError: no such folder or dataset, or one that is a stream.
+    """
+    if config.data == "digits":
+        return Source(None, 10, [str(digit) for digit in range(10)])
+    if _timm_name(config.data):
+        found = _timm_dataset(config.data, config.data_dir, "train", config.download)
+        classes = getattr(found, "classes", None) or getattr(getattr(found, "reader", None), "class_to_idx", None)
+        return Source(found, len(classes) if classes else None, transforms=True)
+    folder = ImageFolder(_split_folder(config.data, ("train",)))
+    return Source(folder, len(folder.classes), folder.classes, transforms=True)
+
+
+def evaluation_data(
+    data: str, model: nn.Module, *, data_dir: str | None = None, download: bool = False
+) -> Dataset[tuple[Tensor, int]]:
+    """The test set that belongs to `FinetuneConfig.data`: finetuning never sees it.
+
+    Args:
+        data, data_dir, download: as in FinetuneConfig.
+        model: its configuration gives image size, crop and interpolation.
+
+    Returns:
+        A dataset of (image [C, H, W] in [0, 1], label).
+    """
+    view = View.of(model)
+    if data == "digits":
+        return digits(view.size, view.channels)[1]
+    if _timm_name(data):
+        base = _timm_dataset(data, data_dir, "validation", download)
+    else:
+        train = ImageFolder(_split_folder(data, ("train",)))
+        base = ImageFolder(_split_folder(data, _TEST_FOLDERS), train.classes)
+    evaluation = view.evaluation()
+    return Samples(base, lambda image: to_pixels(evaluation(image)), view.channels)
+
+
+class Samples(Dataset[tuple[Tensor, Any]]):
+    """A dataset through a transform, with every random draw of a sample keyed by (seed, epoch, index).
+
+    Args:
+        base: yields (PIL image or tensor, label).
+        transform: applied to the image; None leaves it.
+        channels: PIL images are turned into grey (1) or RGB (3) ones.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        base: Dataset[Sample],
+        transform: Callable[[Any], Tensor] | None = None,
+        channels: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.base, self.transform, self.seed = base, transform, seed
+        self.mode = {1: "L", 3: "RGB"}.get(channels or 0)
+        # tensors in memory draw nothing, and keying costs as much as fetching them
+        self.draws = not isinstance(base.dataset if isinstance(base, Subset) else base, TensorDataset)
+
+    def __len__(self) -> int:
+        return len(self.base)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Any]:
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        if not self.draws:
+            return self.base[index]
+        with keyed(self.seed, epoch, index):
+            image, label = self.base[index]
+            if self.mode and hasattr(image, "convert"):
+                image = image.convert(self.mode)
+            image = image if self.transform is None else self.transform(image)
+        if not isinstance(image, Tensor):
+            raise TypeError(f"data must yield image tensors [C, H, W]; got {type(image).__name__} for image {index}")
+        return image, label
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (index, epoch) in an order that is a function of (seed, epoch); set `epoch` and `start` before use.
+
+    Args:
+        length: of the dataset.
+        batch_size: of every batch; a rest that does not fill one is left for another epoch.
+        batches: a run through it yields so many.
+        seed: of the order.
+    """
+
+    def __init__(self, length: int, batch_size: int, batches: int, seed: int) -> None:
+        self.length, self.batch_size, self.batches, self.seed = length, batch_size, batches, seed
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        return self.batches - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.randperm(self.length, generator=generator(self.seed, self.epoch)).tolist()
+        for batch in range(self.start, self.batches):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(index, self.epoch) for index in chosen]
+
+
+def loader(
+    data: Dataset[Any],
+    batches: EpochBatches | int,
+    *,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    persistent: bool = False,
+) -> DataLoader[Any]:
+    """A DataLoader over a sampler of batches, or in order with a batch size; leaves the global generators alone."""
+    how: dict[str, Any] = {"batch_sampler": batches} if isinstance(batches, EpochBatches) else {"batch_size": batches}
+    return DataLoader(
+        data,
+        num_workers=workers,
+        pin_memory=torch.device(device).type == "cuda",
+        persistent_workers=persistent and workers > 0,
+        # Ctrl-C reaches the whole process group: the main process alone decides what it means
+        worker_init_fn=_ignore_interrupt,
+        # without one of its own, each iteration draws from the global generator and shifts dropout
+        generator=torch.Generator().manual_seed(0),
+        **how,
+    )
+
+
+def _ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def hold_out(data: Dataset[Any], fraction: float, seed: int) -> tuple[Subset[Any], Subset[Any] | None]:
+    """Split off a random share for validation; (train, validation). A share of 0 gives None."""
+    total = len(data)  # type: ignore[arg-type]
+    count = round(fraction * total)
+    if fraction and not 0 < count < total:
+        raise ValueError(f"val_fraction {fraction:g} of {total} training images leaves one of both parts empty")
+    order = torch.randperm(total, generator=generator(seed)).tolist()
+    kept, held = sorted(order[count:]), sorted(order[:count])
+    return Subset(data, kept), Subset(data, held) if held else None
+
+
+def to_pixels(images: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Bytes → pixels in [0, 1]; floating images pass through. Moved before converted: a byte is a quarter to carry."""
+    if device is not None:
+        images = images.to(device, non_blocking=True)
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def seed_everything(*key: int) -> None:
+    """Seed torch's, NumPy's and Python's global generators with a number made from integers such as (seed, step)."""
+    import numpy
+
+    seed = generator(*key).initial_seed()
+    torch.manual_seed(seed)
+    numpy.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def keyed(*key: int) -> Iterator[None]:
+    """The global generators are seeded by the key inside, and as before after."""
+    with preserved():
+        seed_everything(*key)
+        yield
+
+
+def _timm_name(data: str) -> bool:
+    prefix = data.partition("/")[0].lower()
+    if prefix in _STREAMS and not os.path.isdir(data):
+        raise ValueError(
+            f"data {data!r} is a stream, whose order cannot be resumed exactly; use {' or '.join(TIMM_PREFIXES)}, a "
+            "folder of images, or pass a dataset as train_data"
+        )
+    return prefix in TIMM_PREFIXES and "/" in data and not os.path.isdir(data)
+
+
+def _timm_dataset(name: str, root: str | None, split: str, download: bool) -> Any:
+    try:
+        found = _timm_data().create_dataset(name, root=root, split=split, download=download)
+    except (AssertionError, RuntimeError, FileNotFoundError) as error:
+        raise ValueError(f"data {name!r} (data_dir {root!r}, download {download}) cannot be opened: {error}") from error
+    # timm would go on to the next image in silence where one cannot be read
+    found._max_retries = 1
+    return found
+
+
+def _split_folder(data: str, names: Sequence[str]) -> Path:
+    root = Path(data)
+    if not root.is_dir():
+        raise ValueError(
+            "data must be 'digits', a folder with train/ and val/, or a timm dataset such as 'torch/cifar10'; "
+            f"there is no folder {data!r}"
+        )
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    inside = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+    raise ValueError(f"data folder {data} must hold a folder {' or '.join(names)}; it holds {inside}")
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _timm_data() -> Any:
+    from fastnull.compat import import_timm
+
+    return import_timm().data

@@ -1,0 +1,346 @@
+"""Finetuning: one loop for every augmentation, read from the top down; it stops at any step and resumes bitwise.
+
+    from fastnull.finetune import FinetuneConfig, finetune
+    result = finetune(FinetuneConfig(model="vit_small_patch16_224", pretrained=True, data="images", out="runs/first"))
+
+Exact resume rests on one rule: nothing random has a state. The order of the images is a function of (seed, epoch), an
+image's augmentation of (seed, epoch, index), and Mixup, drop path and noise of (seed, step). (That holds on the CPU; on
+a GPU some of torch's own kernels add in an order that varies.)
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from types import FrameType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from fastnull.checkpoint import RunFolder, save_weights
+from fastnull.checks import check_images, check_labels
+from fastnull.data import (
+    EpochBatches,
+    Samples,
+    Source,
+    digits,
+    hold_out,
+    loader,
+    open_source,
+    seed_everything,
+    to_pixels,
+)
+from fastnull.recipe import FinetuneConfig, make_plan
+from fastnull.rng import preserved
+from fastnull.training import DivergenceError, FinetuneResult, Training
+from fastnull.view import View
+from fastnull.vit import NormalizedModel
+
+__all__ = ["DivergenceError", "FinetuneConfig", "FinetuneResult", "finetune"]
+
+Data: TypeAlias = "Dataset[Any] | tuple[Tensor, Tensor]"
+
+CHECK_BATCHES = 4
+"""Batches of held-out images that judge the influence of a universal noise."""
+_INIT_KEY = 0  # with the seed the key of a new head's weights
+
+
+def finetune(
+    config: FinetuneConfig,
+    model: nn.Module | None = None,
+    train_data: Data | None = None,
+    val_data: Data | None = None,
+) -> FinetuneResult:
+    """Finetune a model as the configuration says.
+
+    Ctrl-C (or SIGTERM) ends the run after the step it is in, saves its state and prints how to go on; a second one
+    ends it at once. The global random generators are afterwards as before.
+
+    Args:
+        config: the run.
+        model: takes pixels in [0, 1] and returns logits [B, K]; trained in place. None makes the one that `config`
+            names; with one given, the configuration's own model settings are only recorded.
+        train_data: a dataset of (image, label), images [C, H, W] as bytes or floats in [0, 1], or a pair of tensors;
+            None opens `config.data`.
+        val_data: as train_data, chooses the best epoch; None holds out config.val_fraction of the training data.
+
+    Raises:
+        ValueError, TypeError: bad settings or data; a folder with a run in it; settings changed on resume.
+        DivergenceError: the loss or a weight became NaN or Inf.
+        KeyboardInterrupt: on Ctrl-C, after saving.
+    """
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = None
+    if config.out is not None:
+        folder = RunFolder(config.out, config.to_dict(), overwrite=config.overwrite, resume=config.resume)
+    with ExitStack() as stack:
+        stack.enter_context(preserved())
+        if device.type == "cuda":
+            stack.enter_context(torch.random.fork_rng(devices=[device]))
+        seed_everything(config.seed, _INIT_KEY)
+        source = _source(config, train_data)
+        model = (_create_model(config, source.num_classes) if model is None else model).to(device)
+        train, validation = _datasets(config, source, val_data, model)
+        num_classes = _try_out(model, train, device)
+        plan = make_plan(config, len(train))
+        training = Training(config, model, plan, num_classes, device)
+        if folder is not None:
+            folder.open()
+            if config.resume and (state := folder.load_state()) is not None:
+                training.load_state_dict(state)
+            folder.rewind(training.step)
+            synthesis = config.synthesis()
+            folder.describe(
+                config.to_dict(),
+                device,
+                plan=asdict(plan),
+                synthesis=None if synthesis is None else asdict(synthesis),
+                data={"train": len(train), "validation": 0 if validation is None else len(validation)},
+                classes=source.classes,
+            )
+        stop = stack.enter_context(_StopRequest())
+        _train(training, train, validation, num_classes, folder, stop)
+    return training.result(*(None, None) if folder is None else folder.weights())
+
+
+def _train(
+    training: Training,
+    train: Samples,
+    validation: Samples | None,
+    num_classes: int,
+    folder: RunFolder | None,
+    stop: _StopRequest,
+) -> None:
+    """The loop: epochs of steps, each closed by validation."""
+    from tqdm import tqdm
+
+    config, plan = training.config, training.plan
+    order = EpochBatches(len(train), plan.batch_size, plan.steps_per_epoch, config.seed)
+    batches = loader(train, order, workers=config.workers, device=training.device, persistent=True)
+    held_out = None
+    if validation is not None:
+        held_out = loader(validation, config.batch_size, workers=config.workers, device=training.device)
+    bar = tqdm(
+        total=plan.steps, initial=training.step, disable=not config.progress, desc=config.augment, dynamic_ncols=True
+    )
+    with bar:
+        while training.step < plan.steps:
+            order.epoch, order.start = divmod(training.step, plan.steps_per_epoch)
+            if order.start == 0 and config.augment == "universal":
+                refreshing = _RefreshBatches(train, training, stop)
+                _log(folder, training.refresh(refreshing, refreshing.check_images(held_out)))
+            training.model.train()
+            for images, labels in batches:
+                _check_batch(images, labels, num_classes)
+                training.train_step(images, labels)
+                bar.update()
+                ends_epoch = training.step % plan.steps_per_epoch == 0 or training.step == plan.steps
+                if training.step % config.log_every == 0 or ends_epoch:
+                    record = training.step_record()
+                    bar.set_postfix(_shown(record, training), refresh=False)
+                    _log(folder, record)
+                if ends_epoch:
+                    break
+                if stop.requested or (config.checkpoint_every and training.step % config.checkpoint_every == 0):
+                    _save(training, folder)
+                stop.leave_if_requested(training)
+            accuracy = None if held_out is None else _accuracy(training, held_out, num_classes)
+            _log(folder, training.end_epoch(accuracy))
+            _save(training, folder, best=training.best_epoch == training.epoch)
+            stop.leave_if_requested(training)
+
+
+def _source(config: FinetuneConfig, train_data: Data | None) -> Source:
+    if train_data is None:
+        return open_source(config)
+    return Source(_as_dataset("train_data", train_data), config.num_classes)
+
+
+def _create_model(config: FinetuneConfig, data_classes: int | None) -> nn.Module:
+    from fastnull.models import create_model
+
+    num_classes = config.num_classes or data_classes
+    if num_classes is None:
+        raise ValueError("num_classes is needed: the data does not say how many classes it has")
+    # not every architecture has drop path
+    regularised: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    return create_model(
+        config.model,
+        num_classes=num_classes,
+        pretrained=config.pretrained,
+        checkpoint=config.checkpoint,
+        img_size=config.img_size,
+        **regularised,
+    )
+
+
+def _datasets(
+    config: FinetuneConfig, source: Source, val_data: Data | None, model: nn.Module
+) -> tuple[Samples, Samples | None]:
+    """Training images through random transforms, held-out ones through evaluation's; tensors stay as they are."""
+    if not source.transforms and (config.auto_augment or config.reprob):
+        raise ValueError("auto_augment and reprob are for image files; these images are tensors and stay as they are")
+    augmented = plain = channels = None
+    train = source.train
+    if train is None:
+        view = View.of(model)
+        train = digits(view.size, view.channels)[0]
+    elif source.transforms:
+        view = View.of(model)
+        augmented, plain, channels = view.training(config), view.evaluation(), view.channels
+    if val_data is not None:
+        return Samples(train, augmented, channels, config.seed), Samples(_as_dataset("val_data", val_data))
+    kept, held = hold_out(train, config.val_fraction, config.val_seed)
+    validation = None if held is None else Samples(held, plain, channels, config.seed)
+    return Samples(kept, augmented, channels, config.seed), validation
+
+
+def _as_dataset(name: str, data: Data) -> Dataset[Any]:
+    if isinstance(data, tuple):
+        images, labels = data
+        if len(images) != len(labels):
+            raise ValueError(f"{name} must hold a label for each image; got {len(images)} images, {len(labels)} labels")
+        data = TensorDataset(images, labels)
+    if isinstance(data, DataLoader) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise TypeError(
+            f"{name} must be a dataset with a length and an index, or a pair of tensors, so that its order can be "
+            f"resumed; got {type(data).__name__}"
+        )
+    if len(data) == 0:
+        raise ValueError(f"{name} must hold at least one image; it is empty")
+    return data
+
+
+@torch.no_grad()
+def _try_out(model: nn.Module, train: Samples, device: torch.device) -> int:
+    """Show the model one image, so that a wrong size is told before anything is written; returns its classes."""
+    image = train[0][0]
+    images = to_pixels(image.unsqueeze(0), device)
+    # a grey image would pass for a coloured one: the mean and the standard deviation broadcast
+    channels = model.mean.shape[1] if isinstance(model, NormalizedModel) else None
+    check_images(images, name="training images", channels=channels)
+    training = model.training
+    try:
+        logits = model.eval()(images)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the model does not take the training images {list(image.shape)}: {error}") from error
+    finally:
+        model.train(training)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise TypeError(f"model must return logits [B, K]; got {type(logits).__name__}")
+    return logits.shape[1]
+
+
+def _check_batch(images: Tensor, labels: Tensor, num_classes: int) -> None:
+    """On the host, before the batch travels: no step waits for the device."""
+    if images.dtype != torch.uint8:
+        check_images(images)
+    check_labels(labels, num_classes, len(images))
+
+
+@torch.inference_mode()
+def _accuracy(training: Training, batches: DataLoader[Any], num_classes: int) -> float:
+    """Top-1 accuracy in %, in eval mode."""
+    model = training.evaluated
+    model.eval()
+    correct, total = torch.zeros((), dtype=torch.long, device=training.device), 0
+    for images, labels in batches:
+        _check_batch(images, labels, num_classes)
+        with training.autocast():
+            logits = model(to_pixels(images, training.device))
+        correct += (logits.argmax(1) == labels.to(training.device)).sum()
+        total += len(labels)
+    return 100 * int(correct) / total
+
+
+class _RefreshBatches:
+    """Training batches for universal synthesis: in a new order each round, apart from that of the training steps."""
+
+    def __init__(self, train: Samples, training: Training, stop: _StopRequest) -> None:
+        self._train, self._training, self._stop = train, training, stop
+        self._batch_size = training.plan.batch_size
+        self._round = 0
+
+    def __len__(self) -> int:
+        return len(self._train) // self._batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        training = self._training
+        # beyond any epoch, so that no image is drawn as a training step draws it
+        order = EpochBatches(len(self._train), self._batch_size, len(self), training.config.seed)
+        order.epoch = 2**32 + training.step * 2**16 + self._round
+        self._round += 1
+        for images, _ in loader(self._train, order, workers=training.config.workers, device=training.device):
+            # the state at the start of this epoch is saved already, and the bank will be learned from it again
+            self._stop.leave_if_requested(training)
+            yield to_pixels(images, training.device)
+
+    def check_images(self, held_out: DataLoader[Any] | None) -> list[Tensor]:
+        """Images to judge the influence on: held-out ones, or without those a further round's."""
+        source = self if held_out is None else (to_pixels(images, self._training.device) for images, _ in held_out)
+        return [images for images, _ in zip(source, range(CHECK_BATCHES), strict=False)]
+
+
+class _StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a request that the loop meets between steps; a second one interrupts."""
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            raise KeyboardInterrupt
+        self.requested = number
+
+    def leave_if_requested(self, training: Training) -> None:
+        """Raise KeyboardInterrupt (SystemExit after SIGTERM) with a line that says how to go on."""
+        if self.requested is None:
+            return
+        line = f"stopped after step {training.step} of {training.plan.steps}"
+        if training.config.out is not None:
+            line += f"; go on with resume=True, out={training.config.out!r} (fastnull finetune: --resume)"
+        print(f"\n{line}", file=sys.stderr)
+        if self.requested == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt(line)
+
+
+def _shown(record: dict[str, Any], training: Training) -> dict[str, str]:
+    shown: dict[str, str] = {name: f"{record[name]:.3g}" for name in ("loss", "influence", "norm") if name in record}
+    if training.history and "val_accuracy" in training.history[-1]:
+        shown["val"] = f"{training.history[-1]['val_accuracy']:.1f} %"
+    return shown
+
+
+def _log(folder: RunFolder | None, record: dict[str, Any]) -> None:
+    if folder is not None:
+        folder.log(record)
+
+
+def _save(training: Training, folder: RunFolder | None, *, best: bool = False) -> None:
+    """Write the last weights, those of a new best epoch, and then the state: what it says was done, was done."""
+    if folder is None:
+        return
+    training.check_finite()
+    about = {"step": training.step, "epoch": training.epoch, "augment": training.config.augment}
+    if best:
+        save_weights(training.evaluated, folder.path / "best.safetensors", **about, val_accuracy=training.best_accuracy)
+    save_weights(training.evaluated, folder.path / "last.safetensors", **about)
+    folder.save_state(training.state_dict(), training.step, training.config.keep_last)

@@ -1,0 +1,308 @@
+"""FinetuneConfig: what is trained, on what, with which augmentation; and what a step of it costs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from fastnull.augment import DEFAULTS
+from fastnull.checks import check_choice, check_number
+from fastnull.encoder import BACKENDS
+from fastnull.vit import SITES
+
+if TYPE_CHECKING:
+    from fastnull.synthesis import SynthesisConfig
+
+AUGMENTS = ("none", "random", "universal", "per_image", "boundary", "adversarial")
+"""`none` trains on clean images alone; `random` and `adversarial` are controls; the others are fastnull.augment's."""
+
+FORWARD, INPUT_BACKWARD, FULL_BACKWARD = 1, 1, 2
+"""Costs for one image, in forward passes: a backward pass costs a forward for the inputs and one for the weights."""
+REFRESH_COST = 2 * FORWARD + INPUT_BACKWARD
+"""Of one image in one update of a universal noise: clean logits, noisy logits, input gradient."""
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of FinetuneConfig with its documentation, which the command line shows too."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """A finetuning run. Every field is documented beside it; `fields(FinetuneConfig)` carry the text as metadata.
+
+    Raises:
+        ValueError: a value that is not allowed; the message names the field.
+    """
+
+    # the model
+    model: str = option("vit_digits", "timm model, or vit_digits")
+    num_classes: int | None = option(None, "classes of the head; none: those of the data")
+    pretrained: bool = option(False, "start from timm's pretrained weights")
+    checkpoint: str | None = option(None, "file of weights to start from (.safetensors, .pth)")
+    img_size: int | None = option(None, "height and width in pixels; none: the model's own")
+    drop_path: float = option(0.0, "probability that a sample skips a residual branch in the last block")
+
+    # the data
+    data: str = option("digits", "digits, a folder with train/ and val/ (one folder a class), or torch/... or hfds/...")
+    data_dir: str | None = option(None, "where timm keeps the data set")
+    download: bool = option(False, "let timm download the data set")
+    train_ratio: float = option(1.0, "share of the training images seen in an epoch, drawn anew each time (0, 1]")
+    val_fraction: float = option(0.1, "share of the training images held out to choose the best epoch [0, 1)")
+    val_seed: int = option(0, "seed of that choice, apart from `seed` so that runs share it")
+    workers: int = option(0, "processes that load images; 0 loads in the main one")
+    crop_scale: float = option(0.08, "image files: least area of the random crop, as a share of the image (0, 1]")
+    hflip: float = option(0.5, "image files: probability of a horizontal flip")
+    color_jitter: float = option(0.4, "image files: strength of the colour jitter; off where auto_augment is on")
+    auto_augment: str | None = option(None, "image files: timm's policy, such as rand-m9-mstd0.5-inc1")
+    reprob: float = option(0.0, "image files: probability of random erasing, with noise in place of pixels")
+
+    # the augmentation
+    augment: str = option("boundary", f"one of {', '.join(AUGMENTS)}")
+    site: str = option("patch", "where noise is added: patch, block0 or pixels")
+    eps: float | None = option(None, "influence aimed at; none: the default of augmentation and site")
+    limit: float | None = option(None, "the noise starts in U(-limit, limit), token units or pixels; none: default")
+    noise_lr: float | None = option(None, "universal, per_image: learning rate of AdamW on the noise; none: default")
+    noise_steps: int | None = option(None, "updates of the noise; none: default (universal: rounds x their batches)")
+    rounds: int = option(3, "universal: rounds through the training batches in a refresh")
+    image_ratio: float = option(0.1, "universal: share of the training batches that a round uses (0, 1]")
+    noise_preset: str | None = option(None, "universal: published constants to start from: finetune, first, single_gpu")
+    backend: str = option("auto", "of the frozen encoder")
+    attack_eps: float = option(8 / 255, "adversarial: radius of the L-infinity ball, pixels in [0, 1]")
+    attack_steps: int = option(10, "adversarial: steps of PGD, from a random start")
+    attack_step_size: float = option(2 / 255, "adversarial: step of PGD, pixels in [0, 1]")
+    mixup: float = option(0.0, "alpha of Mixup; 0 is off")
+    cutmix: float = option(0.0, "alpha of CutMix; 0 is off, with mixup one of both is drawn a batch")
+    smoothing: float = option(0.0, "label smoothing [0, 1)")
+
+    # the optimisation
+    epochs: int = option(20, "epochs; ignored where compute_budget is given")
+    compute_budget: float | None = option(
+        None, "cost of the training in forward passes for each training image (a clean epoch is 3); sets the steps"
+    )
+    batch_size: int = option(64, "images a step")
+    opt: str = option("adamw", "timm optimiser")
+    lr: float = option(5e-4, "highest learning rate")
+    min_lr: float = option(0.0, "learning rate at the end")
+    weight_decay: float = option(0.05, "weight decay, not on biases and norms")
+    sched: str = option("cosine", "learning rate over the steps: cosine or constant")
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up, part of the epochs")
+    layer_decay: float | None = option(None, "factor on the learning rate from each layer to the one below (0, 1]")
+    clip_grad: float | None = option(None, "largest L2 norm of the gradient")
+    ema_decay: float | None = option(None, "decay of the averaged weights, warmed up as 1 - (1 + step)^(-2/3)")
+
+    # the run
+    device: str | None = option(None, "torch device; none: cuda where there is one, else cpu")
+    amp: str | None = option(None, "autocast dtype: bfloat16 or float16; none computes in the weights' own")
+    seed: int = option(0, "of everything random but the held-out images")
+    out: str | None = option(None, "folder for weights, metrics and training state; none writes nothing")
+    overwrite: bool = option(False, "start over in a folder that holds a run")
+    resume: bool = option(False, "go on with the run in the folder")
+    checkpoint_every: int | None = option(None, "steps between training states; none: one an epoch")
+    keep_last: int = option(2, "training states that are kept")
+    log_every: int = option(10, "steps between lines in metrics.jsonl")
+    progress: bool = option(True, "show a progress bar")
+
+    def __post_init__(self) -> None:
+        check_choice("augment", self.augment, AUGMENTS)
+        check_choice("site", self.site, SITES)
+        check_choice("backend", self.backend, BACKENDS)
+        check_choice("sched", self.sched, ("cosine", "constant"))
+        if self.amp is not None:
+            check_choice("amp", self.amp, ("bfloat16", "float16"))
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is None:
+                continue
+            if entry.type in ("int", "int | None") and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TypeError(f"{entry.name} must be an integer; got {value!r}")
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, entry.name, os.fspath(value))
+        for name, low, high, exclusive in _RANGES:
+            value = getattr(self, name)
+            if value is not None:
+                check_number(name, value, low, high, exclusive=exclusive)
+        for name in _BELOW_ONE:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must be >= 0 and < 1; got {value!r}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr must be <= lr ({self.lr:g}); got {self.min_lr:g}")
+        if self.mixing and self.batch_size % 2:
+            raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images; got {self.batch_size}")
+        if self.noise_preset is not None and self.augment != "universal":
+            raise ValueError(f"noise_preset is for augment='universal'; got augment={self.augment!r}")
+        if self.resume and self.overwrite:
+            raise ValueError("give either resume or overwrite, not both")
+        if (self.resume or self.overwrite) and self.out is None:
+            raise ValueError("resume and overwrite need a folder: give out")
+
+    @classmethod
+    def published(cls, name: str = "vit_s", **changes: Any) -> FinetuneConfig:
+        """The published recipe: about 800 steps of universal noise, ε 0.03, limit 3, on 0.4 % of ImageNet an epoch.
+
+        The published global batch is 128 (8 a device). The checkpoints are the ones that timm 0.4 had under these
+        names; which one was used is not stated. `data`, `out` and `device` are for the caller to add.
+
+        Args:
+            name: `vit_s`, `vit_b`: those runs; `madry`: the adversarial baseline of ViT-S, PGD-10 at 8/255.
+            changes: fields to change.
+        """
+        small, base = (f"vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("small", "base"))
+        common = cls(
+            model=small, pretrained=True, data="torch/imagenet", train_ratio=0.004, epochs=20, lr=1e-5, min_lr=1e-6,
+            augment="universal", noise_preset="finetune", rounds=3, image_ratio=0.1,
+        )  # fmt: skip
+        regularised: dict[str, Any] = {
+            "batch_size": 128, "weight_decay": 0.05, "drop_path": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
+            "auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "amp": "float16",
+        }  # fmt: skip
+        presets: dict[str, dict[str, Any]] = {
+            "vit_s": regularised,
+            "vit_b": {**regularised, "model": base},
+            "madry": {"augment": "adversarial", "noise_preset": None, "weight_decay": 1e-4, "color_jitter": 0.0},
+        }
+        return replace(common, **{**presets[check_choice("preset", name, presets)], **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FinetuneConfig:
+        """The inverse of `to_dict`. Raises ValueError that names unknown fields."""
+        known = [entry.name for entry in fields(cls)]
+        for name in values:
+            check_choice("field", name, known)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, JSON-able."""
+        return asdict(self)
+
+    @property
+    def mixing(self) -> bool:
+        """Whether Mixup or CutMix is on."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def synthesis(self) -> SynthesisConfig | None:
+        """The settings of NullspaceAugment; None where the augmentation is none of its modes."""
+        from fastnull.synthesis import SynthesisConfig
+
+        if self.augment in ("none", "adversarial"):
+            return None
+        asked: dict[str, Any] = {"eps": self.eps, "limit": self.limit, "lr": self.noise_lr, "steps": self.noise_steps}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        asked |= {"site": self.site, "rounds": self.rounds, "image_ratio": self.image_ratio, "seed": self.seed}
+        if self.noise_preset is not None:
+            return SynthesisConfig.published(self.noise_preset, **asked)
+        # `random` is no synthesis: only its limit is used
+        mode = "boundary" if self.augment == "random" else self.augment
+        return SynthesisConfig(mode=mode, **{**DEFAULTS[self.augment, self.site == "pixels"], **asked})
+
+
+_RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
+    # field, least, greatest, whether the least is excluded
+    ("num_classes", 1, None, False), ("img_size", 1, None, False), ("epochs", 1, None, False),
+    ("batch_size", 1, None, False), ("noise_steps", 1, None, False), ("rounds", 1, None, False),
+    ("attack_steps", 1, None, False), ("checkpoint_every", 1, None, False), ("keep_last", 1, None, False),
+    ("log_every", 1, None, False), ("workers", 0, None, False), ("train_ratio", 0, 1, True),
+    ("crop_scale", 0, 1, True), ("hflip", 0, 1, False), ("color_jitter", 0, None, False), ("reprob", 0, 1, False),
+    ("eps", 0, 2, True), ("limit", 0, None, False), ("noise_lr", 0, None, True), ("image_ratio", 0, 1, True),
+    ("attack_eps", 0, 1, True), ("attack_step_size", 0, 1, True), ("mixup", 0, None, False),
+    ("cutmix", 0, None, False), ("compute_budget", 0, None, True), ("lr", 0, None, True), ("min_lr", 0, None, False),
+    ("weight_decay", 0, None, False), ("warmup_epochs", 0, None, False), ("layer_decay", 0, 1, True),
+    ("clip_grad", 0, None, True),
+)  # fmt: skip
+_BELOW_ONE = ("drop_path", "val_fraction", "smoothing", "ema_decay")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps a run takes and what they cost, in forward passes of the model for one image.
+
+    Attributes:
+        steps, steps_per_epoch, epochs: the last epoch may be a part of one.
+        batch_size: of every step: the configuration's, or all images of an epoch where they are fewer.
+        step_cost: of one image in one step, synthesis in it included.
+        refresh_cost: of learning a universal bank once, at most (it stops where ε is met).
+        total_cost: of the run.
+        budget: what compute_budget allows for the run, where it set the steps; else None.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    epochs: int
+    batch_size: int
+    step_cost: int
+    refresh_cost: int
+    total_cost: int
+    budget: float | None
+
+
+def step_cost(config: FinetuneConfig) -> int:
+    """Forward passes that one image costs in one step.
+
+    A view costs 3 (forward, full backward), and every augmentation but `none` trains two. `boundary` and `per_image`
+    add the clean logits and a forward and an input gradient a step; `adversarial` adds the latter alone.
+    """
+    view = FORWARD + FULL_BACKWARD
+    if config.augment == "none":
+        return view
+    search = FORWARD + INPUT_BACKWARD
+    synthesis = config.synthesis()
+    if config.augment == "adversarial":
+        return 2 * view + search * config.attack_steps
+    if config.augment in ("boundary", "per_image") and synthesis is not None and synthesis.steps is not None:
+        return 2 * view + FORWARD + search * synthesis.steps
+    return 2 * view
+
+
+def refresh_cost(config: FinetuneConfig, images: int, batch_size: int) -> int:
+    """Most forward passes of learning a universal bank once from a training set of `images`; 0 for other modes."""
+    synthesis = config.synthesis()
+    if config.augment != "universal" or synthesis is None:
+        return 0
+    per_round = max(1, int(synthesis.image_ratio * (images // batch_size)))
+    steps = synthesis.steps or synthesis.rounds * per_round
+    return steps * batch_size * REFRESH_COST
+
+
+def make_plan(config: FinetuneConfig, images: int) -> Plan:
+    """Derive the steps of a run on a training set of `images`.
+
+    With `compute_budget` the steps are the most whose cost is within budget x images, whatever the augmentation, so
+    that runs with the same budget cost the same. A universal bank is counted at the steps it may take.
+
+    Raises:
+        ValueError: no images, or a budget that does not pay for one step.
+    """
+    if images < 1:
+        raise ValueError("the training data holds no images")
+    per_epoch = max(1, int(config.train_ratio * images))
+    batch_size = min(config.batch_size, per_epoch)
+    if config.mixing:
+        batch_size -= batch_size % 2
+        if batch_size == 0:
+            raise ValueError("mixup and cutmix pair images: an epoch must hold at least two")
+    steps_per_epoch = per_epoch // batch_size
+    cost, refresh = step_cost(config) * batch_size, refresh_cost(config, images, batch_size)
+    steps, budget = config.epochs * steps_per_epoch, None
+    if config.compute_budget is not None:
+        budget = config.compute_budget * images
+        full_epochs = int(budget // (steps_per_epoch * cost + refresh))
+        rest = budget - full_epochs * (steps_per_epoch * cost + refresh)
+        steps = full_epochs * steps_per_epoch + max(0, int((rest - refresh) // cost))
+        if steps == 0:
+            raise ValueError(
+                f"compute_budget {config.compute_budget:g} ({budget:g} forward passes) does not pay for one step, "
+                f"which costs {cost + refresh} with augment={config.augment!r}"
+            )
+    epochs = -(-steps // steps_per_epoch)
+    return Plan(
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        epochs=epochs,
+        batch_size=batch_size,
+        step_cost=step_cost(config),
+        refresh_cost=refresh,
+        total_cost=steps * cost + epochs * refresh,
+        budget=budget,
+    )

@@ -1,0 +1,165 @@
+"""APGD (Croce and Hein 2020): projected gradient with momentum and a step size that halves when progress stops."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastnull.checks import check_choice, check_number
+from fastnull.robustness.attacks.base import (
+    Best,
+    Criterion,
+    Starts,
+    Victim,
+    check_attack,
+    direction,
+    length,
+    per_image,
+    project,
+    under_attack,
+)
+
+LOSSES = ("ce", "dlr", "dlr_targeted")
+
+MOMENTUM = 0.75  # share of the new step; the rest is the last one's
+RHO = 0.75  # share of steps in a window that must raise the loss
+
+
+def apgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    loss: str = "ce",
+    steps: int = 100,
+    norm: str = "linf",
+    restarts: int = 1,
+    targets: int = 9,
+    generator: torch.Generator | None = None,
+    seed: int = 0,
+    indices: Tensor | None = None,
+) -> Tensor:
+    """Auto-PGD. No step size to choose; a success found on the way is never given up.
+
+    Args:
+        model, images, eps, norm, generator, seed, indices: as in `pgd`.
+        labels: true classes [B].
+        loss: `ce`; `dlr`, the difference of logits ratio, which does not vanish where the model is sure (3 classes or
+            more); `dlr_targeted`, once for each of the `targets` most likely wrong classes (4 classes or more).
+        steps: gradient steps a restart and target.
+        targets: of `dlr_targeted`; at most K - 1 are used.
+
+    Returns:
+        [B, C, H, W] in the images' dtype: the success of the largest loss, else the point of it.
+
+    Raises:
+        ValueError: as `pgd`; an unknown loss; too few classes for it; soft labels.
+    """
+    check_attack(images, eps, norm)
+    check_choice("loss", loss, LOSSES)
+    for name, value in (("steps", steps), ("restarts", restarts), ("targets", targets)):
+        check_number(name, value, 1)
+    if len(images) == 0:
+        return images.clone()
+    with under_attack(model, images.device):
+        victim = Victim(model, images, labels)
+        with torch.no_grad():
+            clean_logits = victim.logits(victim.clean)
+        classes = clean_logits.shape[1]
+        needed = {"ce": 2, "dlr": 3, "dlr_targeted": 4}[loss]
+        if classes < needed:
+            raise ValueError(f"loss {loss!r} needs {needed} classes or more; the model has {classes}")
+        if victim.labels.ndim != 1:
+            raise ValueError(f"labels must be classes [B]; got shape {list(labels.shape)}")
+        if eps == 0:
+            return images.clone()
+        goals: list[Criterion | None] = [None if loss == "ce" else dlr_loss]
+        if loss == "dlr_targeted":
+            wrong = clean_logits.scatter(1, victim.labels[:, None], -math.inf)
+            likely = wrong.topk(min(targets, classes - 1), dim=1).indices  # [B, T]
+            goals = [TargetedDLR(likely[:, t]) for t in range(likely.shape[1])]
+        starts = Starts(victim.clean, generator, seed, indices)
+        best = Best(victim.clean)
+        for _ in range(restarts):
+            for goal in goals:
+                _run(victim, starts, best, goal, eps, steps, norm)
+        return victim.finish(best.images)
+
+
+def _run(victim: Victim, starts: Starts, best: Best, goal: Criterion | None, eps: float, steps: int, norm: str) -> None:
+    """One start of APGD (algorithm 1 of the paper); every point visited is offered to `best`."""
+    run = Best(victim.clean)
+    noise = starts.uniform()
+    # as published: uniform noise scaled to the surface of the ball
+    size = per_image(noise.abs().amax((1, 2, 3))) if norm == "linf" else length(noise)
+    point = (victim.clean + eps * noise / size).clamp(0, 1)
+    previous = point
+    gradient, loss, logits = victim.gradient(point, goal)
+    run.offer(point, victim.success(logits), loss)
+    top_point, top_loss, top_gradient = point, loss, gradient
+    step = torch.full_like(loss, 2 * eps)
+    last_step, last_top = step, top_loss
+    rises = torch.zeros_like(loss)
+    ends = _checkpoints(steps)
+    window_start = 0
+    for k in range(1, steps + 1):
+        share = MOMENTUM if k > 1 else 1.0
+        moved = project(point + per_image(step) * direction(gradient, norm), victim.clean, eps, norm)
+        mixed = point + share * (moved - point) + (1 - share) * (point - previous)
+        previous, point = point, project(mixed, victim.clean, eps, norm)
+        last_loss = loss
+        gradient, loss, logits = victim.gradient(point, goal)
+        run.offer(point, victim.success(logits), loss)
+        rises += loss > last_loss
+        higher = loss > top_loss
+        top_point = torch.where(per_image(higher), point, top_point)
+        top_gradient = torch.where(per_image(higher), gradient, top_gradient)
+        top_loss = torch.where(higher, loss, top_loss)
+        if k in ends:
+            stuck = rises < RHO * (k - window_start)
+            still = (last_step == step) & (last_top >= top_loss)
+            halve = stuck | still
+            last_step, last_top = step, top_loss
+            step = torch.where(halve, step / 2, step)
+            # go on from the best point
+            point = torch.where(per_image(halve), top_point, point)
+            gradient = torch.where(per_image(halve), top_gradient, gradient)
+            loss = torch.where(halve, top_loss, loss)
+            rises = torch.zeros_like(rises)
+            window_start = k
+    best.offer(run.images, run.success, run.loss)
+
+
+def _checkpoints(steps: int) -> set[int]:
+    """Steps after which progress is judged: windows of .22, .19, .16, … .06 of all steps."""
+    ends, share, window = set(), 0.0, 0.22
+    while share + window <= 1:
+        share += window
+        ends.add(math.ceil(share * steps))
+        window = max(window - 0.03, 0.06)
+    return ends
+
+
+def dlr_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """-(z_y - max of the others) / (z_1st - z_3rd); [B, K], [B] → [B]. Unchanged by shifts and scales of the logits."""
+    ordered = logits.sort(dim=1, descending=True).values
+    own = logits.gather(1, labels[:, None])[:, 0]
+    right = logits.argmax(1) == labels
+    other = torch.where(right, ordered[:, 1], ordered[:, 0])
+    return -(own - other) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+
+
+class TargetedDLR:
+    """-(z_y - z_t) / (z_1st - (z_3rd + z_4th) / 2), with a target class t for every image."""
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets = targets
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        ordered = logits.sort(dim=1, descending=True).values
+        own = logits.gather(1, labels[:, None])[:, 0]
+        target = logits.gather(1, self.targets[:, None])[:, 0]
+        return -(own - target) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)

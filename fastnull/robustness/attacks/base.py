@@ -1,0 +1,228 @@
+"""What the attacks share: the model under attack, its checked logits and loss, and the geometry of the balls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnull.checks import check_choice, check_images, check_labels, check_number
+from fastnull.robustness.keyed import KeyedRandom
+from fastnull.vit import frozen
+
+NORMS = ("linf", "l2")
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""(logits [B, K], labels) → loss an image [B]; attacks make it large."""
+
+
+def model_dtype(model: nn.Module) -> torch.dtype | None:
+    """Dtype of the first floating parameter, None where there is none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def model_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's logits [B, K] in float32 or better; `.logits` of a Hugging Face output is unwrapped.
+
+    Images go in as the model's own dtype, so a bfloat16 model can be attacked in float32 steps.
+
+    Raises:
+        TypeError: the model returns neither a tensor nor something with `.logits`.
+        ValueError: not [B, K].
+    """
+    output: Any = model(images.to(model_dtype(model) or images.dtype))
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"model must return logits [B, K] or an output with .logits; got {type(output).__name__}")
+    if logits.ndim != 2 or logits.shape[0] != images.shape[0]:
+        raise ValueError(f"model must return logits [{images.shape[0]}, K]; got shape {list(logits.shape)}")
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_logits(broken: Tensor) -> None:
+    """Raise ValueError if the flag of `is_broken` is set; waits for the device."""
+    if bool(broken):
+        raise ValueError("the model returned NaN or +Inf logits")
+
+
+def is_broken(logits: Tensor) -> Tensor:
+    """A flag on the device: NaN or +Inf among the logits. -Inf is how classes are masked out."""
+    return ~(logits < math.inf).all()
+
+
+@contextmanager
+def under_attack(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Frozen model and gradients on, also inside no_grad and inference_mode; afterwards everything is as before."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad(), frozen(model):
+        yield
+
+
+class Victim:
+    """A batch and the model it is attacked on. Make one inside `under_attack`.
+
+    Args:
+        model: pixels in [0, 1] → logits.
+        images, labels: clean pixels [B, C, H, W]; true classes [B] (or soft [B, K]), or targets where `targeted`.
+        targeted: the loss is negated and success means reaching the label.
+        criterion: loss an image; None is the cross entropy.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, targeted: bool = False,
+        criterion: Criterion | None = None,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.dtype = images.dtype
+        # float32 inside: 1/255 is one bf16 step near 1. Clones are ordinary tensors, also of a caller's inference mode
+        self.clean = images.detach().to(torch.promote_types(images.dtype, torch.float32), copy=True)
+        self.labels = labels
+        if isinstance(labels, Tensor):
+            dtype = labels.dtype if labels.is_floating_point() else torch.int64
+            self.labels = labels.detach().to(images.device, dtype, copy=True)
+        self.targeted = targeted
+        self.criterion = criterion
+        self._checked = False
+        self._broken = torch.zeros((), dtype=torch.bool, device=images.device)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """[B, K]. The first call checks labels and logits; later ones only note NaN, without waiting for the device."""
+        logits = model_logits(self.model, images)
+        broken = is_broken(logits.detach())
+        if not self._checked:
+            check_labels(self.labels, logits.shape[1], len(self.clean))
+            check_logits(broken)
+            self._checked = True
+        self._broken |= broken
+        return logits
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Loss an image [B] that the attack makes large."""
+        if self.criterion is None:
+            loss = F.cross_entropy(logits, self.labels, reduction="none")
+        else:
+            loss = self.criterion(logits, self.labels)
+            if loss.shape != logits.shape[:1]:
+                raise ValueError(
+                    f"criterion must return one loss an image, [{len(logits)}] (reduction='none'); "
+                    f"got shape {list(loss.shape)}"
+                )
+        return -loss if self.targeted else loss
+
+    def success(self, logits: Tensor) -> Tensor:
+        """[B] bool: misclassified, or classified as the target."""
+        classes = self.labels.argmax(1) if self.labels.ndim == 2 else self.labels
+        return (logits.argmax(1) == classes) == self.targeted
+
+    def gradient(self, images: Tensor, loss: Criterion | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of the summed loss [B, C, H, W], the loss an image [B] and the logits [B, K], all detached.
+
+        `loss` takes (logits, labels) and replaces the victim's own.
+        """
+        leaf = images.detach().requires_grad_(True)
+        logits = self.logits(leaf)
+        values = self.loss(logits) if loss is None else loss(logits, self.labels)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        return gradient, values.detach(), logits.detach()
+
+    @torch.no_grad()
+    def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Success [B] and loss [B] of finished images."""
+        logits = self.logits(images)
+        return self.success(logits), self.loss(logits)
+
+    def finish(self, images: Tensor) -> Tensor:
+        """The attack's result in the caller's dtype, after the NaN noted on the way."""
+        check_logits(self._broken)
+        return images.detach().to(self.dtype)
+
+
+class Best:
+    """The best attack on each image so far: a success before a failure, then the larger loss."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.success = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        self.loss = torch.full((len(images),), -math.inf, device=images.device, dtype=images.dtype)
+
+    def offer(self, images: Tensor, success: Tensor, loss: Tensor) -> None:
+        """Take what is better, image by image."""
+        better = (success & ~self.success) | ((success == self.success) & (loss > self.loss))
+        self.images = torch.where(per_image(better), images, self.images)
+        self.success = self.success | success
+        self.loss = torch.where(better, loss.to(self.loss.dtype), self.loss)
+
+
+def check_attack(images: Tensor, eps: float, norm: str) -> None:
+    """Raise unless the images are pixels in [0, 1] and the ball makes sense: eps in [0, 1] for linf, >= 0 for l2."""
+    check_choice("norm", norm, NORMS)
+    check_images(images)
+    check_number("eps", eps, 0, 1 if norm == "linf" else None)
+    if math.isinf(eps):
+        raise ValueError(f"eps must be finite; got {eps!r}")
+
+
+def per_image(values: Tensor) -> Tensor:
+    """[B] → [B, 1, 1, 1]."""
+    return values.view(-1, 1, 1, 1)
+
+
+def length(tensor: Tensor) -> Tensor:
+    """Euclidean length of every image [B, 1, 1, 1]."""
+    return per_image(torch.linalg.vector_norm(tensor.flatten(1), dim=1))
+
+
+def direction(gradient: Tensor, norm: str) -> Tensor:
+    """Steepest ascent of unit size: the sign, or the gradient divided by its length (0 stays 0)."""
+    if norm == "linf":
+        return gradient.sign()
+    return gradient / length(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+
+
+def project(images: Tensor, clean: Tensor, eps: float, norm: str) -> Tensor:
+    """Into the ball around the clean images, then into [0, 1], which moves towards them and so stays in the ball."""
+    change = images - clean
+    if norm == "linf":
+        change = change.clamp(-eps, eps)
+    else:
+        change = change * (eps / length(change).clamp_min(eps))  # longer ones alone shrink
+    return (clean + change).clamp(0, 1)
+
+
+class Starts:
+    """Random points of the ball, restart by restart: from `generator` if given, else keyed by (seed, image)."""
+
+    def __init__(self, clean: Tensor, generator: torch.Generator | None, seed: int, indices: Tensor | None) -> None:
+        self.clean = clean
+        self.generator = generator
+        if indices is None:
+            indices = torch.arange(len(clean))
+        elif len(indices) != len(clean):
+            raise ValueError(f"indices must hold one entry per image ({len(clean)}); got {len(indices)}")
+        self.keyed = KeyedRandom(seed, "attack", indices.to(clean.device))
+
+    def uniform(self) -> Tensor:
+        """[B, C, H, W] within (-1, 1)."""
+        if self.generator is None:
+            values = self.keyed.uniform(*self.clean.shape[1:])
+        else:
+            values = torch.rand(self.clean.shape, generator=self.generator, device=self.generator.device)
+        return values.to(self.clean).mul_(2).sub_(1)
+
+    def point(self, eps: float, norm: str) -> Tensor:
+        """Clean images plus uniform noise of the ball, in [0, 1]."""
+        noise = self.uniform()
+        if norm == "l2":
+            size = noise[0].numel()
+            # the direction of a Gaussian is uniform, so is (radius / eps)^dimension
+            gaussian = torch.erfinv(noise) * math.sqrt(2)
+            radius = (self.uniform()[:, :1, :1, :1] + 1) / 2
+            noise = direction(gaussian, norm) * radius ** (1 / size)
+        return (self.clean + eps * noise).clamp(0, 1)

@@ -1,0 +1,333 @@
+"""Training: the model, the optimiser and all else that changes from step to step, and the state a checkpoint keeps."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastnull.checks import check_choice
+from fastnull.compat import import_timm
+from fastnull.controls import AdversarialTraining, CleanOnly, Stopwatch, TimedAugment
+from fastnull.data import seed_everything, to_pixels
+from fastnull.recipe import REFRESH_COST, FinetuneConfig, Plan
+from fastnull.vit import NormalizedModel, unwrap
+
+STEP_KEY = 1
+"""With the seed and the step the key of a step's random numbers."""
+
+
+class DivergenceError(RuntimeError):
+    """The loss or a weight became NaN or Inf; nothing was saved after it."""
+
+
+@dataclass
+class FinetuneResult:
+    """What a run gives back.
+
+    Attributes:
+        model: with its last weights (the averaged ones with ema_decay), in eval mode.
+        history: a record an epoch: epoch, step, loss (mean over the epoch), val_accuracy in %, and the seconds so far.
+        best_epoch, best_accuracy: by the held-out images, in %; None without them.
+        best_path, last_path: weights (.safetensors) of the best epoch and the last step; None where none were written.
+        plan: steps and their cost.
+        cost: forward passes for one image: `planned` and `spent` (less where a universal noise stops early), `budget`
+            (None without one).
+        seconds: `total`, `synthesis` (noise or attack) and `synthesis_share` of the total.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    best_epoch: int | None
+    best_accuracy: float | None
+    best_path: Path | None
+    last_path: Path | None
+    plan: Plan
+    cost: dict[str, float | None]
+    seconds: dict[str, float]
+
+
+class Training:
+    """A run between two steps.
+
+    Args:
+        config, plan: of the run.
+        model: on `device`; trained in place.
+        num_classes: of its logits.
+
+    Attributes:
+        step: steps taken.
+        history: a record an epoch.
+        best_epoch, best_accuracy: by the held-out images.
+
+    Raises:
+        ValueError: an optimiser that timm does not know, layer_decay for a model without layers that timm knows, or a
+            model that the augmentation cannot split.
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, model: nn.Module, plan: Plan, num_classes: int, device: torch.device
+    ) -> None:
+        self.config, self.model, self.plan, self.device = config, model, plan, device
+        timm = import_timm()
+        self.amp_dtype = getattr(torch, config.amp) if config.amp else None
+        self.watch = Stopwatch(device)
+        self.augment = _augment(config, model, self.amp_dtype, self.watch)
+        self.optimizer = _optimizer(config, model)
+        self.scheduler = _scheduler(config, plan, self.optimizer)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+        self.ema = timm.utils.ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self.mixup = None
+        if config.mixing:
+            self.mixup = timm.data.Mixup(
+                config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes
+            )
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.best_epoch: int | None = None
+        self.best_accuracy: float | None = None
+        self._spent = 0.0
+        self._seconds = 0.0
+        self._synthesis_seconds = 0.0
+        self._started = time.perf_counter()
+        # on the device, so that no step waits for the host: this epoch's sum of losses, and the first step gone wrong
+        self._loss = torch.zeros((), device=device)
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._bad_step = torch.full((), -1, dtype=torch.long, device=device)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the current epoch, from 1; after its last step still that one."""
+        return max(self.step - 1, 0) // self.plan.steps_per_epoch + 1
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose accuracy counts and whose weights are saved: the average, where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def refresh(self, batches: Iterable[Tensor], check: list[Tensor]) -> dict[str, Any]:
+        """Learn a universal bank from the current weights; its influence is judged on the `check` images.
+
+        Returns its record, under the first step that uses it, and warns where ε was not met.
+        """
+        self.augment.step = self.step
+        with self.watch:
+            noise = self.augment.refresh(batches, check=check)
+        assert noise is not None
+        self._spent += REFRESH_COST * len(noise) * len(noise.history) * self.plan.batch_size
+        met, influence = int(noise.converged.sum()), float(noise.influence.mean())
+        if met < len(noise):
+            warnings.warn(
+                f"the universal noise for step {self.step + 1} did not meet eps: influence {influence:.3g} after "
+                f"{int(noise.steps.max())} updates. It is used as it is; more rounds, a larger image_ratio or a "
+                "smaller limit would help",
+                stacklevel=2,
+            )
+        return {
+            "kind": "refresh",
+            "step": self.step + 1,
+            "noises": len(noise),
+            "converged": met,
+            "influence": influence,
+            "norm": float(noise.norm.mean()),
+            "updates": int(noise.steps.max()),
+        }
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One update from a checked batch on the host: images [B, C, H, W] (bytes or pixels), labels [B]."""
+        seed_everything(self.config.seed, STEP_KEY, self.step)
+        self.augment.step = self.step
+        images, labels = to_pixels(images, self.device), labels.to(self.device, non_blocking=True)
+        if self.mixup is not None:
+            images, labels = self.mixup(images, labels)
+        with self.autocast():
+            loss, _ = self.augment.loss(images, labels, self._criterion)
+        self.scaler.scale(loss).backward()
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.step)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+        self._loss = loss.detach()
+        self._loss_sum += self._loss
+        went_wrong = ~torch.isfinite(self._loss) & (self._bad_step < 0)
+        self._bad_step = torch.where(went_wrong, self.step, self._bad_step)
+        self._spent += self.plan.step_cost * len(images)
+
+    def autocast(self) -> torch.autocast:
+        """The configuration's autocast region."""
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def check_finite(self) -> None:
+        """Raise DivergenceError where a loss or a weight is NaN or Inf; waits for the device."""
+        step = int(self._bad_step)
+        what = f"the loss is {'NaN or Inf'} at step {step}"
+        if step < 0:
+            broken = [name for name, value in self.model.named_parameters() if not bool(torch.isfinite(value).all())]
+            if not broken:
+                return
+            what = f"{len(broken)} weights ({broken[0]}, ...) hold NaN or Inf after step {self.step}"
+        raise DivergenceError(
+            f"{what} of {self.plan.steps}; nothing is saved from there on. A lower lr than {self.config.lr:g}, "
+            "clip_grad, a warm-up, or amp=None may help"
+        )
+
+    def step_record(self) -> dict[str, Any]:
+        """The line that metrics.jsonl gets for the last step. Raises DivergenceError."""
+        if int(self._bad_step) >= 0:
+            self.check_finite()
+        stats = {name: float(value) for name, value in self.augment.stats.items()}
+        return {
+            "kind": "step",
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": float(self._loss),
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            # random noise has no influence that anybody measured
+            **{name: value for name, value in stats.items() if math.isfinite(value)},
+        }
+
+    def end_epoch(self, accuracy: float | None) -> dict[str, Any]:
+        """Close an epoch with the accuracy on the held-out images in %; returns its record. Raises DivergenceError."""
+        self.check_finite()
+        taken = (self.step - 1) % self.plan.steps_per_epoch + 1
+        if accuracy is not None and (self.best_accuracy is None or accuracy > self.best_accuracy):
+            self.best_epoch, self.best_accuracy = self.epoch, accuracy
+        record = {
+            "kind": "epoch",
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": float(self._loss_sum) / taken,
+            **({} if accuracy is None else {"val_accuracy": accuracy}),
+            "cost": self._spent,
+            "seconds": self.seconds(),
+        }
+        self.history.append(record)
+        self._loss_sum.zero_()
+        return record
+
+    def seconds(self) -> dict[str, float]:
+        """Total and synthesis so far, those of the parts before a resume included."""
+        total = self._seconds + time.perf_counter() - self._started
+        synthesis = self._synthesis_seconds + self.watch.seconds()
+        return {"total": total, "synthesis": synthesis, "synthesis_share": synthesis / total}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on; tensors and plain values."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "augment": self.augment.state_dict(),
+            "loss_sum": self._loss_sum,
+            "history": self.history,
+            "best": (self.best_epoch, self.best_accuracy),
+            "spent": self._spent,
+            "seconds": self.seconds(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            ValueError: the state is of another model.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"the training state is of another model or optimiser: {error}") from error
+        self.scaler.load_state_dict(state["scaler"])
+        self.augment.load_state_dict(state["augment"])
+        self.step, self.history = state["step"], state["history"]
+        self.best_epoch, self.best_accuracy = state["best"]
+        self._loss_sum = state["loss_sum"].to(self.device)
+        self._spent = state["spent"]
+        self._seconds, self._synthesis_seconds = state["seconds"]["total"], state["seconds"]["synthesis"]
+
+    def result(self, best_path: Path | None, last_path: Path | None) -> FinetuneResult:
+        """What `finetune` returns."""
+        return FinetuneResult(
+            model=self.evaluated.eval(),
+            history=self.history,
+            best_epoch=self.best_epoch,
+            best_accuracy=self.best_accuracy,
+            best_path=best_path,
+            last_path=last_path,
+            plan=self.plan,
+            cost={"planned": self.plan.total_cost, "spent": self._spent, "budget": self.plan.budget},
+            seconds=self.seconds(),
+        )
+
+    def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy in float32, with class indices or (after Mixup, which smooths itself) soft labels."""
+        smoothing = 0.0 if self.mixup is not None else self.config.smoothing
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
+def _augment(
+    config: FinetuneConfig, model: nn.Module, dtype: torch.dtype | None, watch: Stopwatch
+) -> TimedAugment | CleanOnly:
+    synthesis = config.synthesis()
+    if synthesis is not None:
+        augment = TimedAugment(model, config.augment, backend=config.backend, dtype=dtype, config=synthesis)
+        augment.watch = watch
+        return augment
+    if config.augment == "adversarial":
+        return AdversarialTraining(
+            model,
+            eps=config.attack_eps,
+            steps=config.attack_steps,
+            step_size=config.attack_step_size,
+            seed=config.seed,
+            watch=watch,
+        )
+    return CleanOnly(model)
+
+
+def _optimizer(config: FinetuneConfig, model: nn.Module) -> torch.optim.Optimizer:
+    optim = import_timm().optim
+    check_choice("opt", config.opt, optim.list_optimizers())
+    network = unwrap(model)
+    network = network.network if isinstance(network, NormalizedModel) else network
+    if config.layer_decay is not None and not hasattr(network, "group_matcher"):
+        raise ValueError(f"layer_decay needs a timm model, which knows its layers; got {type(network).__name__}")
+    return optim.create_optimizer_v2(
+        network, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+    )
+
+
+def _scheduler(config: FinetuneConfig, plan: Plan, optimizer: torch.optim.Optimizer) -> Any:
+    """timm's scheduler with steps for epochs, since a budget need not end with an epoch."""
+    warmup = min(round(config.warmup_epochs * plan.steps_per_epoch), plan.steps - 1)
+    scheduler, _ = import_timm().scheduler.create_scheduler_v2(
+        optimizer,
+        # a step schedule that never steps: timm has "constant" in late versions only
+        sched="step" if config.sched == "constant" else config.sched,
+        decay_rate=1.0,
+        num_epochs=plan.steps,
+        min_lr=config.min_lr,
+        warmup_epochs=warmup,
+        warmup_lr=config.lr / (warmup + 1),
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    return scheduler

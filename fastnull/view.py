@@ -1,0 +1,88 @@
+"""What a model wants to see: the size of its images, and the transforms that bring image files to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnull.compat import import_timm
+from fastnull.vit import split, unwrap
+
+if TYPE_CHECKING:
+    from fastnull.recipe import FinetuneConfig
+
+
+@dataclass(frozen=True)
+class View:
+    """What a model wants to see: image size (H, W), channels, and how images are brought to that size."""
+
+    size: tuple[int, int]
+    channels: int
+    interpolation: str
+    crop: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> View:
+        """Read it off a timm model (in a NormalizedModel or plain); 224 pixels where a model says nothing."""
+        network = unwrap(model)
+        network = unwrap(getattr(network, "network", network))
+        config = import_timm().data.resolve_model_data_config(network)
+        channels, *size = config["input_size"]
+        try:
+            adapter = split(model)
+        except ValueError:  # no ViT: its configuration is all there is
+            pass
+        else:
+            channels, size = adapter.channels, adapter.image_size or size
+        # a torch.nn.Module without a pretrained_cfg gets timm's ImageNet defaults, which is what is wanted
+        return cls(
+            size=(int(size[0]), int(size[1])),
+            channels=channels,
+            interpolation=config["interpolation"],
+            crop=config["crop_pct"],
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+        )
+
+    def evaluation(self) -> Callable[[Any], Tensor]:
+        """Resize and centre crop; PIL image → bytes [C, H, W]."""
+        return import_timm().data.create_transform(
+            self.size, normalize=False, interpolation=self.interpolation, crop_pct=self.crop
+        )
+
+    def training(self, config: FinetuneConfig) -> Callable[[Any], Tensor]:
+        """Random crop, flip, RandAugment or colour jitter, random erasing; PIL image → bytes [C, H, W]."""
+        transform = import_timm().data.create_transform(
+            self.size,
+            is_training=True,
+            normalize=False,
+            scale=(config.crop_scale, 1.0),
+            hflip=config.hflip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.auto_augment,
+            interpolation=self.interpolation,
+            mean=self.mean,
+        )
+        return _Erasing(transform, config.reprob, self.mean, self.std) if config.reprob else transform
+
+
+class _Erasing:
+    """timm's random erasing with normal noise in a pixel's place, for images that are not normalised yet."""
+
+    def __init__(
+        self, transform: Callable[[Any], Tensor], probability: float, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.transform = transform
+        self.erase = import_timm().data.random_erasing.RandomErasing(probability, mode="pixel", device="cpu")
+        self.mean = 255 * torch.tensor(mean).view(-1, 1, 1)
+        self.std = 255 * torch.tensor(std).view(-1, 1, 1)
+
+    def __call__(self, image: Any) -> Tensor:
+        normalized = (self.transform(image).float() - self.mean) / self.std
+        return (self.erase(normalized) * self.std + self.mean).round().clamp(0, 255).byte()

@@ -1,0 +1,484 @@
+"""Finetuning: every augmentation learns, costs what the plan says, and a stopped run goes on to the same bits."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from pictures import write_pictures
+from safetensors.torch import load_file
+from torch import nn
+
+from fastnull.checkpoint import read_state
+from fastnull.data import digits, evaluation_data
+from fastnull.finetune import DivergenceError, FinetuneConfig, finetune
+from fastnull.recipe import AUGMENTS, make_plan
+from fastnull.training import Training
+
+# 48 of the digits: 43 after the hold-out, 2 batches of 16 an epoch and a rest, so that the order matters
+SMALL = FinetuneConfig(
+    augment="none", epochs=3, batch_size=16, lr=2e-3, attack_steps=2, noise_steps=2, limit=0.25, log_every=1,
+    progress=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def few():
+    images, labels = digits()[0].tensors
+    return images[:48], labels[:48]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, stop: Callable[[], None]) -> None:
+    """Call `stop` at the end of a step: from inside the run, as a signal comes."""
+    taken = []
+    original = Training.train_step
+
+    def train_step(self: Training, images: torch.Tensor, labels: torch.Tensor) -> None:
+        original(self, images, labels)
+        taken.append(1)
+        if len(taken) == steps:
+            stop()
+
+    monkeypatch.setattr(Training, "train_step", train_step)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without the times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Bitwise: weights, averaged weights, the optimiser's state and metrics."""
+    for name in ("last.safetensors", "best.safetensors"):
+        one, other = load_file(left / name), load_file(right / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    one, other = (read_state(sorted(folder.glob("state-*.pt"))[-1]) for folder in (left, right))
+    for part in ("model", "ema"):
+        if one[part] is not None:
+            assert all(torch.equal(value, other[part][key]) for key, value in one[part].items()), part
+    moments = [state["optimizer"]["state"] for state in (one, other)]
+    assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[0])
+    assert metrics(left) == metrics(right)
+
+
+@pytest.fixture(scope="module")
+def half_trained():
+    return finetune(
+        FinetuneConfig(augment="none", epochs=8, lr=3e-3, batch_size=16, warmup_epochs=1, progress=False)
+    )
+
+
+def test_learns_the_digits(half_trained):
+    assert half_trained.history[-1]["val_accuracy"] > 70  # of ten classes, from random weights
+    assert half_trained.history[-1]["loss"] < 0.5 * half_trained.history[0]["loss"]
+
+
+@pytest.mark.filterwarnings("ignore:the universal noise")
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_every_augmentation_learns(half_trained, augment):
+    config = FinetuneConfig(augment=augment, epochs=2, lr=1e-3, attack_steps=2, attack_eps=2 / 255, progress=False)
+    result = finetune(config, copy.deepcopy(half_trained.model))
+    first, last = result.history[0], result.history[-1]
+    assert last["loss"] < first["loss"]
+    assert last["val_accuracy"] > 70
+    assert result.best_accuracy == max(record["val_accuracy"] for record in result.history)
+    assert result.model.training is False
+    assert (result.seconds["synthesis"] > 0) == (augment != "none")
+
+
+# Universal learns its bank at epoch starts: step 3 lies behind the second one. 2 workers and image files: below.
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_stopped_run_goes_on_bitwise(tmp_path, few, monkeypatch, augment):
+    config = replace(
+        SMALL, augment=augment, drop_path=0.2, mixup=0.4, cutmix=0.5, smoothing=0.1, ema_decay=0.9, clip_grad=1.0,
+        layer_decay=0.8, warmup_epochs=0.5, num_classes=10,
+    )  # fmt: skip
+    whole, parts = replace(config, out=str(tmp_path / "whole")), replace(config, out=str(tmp_path / "parts"))
+    finetune(whole, train_data=few)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 6"):
+            finetune(parts, train_data=few)
+    assert [line["kind"] for line in metrics(tmp_path / "parts")].count("step") == 3
+    # what else is drawn between the parts does not matter
+    torch.manual_seed(99)
+    numpy.random.seed(99)
+    result = finetune(replace(parts, resume=True), train_data=few)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert [record["epoch"] for record in result.history] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_run_on_image_files_goes_on_bitwise(tmp_path, monkeypatch, workers):
+    """Random crops, RandAugment and erasing in worker processes; stopped by a crash behind a periodic state."""
+    pictures = write_pictures(tmp_path / "pictures")
+    config = replace(
+        SMALL, augment="boundary", data=str(pictures), auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5, mixup=0.2,
+        drop_path=0.1, batch_size=4, epochs=2, val_fraction=0.25, workers=workers, checkpoint_every=3,
+    )  # fmt: skip
+    whole, parts = replace(config, out=str(tmp_path / "whole")), replace(config, out=str(tmp_path / "parts"))
+    finetune(replace(whole, workers=0))
+
+    def crash():
+        raise OSError("lost the machine")
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7, crash)  # 4 steps an epoch: in the second one
+        with pytest.raises(OSError, match="lost the machine"):
+            finetune(parts)
+    assert [path.name for path in sorted((tmp_path / "parts").glob("state*"))] == [
+        "state-000000004.pt",
+        "state-000000006.pt",
+    ]
+    finetune(replace(parts, resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_torn_state_costs_the_steps_since_the_one_before(tmp_path, few):
+    config = replace(SMALL, augment="boundary", num_classes=10, out=str(tmp_path / "whole"))
+    finetune(config, train_data=few)
+    torn = replace(config, out=str(tmp_path / "torn"))
+    finetune(torn, train_data=few)
+    newest = sorted((tmp_path / "torn").glob("state-*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="using the state before it"):
+        finetune(replace(torn, resume=True), train_data=few)
+    assert_same_run(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_sigterm_saves_and_exits_as_terminated(tmp_path, few, monkeypatch, capsys):
+    config = replace(SMALL, num_classes=10, out=str(tmp_path / "run"))
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit) as stopped:
+            finetune(config, train_data=few)
+    assert stopped.value.code == 143
+    assert "go on with resume=True" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert finetune(replace(config, resume=True), train_data=few).history[-1]["step"] == 6
+
+
+def test_ctrl_c_in_a_terminal(tmp_path):
+    """To the whole process group, workers included, as a terminal sends it: the run stops in order and goes on."""
+    pictures = write_pictures(tmp_path / "pictures")
+    script = (
+        "import sys; from fastnull.finetune import *;"
+        f"finetune(FinetuneConfig(data={str(pictures)!r}, augment='none', epochs=10**6, batch_size=4, workers=2,"
+        f"img_size=32, out={str(tmp_path / 'run')!r}, log_every=1, progress=False))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    try:
+        metrics_file = tmp_path / "run" / "metrics.jsonl"
+        for _ in range(600):
+            if metrics_file.exists() and metrics_file.read_text().count('"kind": "step"') >= 3:
+                break
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "go on with resume=True" in error
+    state = read_state(sorted((tmp_path / "run").glob("state-*.pt"))[-1])
+    assert state["step"] == metrics(tmp_path / "run")[-1]["step"]  # nothing was lost
+
+
+def test_second_ctrl_c_ends_at_once(few, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    stop_after(monkeypatch, 1, twice)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        finetune(replace(SMALL, num_classes=10), train_data=few)
+    assert str(stopped.value) == ""  # not the orderly end
+
+
+def test_finished_run_resumes_to_its_result(tmp_path, few):
+    config = replace(SMALL, num_classes=10, out=str(tmp_path / "run"))
+    first = finetune(config, train_data=few)
+    again = finetune(replace(config, resume=True), train_data=few)
+    assert again.best_accuracy == first.best_accuracy
+    assert [record["loss"] for record in again.history] == [record["loss"] for record in first.history]
+    with pytest.raises(ValueError, match="holds a run already"):
+        finetune(config, train_data=few)
+    with pytest.raises(ValueError, match=r"other settings: lr \(was 0.002, now 0.1\)"):
+        finetune(replace(config, lr=0.1, resume=True), train_data=few)
+    finetune(replace(config, lr=0.1, overwrite=True), train_data=few)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["lr"] == 0.1
+
+
+def test_global_generators_are_left_alone(few):
+    state = torch.get_rng_state(), numpy.random.get_state()[1].copy()
+    finetune(replace(SMALL, epochs=1, num_classes=10, mixup=0.2), train_data=few)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (numpy.random.get_state()[1] == state[1]).all()
+
+
+def test_files_of_a_run(tmp_path, few):
+    config = replace(SMALL, augment="boundary", num_classes=10, ema_decay=0.9, out=str(tmp_path))
+    result = finetune(config, train_data=few)
+    assert (result.best_path, result.last_path) == (tmp_path / "best.safetensors", tmp_path / "last.safetensors")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert FinetuneConfig.from_dict(written["config"]) == config
+    assert written["synthesis"]["eps"] == 0.1  # the default of boundary at patch, resolved
+    assert written["plan"]["steps"] == 6
+    assert written["data"] == {"train": 43, "validation": 5}
+    assert written["provenance"]["torch"] == torch.__version__
+    steps = [line for line in metrics(tmp_path) if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(line.keys() >= {"loss", "lr", "influence", "norm", "epoch"} for line in steps)
+    assert steps[-1]["lr"] < steps[0]["lr"]
+    # the weights are those of the result, and the averaged ones
+    weights = load_file(result.last_path)
+    state = read_state(tmp_path / "state-000000006.pt")
+    key = "blocks.0.attn.qkv.weight"
+    assert torch.equal(weights[key], result.model.network.state_dict()[key])
+    assert torch.equal(weights[key], state["ema"][f"network.{key}"])
+    assert not torch.equal(weights[key], state["model"][f"network.{key}"])
+
+
+def test_best_weights_are_those_of_the_best_epoch(tmp_path, few, monkeypatch):
+    accuracies = iter([10.0, 30.0, 20.0])
+    monkeypatch.setattr("fastnull.finetune._accuracy", lambda *_: next(accuracies))
+    result = finetune(replace(SMALL, num_classes=10, out=str(tmp_path / "all"), keep_last=9), train_data=few)
+    assert (result.best_epoch, result.best_accuracy) == (2, 30.0)
+    second = read_state(tmp_path / "all" / "state-000000004.pt")["model"]
+    best = load_file(result.best_path)
+    assert all(torch.equal(best[key], second[f"network.{key}"]) for key in best)
+
+
+def test_without_held_out_images_there_is_no_best_epoch(tmp_path, few):
+    result = finetune(replace(SMALL, num_classes=10, val_fraction=0.0, out=str(tmp_path)), train_data=few)
+    assert (result.best_epoch, result.best_accuracy, result.best_path) == (None, None, None)
+    assert result.last_path is not None
+
+
+def test_same_seed_same_run_other_seed_another(few):
+    config = replace(SMALL, augment="boundary", num_classes=10)
+    losses = [[r["loss"] for r in finetune(replace(config, seed=s), train_data=few).history] for s in (0, 0, 1)]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_universal_noise_that_misses_eps_is_reported(tmp_path, few):
+    config = replace(SMALL, augment="universal", eps=1e-9, num_classes=10, epochs=1, out=str(tmp_path))
+    with pytest.warns(UserWarning, match="did not meet eps"):
+        finetune(config, train_data=few)
+    (refresh,) = [line for line in metrics(tmp_path) if line["kind"] == "refresh"]
+    assert refresh["converged"] == 0
+    assert refresh["influence"] > 1e-9
+
+
+# The cost of an image in a step, counted by hand: a view 3 (forward 1, backward 2), the clean logits 1, a step of
+# synthesis or attack 2 (forward 1, input gradient 1).
+COSTS = {"none": 3, "random": 6, "universal": 6, "per_image": 6 + 1 + 8, "boundary": 6 + 1 + 8, "adversarial": 6 + 6}
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_equal_budgets_cost_the_same(augment):
+    config = FinetuneConfig(
+        augment=augment, noise_steps=4 if augment != "universal" else None, attack_steps=3, compute_budget=60.0,
+        epochs=1,
+    )  # fmt: skip
+    plan = make_plan(config, 1000)
+    assert plan.step_cost == COSTS[augment]
+    assert plan.budget == 60_000
+    assert plan.total_cost <= plan.budget
+    # no further step fits
+    assert plan.total_cost + plan.step_cost * plan.batch_size + plan.refresh_cost > plan.budget
+    assert plan.epochs == math.ceil(plan.steps / plan.steps_per_epoch)
+    if augment == "universal":
+        # 3 rounds of a tenth of 15 batches of 64 images, each costing clean and noisy logits and a gradient
+        assert plan.refresh_cost == 3 * 1 * 64 * 3
+
+
+def test_budget_is_spent_as_planned(few):
+    config = replace(SMALL, augment="boundary", num_classes=10, compute_budget=30.0, epochs=1)
+    result = finetune(config, train_data=few)
+    # 43 images x 30 = 1290; a step costs 16 x (6 + 1 + 4) = 176: seven steps, the last in the fourth epoch
+    assert result.plan.steps == 7
+    assert result.cost == {"planned": 7 * 176, "spent": 7 * 176, "budget": 1290}
+    assert [record["step"] for record in result.history] == [2, 4, 6, 7]
+    with pytest.raises(ValueError, match="does not pay for one step"):
+        make_plan(replace(config, compute_budget=1.0), 43)
+
+
+def test_the_counted_passes_are_the_passes_made(few, monkeypatch):
+    """The accounting against the model itself: forwards of the first block, in images, over one step."""
+    seen = []
+    for augment in ("none", "random", "boundary", "per_image", "adversarial"):
+        from fastnull.models import create_model
+
+        model = create_model("vit_digits", num_classes=10)
+        passed: list[int] = []
+        model.network.blocks[0].register_forward_pre_hook(lambda _, args, to=passed: to.append(len(args[0])))
+        config = replace(SMALL, augment=augment, num_classes=10, epochs=1, val_fraction=0.0, train_ratio=1 / 3)
+        config = replace(config, backend="reference")  # the other backends do not call the model's own modules
+        plan = make_plan(config, 48)
+        assert plan.steps == 1
+        finetune(config, model, train_data=few)
+        # forwards alone: of a view's 3 one, of a synthesis step's 2 one; and one image that tries the model out
+        views = 1 if augment == "none" else 2
+        synthesis = plan.step_cost - 3 * views
+        expected = views + (synthesis % 2) + synthesis // 2
+        seen.append((augment, (sum(passed) - 1) / plan.batch_size, expected))
+    assert all(made == expected for _, made, expected in seen), seen
+
+
+def test_image_folder_is_finetuned_and_evaluated(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures")
+    config = replace(
+        SMALL, augment="boundary", data=str(pictures), epochs=6, batch_size=8, val_fraction=0.2, crop_scale=0.5,
+        img_size=32, lr=3e-3,
+    )  # fmt: skip
+    result = finetune(config)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    tested = evaluation_data(str(pictures), result.model)
+    images, labels = (torch.stack([torch.as_tensor(part) for part in parts]) for parts in zip(*tested, strict=True))
+    assert images.shape == (12, 3, 32, 32)
+    accuracy = (result.model(images).argmax(1) == labels).float().mean()
+    assert accuracy > 0.5  # cat, flower and temple differ in colour
+
+
+def test_bfloat16_autocast(few):
+    result = finetune(replace(SMALL, augment="boundary", num_classes=10, amp="bfloat16"), train_data=few)
+    assert all(math.isfinite(record["loss"]) for record in result.history)
+    assert next(result.model.parameters()).dtype == torch.float32
+
+
+class Broken(nn.Module):
+    """Logits become NaN at the third training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(768, 10)
+        self.calls = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += self.training
+        logits = self.linear(images.flatten(1))
+        return logits * (float("nan") if self.calls == 3 else 1.0)
+
+
+def test_nan_loss_names_its_step_and_saves_nothing_after_it(tmp_path, few):
+    config = replace(SMALL, num_classes=10, log_every=100, out=str(tmp_path), epochs=4)
+    with pytest.raises(DivergenceError, match="the loss is NaN or Inf at step 3 of 8"):
+        finetune(config, Broken(), few)
+    assert [path.name for path in tmp_path.glob("state*")] == ["state-000000002.pt"]
+    assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "last.safetensors").values())
+
+
+BAD_DATA = {
+    "labels out of range": (lambda x, y: (x, y + 5), ValueError, r"labels must lie in 0\.\.9"),
+    "normalised images": (lambda x, y: (2 * x - 1, y), ValueError, r"images must be pixels in \[0, 1\]"),
+    "NaN": (lambda x, y: (torch.where(x > 0.9, torch.nan, x), y), ValueError, "must be finite"),
+    "integers": (lambda x, y: (x.long(), y), TypeError, "floating dtype"),
+    "wrong size": (lambda x, y: (x[..., :12], y), ValueError, r"does not take the training images \[3, 16, 12\]"),
+    "wrong channels": (lambda x, y: (x[:, :1], y), ValueError, "does not take the training images|channels"),
+    "empty": (lambda x, y: (x[:0], y[:0]), ValueError, "at least one image"),
+    "unequal": (lambda x, y: (x, y[:-1]), ValueError, "a label for each image"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+@pytest.mark.parametrize("augment", ["none", "boundary"])
+def test_bad_data(few, case, augment):
+    spoil, error, message = BAD_DATA[case]
+    with pytest.raises(error, match=message):
+        finetune(replace(SMALL, augment=augment, num_classes=10), train_data=spoil(*few))
+
+
+def test_data_without_an_index_is_refused(few):
+    with pytest.raises(TypeError, match="a length and an index"):
+        finetune(replace(SMALL, num_classes=10), train_data=torch.utils.data.DataLoader([1]))
+    with pytest.raises(TypeError, match="a length and an index"):
+        finetune(replace(SMALL, num_classes=10), train_data=iter([1]))
+    with pytest.raises(ValueError, match="num_classes is needed"):
+        finetune(SMALL, train_data=few)
+
+
+BAD_SETTINGS = {
+    "augment": ({"augment": "boundry"}, "augment must be one of .* Did you mean 'boundary'"),
+    "site": ({"site": "logits"}, "site must be"),
+    "eps": ({"eps": 0.0}, "eps must be > 0"),
+    "limit": ({"limit": -0.1}, "limit must be >= 0"),
+    "noise_steps": ({"noise_steps": 0}, "noise_steps must be >= 1"),
+    "attack_steps": ({"attack_steps": 0}, "attack_steps must be >= 1"),
+    "attack_eps": ({"attack_eps": 8.0}, "attack_eps must be > 0 and <= 1"),
+    "epochs": ({"epochs": 0}, "epochs must be >= 1"),
+    "lr": ({"lr": float("nan")}, "lr must be > 0"),
+    "min_lr": ({"min_lr": 1.0}, "min_lr must be <= lr"),
+    "odd": ({"mixup": 0.1, "batch_size": 5}, "batch_size must be even"),
+    "smoothing": ({"smoothing": 1.0}, "smoothing must be >= 0 and < 1"),
+    "amp": ({"amp": "float8"}, "amp must be one of"),
+    "preset": ({"noise_preset": "finetune"}, "noise_preset is for augment='universal'"),
+    "both": ({"resume": True, "overwrite": True}, "either resume or overwrite"),
+    "nowhere": ({"resume": True}, "give out"),
+    "infinite": ({"compute_budget": math.inf}, "compute_budget must be <= "),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_settings(case):
+    changes, message = BAD_SETTINGS[case]
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**changes)
+
+
+def test_whole_numbers_are_whole():
+    with pytest.raises(TypeError, match=r"epochs must be an integer; got 2\.5"):
+        FinetuneConfig(epochs=2.5)
+
+
+def test_settings_that_need_the_model(few):
+    with pytest.raises(ValueError, match="auto_augment and reprob are for image files"):
+        finetune(replace(SMALL, reprob=0.5))
+    with pytest.raises(ValueError, match=r"opt must be one of .* Did you mean 'adamw'"):
+        finetune(replace(SMALL, num_classes=10, opt="adamww"), train_data=few)
+    with pytest.raises(ValueError, match="layer_decay needs a timm model"):
+        finetune(replace(SMALL, num_classes=10, layer_decay=0.5), Broken(), few)
+    with pytest.raises(ValueError, match="no adapter splits Broken"):
+        finetune(replace(SMALL, num_classes=10, augment="boundary"), Broken(), few)
+
+
+def test_every_setting_is_documented_and_survives_a_file():
+    assert all(entry.metadata.get("help") for entry in fields(FinetuneConfig))
+    config = FinetuneConfig(lr=0.25, augment="universal")
+    assert FinetuneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="Did you mean 'lr'"):
+        FinetuneConfig.from_dict({"lrr": 1.0})
+
+
+def test_published_recipe():
+    config = FinetuneConfig.published("vit_s", data="images")
+    assert (config.lr, config.min_lr, config.epochs, config.train_ratio) == (1e-5, 1e-6, 20, 0.004)
+    synthesis = config.synthesis()
+    assert synthesis is not None
+    assert (synthesis.eps, synthesis.limit, synthesis.lr) == (0.03, 3, 0.1)
+    assert (synthesis.rounds, synthesis.image_ratio) == (3, 0.1)
+    assert (synthesis.objective, synthesis.weight_decay, synthesis.stop) == ("l2_squared", 0.01, "batch")
+    # ImageNet: 40 steps an epoch (the published loop's off-by-one makes it 41), 800 in all
+    plan = make_plan(replace(config, val_fraction=0.0), 1_281_167)
+    assert (plan.batch_size, plan.steps_per_epoch, plan.steps) == (128, 40, 800)
+    assert FinetuneConfig.published("madry").synthesis() is None
+    with pytest.raises(ValueError, match="preset must be one of"):
+        FinetuneConfig.published("vit_l")
