@@ -27,7 +27,7 @@ from fastnull.encoder import FrozenEncoder
 from fastnull.rng import generator, uniform
 from fastnull.solvers import boundary_noise, norms, optimized_noise, valid_noise
 from fastnull.synthesis import Noise, SynthesisConfig, check_batch, synthesize
-from fastnull.vit.base import frozen, unwrap
+from fastnull.vit.base import unwrap
 
 MODES = ("boundary", "per_image", "universal", "random")
 
@@ -239,13 +239,12 @@ class NullspaceAugment:
         if self.mode == "random":
             noise = valid_noise(tokens, start) if self.config.site == "pixels" else start
             return noise, torch.full((1,), float("nan"))
-        with frozen(self.encoder.vit.model):
-            self.encoder.sync()
-            inputs = tokens.to(self.encoder.dtype)
-            if self.mode == "boundary":
-                return boundary_noise(self.encoder, inputs, start, self.config)
-            noise, seen, _ = optimized_noise(self.encoder, inputs, start, self.config)
-            return noise, seen
+        self.encoder.sync_if_changed()
+        inputs = tokens.to(self.encoder.dtype)
+        if self.mode == "boundary":
+            return boundary_noise(self.encoder, inputs, start, self.config)
+        noise, seen, _ = optimized_noise(self.encoder, inputs, start, self.config)
+        return noise, seen
 
     def _register(self) -> None:
         """The hooks stay for the life of this object and do nothing unless a view is asked for."""

@@ -1,37 +1,56 @@
 """The frozen encoder: logits, and the gradient of anything of the logits with respect to the tokens, never a weight's.
 
-`FrozenEncoder` is what synthesis runs hundreds of times. The `reference` backend is the model's own modules under
-autograd with frozen parameters: it works for any model that has an adapter and is the oracle for the others.
+`FrozenEncoder` is what synthesis runs hundreds of times. Its backends compute the same thing:
+    reference   the model's own modules under autograd with frozen parameters; any model with an adapter, the oracle
+    cpu         forward and input gradient written out (fastnull.explicit) on library GEMMs and the C++ ops of csrc/cpu
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from fastnull import _C
 from fastnull.checks import check_choice
+from fastnull.explicit import ExplicitEncoder
+from fastnull.explicit.products import products_dtype
 from fastnull.vit.base import SplitViT, as_split, check_site, frozen, split
+from fastnull.vit.parts import UnsupportedModelError
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "cpu")
 
 Cotangent: TypeAlias = "Tensor | Callable[[Tensor], Tensor | tuple[Tensor, ...]]"
+
+_warned: set[str] = set()
 
 
 class FrozenEncoder:
     """A ViT from the noise site to the logits, in eval mode, whose weights never get a gradient.
 
+    Weights are the model's at the last `sync` (the reference backend in the model's own dtype has no copy and always
+    uses the current ones). Logits are float32 from the fast backends, whatever the compute dtype: an influence needs
+    more than bfloat16's eight bits.
+
     Args:
         model: a ViT (NormalizedModel, plain, compiled or DDP-wrapped), or an adapter.
-        dtype: compute dtype; None is the model's own. With another one the encoder holds a copy of the weights.
-        backend: `auto` takes the fastest one for the model and device, `reference` the model's own modules.
+        dtype: compute dtype; None is the model's own. The fast backends have float32, bfloat16 and (on the ops'
+            references) float64.
+        backend: `auto` takes the fastest one for model, device and dtype; `reference` and `cpu` force one.
         site: `patch`, `block0` or `pixels`; see fastnull.vit.SITES.
 
+    Attributes:
+        backend: the one in use, never `auto`.
+        dtype, site: as resolved.
+        products: dtype of the matrix products; `dtype` but for bfloat16 on a CPU that multiplies float32 faster.
+
     Raises:
-        ValueError: unknown backend or site, or a model that no adapter knows.
+        ValueError: unknown backend or site, a model that no adapter knows, or a forced backend that cannot run it
+            (UnsupportedModelError names the part).
     """
 
     def __init__(
@@ -43,34 +62,44 @@ class FrozenEncoder:
     ) -> None:
         check_choice("backend", backend, BACKENDS)
         self.site = check_site(site)
-        self.backend = "reference"
-        self._live = as_split(model)
-        weight = self._live.projection.weight
+        self.vit = as_split(model)
+        weight = self.vit.projection.weight
         self.dtype = dtype or weight.dtype
-        self._split = self._live
-        if self.dtype != weight.dtype:
-            self._split = split(copy.deepcopy(self._live.model).to(self.dtype))
+        self._device = weight.device
+        self._explicit = _explicit(self.vit, self.dtype, backend)
+        self.backend = "reference" if self._explicit is None else "cpu"
+        self.products = self.dtype if self._explicit is None else self._explicit.compute
+        self._split = self.vit
+        if self._explicit is None and self.dtype != weight.dtype:
+            self._split = split(copy.deepcopy(self.vit.model).to(self.dtype))
+        self._synced = self._versions()
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._live.projection.weight.device
-
-    @property
-    def vit(self) -> SplitViT:
-        """The adapter of the live model."""
-        return self._live
+        """Where the encoder's weights are."""
+        return self._device
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Take over the model's current weights and buffers, in place. Nothing to do where the model itself runs."""
-        if self._split is self._live:
-            return
-        for mine, theirs in ((self._split.model, self._live.model),):
+        """Take over the model's current weights, in place; bit for bit what a new encoder of the model has."""
+        self._check_device()
+        self._synced = self._versions()
+        if self._explicit is not None:
+            self._explicit.sync()
+        elif self._split is not self.vit:
+            mine, theirs = self._split.model, self.vit.model
             for target, source in zip(mine.parameters(), theirs.parameters(), strict=True):
                 target.copy_(source)
             for target, source in zip(mine.buffers(), theirs.buffers(), strict=True):
                 target.copy_(source)
+
+    def sync_if_changed(self) -> None:
+        """`sync` where a parameter was replaced or written in place since the last one.
+
+        Writes through `.data` leave no trace: after those call `sync`.
+        """
+        if self._versions() != self._synced:
+            self.sync()
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -78,34 +107,130 @@ class FrozenEncoder:
 
         Always in `dtype`, without gradient.
         """
+        self._check_images(images)
+        if self._explicit is not None:
+            return self._explicit.embed(images, self.site)
         with frozen(self._split.model), _no_autocast(images):
             return self._split.embed(images.to(self.dtype), self.site)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """The tensor at the site → logits [B, K], without gradient."""
-        with frozen(self._split.model), _no_autocast(tokens):
-            return self._split.logits(tokens.to(self.dtype), self.site)
+        """The tensor at the site [B, ...] → logits [B, K], without gradient.
+
+        Raises:
+            ValueError, TypeError: tokens of another shape, dtype or device.
+            RuntimeError: the model was moved to another device.
+        """
+        self._check_tokens(tokens)
+        with _no_autocast(tokens):
+            if self._explicit is not None:
+                return self._explicit.logits(tokens, self.site)
+            with frozen(self._split.model):
+                return self._split.logits(tokens.to(self.dtype), self.site)
 
     def input_gradient(self, tokens: Tensor, cotangent: Cotangent, *, sum_batch: bool = False) -> tuple[Tensor, Tensor]:
         """Logits, and the gradient of Σ logits · cotangent with respect to the tokens.
 
         Args:
             tokens: at the site [B, ...].
-            cotangent: [B, K], or a function of the logits that returns it, alone or first in a tuple.
-            sum_batch: return the gradient summed over the batch, as one noise shared by all images needs it.
+            cotangent: [B, K], or a function of the logits that returns it, alone or first in a tuple. NaN in it gives
+                NaN in the gradient.
+            sum_batch: return the gradient summed over the batch (in float32 or better), as one noise shared by all
+                images needs it.
 
         Returns:
-            logits [B, K] and the gradient, shaped as the tokens or, with `sum_batch`, without their batch dimension.
+            logits [B, K] and the gradient in `dtype`, shaped as the tokens or, with `sum_batch`, without their batch
+            dimension.
+
+        Raises: as the call, and ValueError for a cotangent of another shape.
         """
-        with frozen(self._split.model), _no_autocast(tokens), torch.enable_grad():
+        self._check_tokens(tokens)
+
+        def weights(logits: Tensor) -> Tensor:
+            given = cotangent(logits) if callable(cotangent) else cotangent
+            given = given[0] if isinstance(given, tuple) else given
+            if given.shape != logits.shape:
+                raise ValueError(f"cotangent must have the logits' shape {list(logits.shape)}; got {list(given.shape)}")
+            return given.detach().to(logits.dtype)
+
+        with _no_autocast(tokens):
+            if self._explicit is not None:
+                with torch.no_grad():
+                    logits, gradient = self._explicit.input_gradient(tokens.detach(), self.site, weights)
+            else:
+                logits, gradient = self._by_autograd(tokens, weights)
+        if sum_batch:
+            wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+            gradient = gradient.sum(0, dtype=wide)
+        return logits, gradient
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the encoder itself holds: `weights`, `kept` for the backward, `scratch`; nothing on `reference`,
+        whose memory autograd takes anew each time."""
+        return {"weights": 0, "kept": 0, "scratch": 0} if self._explicit is None else self._explicit.memory()
+
+    def _by_autograd(self, tokens: Tensor, weights: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        with frozen(self._split.model), torch.enable_grad():
             leaf = tokens.detach().to(self.dtype).requires_grad_(True)
             logits = self._split.logits(leaf, self.site)
-            weights = cotangent(logits.detach()) if callable(cotangent) else cotangent
-            if isinstance(weights, tuple):
-                weights = weights[0]
-            (gradient,) = torch.autograd.grad(logits, leaf, weights.to(logits.dtype))
-        return logits.detach(), gradient.sum(0) if sum_batch else gradient
+            (gradient,) = torch.autograd.grad(logits, leaf, weights(logits.detach()))
+        return logits.detach(), gradient
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(parameter.data_ptr(), parameter._version) for parameter in self.vit.model.parameters()]
+
+    def _check_device(self) -> None:
+        now = self.vit.projection.weight.device
+        if now != self._device:
+            raise RuntimeError(f"the model was moved from {self._device} to {now}: make a new FrozenEncoder of it")
+
+    def _check_images(self, images: Tensor) -> None:
+        self._check_device()
+        if images.device != self._device:
+            raise ValueError(f"images are on {images.device}, the encoder is on {self._device}")
+        size = self.vit.image_size
+        if images.ndim != 4 or images.shape[1] != self.vit.channels or (size and tuple(images.shape[2:]) != size):
+            wanted = f"[B, {self.vit.channels}, {', '.join(map(str, size)) if size else 'H, W'}]"
+            raise ValueError(f"images must have shape {wanted}; got {list(images.shape)}")
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        self._check_device()
+        if self.site == "pixels":
+            self._check_images(tokens)
+        if not tokens.is_floating_point():
+            raise TypeError(f"tokens must be of a floating dtype; got {tokens.dtype}")
+        if tokens.device != self._device:
+            raise ValueError(f"tokens are on {tokens.device}, the encoder is on {self._device}")
+        if self._explicit is not None and self.site != "pixels":
+            stem = self._explicit.stem
+            count = stem.tokens if self.site == "block0" else len(stem.positions)
+            if tuple(tokens.shape[1:]) != (count, self._explicit.width):
+                wanted = f"[B, {count}, {self._explicit.width}]"
+                raise ValueError(f"tokens at site {self.site!r} must have shape {wanted}; got {list(tokens.shape)}")
+
+
+def _explicit(vit: SplitViT, dtype: torch.dtype, backend: str) -> ExplicitEncoder | None:
+    """The written-out encoder where the backend asks for it and the model allows it."""
+    if backend == "reference":
+        return None
+    forced = backend == "cpu"
+    device = vit.projection.weight.device.type
+    if device != "cpu":
+        if forced:
+            raise ValueError(f"backend 'cpu' needs a model on the CPU; it is on {device}")
+        return None
+    # without the C++ ops their references would be no faster than autograd
+    if not forced and (dtype not in (torch.float32, torch.bfloat16) or not _C.cpu_available()):
+        return None
+    try:
+        return ExplicitEncoder(vit, vit.parts(), dtype, products_dtype(dtype, vit.projection.weight.device))
+    except UnsupportedModelError as reason:
+        if forced:
+            raise UnsupportedModelError(f"backend 'cpu' does not support {reason}; use 'auto' or 'reference'") from None
+        if str(reason) not in _warned:
+            _warned.add(str(reason))
+            warnings.warn(f"fastnull: the model runs on the reference backend: {reason} is not supported", stacklevel=4)
+        return None
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

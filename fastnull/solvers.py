@@ -12,10 +12,22 @@ import torch
 from torch import Tensor
 
 from fastnull.encoder import FrozenEncoder
-from fastnull.objective import distance, influence
+from fastnull.ops import (
+    AdamWState,
+    NoiseObjective,
+    adamw_step,
+    boundary_gate,
+    descent_gate,
+    noise_objective,
+    normalized_step,
+    sign_step,
+)
 
 if TYPE_CHECKING:
     from fastnull.synthesis import SynthesisConfig
+
+BOUNDARY_STEPS = 3
+PER_IMAGE_STEPS = 30
 
 
 def boundary_noise(
@@ -30,18 +42,17 @@ def boundary_noise(
         config: eps, objective, steps and step_size are used.
 
     Returns:
-        the noise [B, ...] and the influence before the last step [B]. No host sync.
+        the noise [B, ...] and the influence before the last step [B].
     """
     clean = encoder(tokens)  # [B, K]
     pixels = encoder.site == "pixels"
-    noise = valid_noise(tokens, start) if pixels else start
+    noise = valid_noise(tokens, start) if pixels else start.clone()
     step_size = config.step_size or (4 / 255 if pixels else 0.1 * norms(start).mean())
     seen = torch.zeros(len(tokens), device=tokens.device)
-    for _ in range(config.steps or 3):
-        seen, gradient = distance_gradient(encoder, tokens, noise, clean, config.objective)
-        direction = gradient.sign() if pixels else gradient / spread(norms(gradient).clamp_min(1e-30), gradient)
-        towards = torch.where(seen < config.eps, step_size, -step_size)  # [B]
-        noise = noise + spread(towards, noise) * direction
+    for _ in range(config.steps or BOUNDARY_STEPS):
+        seen, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
+        step = sign_step if pixels else normalized_step
+        step(noise, gradient, boundary_gate(seen, config.eps), lr=step_size)
         if pixels:
             noise = valid_noise(tokens, noise)
     return noise, seen
@@ -64,19 +75,17 @@ def optimized_noise(
     clean = encoder(tokens)  # [B, K]
     pixels = encoder.site == "pixels"
     noise = valid_noise(tokens, start) if pixels else start.clone()
-    optimizer = AdamW(noise, config)
-    steps = config.steps or 30
-    taken = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    state = AdamWState.zeros(noise)
+    steps = config.steps or PER_IMAGE_STEPS
     seen = torch.zeros(len(tokens), device=tokens.device)
     for step in range(steps):
-        seen, gradient = distance_gradient(encoder, tokens, noise, clean, config.objective)
-        active = seen >= config.eps  # [B]
+        seen, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
         gradient = gradient - log_norm_gradient(noise, config.log_norm_weight)
-        noise = optimizer.step(noise, gradient, learning_rate(config, step, steps), active)
+        gate, lr = descent_gate(seen, config.eps), learning_rate(config, step, steps)
+        adamw_step(noise, gradient, state, gate, lr=lr, weight_decay=config.weight_decay)
         if pixels:
             noise = valid_noise(tokens, noise)
-        taken += active
-    return noise, seen, taken
+    return noise, seen, state.steps
 
 
 def perturb(encoder: FrozenEncoder, tokens: Tensor, noise: Tensor) -> Tensor:
@@ -85,16 +94,15 @@ def perturb(encoder: FrozenEncoder, tokens: Tensor, noise: Tensor) -> Tensor:
     return noisy.clamp(0, 1) if encoder.site == "pixels" else noisy
 
 
-def batch_gradient(
+def shared_gradient(
     encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, noise: Tensor, objective: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean distance, mean influence, and the gradient of the mean distance for one noise shared by the batch."""
-    found: list[Tensor] = []
+    judged: list[NoiseObjective] = []
 
     def cotangent(logits: Tensor) -> Tensor:
-        lengths, gradient = distance(clean, logits, objective)
-        found.extend((lengths.mean(), influence(clean, logits).mean()))
-        return gradient / len(gradient)
+        judged.append(noise_objective(clean, logits, objective))
+        return judged[0].cotangent
 
     noisy = perturb(encoder, tokens, noise)
     if encoder.site == "pixels":
@@ -103,46 +111,25 @@ def batch_gradient(
         gradient = (gradient * (noisy == tokens + noise)).sum(0)
     else:
         _, gradient = encoder.input_gradient(noisy, cotangent, sum_batch=True)
-    return found[0], found[1], gradient.to(noise.dtype)
+    return judged[0].mean_loss[0], judged[0].mean_influence[0], gradient.to(noise.dtype)
 
 
-def distance_gradient(
+def own_gradients(
     encoder: FrozenEncoder, tokens: Tensor, noise: Tensor, clean: Tensor, objective: str
 ) -> tuple[Tensor, Tensor]:
     """Influence [B] and the gradient [B, ...] of each image's distance with respect to its own noise."""
-    seen: list[Tensor] = []
+    judged: list[NoiseObjective] = []
 
     def cotangent(logits: Tensor) -> Tensor:
-        seen.append(influence(clean, logits))
-        return distance(clean, logits, objective)[1]
+        judged.append(noise_objective(clean, logits, objective, reduction="none"))
+        return judged[0].cotangent
 
     _, gradient = encoder.input_gradient(perturb(encoder, tokens, noise), cotangent)
-    return seen[0], gradient.to(noise.dtype)
-
-
-class AdamW:
-    """AdamW on M noises at once, each with its own count of steps; the equations of torch.optim.AdamW."""
-
-    def __init__(self, noise: Tensor, config: SynthesisConfig, beta1: float = 0.9, beta2: float = 0.999) -> None:
-        self.weight_decay, self.beta1, self.beta2 = config.weight_decay, beta1, beta2
-        self.mean, self.square = torch.zeros_like(noise), torch.zeros_like(noise)
-        self.count = torch.zeros(len(noise), dtype=noise.dtype, device=noise.device)
-
-    def step(self, noise: Tensor, gradient: Tensor, lr: float, active: Tensor) -> Tensor:
-        """Return the noise after one step where `active` [M], unchanged elsewhere."""
-        self.count += active
-        mean = torch.lerp(self.mean, gradient, 1 - self.beta1)
-        square = torch.lerp(self.square, gradient.square(), 1 - self.beta2)
-        correct1 = spread(1 - self.beta1**self.count, noise)
-        correct2 = spread(1 - self.beta2**self.count, noise)
-        moved = noise * (1 - lr * self.weight_decay) - lr * (mean / correct1) / ((square / correct2).sqrt() + 1e-8)
-        on = spread(active, noise)
-        self.mean = torch.where(on, mean, self.mean)
-        self.square = torch.where(on, square, self.square)
-        return torch.where(on, moved, noise)
+    return judged[0].influence, gradient
 
 
 def learning_rate(config: SynthesisConfig, step: int, period: int) -> float:
+    """Step size of AdamW: constant, or a cosine from lr to 0 over the period."""
     if config.schedule == "constant":
         return config.lr
     return config.lr * (1 + math.cos(math.pi * step / period)) / 2

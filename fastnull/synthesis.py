@@ -22,19 +22,20 @@ from fastnull.checks import check_choice, check_finite, check_images, check_numb
 from fastnull.encoder import FrozenEncoder
 from fastnull.noise import Noise
 from fastnull.objective import OBJECTIVES, influence
+from fastnull.ops import AdamWState, adamw_step
 from fastnull.rng import generator, preserved, uniform
 from fastnull.solvers import (
-    AdamW,
-    batch_gradient,
+    BOUNDARY_STEPS,
     boundary_noise,
     learning_rate,
     log_norm_gradient,
     norms,
     optimized_noise,
     perturb,
+    shared_gradient,
     spread,
 )
-from fastnull.vit.base import SITES, NormalizedModel, SplitViT, frozen
+from fastnull.vit.base import SITES, NormalizedModel, SplitViT
 
 MODES = ("universal", "per_image", "boundary")
 ON_UNMET = ("keep", "scale", "raise")
@@ -184,7 +185,7 @@ def synthesize(
         raise ValueError(f"config.site is {config.site!r} but the encoder was made for site {encoder.site!r}")
     if isinstance(start, Noise):
         start = start.tokens
-    with preserved(), frozen(encoder.vit.model):
+    with preserved():
         encoder.sync()
         if config.mode == "universal":
             return _universal(encoder, _Batches(encoder, batches, check, config), config, start, progress)
@@ -208,9 +209,8 @@ def _universal(
     total = config.steps or config.rounds * data.per_round
     period = config.rounds * data.batches if config.schedule == "published" else total
     noise = _starts((config.count, *data.shape), config, data.like, start)  # [M, ...]
-    optimizer = AdamW(noise, config)
+    state = AdamWState.zeros(noise)
     active = torch.ones(config.count, dtype=torch.bool, device=noise.device)
-    taken = torch.zeros(config.count, dtype=torch.long)
     history: list[dict[str, float]] = []
     bar = _bar(total, progress, "noise")
     try:
@@ -219,7 +219,7 @@ def _universal(
             losses = torch.full((config.count,), math.nan)
             gradient = torch.zeros_like(noise)
             for m in torch.nonzero(active).flatten().tolist():
-                losses[m], seen[m], gradient[m] = batch_gradient(encoder, tokens, clean, noise[m], config.objective)
+                losses[m], seen[m], gradient[m] = shared_gradient(encoder, tokens, clean, noise[m], config.objective)
                 met = bool(seen[m] < config.eps)
                 # the minibatch is the cheap sign that the check images are worth a look
                 if met and config.stop == "check":
@@ -231,14 +231,14 @@ def _universal(
             if not bool(active.any()):
                 break
             gradient = gradient - log_norm_gradient(noise, config.log_norm_weight)
-            noise = optimizer.step(noise, gradient, learning_rate(config, step, period), active)
-            taken += active.cpu()
+            lr = learning_rate(config, step, period)
+            adamw_step(noise, gradient, state, active.float(), lr=lr, weight_decay=config.weight_decay)
             bar.update()
     except KeyboardInterrupt:
-        raise SynthesisInterrupted(_universal_result(encoder, data, config, noise, taken, history)) from None
+        raise SynthesisInterrupted(_universal_result(encoder, data, config, noise, state.steps, history)) from None
     finally:
         bar.close()
-    return _met(_universal_result(encoder, data, config, noise, taken, history), config)
+    return _met(_universal_result(encoder, data, config, noise, state.steps, history), config)
 
 
 def _universal_result(
@@ -257,7 +257,7 @@ def _universal_result(
         influence=judged,
         norm=norms(noise).cpu(),
         converged=judged < config.eps,
-        steps=taken,
+        steps=taken.cpu(),
         site=config.site,
         metadata=_metadata(encoder, config, check=data.check_origin, check_images=sum(len(t) for t, _ in data.check)),
         history=history,
@@ -281,7 +281,7 @@ def _per_image(
             first = _starts(tuple(tokens.shape), config, tokens, given, index)
             if config.mode == "boundary":
                 noise, _ = boundary_noise(encoder, tokens, first, config)
-                taken = torch.full((len(tokens),), config.steps or 3)
+                taken = torch.full((len(tokens),), config.steps or BOUNDARY_STEPS)
             else:
                 noise, _, taken = optimized_noise(encoder, tokens, first, config)
             if config.on_unmet == "scale":

@@ -1,0 +1,187 @@
+"""The encoder with forward and input gradient written out over preallocated buffers: what the fast backends run.
+
+It knows no device: the ops it calls (fastnull.ops) choose their implementation by the tensors they get.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnull.explicit.block import Block, FoldedLinear, Saved, Scratch
+from fastnull.explicit.class_token import ClassTokenBlock
+from fastnull.explicit.stem_and_head import Head, Stem
+from fastnull.ops.common import empty
+from fastnull.vit.base import NormalizedModel, SplitViT
+from fastnull.vit.parts import ViTParts
+
+CPU_ROWS = 400
+"""Tokens that pass through a block at once on the CPU."""
+
+
+class ExplicitEncoder:
+    """A pre-norm ViT from the site to the logits and back to the site.
+
+    Args:
+        vit: adapter of the live model.
+        parts: what the adapter's `parts()` gave.
+        dtype: of what is kept and handed out; norms' statistics, the last block of a class-token model and the head
+            have at least float32.
+        compute: of weights and products, see block.py; None is `dtype`.
+    """
+
+    def __init__(self, vit: SplitViT, parts: ViTParts, dtype: torch.dtype, compute: torch.dtype | None = None) -> None:
+        normalized = vit.model if isinstance(vit.model, NormalizedModel) else None
+        mean, std = (normalized.mean, normalized.std) if normalized else (None, None)
+        self.dtype, self.compute = dtype, compute or dtype
+        self.stem = Stem(parts, mean, std, dtype)
+        self.head = Head(parts, dtype)
+        last = parts.blocks[-1]
+        absorbed = self.head.reads_class_token_alone and last.q_norm is None and last.k_norm is None
+        self.last = ClassTokenBlock(last, dtype) if absorbed else None
+        self.blocks = [Block(block, dtype, self.compute) for block in (parts.blocks[:-1] if absorbed else parts.blocks)]
+        self.width = parts.projection.out_channels
+        # images of a part: enough rows for the products to be efficient, few enough to stay in the cache
+        self._part = max(1, round(CPU_ROWS / self.stem.tokens)) if self.device.type == "cpu" else None
+        self._capacity = 0
+        self._saved: list[Saved] = []
+        self.sync()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self.stem.weight.device
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Cast and fold the model's current weights into the buffers, in place."""
+        self.stem.sync()
+        self.head.sync()
+        for block in self._all_blocks():
+            block.sync()
+
+    def embed(self, images: Tensor, site: str) -> Tensor:
+        """Images [B, C, H, W] → the tensor at the site, in memory of its own."""
+        if site == "pixels":
+            return images.to(self.dtype)
+        patches = self.stem.patches(images)
+        if site == "patch":
+            return patches
+        out = empty((len(images), self.stem.tokens, self.width), dtype=self.dtype, device=self.device)
+        self.stem.prepare(patches, out)
+        return out
+
+    def logits(self, tokens: Tensor, site: str) -> Tensor:
+        """The tensor at the site → logits [B, K] in float32 or better. Uses one block's buffers for all."""
+        if not len(tokens):
+            return self._no_logits()
+        B = self._reserve(len(tokens), forward_only=True)
+        saved = [self._saved[0]] * len(self.blocks) if self._saved else []
+        return self._forward(tokens, site, B, saved)
+
+    def input_gradient(self, tokens: Tensor, site: str, cotangent: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits and the gradient of Σ logits · cotangent at the site, both in memory of their own."""
+        if not len(tokens):
+            return self._no_logits(), tokens.to(self.dtype)
+        B = self._reserve(len(tokens))
+        logits = self._forward(tokens, site, B, self._saved)
+        weights = cotangent(logits)
+        gradient = self._gradient[:B]  # [B, P + N, D]
+        if self.last is not None:
+            row = torch.empty(B, 1, self.width, dtype=self.last.dtype, device=self.device)
+            self.head.backward(weights, row)
+            gradient.copy_(self.last.backward(row[:, 0]))
+        else:
+            self.head.backward(weights, gradient)
+        for block, saved in zip(reversed(self.blocks), reversed(self._saved), strict=True):
+            for part in self._parts(B):
+                rows = gradient[part].view(-1, self.width)
+                block.backward(saved, self._scratch, self._rows(part), part.stop - part.start, rows)
+        gradient = gradient.to(self.dtype)
+        if site == "block0":
+            return logits, gradient.clone()
+        patches = self.stem.prepare_gradient(gradient)
+        if site == "patch":
+            return logits, patches.clone()
+        return logits, self.stem.patches_gradient(patches, tokens)
+
+    def _forward(self, tokens: Tensor, site: str, B: int, saved: list[Saved]) -> Tensor:
+        inputs = [self._view(one.x, B) for one in saved] + [self._final[:B]]  # of each block, and the last output
+        self._enter(tokens, site, inputs[0])
+        for block, one, out in zip(self.blocks, saved, inputs[1:], strict=True):
+            for part in self._parts(B):
+                rows = out.view(-1, self.width)
+                block.forward(one, self._scratch, self._rows(part), part.stop - part.start, rows)
+        x = inputs[-1]
+        return self.head.forward(x if self.last is None else self.last.forward(x).unsqueeze(1))
+
+    def _enter(self, tokens: Tensor, site: str, x: Tensor) -> None:
+        """Write the input of the first block into x [B, P + N, D]."""
+        if site == "block0":
+            x.copy_(tokens)
+        else:
+            self.stem.prepare(tokens.to(self.dtype) if site == "patch" else self.stem.patches(tokens), x)
+
+    def _all_blocks(self) -> list[Block | ClassTokenBlock]:
+        return [*self.blocks, *([self.last] if self.last is not None else [])]
+
+    def _no_logits(self) -> Tensor:
+        return torch.empty(0, len(self.head.linears[0].bias), dtype=self.head.dtype, device=self.device)
+
+    def _parts(self, B: int) -> list[slice]:
+        """The images of a batch in parts of equal size, as near as can be."""
+        count = -(-B // self._part) if self._part else 1
+        ends = [round(B * index / count) for index in range(count + 1)]
+        return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+    def _rows(self, part: slice) -> slice:
+        return slice(part.start * self.stem.tokens, part.stop * self.stem.tokens)
+
+    def _view(self, rows: Tensor, B: int) -> Tensor:
+        return rows[: B * self.stem.tokens].view(B, self.stem.tokens, self.width)
+
+    def _reserve(self, B: int, forward_only: bool = False) -> int:
+        """Make room for B images; buffers only ever grow."""
+        wanted = (1 if forward_only else len(self.blocks)) if self.blocks else 0
+        if self._capacity < B or len(self._saved) < wanted:
+            self._capacity = max(B, self._capacity)
+            N = self.stem.tokens
+
+            def new(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+                return empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+            count = max(wanted, len(self._saved))
+            self._saved = []  # give the memory back before asking for more
+            self._saved = [Saved(self._capacity * N, block, new) for block in self.blocks[:count]]
+            self._final = new(self._capacity, N, self.width)
+            self._gradient = new(self._capacity, N, self.width, dtype=self.compute)
+            if self.blocks:
+                images = min(self._capacity, self._part or self._capacity)
+                self._scratch = Scratch(images * N, self.blocks[0], new)
+        return B
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held: `weights`, `kept` for the backward, and `scratch`."""
+        linears: list[FoldedLinear] = [*self.head.linears]
+        for block in self._all_blocks():
+            linears += block.linears()
+        weights = [self.stem.weight, self.stem.bias, self.stem.prefix, self.stem.positions]
+        weights += [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+        scratch = [self._final, self._gradient, *_tensors(self._scratch)] if self._saved else []
+        kept = [tensor for saved in self._saved for tensor in _tensors(saved)]
+        return {"weights": _bytes(weights), "kept": _bytes(kept), "scratch": _bytes(scratch)}
+
+
+def _tensors(holder: Any) -> list[Tensor]:
+    found = []
+    for value in vars(holder).values():
+        found += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, Tensor)]
+    return found
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

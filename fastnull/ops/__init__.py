@@ -1,0 +1,52 @@
+"""The ops: one file each, with the formula, a plain-torch reference, the registration and the public function.
+
+The functions below take CPU tensors to the C++ kernels where those are built and the dtype is float32 or bfloat16, and
+everything else to the reference. Importing this package loads no native code.
+"""
+
+from __future__ import annotations
+
+from fastnull.ops.attention import attention, attention_dqkv
+from fastnull.ops.layer_norm import layer_norm, layer_norm_dx, layer_norm_stats
+from fastnull.ops.linear_gelu import (
+    derivative_dtype,
+    dgelu_,
+    gelu_,
+    linear_dgelu,
+    linear_gelu,
+    linear_gelu_derivative,
+)
+from fastnull.ops.noise_objective import NoiseObjective, noise_loss, noise_objective
+from fastnull.ops.noise_step import (
+    AdamWState,
+    adamw_step,
+    boundary_gate,
+    descent_gate,
+    normalized_step,
+    sign_step,
+)
+from fastnull.ops.patch_project import patch_project
+
+__all__ = [
+    "AdamWState",
+    "NoiseObjective",
+    "adamw_step",
+    "attention",
+    "attention_dqkv",
+    "boundary_gate",
+    "derivative_dtype",
+    "descent_gate",
+    "dgelu_",
+    "gelu_",
+    "layer_norm",
+    "layer_norm_dx",
+    "layer_norm_stats",
+    "linear_dgelu",
+    "linear_gelu",
+    "linear_gelu_derivative",
+    "noise_loss",
+    "noise_objective",
+    "normalized_step",
+    "patch_project",
+    "sign_step",
+]

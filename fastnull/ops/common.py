@@ -1,0 +1,80 @@
+"""What every op needs: allocation that tests can poison, definition of an op with its reference, choice of the backend.
+
+Each op is one schema in `torch.ops.fastnull` that only writes into tensors it is given, so its fake does nothing. The
+pure-torch reference serves every device (key CompositeExplicitAutograd); native libraries add faster kernels for a
+device. None of the ops has an autograd kernel: the public functions wrap them in an `autograd.Function`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastnull import _C
+
+LIBRARY = torch.library.Library("fastnull", "FRAGMENT")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+_allocate = torch.empty  # fastnull.testing.poisoned swaps it
+
+
+def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised dense tensor: all outputs of ops are made here, so that tests can fill them with NaN."""
+    return _allocate(tuple(shape), dtype=dtype, device=device)
+
+
+def define(schema: str, reference: Callable[..., None]) -> None:
+    """Define `torch.ops.fastnull.<name>` by its schema, with `reference` for every device and a fake.
+
+    `reference` takes the schema's arguments and writes into the mutable ones.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+
+    def fake(*args: object) -> None:
+        """Outputs exist already: there is no shape to work out."""
+
+    torch.library.register_fake(f"fastnull::{name}", fake, lib=LIBRARY)
+
+
+def use_native(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES) -> bool:
+    """True if a native kernel serves these tensors: built, on a device it knows, of a dtype it knows."""
+    given = [t for t in tensors if t is not None]
+    return all(t.device.type == "cpu" and t.dtype in dtypes for t in given) and _C.cpu_available()
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """True if autograd would record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [..., D] as [outer, inner, D] with a dense last dimension: a view where the strides allow it, else a copy."""
+    if x.ndim != 3:
+        x = x.reshape(1, x.shape[:-1].numel(), x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def rows_out(y: Tensor, name: str) -> Tensor:
+    """`rows` of an output: always a view.
+
+    Raises:
+        ValueError: the strides of y allow no such view.
+    """
+    if y.stride(-1) != 1 and y.shape[-1] != 1:
+        raise ValueError(f"the last dimension of {name} must be dense; its strides are {y.stride()}")
+    try:
+        if y.ndim == 3:
+            return y
+        outer, inner = (1, y.shape[:-1].numel()) if y.ndim < 3 else (y.shape[:-2].numel(), y.shape[-2])
+        return y.view(outer, inner, y.shape[-1])
+    except RuntimeError as failure:
+        raise ValueError(f"the leading dimensions of {name} must flatten to two; strides {y.stride()}") from failure

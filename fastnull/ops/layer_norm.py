@@ -1,0 +1,177 @@
+"""LayerNorm over the last dimension, and its input gradient fused with the residual's gradient.
+
+    mean = sum(x) / D;  rstd = 1 / sqrt(sum((x - mean)^2) / D + eps);  xhat = (x - mean) * rstd
+    y    = xhat * weight + bias                                          (weight and bias may be folded away)
+    dx   = dres + rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
+
+Statistics are float32 whatever the dtype of x (float64 for float64). Saved for the backward: x, and mean and rstd,
+which are 2 / D of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnull.ops.common import compute_dtype, define, empty, needs_grad, rows, rows_out, use_native
+
+
+def layer_norm_ref(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`layer_norm` and its statistics in plain torch: y in x.dtype; mean and rstd [...] in the compute dtype."""
+    wide = x.to(compute_dtype(x.dtype))
+    mean = wide.mean(-1)
+    centred = wide - mean.unsqueeze(-1)
+    rstd = (centred.square().mean(-1) + eps).rsqrt()
+    y = centred * rstd.unsqueeze(-1)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype), mean, rstd
+
+
+def layer_norm_dx_ref(dxhat: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dres: Tensor | None = None) -> Tensor:
+    """`layer_norm_dx` in plain torch."""
+    wide = compute_dtype(x.dtype)
+    g, r = dxhat.to(wide), rstd.unsqueeze(-1)
+    xhat = (x.to(wide) - mean.unsqueeze(-1)) * r
+    dx = r * (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True))
+    return (dx if dres is None else dx + dres.to(wide)).to(x.dtype)
+
+
+def _layer_norm_out_ref(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, y: Tensor, mean: Tensor, rstd: Tensor
+) -> None:
+    out, m, r = layer_norm_ref(x, weight, bias, eps)
+    y.copy_(out)
+    mean.copy_(m)
+    rstd.copy_(r)
+
+
+def _layer_norm_dx_out_ref(
+    dxhat: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dres: Tensor | None, dx: Tensor
+) -> None:
+    dx.copy_(layer_norm_dx_ref(dxhat, x, mean, rstd, dres))
+
+
+define(
+    "layer_norm_out(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd)"
+    " -> ()",
+    _layer_norm_out_ref,
+)
+define(
+    "layer_norm_dx_out(Tensor dxhat, Tensor x, Tensor mean, Tensor rstd, Tensor? dres, Tensor(a!) dx) -> ()",
+    _layer_norm_dx_out_ref,
+)
+
+
+def _wide(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.to(torch.float32).contiguous()
+
+
+def layer_norm_stats(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of x [..., D] together with its statistics; no autograd.
+
+    Args:
+        x: [..., D], float32, bfloat16 or float64. Strided inputs are read in place if the last dimension is dense and
+            the leading ones flatten to two; otherwise they are copied.
+        weight: [D] or None (1).
+        bias: [D] or None (0).
+        eps: added to the variance.
+        out: (y, mean, rstd) to write into: y like x and with a dense last dimension; mean and rstd dense.
+
+    Returns:
+        y [..., D] in x.dtype; mean and rstd [...] in float32 (float64 for float64).
+    """
+    if not torch.compiler.is_compiling():
+        for name, parameter in (("weight", weight), ("bias", bias)):
+            if parameter is not None and parameter.shape != x.shape[-1:]:
+                raise ValueError(f"{name} must have shape {list(x.shape[-1:])}; got {list(parameter.shape)}")
+        if out is not None and out[0].shape != x.shape:
+            raise ValueError(f"out[0] must have the shape of x, {list(x.shape)}; got {list(out[0].shape)}")
+    if out is None:
+        wide = compute_dtype(x.dtype)
+        y = empty(x.shape, dtype=x.dtype, device=x.device)
+        mean = empty(x.shape[:-1], dtype=wide, device=x.device)
+        rstd = empty(x.shape[:-1], dtype=wide, device=x.device)
+    else:
+        y, mean, rstd = out
+    if use_native(x):
+        torch.ops.fastnull.layer_norm_out(rows(x), _wide(weight), _wide(bias), eps, rows_out(y, "out"), mean, rstd)
+    else:
+        _layer_norm_out_ref(x, weight, bias, eps, y, mean, rstd)
+    return y, mean, rstd
+
+
+def layer_norm_dx(
+    dxhat: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dres: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """Input gradient of LayerNorm, plus the residual's gradient; no autograd.
+
+    dx = dres + rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)), xhat = (x - mean) * rstd.
+
+    Args:
+        dxhat: [..., D], gradient of the normalised row: dy * weight, or the input gradient of the linear into which
+            the weight was folded.
+        x: [..., D], the forward's input.
+        mean: [...], as `layer_norm_stats` gave it.
+        rstd: [...], as `layer_norm_stats` gave it.
+        dres: [..., D], gradient that reaches x beside the norm (the residual path), or None.
+        out: [..., D] to write into; may be the memory of `dres` or of `dxhat`.
+
+    Returns:
+        [..., D] in x.dtype. Saves nothing; in bfloat16 it moves 4 T (T = 2 * M * D bytes).
+    """
+    if not torch.compiler.is_compiling():
+        for name, tensor in (("dxhat", dxhat), ("dres", dres), ("out", out)):
+            if tensor is not None and tensor.shape != x.shape:
+                raise ValueError(f"{name} must have the shape of x, {list(x.shape)}; got {list(tensor.shape)}")
+    dx = empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    same_dtype = dxhat.dtype == x.dtype and dx.dtype == x.dtype and (dres is None or dres.dtype == x.dtype)
+    if same_dtype and use_native(x, dxhat, dres):
+        residual = None if dres is None else rows(dres)
+        torch.ops.fastnull.layer_norm_dx_out(rows(dxhat), rows(x), mean, rstd, residual, rows_out(dx, "out"))
+    else:
+        _layer_norm_dx_out_ref(dxhat, x, mean, rstd, dres, dx)
+    return dx
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        y, mean, rstd = layer_norm_stats(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dxhat = dy if weight is None else (dy * weight).to(x.dtype)
+            dx = layer_norm_dx(dxhat, x, mean, rstd)
+        if ctx.needs_input_grad[1]:
+            xhat = (x - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+            dweight = (dy * xhat).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.flatten(0, -2).sum(0)
+        return dx, dweight, dbias, None
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """LayerNorm of x [..., D] over its last dimension, differentiable; see `layer_norm_stats` for the arguments."""
+    if needs_grad(x, weight, bias):
+        return _LayerNorm.apply(x, weight, bias, eps)
+    return layer_norm_stats(x, weight, bias, eps)[0]

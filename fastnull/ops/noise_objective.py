@@ -1,0 +1,143 @@
+"""Distance of noisy logits to the clean ones, its gradient, and the influence, in one pass over the two.
+
+    delta     = noisy - clean                                                                       [B, K]
+    l2:         loss = ||delta||,    d loss / d noisy = delta / ||delta||, and 0 where delta = 0
+    l2_squared: loss = ||delta||^2,  d loss / d noisy = 2 delta
+    influence = sum_k (softmax(clean)_k - softmax(noisy)_k)^2                                       [B]
+
+The gradient needs no graph: it is an output, the cotangent that the encoder's backward starts from.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnull.checks import check_choice
+from fastnull.ops.common import compute_dtype, define, empty, needs_grad, use_native
+
+KINDS = ("l2", "l2_squared")
+REDUCTIONS = ("mean", "none")
+
+
+class NoiseObjective(NamedTuple):
+    """What `noise_objective` gives. All in the arithmetic dtype: float64 for float64 logits, else float32."""
+
+    loss: Tensor
+    """[B], of each image."""
+    cotangent: Tensor
+    """[B, K], gradient with respect to the noisy logits."""
+    influence: Tensor
+    """[B], of each image."""
+    mean_loss: Tensor
+    """[groups], mean over the images of each noise."""
+    mean_influence: Tensor
+    """[groups], the influence of each noise."""
+
+
+def noise_objective_ref(clean: Tensor, noisy: Tensor, kind: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """loss [B], scale * d loss / d noisy [B, K] and influence [B] in plain torch."""
+    wide = compute_dtype(torch.promote_types(clean.dtype, noisy.dtype))
+    clean, noisy = clean.to(wide), noisy.to(wide)
+    clean = clean.repeat(noisy.shape[0] // max(clean.shape[0], 1), 1)
+    delta = noisy - clean
+    squared = delta.square().sum(1)
+    if kind == "l2_squared":
+        loss, factor = squared, torch.full_like(squared, 2 * scale)
+    else:
+        loss = squared.sqrt()
+        factor = torch.where(loss == 0, 0.0, scale / loss)
+    influence = (torch.softmax(clean, 1) - torch.softmax(noisy, 1)).square().sum(1)
+    return loss, delta * factor.unsqueeze(1), influence
+
+
+def _noise_objective_out_ref(
+    clean: Tensor, noisy: Tensor, squared: bool, scale: float, loss: Tensor, cotangent: Tensor, influence: Tensor
+) -> None:
+    results = noise_objective_ref(clean, noisy, "l2_squared" if squared else "l2", scale)
+    for out, result in zip((loss, cotangent, influence), results, strict=True):
+        out.copy_(result)
+
+
+define(
+    "noise_objective_out(Tensor clean, Tensor noisy, bool squared, float scale, Tensor(a!) loss, Tensor(b!) cotangent,"
+    " Tensor(c!) influence) -> ()",
+    _noise_objective_out_ref,
+)
+
+
+def _objective_fwd(clean: Tensor, noisy: Tensor, kind: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(torch.promote_types(clean.dtype, noisy.dtype))
+    B, K = noisy.shape
+    loss = empty((B,), dtype=dtype, device=noisy.device)
+    cotangent = empty((B, K), dtype=dtype, device=noisy.device)
+    influence = empty((B,), dtype=dtype, device=noisy.device)
+    if use_native(clean, noisy):
+        clean = clean if clean.stride(1) == 1 else clean.contiguous()
+        noisy = noisy if noisy.stride(1) == 1 else noisy.contiguous()
+        torch.ops.fastnull.noise_objective_out(clean, noisy, kind == "l2_squared", scale, loss, cotangent, influence)
+    else:
+        _noise_objective_out_ref(clean, noisy, kind == "l2_squared", scale, loss, cotangent, influence)
+    return loss, cotangent, influence
+
+
+class _NoiseLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, clean: Tensor, noisy: Tensor, kind: str) -> Tensor:
+        loss, cotangent, _ = _objective_fwd(clean, noisy, kind, 1.0)
+        ctx.save_for_backward(cotangent)
+        ctx.dtype = noisy.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[None, Tensor, None]:
+        (cotangent,) = ctx.saved_tensors
+        return None, (cotangent * dloss.unsqueeze(1)).to(ctx.dtype), None
+
+
+def _check(clean_logits: Tensor, noisy_logits: Tensor, kind: str, groups: int) -> None:
+    check_choice("kind", kind, KINDS)
+    clean, noisy = list(clean_logits.shape), list(noisy_logits.shape)
+    if len(clean) != 2 or len(noisy) != 2 or clean[1] != noisy[1]:
+        raise ValueError(f"clean_logits and noisy_logits must have shape [B, K]; got {clean} and {noisy}")
+    if noisy[0] and (clean[0] == 0 or noisy[0] % clean[0]):
+        raise ValueError(f"the rows of noisy_logits must be a multiple of those of clean_logits; got {noisy}, {clean}")
+    if groups < 1 or noisy[0] % groups:
+        raise ValueError(f"groups must divide the {noisy[0]} rows of noisy_logits; got {groups}")
+
+
+def noise_objective(
+    clean_logits: Tensor, noisy_logits: Tensor, kind: str = "l2", *, reduction: str = "mean", groups: int = 1
+) -> NoiseObjective:
+    """Loss, its gradient with respect to the noisy logits, and influence; no autograd.
+
+    Args:
+        clean_logits: [B, K]; or [B0, K] with B a multiple of B0: noisy row i then belongs to clean row i % B0, as for
+            several noises over the same images.
+        noisy_logits: [B, K]; either may be float32, bfloat16 or float64.
+        kind: "l2" (the norm of the difference) or "l2_squared".
+        reduction: what the cotangent is the gradient of: "mean" of the losses of a group, or "none": each image's own.
+        groups: number of noises; rows are grouped in order, B / groups to a noise.
+
+    Returns:
+        A `NoiseObjective`. Nothing waits for the device.
+    """
+    _check(clean_logits, noisy_logits, kind, groups)
+    check_choice("reduction", reduction, REDUCTIONS)
+    rows = noisy_logits.shape[0] // groups
+    scale = 1.0 / rows if reduction == "mean" and rows else 1.0
+    loss, cotangent, influence = _objective_fwd(clean_logits.detach(), noisy_logits.detach(), kind, scale)
+    return NoiseObjective(
+        loss, cotangent, influence, loss.view(groups, rows).mean(1), influence.view(groups, rows).mean(1)
+    )
+
+
+def noise_loss(clean_logits: Tensor, noisy_logits: Tensor, kind: str = "l2") -> Tensor:
+    """The loss of each image [B], differentiable with respect to noisy_logits (not to clean_logits)."""
+    _check(clean_logits, noisy_logits, kind, 1)
+    if needs_grad(noisy_logits):
+        return _NoiseLoss.apply(clean_logits.detach(), noisy_logits, kind)
+    return _objective_fwd(clean_logits.detach(), noisy_logits, kind, 1.0)[0]

@@ -1,0 +1,135 @@
+"""The native library: what it needs of its host, how a missing or broken one behaves, and the build record."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastnull import _C, build_info, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_library = pytest.mark.skipif(not _C.cpu.path.exists(), reason="the C++ ops are not built here")
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter: loading happens once a process."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    done = run("import fastnull.ops; from fastnull import _C; print(_C.cpu.loaded, _C.cpu.error)")
+    assert done.stdout.split() == ["False", "None"], done.stderr
+
+
+def test_switched_off_by_the_environment() -> None:
+    code = (
+        "import warnings; warnings.simplefilter('error'); import torch; from fastnull import _C, ops;"
+        "print(ops.layer_norm(torch.ones(2, 8)).shape, _C.cpu.error, _C.cpu_levels())"
+    )
+    done = run(code, FASTNULL_NATIVE="0")
+    assert "switched off by FASTNULL_NATIVE=0 []" in done.stdout, done.stderr
+
+
+@needs_library
+def test_level_from_the_environment() -> None:
+    done = run("from fastnull import _C; print(_C.cpu_level())", FASTNULL_CPU_LEVEL="portable")
+    assert done.stdout.strip() == "portable", done.stderr
+    done = run("from fastnull import _C; print(_C.cpu_level())", FASTNULL_CPU_LEVEL="sse9")
+    assert "the CPU level must be one of portable" in done.stderr
+
+
+@needs_library
+def test_levels_are_forced_and_restored() -> None:
+    before = _C.cpu_level()
+    assert before == _C.cpu_levels()[-1] or before in _C.cpu_levels()
+    with _C.forced_cpu_level("portable"):
+        assert _C.cpu_level() == "portable"
+    assert _C.cpu_level() == before
+    with pytest.raises(ValueError, match="got 'sse9'"):
+        _C.set_cpu_level("sse9")
+    with _C.disabled(), pytest.raises(RuntimeError, match="no C\\+\\+ ops"):
+        _C.set_cpu_level("portable")
+
+
+def test_a_missing_library_is_quiet_and_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_C, "DIRECTORY", tmp_path)
+    (tmp_path / _C.RECORD).write_text(json.dumps({"missing": "no C++ compiler ('c++' is not on PATH; set CXX)"}))
+    library = _C.Library("_C_cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not library.load()
+    assert library.error == "not built: no C++ compiler ('c++' is not on PATH; set CXX)"
+
+
+def test_a_broken_library_is_reported_once_with_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_C, "DIRECTORY", tmp_path)
+    (tmp_path / "_C_cpu.so").write_bytes(b"not a library")
+    (tmp_path / _C.RECORD).write_text(json.dumps({"torch_headers": "2.99.0", "torch_minimum": "2.98"}))
+    library = _C.Library("_C_cpu")
+    with pytest.warns(RuntimeWarning, match=r"does not load into torch .* \(built against torch 2\.99\.0") as caught:
+        assert not library.load()
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not library.load()
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_the_library_needs_the_stable_abi_alone() -> None:
+    """No C++ symbol of torch and no Python symbol: that is what lets one build serve several of both."""
+    command = ["nm", "-D", "--undefined-only", str(_C.cpu.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    names = [line.split()[-1].split("@")[0] for line in done.stdout.splitlines() if line.strip()]
+    foreign = [n for n in names if n.startswith(("Py", "_Py", "_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "_ZNK3c10"))]
+    assert not foreign
+    assert any(n.startswith("aoti_torch_") for n in names)
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_no_function_of_one_level_is_shared_with_another() -> None:
+    """Weak symbols outside a level's namespace could be the AVX-512 copy of an inline function: there must be none."""
+    objects = sorted((ROOT / "build" / "native" / "cpu").glob("*_kernel.*.o"))
+    if not objects:
+        pytest.skip("built elsewhere")
+    for path in objects:
+        level = path.name.split(".")[1]
+        done = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True)
+        weak = [line.split(" ", 2)[2] for line in done.stdout.splitlines() if line.split(" ")[1] in "WV"]
+        assert all(f"fastnull::{level}::" in name for name in weak), (path.name, weak)
+
+
+@needs_library
+def test_build_info_names_what_is_built_and_in_use() -> None:
+    info = build_info.build_info()
+    assert info["torch"] == torch.__version__
+    assert info["cpu"]["loaded"]
+    assert info["cpu"]["level"] in info["cpu"]["levels"]
+    assert info["built"]["compiler"]
+    assert set(info["cpu"]["levels"]) <= set(info["built"]["cpu"]["levels"])
+    done = subprocess.run(
+        [sys.executable, "-m", "fastnull.build_info"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert json.loads(done.stdout)["cpu"]["loaded"]
+
+
+@needs_library
+def test_ops_compile_without_a_graph_break() -> None:
+    """Dynamo traces the public functions down to the registered ops (backend "eager": no compiler is needed)."""
+    x = torch.randn(2, 5, 16)
+    ops.layer_norm(x)  # loads the library: that cannot happen while tracing
+
+    def f(t: torch.Tensor) -> torch.Tensor:
+        return ops.attention(ops.layer_norm(t).view(2, 5, 1, 2, 8).expand(2, 5, 3, 2, 8))
+
+    torch.testing.assert_close(torch.compile(f, backend="eager", fullgraph=True)(x), f(x))

@@ -1,0 +1,361 @@
+"""FrozenEncoder: the written-out encoder against the model's own autograd in float64, feature by feature."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastnull import _C, encoder
+from fastnull.augment import NullspaceAugment
+from fastnull.encoder import FrozenEncoder
+from fastnull.explicit import encoder as explicit_encoder
+from fastnull.objective import noise_objective
+from fastnull.vit import SITES, NormalizedModel
+
+Factory = Callable[..., NormalizedModel]
+
+# every feature that changes a formula, alone; depth 3: first, middle and last block run different code
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one block": {"depth": 1},
+    "mean pool, fc_norm, no class token": {"class_token": False, "global_pool": "avg"},
+    "mean pool, fc_norm": {"global_pool": "avg"},
+    "mean pool, norm before it": {"global_pool": "avg", "fc_norm": False},
+    "mean pool with prefix tokens": {"global_pool": "avg", "pool_include_prefix": True},
+    "class token, fc_norm": {"fc_norm": True},
+    "no final norm": {"final_norm": False},
+    "registers": {"reg_tokens": 4},
+    "registers without position": {"reg_tokens": 2, "no_embed_class": True},
+    "no position embedding": {"pos_embed": "none"},
+    "LayerScale": {"init_values": 0.5},
+    "qk-norm": {"qk_norm": True},
+    "norm_pre": {"pre_norm": True},
+    "no biases": {"qkv_bias": False, "proj_bias": False},
+    "tanh GELU": {"act_layer": "gelu_tanh"},
+    "rectangular image and patch": {"img_size": (12, 20), "patch_size": (6, 4)},
+    "head dim 64, one head": {"embed_dim": 64, "num_heads": 1},
+    "odd head dim": {"embed_dim": 27, "num_heads": 3},
+}
+
+
+def loud(model: NormalizedModel) -> NormalizedModel:
+    """Biases, norms and scales away from 0 and 1, where a forgotten one would not show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def exact(model: NormalizedModel, images: Tensor, cotangent: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, logits and input gradient by the model's own modules in float64."""
+    double = FrozenEncoder(copy.deepcopy(model).double(), backend="reference", site=site)
+    tokens = double.embed(images.double())
+    return tokens, *double.input_gradient(tokens, cotangent.double())
+
+
+def relative(mine: Tensor, reference: Tensor) -> float:
+    return ((mine.double() - reference).norm() / reference.norm()).item()
+
+
+def cosines(mine: Tensor, reference: Tensor) -> Tensor:
+    return torch.nn.functional.cosine_similarity(mine.double().flatten(1), reference.flatten(1))
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_cpu_backend_is_the_model(make_vit: Factory, feature: str, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"depth": 3, **FEATURES[feature]}
+    model = loud(make_vit(**settings))
+    size = settings.get("img_size", (16, 16))
+    images, cotangent = torch.rand(3, 3, *size), torch.randn(3, 10)
+    tokens, logits, gradient = exact(model, images, cotangent, site)
+    # the formulas: float64 on the ops' references
+    double = FrozenEncoder(copy.deepcopy(model).double(), backend="cpu", site=site)
+    for mine, reference in zip(double.input_gradient(tokens, cotangent), (logits, gradient), strict=True):
+        assert relative(mine, reference) < 1e-12
+    for dtype, products, bound in (
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.bfloat16, 6e-2),
+        (torch.bfloat16, torch.float32, 6e-2),
+    ):
+        monkeypatch.setenv("FASTNULL_CPU_PRODUCTS", str(products)[6:])
+        mine = FrozenEncoder(model, dtype=dtype, backend="cpu", site=site)
+        assert mine.products == products
+        assert relative(mine.embed(images), tokens) < bound
+        assert relative(mine(tokens.to(dtype)), logits) < bound
+        got_logits, got_gradient = mine.input_gradient(tokens.to(dtype), cotangent)
+        assert relative(got_logits, logits) < bound
+        assert relative(got_gradient, gradient) < bound
+        assert cosines(got_gradient, gradient).min() > (0.999 if dtype == torch.bfloat16 else 1 - 1e-9)
+
+
+@pytest.mark.parametrize("products", ["bfloat16", "float32"])
+@pytest.mark.parametrize("site", SITES)
+def test_bfloat16_is_no_worse_than_twice_torchs(
+    make_vit: Factory, site: str, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTNULL_CPU_PRODUCTS", products)
+    model = loud(make_vit(depth=4))
+    images, cotangent = torch.rand(4, 3, 16, 16), torch.randn(4, 10)
+    tokens, logits, gradient = exact(model, images, cotangent, site)
+    errors = {}
+    for backend in ("reference", "cpu"):
+        frozen = FrozenEncoder(model, dtype=torch.bfloat16, backend=backend, site=site)
+        mine = frozen.input_gradient(tokens.bfloat16(), cotangent)
+        errors[backend] = [(a.double() - b).abs().max() for a, b in zip(mine, (logits, gradient), strict=True)]
+    eps = torch.finfo(torch.bfloat16).eps
+    for mine, theirs, reference in zip(errors["cpu"], errors["reference"], (logits, gradient), strict=True):
+        assert mine <= 2 * (theirs + eps * reference.abs().max())
+
+
+# tokens: 50 = B/32 and 197 = /16 at 224, 257 = /14 (all with a class token), 65 and 577 at other sizes: block tails
+@pytest.mark.parametrize("grid", [7, 8, 14, 16, 24])
+def test_token_counts_of_real_models(make_vit: Factory, grid: int) -> None:
+    model = loud(make_vit(img_size=4 * grid, embed_dim=64, num_heads=1))
+    images, cotangent = torch.rand(1, 3, 4 * grid, 4 * grid), torch.randn(1, 10)
+    tokens, logits, gradient = exact(model, images, cotangent, "patch")
+    mine = FrozenEncoder(model, backend="cpu").input_gradient(tokens.float(), cotangent)
+    assert relative(mine[0], logits) < 1e-5
+    assert relative(mine[1], gradient) < 1e-5
+    half = FrozenEncoder(model, dtype=torch.bfloat16, backend="cpu").input_gradient(tokens.bfloat16(), cotangent)
+    assert cosines(half[1], gradient).min() > 0.999
+
+
+def test_distilled_model(images: Tensor) -> None:
+    from timm.models.deit import VisionTransformerDistilled
+
+    network = VisionTransformerDistilled(
+        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=10, weight_init="skip"
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 0.15)
+    model = loud(NormalizedModel(network, [0.5] * 3, [0.5] * 3).eval())
+    cotangent = torch.randn(8, 10)
+    tokens, logits, gradient = exact(model, images, cotangent, "patch")
+    frozen = FrozenEncoder(model, backend="cpu")
+    mine = frozen.input_gradient(tokens.float(), cotangent)
+    assert relative(mine[0], logits) < 1e-5
+    assert relative(mine[1], gradient) < 1e-5
+
+
+def test_sites_agree(vit: NormalizedModel, images: Tensor) -> None:
+    logits = vit(images)
+    for backend in ("reference", "cpu"):
+        for site in SITES:
+            frozen = FrozenEncoder(vit, backend=backend, site=site)
+            torch.testing.assert_close(frozen(frozen.embed(images)), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_sync_gives_what_a_new_encoder_has_bit_for_bit(make_vit: Factory, images: Tensor) -> None:
+    for settings in ({"qk_norm": True}, {"init_values": 0.3, "pre_norm": True}):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = loud(make_vit(**settings))
+            frozen = FrozenEncoder(model, dtype=dtype, backend="cpu")
+            pointers = [linear.weight.data_ptr() for block in frozen._explicit.blocks for linear in block.linears()]
+            before = frozen(frozen.embed(images))
+            loud(model)
+            assert torch.equal(frozen(frozen.embed(images)), before), "weights are those of the last sync"
+            frozen.sync_if_changed()
+            fresh = FrozenEncoder(model, dtype=dtype, backend="cpu")
+            tokens, cotangent = fresh.embed(images), torch.randn(8, 10)
+            assert torch.equal(frozen.embed(images), tokens)
+            for mine, theirs in zip(
+                frozen.input_gradient(tokens, cotangent), fresh.input_gradient(tokens, cotangent), strict=True
+            ):
+                assert torch.equal(mine, theirs)
+            now = [linear.weight.data_ptr() for block in frozen._explicit.blocks for linear in block.linears()]
+            assert now == pointers, "in place"
+
+
+def test_parts_of_a_batch_are_the_whole(make_vit: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, cotangent = loud(make_vit()), torch.rand(7, 3, 16, 16), torch.randn(7, 10)
+    results = []
+    for rows in (17, 60, 1000):  # one image, uneven parts of up to four, all seven at once
+        monkeypatch.setattr(explicit_encoder, "CPU_ROWS", rows)
+        frozen = FrozenEncoder(model, backend="cpu")
+        results.append(frozen.input_gradient(frozen.embed(images), cotangent))
+    for logits, gradient in results[1:]:
+        torch.testing.assert_close(logits, results[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-4, atol=1e-6)
+
+
+def test_products_are_timed_once_and_can_be_chosen(vit: NormalizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = FrozenEncoder(vit, dtype=torch.bfloat16, backend="cpu").products
+    assert timed in (torch.float32, torch.bfloat16)
+    assert FrozenEncoder(vit, dtype=torch.bfloat16, backend="cpu").products == timed
+    assert FrozenEncoder(vit, backend="cpu").products == torch.float32
+    assert FrozenEncoder(vit, dtype=torch.bfloat16, backend="reference").products == torch.bfloat16
+    monkeypatch.setenv("FASTNULL_CPU_PRODUCTS", "float16")
+    with pytest.raises(ValueError, match="FASTNULL_CPU_PRODUCTS must be one of 'auto', 'float32', 'bfloat16'"):
+        FrozenEncoder(vit, dtype=torch.bfloat16, backend="cpu")
+
+
+def test_sync_happens_when_weights_changed_and_not_before(
+    vit: NormalizedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = FrozenEncoder(vit, backend="cpu")
+    calls: list[int] = []
+    monkeypatch.setattr(frozen._explicit, "sync", lambda: calls.append(1))
+    frozen.sync_if_changed()
+    assert not calls
+    optimizer = torch.optim.AdamW(vit.parameters())
+    vit(torch.rand(2, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    frozen.sync_if_changed()
+    frozen.sync_if_changed()
+    assert len(calls) == 1
+    vit.load_state_dict(vit.state_dict())
+    frozen.sync_if_changed()
+    assert len(calls) == 2
+
+
+def test_buffers_are_reused_and_results_are_the_callers(vit: NormalizedModel, images: Tensor) -> None:
+    frozen = FrozenEncoder(vit, backend="cpu")
+    tokens, cotangent = frozen.embed(images), torch.randn(8, 10)
+    logits, gradient = frozen.input_gradient(tokens, cotangent)
+    kept = logits.clone(), gradient.clone()
+    held = frozen.memory()
+    small = frozen.input_gradient(tokens[:3], cotangent[:3])
+    frozen(tokens * 2)
+    assert frozen.memory() == held, "a smaller batch asks for nothing"
+    assert torch.equal(logits, kept[0])
+    assert torch.equal(gradient, kept[1])
+    torch.testing.assert_close(small[1], gradient[:3], rtol=1e-4, atol=1e-6)
+    assert frozen.memory()["kept"] > 0
+    frozen.input_gradient(tokens.repeat(2, 1, 1), cotangent.repeat(2, 1))
+    assert frozen.memory()["kept"] == pytest.approx(2 * held["kept"], rel=0.01)
+
+
+def test_cotangent_as_tensor_callable_and_tuple(vit: NormalizedModel, images: Tensor) -> None:
+    for backend in ("reference", "cpu"):
+        frozen = FrozenEncoder(vit, backend=backend)
+        tokens = frozen.embed(images)
+        clean = frozen(tokens).roll(1, 0)
+        expected = frozen.input_gradient(tokens, noise_objective(clean, frozen(tokens)).cotangent)[1]
+        called = frozen.input_gradient(tokens, lambda logits, c=clean: noise_objective(c, logits).cotangent)[1]
+        tupled = frozen.input_gradient(tokens, lambda logits, c=clean: (noise_objective(c, logits).cotangent, 1))[1]
+        assert torch.equal(called, expected)
+        assert torch.equal(tupled, expected)
+
+
+def test_summed_gradient(vit: NormalizedModel, images: Tensor) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        frozen = FrozenEncoder(vit, dtype=dtype, backend="cpu")
+        tokens, cotangent = frozen.embed(images), torch.randn(8, 10)
+        each = frozen.input_gradient(tokens, cotangent)[1]
+        summed = frozen.input_gradient(tokens, cotangent, sum_batch=True)[1]
+        assert summed.dtype == torch.float32
+        torch.testing.assert_close(summed, each.float().sum(0))
+
+
+def test_one_image_none_and_strided_ones(vit: NormalizedModel, images: Tensor) -> None:
+    frozen = FrozenEncoder(vit, backend="cpu")
+    tokens = frozen.embed(images)
+    strided = images.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
+    assert not strided.is_contiguous()
+    assert torch.equal(frozen.embed(strided), tokens)
+    cotangent = torch.randn(8, 10)
+    expected = frozen.input_gradient(tokens, cotangent)[1]
+    wide = torch.cat([tokens, tokens], dim=2)[..., :32]
+    assert torch.equal(frozen.input_gradient(wide, cotangent)[1], expected)
+    one = frozen.input_gradient(tokens[:1], cotangent[:1])[1]
+    torch.testing.assert_close(one, expected[:1], rtol=1e-4, atol=1e-6)
+    logits, gradient = frozen.input_gradient(tokens[:0], cotangent[:0])
+    assert logits.shape == (0, 10)
+    assert gradient.shape == (0, 16, 32)
+
+
+def test_nan_goes_through_and_stays_in_its_image(vit: NormalizedModel, images: Tensor) -> None:
+    frozen = FrozenEncoder(vit, backend="cpu")
+    tokens, cotangent = frozen.embed(images), torch.randn(8, 10)
+    cotangent[2, 3] = float("nan")
+    gradient = frozen.input_gradient(tokens, cotangent)[1]
+    assert gradient.isnan().flatten(1).any(1).tolist() == [index == 2 for index in range(8)]
+
+
+def test_no_graph_and_no_parameter_gradients(vit: NormalizedModel, images: Tensor) -> None:
+    vit.train()
+    for backend in ("reference", "cpu"):
+        frozen = FrozenEncoder(vit, backend=backend)
+        tokens = frozen.embed(images).requires_grad_(True)
+        logits, gradient = frozen.input_gradient(tokens, torch.randn(8, 10))
+        assert not logits.requires_grad
+        assert not gradient.requires_grad
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in vit.parameters())
+        assert all(module.training for module in vit.modules())
+
+
+def test_unsupported_model_runs_on_reference_and_says_so_once(
+    make_vit: Factory, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder, "_warned", set())
+    model = make_vit(global_pool="map", class_token=False)
+    if _C.cpu_available():
+        with pytest.warns(UserWarning, match="reference backend: global_pool 'map' is not supported"):
+            frozen = FrozenEncoder(model)
+        assert frozen.backend == "reference"
+        assert FrozenEncoder(model).backend == "reference"  # silent: warnings are errors for a second one below
+    with pytest.raises(ValueError, match="backend 'cpu' does not support global_pool 'map'"):
+        FrozenEncoder(model, backend="cpu")
+    assert FrozenEncoder(make_vit(), dtype=torch.float64).backend == "reference"
+
+
+def test_auto_takes_the_fast_backend_where_it_is_built(vit: NormalizedModel, images: Tensor) -> None:
+    assert FrozenEncoder(vit).backend == ("cpu" if _C.cpu_available() else "reference")
+    with _C.disabled():
+        assert FrozenEncoder(vit).backend == "reference"
+        forced = FrozenEncoder(vit, backend="cpu")
+        torch.testing.assert_close(forced(forced.embed(images)), vit(images), rtol=1e-4, atol=1e-5)
+
+
+def test_same_noise_from_both_backends(vit: NormalizedModel, images: Tensor) -> None:
+    vit.train()
+    drawn = []
+    for backend in ("reference", "cpu"):
+        aug = NullspaceAugment(vit, "boundary", backend=backend)
+        drawn.append(aug.draw(aug.encoder.embed(images)))
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-3, atol=1e-5)
+
+
+def test_misuse_has_clear_errors(vit: NormalizedModel, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'gpu'"):
+        FrozenEncoder(vit, backend="gpu")
+    with pytest.raises(ValueError, match="site must be one of"):
+        FrozenEncoder(vit, site="block1")
+    frozen = FrozenEncoder(vit, backend="cpu")
+    tokens = frozen.embed(images)
+    with pytest.raises(ValueError, match=r"tokens at site 'patch' must have shape \[B, 16, 32\]; got \[8, 15, 32\]"):
+        frozen(tokens[:, 1:])
+    with pytest.raises(TypeError, match="floating dtype"):
+        frozen(tokens.long())
+    with pytest.raises(ValueError, match=r"images must have shape \[B, 3, 16, 16\]; got \[8, 3, 16, 12\]"):
+        frozen.embed(images[..., :12])
+    with pytest.raises(ValueError, match=r"cotangent must have the logits' shape \[8, 10\]; got \[8, 9\]"):
+        frozen.input_gradient(tokens, torch.randn(8, 9))
+
+
+def test_model_moved_to_another_device_is_noticed(vit: NormalizedModel, images: Tensor) -> None:
+    frozen = FrozenEncoder(vit, backend="cpu")
+    tokens = frozen.embed(images)
+    vit.to("meta")
+    for call in (lambda: frozen(tokens), frozen.sync, lambda: frozen.embed(images)):
+        with pytest.raises(RuntimeError, match="moved from cpu to meta: make a new FrozenEncoder"):
+            call()
+
+
+def test_model_is_kept_alive_by_its_encoder(make_vit: Factory, images: Tensor) -> None:
+    frozen = FrozenEncoder(make_vit(), backend="cpu")
+    frozen.sync()
+    assert frozen(frozen.embed(images)).isfinite().all()
+
+
+def test_foreign_modules_are_named() -> None:
+    with pytest.raises(ValueError, match="no adapter splits Linear"):
+        FrozenEncoder(nn.Linear(2, 2))
