@@ -175,7 +175,7 @@ class Training:
     def check_finite(self) -> None:
         """Raise DivergenceError where a loss or a weight is NaN or Inf; waits for the device."""
         step = int(self._bad_step)
-        what = f"the loss is {'NaN or Inf'} at step {step}"
+        what = f"the loss is NaN or Inf at step {step}"
         if step < 0:
             broken = [name for name, value in self.model.named_parameters() if not bool(torch.isfinite(value).all())]
             if not broken:

@@ -7,6 +7,9 @@ device. None of the ops has an autograd kernel: the public functions wrap them i
 
 from __future__ import annotations
 
+import functools
+import os
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,7 +18,11 @@ from torch import Tensor
 from fastnull import _C
 
 LIBRARY = torch.library.Library("fastnull", "FRAGMENT")
-NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+# of the C++ ops on the CPU, and of the Triton kernels
+NATIVE_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 _allocate = torch.empty  # fastnull.testing.poisoned swaps it
 
@@ -40,10 +47,33 @@ def define(schema: str, reference: Callable[..., None]) -> None:
     torch.library.register_fake(f"fastnull::{name}", fake, lib=LIBRARY)
 
 
-def use_native(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES) -> bool:
-    """True if a native kernel serves these tensors: built, on a device it knows, of a dtype it knows."""
+def use_native(*tensors: Tensor | None) -> bool:
+    """True if a native kernel serves these tensors: there, on one device it knows, of a dtype it knows."""
     given = [t for t in tensors if t is not None]
-    return all(t.device.type == "cpu" and t.dtype in dtypes for t in given) and _C.cpu_available()
+    device = given[0].device
+    if any(t.device != device or t.dtype not in NATIVE_DTYPES.get(device.type, ()) for t in given):
+        return False
+    return _C.cpu_available() if device.type == "cpu" else not _C._disabled and _triton_serves(device)
+
+
+@functools.cache
+def _triton_serves(device: torch.device) -> bool:
+    """True if the Triton kernels run on this GPU; the first call imports and registers them."""
+    if os.environ.get("FASTNULL_NATIVE") == "0":
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False  # older GPUs have no bfloat16 in their tensor cores
+    try:
+        import fastnull.kernels  # noqa: F401
+    except ImportError as failure:
+        warnings.warn(
+            f"fastnull runs its torch references on {device}, slower: its kernels need Triton ({failure}). "
+            "Install it with `pip install fastnull[triton]`, or set FASTNULL_NATIVE=0 to silence this.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return False
+    return True
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

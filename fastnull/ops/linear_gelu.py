@@ -73,8 +73,26 @@ def _dgelu_ref(g: Tensor, derivative: Tensor) -> None:
     g.copy_(g.to(wide) * decode_derivative(derivative, wide))
 
 
+def _linear_gelu_out_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, h: Tensor, derivative: Tensor | None
+) -> None:
+    torch.mm(x, weight.t(), out=h)
+    _gelu_out_ref(h, bias, tanh, h, derivative)
+
+
+def _linear_dgelu_out_ref(dy: Tensor, weight: Tensor, derivative: Tensor, dz: Tensor) -> None:
+    torch.mm(dy, weight, out=dz)
+    _dgelu_ref(dz, derivative)
+
+
 define("gelu_out(Tensor z, Tensor? bias, bool tanh, Tensor(a!) h, Tensor(b!)? derivative) -> ()", _gelu_out_ref)
 define("dgelu_(Tensor(a!) g, Tensor derivative) -> ()", _dgelu_ref)
+# Product and pass in one kernel, where there is one. The functions below use it only once it is measured to be faster.
+define(
+    "linear_gelu_out(Tensor x, Tensor weight, Tensor? bias, bool tanh, Tensor(a!) h, Tensor(b!)? derivative) -> ()",
+    _linear_gelu_out_ref,
+)
+define("linear_dgelu_out(Tensor dy, Tensor weight, Tensor derivative, Tensor(a!) dz) -> ()", _linear_dgelu_out_ref)
 
 
 def derivative_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastnull.ops.common import NATIVE_DTYPES, define, use_native
+from fastnull.ops.common import define, use_native
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _check(noise: Tensor, grad: Tensor) -> None:
 
 
 def _native(noise: Tensor, grad: Tensor) -> bool:
-    return grad.dtype in NATIVE_DTYPES and use_native(noise, dtypes=(torch.float32,))
+    return noise.dtype == torch.float32 and use_native(noise, grad)
 
 
 @torch.no_grad()

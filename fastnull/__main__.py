@@ -1,0 +1,8 @@
+"""`python -m fastnull`: the command line."""
+
+import sys
+
+from fastnull.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""The command line: `fastnull demo | inspect | synthesize | finetune | evaluate | report | bench`.
+
+Errors that a user can mend are one line and exit code 2 (`--debug` shows the traceback); Ctrl-C is 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from fastnull import __version__, commands
+from fastnull.options import add_options, number
+
+ERRORS = (ValueError, TypeError, ImportError, OSError, RuntimeError)
+"""What is told in one line. RuntimeError covers our own EpsilonNotMetError and DivergenceError, and torch's."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 2 for an error, 130 for Ctrl-C.
+
+    Args:
+        argv: words after the program's name; None takes the process's own.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        args = _parser().parse_args(words)
+        args.run(args)
+    except KeyboardInterrupt as stop:
+        print(f"\nfastnull: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
+        return 130
+    except ERRORS as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        # the functions behind name their arguments, the user has options
+        text = re.sub(r"\b(resume|overwrite)=True\b", r"--\1", text)
+        hint = " (--debug shows where)" if type(error) is RuntimeError else ""
+        print(f"fastnull: error: {text}{hint}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells its errors in one line, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fastnull: error: {message} (see {self.prog} --help)\n")
+
+
+class _Version(argparse.Action):
+    """Prints what was built and what is in use."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **_: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print version, build and what is in use, and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from fastnull.build_info import build_info
+
+        print(f"fastnull {__version__}\n{json.dumps(build_info(), indent=2)}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fastnull",
+        description="Finetune Vision Transformers with noise they cannot see, and measure how robust they get.",
+        epilog="New here? `fastnull demo --quick` shows everything on small images in a minute or two.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], what: str, text: str, example: str) -> _Parser:
+        added = subparsers.add_parser(
+            name,
+            help=what,
+            description=text,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        added.set_defaults(run=run)
+        return added
+
+    _demo(command)
+    _inspect(command)
+    _synthesize(command)
+    _finetune(command)
+    _evaluate(command)
+    _report(command)
+    _bench(command)
+    return parser
+
+
+Command = Callable[..., _Parser]
+
+
+def _demo(command: Command) -> None:
+    parser = command(
+        "demo",
+        commands.demo,
+        "compare six ways of finetuning on small images, with a report",
+        "Train a small ViT on handwritten digits (they come with scikit-learn), finetune it in six ways at equal\n"
+        "cost, attack and corrupt it, and write a report. Some minutes on two CPU cores; --quick about one.",
+        "fastnull demo --quick --out runs/demo",
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed, shorter training, fewer attacks")
+    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where it goes (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="repetitions (default: 3, with --quick 1)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a CPU core, at most 4)")
+    parser.add_argument("--overwrite", action="store_true", help="start over in a folder that holds a demo")
+    parser.add_argument("--resume", action="store_true", help="go on in it; what is finished is not done again")
+
+
+def _inspect(command: Command) -> None:
+    parser = command(
+        "inspect",
+        commands.inspect,
+        "show how large the exact nullspace of a model's patch embedding is",
+        "For each model: the values of a patch, the width of a token, and how many dimensions of the image no token\n"
+        "shows. Built from the configuration with random weights, so nothing is downloaded.",
+        "fastnull inspect vit_small_patch16_224 vit_base_patch16_224 vit_base_patch32_224",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="timm model name, or vit_digits")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    parser.add_argument("--pretrained", action="store_true", help="measure timm's pretrained weights (downloads them)")
+    parser.add_argument("--checkpoint", metavar="FILE", help="measure the weights in a file (one model)")
+    parser.add_argument(
+        "--tolerance", type=number, metavar="NUMBER", help="singular values up to this share of the largest are zero"
+    )
+
+
+def _synthesize(command: Command) -> None:
+    from fastnull.synthesis import SynthesisConfig
+
+    parser = command(
+        "synthesize",
+        commands.synthesize,
+        "learn noise that a model does not see",
+        "Learn noise on training images, write it, and print its influence on images it was not learned on: the mean\n"
+        "over images of the sum over classes of (p - p~)^2. The permuted noise beside it is the control of equal norm.",
+        "fastnull synthesize --model runs/first/last.safetensors --data digits --out noise.safetensors --limit 1",
+    )
+    _model_options(parser)
+    _data_options(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="file for the noise (.safetensors)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.add_argument("--start", metavar="FILE", help="noise to start from, in place of a random one")
+    parser.add_argument("--images", type=int, default=1024, metavar="N", help="images at most (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images a step (default: %(default)s)")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="published constants to start from: finetune, first or single_gpu"
+    )
+    add_options(parser, SynthesisConfig, title="the noise (without --preset the defaults hold)")
+
+
+def _finetune(command: Command) -> None:
+    from fastnull.finetune import FinetuneConfig
+
+    parser = command(
+        "finetune",
+        commands.finetune,
+        "finetune a model with nullspace noise, or with a control",
+        "Finetune a model; weights, metrics and settings go to a folder, from which --resume goes on exactly. The\n"
+        "best epoch is chosen on images held out from the training data; the test images are left to `evaluate`.",
+        "fastnull finetune --model vit_small_patch16_224 --pretrained --data images --out runs/first",
+    )
+    parser.add_argument("--preset", metavar="NAME", help="published recipe to start from: vit_s, vit_b or madry")
+    add_options(parser, FinetuneConfig, title="the run (without --preset the defaults hold)")
+
+
+def _evaluate(command: Command) -> None:
+    from fastnull.robustness import CORRUPTIONS, DEMO_CORRUPTIONS
+    from fastnull.robustness.evaluate import SUITES
+
+    parser = command(
+        "evaluate",
+        commands.evaluate,
+        "measure accuracy: clean, under attack, under corruptions",
+        "Measure a model on test images and print a table. With --out the results go to a file as they come in, which\n"
+        "`report` reads and an interrupted run completes with --resume.",
+        "fastnull evaluate --model runs/first/last.safetensors --data images --eps 1/255 2/255 --out results.json",
+    )
+    _model_options(parser)
+    _data_options(parser)
+    shown = "(default: %(default)s)"
+    parser.add_argument("--out", metavar="FILE", help="file for the results (.json)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.add_argument("--resume", action="store_true", help="complete the file")
+    parser.add_argument(
+        "--suite", nargs="+", default=["clean", "fgsm", "pgd", "corruptions"], metavar="NAME",
+        help=f"any of {', '.join(SUITES)} (default: clean fgsm pgd corruptions)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--eps", nargs="+", type=number, default=[1 / 255, 2 / 255, 4 / 255, 8 / 255], metavar="E",
+        help="radii of the attacks, pixels in [0, 1], fractions too (default: 1/255 2/255 4/255 8/255)",
+    )  # fmt: skip
+    parser.add_argument("--norm", default="linf", metavar="NORM", help=f"of the attacks: linf or l2 {shown}")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help=f"of PGD and APGD {shown}")
+    parser.add_argument("--restarts", type=int, default=1, metavar="N", help=f"of PGD and APGD {shown}")
+    parser.add_argument(
+        "--corruptions", nargs="+", default=list(DEMO_CORRUPTIONS), metavar="NAME",
+        help=f"any of {', '.join(CORRUPTIONS)} (default: {' '.join(DEMO_CORRUPTIONS)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--severities",
+        nargs="+",
+        type=int,
+        default=[1, 2, 3, 4, 5],
+        metavar="N",
+        help="of the corruptions (default: 1 2 3 4 5)",
+    )
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help=f"images at once {shown}")
+    parser.add_argument("--limit", type=int, metavar="N", help="use the first N images only")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=f"of starts and corruptions {shown}")
+
+
+def _report(command: Command) -> None:
+    parser = command(
+        "report",
+        commands.report,
+        "write an HTML and Markdown report from results",
+        "Read results of `evaluate` (and the settings of the finetuning run they lie in), put runs together that\n"
+        "differ in their seed alone, and write tables, plots and what holds between the methods.",
+        "fastnull report runs/none runs/boundary --out report",
+    )
+    parser.add_argument("sources", nargs="+", metavar="RESULTS", help="files of results, or folders that hold some")
+    parser.add_argument("--out", default="report", metavar="FOLDER", help="where it goes (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report that is there")
+
+
+def _bench(command: Command) -> None:
+    from fastnull.bench import add_bench_options, bench
+
+    parser = command(
+        "bench",
+        bench,
+        "measure how fast it is here, against the published loop and frozen autograd",
+        "Run the benchmark suites of the source checkout: variants of one task interleaved in one run, medians, and the\n"
+        "floor that the machine sets. Under ten minutes on two CPU cores, --quick under two. Or compare two results.",
+        "fastnull bench --quick --only encoder",
+    )
+    add_bench_options(parser)
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the model")
+    group.add_argument("--model", required=True, metavar="NAME|FILE", help="timm model, or a file that finetune wrote")
+    group.add_argument("--checkpoint", metavar="FILE", help="weights for a model given by name (.safetensors, .pth)")
+    group.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
+    group.add_argument("--num-classes", type=int, metavar="N", help="classes of the head (default: the model's own)")
+    group.add_argument("--device", metavar="DEVICE", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the data")
+    group.add_argument(
+        "--data", default="digits", help="digits, a folder with train/ and val/, or torch/... or hfds/... "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--data-dir", metavar="FOLDER", help="where timm keeps the data set")
+    group.add_argument("--download", action="store_true", help="let timm download the data set")

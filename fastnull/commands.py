@@ -1,0 +1,225 @@
+"""What the commands of the command line do, each a function of its parsed arguments that returns nothing or raises."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnull.checks import check_number
+from fastnull.options import from_options
+
+
+class InterruptedWork(KeyboardInterrupt):
+    """Ctrl-C, after what was done has been kept; the message says how to go on."""
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Run the demo and say where its report is."""
+    from fastnull.demo import DemoSettings, run_demo
+
+    settings = DemoSettings.quickly() if args.quick else DemoSettings()
+    if args.seeds is not None:
+        settings = replace(settings, seeds=args.seeds)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = min(4, cores) if args.jobs is None else args.jobs
+    try:
+        page = run_demo(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=jobs)
+    except KeyboardInterrupt:
+        quick, seeds = " --quick" if args.quick else "", f" --seeds {args.seeds}" if args.seeds else ""
+        raise InterruptedWork(f"go on with: fastnull demo{quick}{seeds} --out {args.out} --resume") from None
+    print(f"report: {page} (and {page.with_name('report.md').name} beside it)")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print the nullspaces of models as a table or as JSON."""
+    from fastnull.inspection import format_table, inspect_models
+
+    rows = inspect_models(args.models, pretrained=args.pretrained, checkpoint=args.checkpoint, tolerance=args.tolerance)
+    print(json.dumps(rows, indent=2) if args.json else format_table(rows).rstrip("\n"))
+
+
+def finetune(args: argparse.Namespace) -> None:
+    """Finetune as the options say; the settings and weights lie in the output folder."""
+    from fastnull.finetune import FinetuneConfig
+    from fastnull.finetune import finetune as run
+
+    base = FinetuneConfig() if args.preset is None else FinetuneConfig.published(args.preset)
+    config = from_options(base, args)
+    if config.out is None:
+        raise ValueError("finetune needs a folder for what it learns: give --out FOLDER")
+    try:
+        result = run(config)
+    except KeyboardInterrupt:
+        raise InterruptedWork from None  # it has said how to go on
+    if result.best_accuracy is not None:
+        print(f"held-out images: {result.best_accuracy:.1f} % in epoch {result.best_epoch} (the best)")
+    seconds = result.seconds
+    print(
+        f"{result.plan.steps} steps, {result.cost['spent']:g} forward passes, {seconds['total']:.1f} s "
+        f"({100 * seconds['synthesis_share']:.0f} % of it synthesis)"
+    )
+    data = f"--data {config.data}" + (f" --data-dir {config.data_dir}" if config.data_dir else "")
+    print(f"weights: {result.last_path}")
+    print(f"next: fastnull evaluate --model {result.last_path} {data} --out {Path(config.out) / 'results.json'}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure a model on the test images, print the table and write the results."""
+    from fastnull.data import evaluation_data
+    from fastnull.robustness import evaluate as run
+    from fastnull.robustness import format_table
+
+    if args.out is not None and Path(args.out).exists() and not (args.overwrite or args.resume):
+        raise ValueError(f"{args.out} exists: --resume completes it, --overwrite replaces it")
+    model = open_model(args)
+    data = evaluation_data(args.data, model, data_dir=args.data_dir, download=args.download)
+    found = run(
+        model,
+        data,
+        suites=args.suite,
+        eps=args.eps,
+        norm=args.norm,
+        steps=args.steps,
+        restarts=args.restarts,
+        corruptions=args.corruptions,
+        severities=args.severities,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        out=args.out,
+        resume=args.resume,
+        limit=args.limit,
+    )
+    print(format_table(found), end="")
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write a report from results."""
+    from fastnull.report import write_report
+
+    page = write_report(args.sources, args.out, overwrite=args.overwrite)
+    print(f"report: {page} (and {page.with_name('report.md').name} beside it)")
+
+
+def synthesize(args: argparse.Namespace) -> None:
+    """Learn noise, write it, and print how it compares with a permutation of itself."""
+    from fastnull.synthesis import EpsilonNotMetError, SynthesisConfig, SynthesisInterrupted
+    from fastnull.synthesis import synthesize as run
+
+    base = SynthesisConfig() if args.preset is None else SynthesisConfig.published(args.preset)
+    config = from_options(base, args)
+    out = Path(args.out)
+    if out.exists() and not args.overwrite:
+        raise ValueError(f"{out} exists: --overwrite replaces it")
+    check_number("images", args.images, 1)
+    check_number("batch_size", args.batch_size, 1)
+    model = open_model(args).eval()
+    images, held_out = _two_sets(args, model)
+    start = None
+    if args.start is not None:
+        from fastnull.noise import Noise
+
+        start = Noise.load(args.start)
+    try:
+        noise = run(model, images.split(args.batch_size), config, start=start, progress=True)
+    except SynthesisInterrupted as stop:
+        beside = out.with_name(f"{out.stem}.partial{out.suffix}")
+        stop.noise.save(beside)
+        how = f"go on from it with --start {beside}" if config.mode == "universal" else "it has the images done so far"
+        raise InterruptedWork(f"the noise so far is in {beside}; {how}") from None
+    except EpsilonNotMetError as error:
+        beside = out.with_name(f"{out.stem}.unmet{out.suffix}")
+        error.noise.save(beside)
+        raise ValueError(f"{error}; the noise is in {beside}") from error
+    noise.save(out)
+    shared = config.mode == "universal"
+    _print_noise(model, noise, held_out if shared else images, args.batch_size, shared=shared)
+    print(f"noise: {out}")
+
+
+def open_model(args: argparse.Namespace) -> nn.Module:
+    """The model that --model (a name, or a file of `save_checkpoint`) and --checkpoint give, on --device.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file or name.
+    """
+    from fastnull.models import create_model, load_model
+
+    if Path(args.model).is_file():
+        if args.checkpoint is not None:
+            raise ValueError(f"--checkpoint is for a model by name; {args.model} is a file that holds weights itself")
+        model: nn.Module = load_model(args.model)
+    elif Path(args.model).suffix in (".safetensors", ".pth", ".pt"):
+        raise FileNotFoundError(f"there is no file {args.model}")
+    else:
+        if args.checkpoint is None and not args.pretrained:
+            print("note: no --checkpoint and no --pretrained, so the weights are random", file=sys.stderr)
+        model = create_model(
+            args.model, num_classes=args.num_classes, pretrained=args.pretrained, checkpoint=args.checkpoint
+        )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device)
+
+
+def _two_sets(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Up to --images training images to learn from, and test images to judge on; [n, C, H, W] in [0, 1]."""
+    from fastnull.data import Samples, digits, evaluation_data, open_source, to_pixels
+    from fastnull.finetune import FinetuneConfig
+    from fastnull.rng import generator
+    from fastnull.view import View
+
+    view = View.of(model)
+    source = open_source(FinetuneConfig(data=args.data, data_dir=args.data_dir, download=args.download))
+    train: Any = source.train
+    if train is None:
+        train = digits(view.size, view.channels)[0]
+    elif source.transforms:
+        train = Samples(train, view.evaluation(), view.channels)
+    test: Any = evaluation_data(args.data, model, data_dir=args.data_dir, download=args.download)
+    seed = getattr(args, "seed", 0)
+    sets = []
+    for data, key in ((train, 0), (test, 1)):
+        chosen = torch.randperm(len(data), generator=generator(seed, key))[: args.images].tolist()
+        sets.append(torch.stack([to_pixels(data[index][0]) for index in chosen]))
+    return sets[0], sets[1]
+
+
+@torch.no_grad()
+def _print_noise(model: nn.Module, noise: Any, images: Tensor, batch_size: int, *, shared: bool) -> None:
+    """Influence, norm and agreement of the noise and of its permutation; the mean over noises."""
+    from fastnull.encoder import FrozenEncoder
+
+    encoder = FrozenEncoder(model, site=noise.site)
+    judged = f"{len(images)} held-out images" if shared else "its own images"
+    unmet = int((~noise.converged).sum())
+    print(f"{len(noise)} noise{'s' if len(noise) > 1 else ''}, {unmet} not within eps, {int(noise.steps.max())} steps")
+    print(f"{'on ' + judged:<28}{'influence':>12}{'norm':>10}{'same prediction':>18}")
+    for label, candidate in (("learned", noise), ("permuted (same norm)", noise.permuted())):
+        seen, same = _measured(encoder, candidate.tokens, images, batch_size, shared)
+        print(f"{label:<28}{seen:>12.4g}{float(candidate.norm.mean()):>10.4g}{100 * same:>16.1f} %")
+
+
+def _measured(encoder: Any, tokens: Tensor, images: Tensor, batch_size: int, shared: bool) -> tuple[float, float]:
+    """Mean influence and share of equal predictions; every noise on all images, or each on its own."""
+    from fastnull.objective import influence
+    from fastnull.solvers import perturb
+
+    seen: list[Tensor] = []
+    same: list[Tensor] = []
+    for begin in range(0, len(images), batch_size):
+        embedded = encoder.embed(images[begin : begin + batch_size].to(encoder.device))
+        clean = encoder(embedded)
+        noises: Iterable[Tensor] = tokens if shared else (tokens[begin : begin + batch_size],)
+        for one in noises:
+            noisy = encoder(perturb(encoder, embedded, one.to(encoder.device)))
+            seen.append(influence(clean, noisy))
+            same.append(clean.argmax(1) == noisy.argmax(1))
+    return float(torch.cat(seen).mean()), float(torch.cat(same).float().mean())

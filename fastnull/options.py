@@ -1,0 +1,98 @@
+"""Command-line options made from a dataclass: names, types, defaults and help are written once, beside the fields."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, fields, replace
+from fractions import Fraction
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
+
+
+def add_options(
+    parser: argparse.ArgumentParser, settings: type[Any], *, skip: Collection[str] = (), title: str | None = None
+) -> None:
+    """Add an option for each field of a dataclass: batch_size becomes --batch-size, a bool --flag and --no-flag.
+
+    Options that are not given are absent from the parsed arguments, so that presets show through.
+
+    Args:
+        parser: to add to.
+        settings: the dataclass; help comes from a field's metadata or from the class docstring's Attributes.
+        skip: fields that get no option.
+        title: of the group in the help.
+    """
+    group = parser.add_argument_group(title or settings.__name__)
+    hints = typing.get_type_hints(settings)
+    documented = attribute_docs(settings)
+    for field in fields(settings):
+        if field.name in skip:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        text = field.metadata.get("help") or documented.get(field.name, "")
+        default = "none" if field.default is None else field.default
+        shown = f"{text} (default: {_shown(default)})".replace("%", "%%") if field.default is not MISSING else text
+        if hints[field.name] is bool:
+            action: Any = argparse.BooleanOptionalAction
+            group.add_argument(flag, action=action, default=argparse.SUPPRESS, help=shown)
+        else:
+            kind = _converter(hints[field.name])
+            name = typing.cast("str", getattr(kind, "__name__", "value")).upper()
+            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=name, help=shown)
+
+
+def from_options(base: Settings, arguments: argparse.Namespace, **changes: Any) -> Settings:
+    """`base` with the fields that were given on the command line, and then `changes`."""
+    names = {field.name for field in fields(base)}  # type: ignore[arg-type]
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    return replace(base, **{**given, **changes})  # type: ignore[type-var]
+
+
+def number(text: str) -> float:
+    """A decimal number or a fraction such as 8/255."""
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, nor a fraction such as 8/255") from None
+
+
+def attribute_docs(settings: type[Any]) -> Mapping[str, str]:
+    """Name → text from the Attributes section of a class docstring (an entry may name several: `lr, eps: text`)."""
+    section = (settings.__doc__ or "").partition("Attributes:")[2]
+    entries = re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", section, flags=re.MULTILINE)
+    return {
+        name.strip(): re.sub(r"\s+", " ", text).replace("`", "").rstrip(".")
+        for names, text in entries
+        for name in names.split(",")
+    }
+
+
+def _converter(hint: Any) -> Callable[[str], Any]:
+    """The function that reads a value of an annotated type; `none` gives None where the type allows it."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    (kind,) = [kind for kind in kinds if kind is not type(None)]
+    read: Callable[[str], Any] = number if kind is float else kind
+    if len(kinds) == 1:
+        return read
+
+    def optional(text: str) -> Any:
+        return None if text.lower() == "none" else read(text)
+
+    optional.__name__ = read.__name__
+    return optional
+
+
+def _shown(default: Any) -> str:
+    """The default as one would type it: 8/255 rather than 0.03137."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, float):
+        in_255 = default * 255
+        is_fraction = 0 < default < 1 and abs(in_255 - round(in_255)) < 1e-9 and round(default, 4) != default
+        return f"{round(in_255)}/255" if is_fraction else f"{default:g}"
+    return str(default)

@@ -1,0 +1,171 @@
+"""What a set of runs says about one method against another, with how sure it is.
+
+Runs are paired by seed: both start from the same pretrained weights. A claim holds, or fails, where the 95 % confidence
+interval of the paired difference (Student's t over the seeds) lies on one side of its threshold; with fewer than three
+seeds nothing is claimed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Scores: TypeAlias = Mapping[str, Mapping[int, Mapping[str, "float | None"]]]
+"""Method → seed → measure → value in %."""
+
+MEASURES = {"adversarial_mean": "under attack", "corruption_mean": "under corruption", "clean": "on clean images"}
+"""Measures of a run that are compared, all in % where more is better, and how a sentence calls them."""
+
+SEEDS_NEEDED = 3
+CLEAN_MARGIN = 1.0
+"""Points of clean accuracy that a method may cost."""
+
+# 97.5 % quantile of Student's t for 1, 2, 3, ... degrees of freedom
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method minus another on one measure.
+
+    Attributes:
+        method, other, measure: of the comparison.
+        differences: method − other in points of %, one a seed that both have.
+    """
+
+    method: str
+    other: str
+    measure: str
+    differences: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean paired difference in points."""
+        return statistics.fmean(self.differences)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean; None with fewer than three seeds."""
+        count = len(self.differences)
+        return statistics.stdev(self.differences) / math.sqrt(count) if count >= SEEDS_NEEDED else None
+
+    @property
+    def margin(self) -> float | None:
+        """Half the width of the 95 % confidence interval; None with fewer than three seeds."""
+        error = self.standard_error
+        return None if error is None else error * _T[min(len(self.differences) - 1, len(_T)) - 1]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That the difference of a comparison lies above a threshold.
+
+    Attributes:
+        comparison: what decides.
+        name, other_name: of the methods, as a sentence calls them.
+        threshold: in points.
+    """
+
+    comparison: Comparison
+    name: str
+    other_name: str
+    threshold: float = 0.0
+
+    @property
+    def outcome(self) -> str:
+        """`holds` or `fails` where the 95 % interval lies above or below the threshold, `open` where it holds both,
+        `untested` with fewer than three seeds."""
+        margin = self.comparison.margin
+        if margin is None:
+            return "untested"
+        above = self.comparison.mean - self.threshold
+        if abs(above) <= margin:
+            return "open"
+        return "holds" if above > 0 else "fails"
+
+    def numbers(self) -> str:
+        """Mean difference, with its standard error where there is one."""
+        error = self.comparison.standard_error
+        return signed(self.comparison.mean) + ("" if error is None else f" ± {error:.1f}")
+
+    def interval(self) -> str:
+        """The 95 % confidence interval; a dash with fewer than three seeds."""
+        margin = self.comparison.margin
+        if margin is None:
+            return "–"
+        return f"{signed(self.comparison.mean - margin)} to {signed(self.comparison.mean + margin)}"
+
+
+_SENTENCES = {
+    # (outcome, whether on clean images) → what is said of a method before its baselines are listed
+    ("holds", False): "{name} is more accurate {where} than {others}",
+    ("fails", False): "{name} is less accurate {where} than {others}",
+    ("open", False): "{name} is neither more nor less accurate {where}, as far as these runs show, than {others}",
+    ("untested", False): "{name} {where}, against {others}",
+    ("holds", True): "{name} loses less than {margin:g} point {where} against {others}",
+    ("fails", True): "{name} loses more than {margin:g} point {where} against {others}",
+    ("open", True): "{name} may or may not lose more than {margin:g} point {where} against {others}",
+    ("untested", True): "{name} {where}, against {others}",
+}
+
+
+def sentences(claims: Sequence[Claim], outcome: str) -> list[str]:
+    """What the claims of one outcome say: a sentence a method and measure, which lists the baselines with numbers."""
+    found: dict[tuple[str, str], list[Claim]] = {}
+    for claim in claims:
+        if claim.outcome == outcome:
+            found.setdefault((claim.name, claim.comparison.measure), []).append(claim)
+    result = []
+    for (name, measure), group in found.items():
+        listed = [f"{claim.other_name} (**{claim.numbers()}**)" for claim in group]
+        others = " and ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)
+        template = _SENTENCES[outcome, measure == "clean"]
+        text = template.format(name=name, where=MEASURES[measure], others=others, margin=CLEAN_MARGIN)
+        result.append(text[0].upper() + text[1:])
+    return result
+
+
+def signed(value: float) -> str:
+    """With its sign, a minus and no hyphen."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def compare(scores: Scores, method: str, other: str, measure: str) -> Comparison | None:
+    """Pair two methods by seed; None where they share no seed with that measure.
+
+    Args:
+        scores: method → seed → measure → value in %.
+    """
+    mine, theirs = scores.get(method, {}), scores.get(other, {})
+    pairs = [(mine[seed].get(measure), theirs[seed].get(measure)) for seed in sorted(mine.keys() & theirs.keys())]
+    differences = tuple(a - b for a, b in pairs if a is not None and b is not None)
+    return Comparison(method, other, measure, differences) if differences else None
+
+
+def make_claims(
+    scores: Scores, methods: Mapping[str, str], baselines: Mapping[str, str], clean_baseline: str | None = None
+) -> list[Claim]:
+    """Every method against every baseline under attack and under corruption, and its cost on clean images.
+
+    Args:
+        scores: method → seed → measure → value in %.
+        methods: those that claims are made for, label → name in a sentence; baselines: likewise.
+        clean_baseline: the one of the baselines that clean accuracy is held against.
+    """
+    claims = []
+    for measure in ("adversarial_mean", "corruption_mean"):
+        for method, name in methods.items():
+            for other, other_name in baselines.items():
+                comparison = compare(scores, method, other, measure) if method != other else None
+                if comparison is not None:
+                    claims.append(Claim(comparison, name, other_name))
+    for method, name in methods.items():
+        if clean_baseline is None or clean_baseline == method:
+            continue
+        comparison = compare(scores, method, clean_baseline, "clean")
+        if comparison is not None:
+            claims.append(Claim(comparison, name, baselines[clean_baseline], threshold=-CLEAN_MARGIN))
+    return claims

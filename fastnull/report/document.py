@@ -1,0 +1,216 @@
+"""A report as a list of blocks, written as one HTML file that needs nothing else, and as Markdown with images beside.
+
+Text in blocks knows two marks: `code` and **bold**. Everything else is shown as it is.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastnull.record import replacing
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading; level 1 is the title of the document."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list; `kind` (good, bad or open) marks it in HTML."""
+
+    items: Sequence[str]
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first `text_columns` columns are left-aligned, the others right-aligned."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    text_columns: int = 1
+
+
+@dataclass(frozen=True)
+class Code:
+    """Commands, shown as they are."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture in two forms: SVG for the HTML (text in `currentColor`), PNG (on white) for the Markdown.
+
+    Attributes:
+        name: of the PNG file, without suffix.
+        svg: the <svg> element.
+        png: the file's bytes.
+        alt: what the picture shows, for those who do not see it.
+        caption: below it.
+    """
+
+    name: str
+    svg: str = field(repr=False)
+    png: bytes = field(repr=False)
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Details:
+    """Blocks that HTML folds away behind a summary."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+
+Block = Heading | Paragraph | Bullets | Table | Code | Figure | Details
+
+_STYLE = """
+:root { color-scheme: light dark; --back: #fff; --ink: #1c2024; --soft: #5c6570; --line: #d9dee3; --panel: #f5f7f9;
+  --good: #00785a; --bad: #b34700; --open: #6b7280; }
+@media (prefers-color-scheme: dark) { :root { --back: #14171a; --ink: #e4e8eb; --soft: #9aa4ae; --line: #333a41;
+  --panel: #1d2226; --good: #3fc79f; --bad: #f0945a; --open: #a3adb8; } }
+* { box-sizing: border-box; }
+body { background: var(--back); color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", sans-serif;
+  max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 5rem; }
+h1 { font-size: 1.9rem; line-height: 1.25; margin: 0 0 .75rem; }
+h2 { font-size: 1.35rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.08rem; margin: 1.75rem 0 .5rem; }
+p, li { max-width: 46rem; }
+li { margin: .3rem 0; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }
+caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .88rem; padding-top: .5rem; }
+th, td { padding: .4rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th.text, td.text { text-align: left; }
+th:first-child, td:first-child { padding-left: 0; }
+thead th { vertical-align: bottom; white-space: normal; min-width: 5rem; border-bottom: 2px solid var(--soft); }
+tbody th { font-weight: 500; }
+figure { margin: 1.5rem 0; }
+figure svg { width: 100%; height: auto; display: block; }
+figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem; }
+code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .88em; }
+code { background: var(--panel); padding: .1em .3em; border-radius: 4px; }
+pre { background: var(--panel); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; }
+pre code { padding: 0; }
+ul.good, ul.bad, ul.open { list-style: none; padding-left: 0; }
+ul.good li, ul.bad li, ul.open li { padding-left: .9rem; border-left: 4px solid var(--open); }
+ul.good li { border-color: var(--good); }
+ul.bad li { border-color: var(--bad); }
+details { margin: 1rem 0; }
+summary { cursor: pointer; color: var(--soft); }
+"""
+
+
+def to_html(blocks: Sequence[Block]) -> str:
+    """The whole document as one page, readable in light and dark; it refers to nothing outside itself."""
+    title = next((block.text for block in blocks if isinstance(block, Heading) and block.level == 1), "Report")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(_html(block) for block in blocks)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def to_markdown(blocks: Sequence[Block], images: str = "figures") -> str:
+    """The whole document as GitHub's Markdown; figures are referred to as PNG files in the folder `images`."""
+    return "\n\n".join(_markdown(block, images) for block in blocks) + "\n"
+
+
+def write_document(blocks: Sequence[Block], folder: Path) -> tuple[Path, Path]:
+    """Write report.html, report.md and figures/*.png, each whole or not at all; returns the first two."""
+    for figure in _figures(blocks):
+        with replacing(folder / "figures" / f"{figure.name}.png") as beside:
+            beside.write_bytes(figure.png)
+    page, text = folder / "report.html", folder / "report.md"
+    for path, content in ((page, to_html(blocks)), (text, to_markdown(blocks))):
+        with replacing(path) as beside:
+            beside.write_text(content, encoding="utf-8")
+    return page, text
+
+
+def _figures(blocks: Sequence[Block]) -> list[Figure]:
+    found = [block for block in blocks if isinstance(block, Figure)]
+    return found + [figure for block in blocks if isinstance(block, Details) for figure in _figures(block.blocks)]
+
+
+def _html(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"<h{block.level}>{_inline(block.text)}</h{block.level}>"
+    if isinstance(block, Paragraph):
+        return f"<p>{_inline(block.text)}</p>"
+    if isinstance(block, Bullets):
+        mark = f' class="{block.kind}"' if block.kind else ""
+        return f"<ul{mark}>\n" + "\n".join(f"<li>{_inline(item)}</li>" for item in block.items) + "\n</ul>"
+    if isinstance(block, Code):
+        return f"<pre><code>{html.escape(block.text)}</code></pre>"
+    if isinstance(block, Table):
+        return _html_table(block)
+    if isinstance(block, Details):
+        inside = "\n".join(_html(inner) for inner in block.blocks)
+        return f"<details>\n<summary>{_inline(block.summary)}</summary>\n{inside}\n</details>"
+    svg = block.svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(block.alt)}"', 1)
+    return f"<figure>\n{svg}\n<figcaption>{_inline(block.caption)}</figcaption>\n</figure>"
+
+
+def _html_table(table: Table) -> str:
+    marks = [' class="text"' if column < table.text_columns else "" for column in range(len(table.header))]
+    head = "".join(
+        f'<th scope="col"{mark}>{_inline(cell)}</th>' for mark, cell in zip(marks, table.header, strict=True)
+    )
+    rows = []
+    for first, *rest in table.rows:
+        cells = "".join(f"<td{mark}>{_inline(cell)}</td>" for mark, cell in zip(marks[1:], rest, strict=True))
+        rows.append(f'<tr><th scope="row" class="text">{_inline(first)}</th>{cells}</tr>\n')
+    caption = f"<caption>{_inline(table.caption)}</caption>" if table.caption else ""
+    return (
+        f'<div class="scroll"><table>{caption}\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{''.join(rows)}</tbody>\n</table></div>"
+    )
+
+
+def _inline(text: str) -> str:
+    escaped = html.escape(text, quote=False)
+    escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
+    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escaped)
+
+
+def _markdown(block: Block, images: str) -> str:
+    if isinstance(block, Heading):
+        return "#" * block.level + " " + block.text
+    if isinstance(block, Paragraph):
+        return block.text
+    if isinstance(block, Bullets):
+        return "\n".join(f"- {item}" for item in block.items)
+    if isinstance(block, Code):
+        return f"```\n{block.text}\n```"
+    if isinstance(block, Table):
+        align = ["---" if column < block.text_columns else "---:" for column in range(len(block.header))]
+        # a bar inside a cell would end it
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in (block.header, *block.rows)]
+        lines = ["| " + " | ".join(row) + " |" for row in (rows[0], align, *rows[1:])]
+        return "\n".join(lines) + (f"\n\n{block.caption}" if block.caption else "")
+    if isinstance(block, Details):
+        return f"### {block.summary}\n\n" + "\n\n".join(_markdown(inner, images) for inner in block.blocks)
+    alt = block.alt.replace("[", "(").replace("]", ")")
+    return f"![{alt}]({images}/{block.name}.png)\n\n{block.caption}"

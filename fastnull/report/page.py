@@ -1,0 +1,376 @@
+"""A report from results: what each method reached, what holds and what does not, and how it was obtained.
+
+    from fastnull.report import write_report
+    write_report(["runs/demo"], "report")
+
+It reads what `evaluate` wrote (results.json) and, where it lies in the folder of a finetuning run, that run's settings
+and costs. Runs that differ only in their seed are put together as one method: mean ± standard deviation.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastnull.report.claims import MEASURES, Claim, make_claims, sentences
+from fastnull.report.document import Block, Bullets, Code, Details, Figure, Heading, Paragraph, Table, write_document
+from fastnull.report.plots import Series, accuracy_over_eps, corruption_bars
+from fastnull.report.runs import Run, load_runs, phrase, read_json
+
+DEMO = "demo.json"
+
+_BASELINES = ("none", "random", "universal", "adversarial")
+_CLAIMANTS = ("universal", "per_image", "boundary")
+
+_OUTCOMES = (
+    ("holds", "What holds", "good"),
+    ("fails", "What does not hold", "bad"),
+    ("open", "What these runs leave open", "open"),
+    ("untested", "Differences without a test (fewer than three seeds)", "open"),
+)
+
+
+def write_report(
+    sources: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, overwrite: bool = False
+) -> Path:
+    """Write report.html, report.md and figures/ from the folders and files of results in `sources`.
+
+    Args:
+        sources: results of `evaluate` (.json), folders of finetuning runs that hold a results.json, or folders of such
+            folders, a demo's among them.
+        out: folder of the report.
+        overwrite: replace a report that is there.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        FileNotFoundError: a source that does not exist, or a folder without results.
+        ValueError: a file that is no result of `evaluate`, or a report is there already.
+        ImportError: matplotlib is missing.
+    """
+    folder = Path(out)
+    if (folder / "report.html").exists() and not overwrite:
+        raise ValueError(f"{folder} holds a report already: overwrite=True replaces it")
+    runs = load_runs(sources)
+    blocks = compose(runs, demo=_demo_of(sources), figures=_illustrations_of(sources))
+    return write_document(blocks, folder)[0]
+
+
+def compose(
+    runs: Sequence[Run], *, demo: Mapping[str, Any] | None = None, figures: Sequence[Figure] = ()
+) -> list[Block]:
+    """The report as blocks.
+
+    Args:
+        runs: at least one.
+        demo: what demo.json holds, where the runs are a demo's.
+        figures: of the noise, for a section of their own.
+    """
+    methods = list(dict.fromkeys(run.method for run in runs))
+    grouped = {method: [run for run in runs if run.method == method] for method in methods}
+    blocks: list[Block] = [Heading(_title(demo), 1), *_introduction(runs, grouped, demo)]
+    blocks += [Heading("Result"), _headline(grouped)]
+    blocks += [Heading("What holds on this data and what does not"), *_claims_section(grouped)]
+    blocks += [Heading("Accuracy under attack"), *_attack_figure(grouped)]
+    blocks += [Heading("Accuracy under corruption"), *_corruption_figure(grouped)]
+    if figures:
+        blocks += [Heading("The noise"), *figures]
+    blocks += [Heading("All numbers"), Details("Accuracy in %, every attack and corruption", [_full_table(grouped)])]
+    blocks += [Heading("How it was obtained"), *_provenance(runs, grouped, demo)]
+    return blocks
+
+
+def scores(grouped: Mapping[str, Sequence[Run]]) -> dict[str, dict[int, Mapping[str, float | None]]]:
+    """Method → seed → summary of the results."""
+    return {method: {run.seed: run.record["summary"] for run in runs} for method, runs in grouped.items()}
+
+
+def _title(demo: Mapping[str, Any] | None) -> str:
+    return "fastnull demo: finetuning with noise that a model hardly sees" if demo else "fastnull: robustness report"
+
+
+def _introduction(
+    runs: Sequence[Run], grouped: Mapping[str, Sequence[Run]], demo: Mapping[str, Any] | None
+) -> Iterator[Block]:
+    seeds = sorted({run.seed for run in runs})
+    if demo:
+        yield Paragraph(
+            f"A small Vision Transformer (`vit_digits`, {demo['parameters']:,} parameters) is trained on handwritten "
+            f"digits, then finetuned in {len(grouped)} ways, each within a budget of {demo['settings']['budget']:g} "
+            f"forward passes for each training image. All are attacked and corrupted alike, on {_images(runs)} test "
+            f"images. {_count(len(seeds), 'seed')}; each has its own pretrained model, which all methods start from."
+        )
+        if demo["quick"]:
+            yield Paragraph(
+                "**Quick run:** shorter training and fewer attacks. It shows that everything works; its numbers rank "
+                "nothing. `fastnull demo` without `--quick` is the experiment."
+            )
+    else:
+        yield Paragraph(f"{_count(len(grouped), 'model')} on {_images(runs)} images. {_count(len(seeds), 'seed')}.")
+    differing = _differing_protocols(runs)
+    if differing:
+        yield Paragraph(f"**Not like with like:** the results were measured under different protocols ({differing}).")
+
+
+def _images(runs: Sequence[Run]) -> str:
+    counts = sorted({str(run.record["protocol"].get("n")) for run in runs})
+    return " or ".join(counts)
+
+
+def _differing_protocols(runs: Sequence[Run]) -> str:
+    protocols = [run.record["protocol"] for run in runs]
+    keys = {key for protocol in protocols for key in protocol} - {"weights", "provenance"}
+    return ", ".join(sorted(key for key in keys if any(p.get(key) != protocols[0].get(key) for p in protocols)))
+
+
+def _headline(grouped: Mapping[str, Sequence[Run]]) -> Table:
+    columns = {
+        "clean [%]": "clean",
+        "under attack, mean [%]": "adversarial_mean",
+        "corrupted, mean [%]": "corruption_mean",
+    }
+    header = ["finetuned with", *columns]
+    with_cost = any(run.spent for runs in grouped.values() for run in runs)
+    if with_cost:
+        header += ["cost [forward passes an image]", "steps", "time [s]", "of it synthesis"]
+    rows = []
+    for method, runs in grouped.items():
+        row = [method, *(_spread([run.record["summary"].get(key) for run in runs]) for key in columns.values())]
+        if with_cost:
+            row += [
+                _spread([run.spent.get("forward_passes") for run in runs], digits=0, deviation=False),
+                _spread([run.spent.get("steps") for run in runs], digits=0, deviation=False),
+                _spread([run.spent.get("seconds") for run in runs], digits=0),
+                _spread([run.spent.get("synthesis_percent") for run in runs], digits=0, deviation=False, unit=" %"),
+            ]
+        rows.append(row)
+    caption = (
+        "Mean ± standard deviation over seeds. Under attack: mean over FGSM and PGD at every radius. Corrupted: mean "
+        "over corruptions and their severities."
+    )
+    if with_cost:
+        caption += (
+            " Cost: a forward pass counts 1, a backward pass 1 for the inputs and 1 for the weights. Synthesis: time "
+            "spent on making noise or attacking."
+        )
+    return Table(header, rows, caption)
+
+
+def _claims_section(grouped: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
+    claims = _claims(grouped)
+    if not claims:
+        yield Paragraph(
+            "Nothing to compare: claims need finetuning runs with a nullspace augmentation beside a baseline (clean "
+            "only, random noise, adversarial training) at the same seed."
+        )
+        return
+    yield Paragraph(
+        "Differences in points of accuracy, paired by seed: mean, and where there are three seeds or more its standard "
+        "error. A statement holds, or does not, where the 95 % confidence interval (Student's t) lies on one side."
+    )
+    for outcome, title, kind in _OUTCOMES:
+        found = sentences(claims, outcome)
+        if found:
+            yield Heading(title, 3)
+            yield Bullets(found, kind)
+    tested = sum(claim.outcome != "untested" for claim in claims)
+    if tested:
+        yield Paragraph(
+            "Seeds vary the pretrained weights, the order of the images and the noise; the test images stay the same, "
+            "so the intervals say nothing about other images, models or data. "
+            f"With {tested} statements tested at 95 %, about {max(1, round(tested / 20))} may be wrong by chance."
+        )
+    yield Details("Every difference with its interval", [_differences(claims)])
+
+
+def _differences(claims: Sequence[Claim]) -> Table:
+    rows = []
+    for claim in claims:
+        found = claim.comparison
+        above = sum(difference > 0 for difference in found.differences)
+        seeds = f"{above} of {len(found.differences)}"
+        rows.append([found.method, found.other, MEASURES[found.measure], claim.numbers(), claim.interval(), seeds])
+    header = ["method", "against", "accuracy", "difference [points]", "95 % interval", "seeds above 0"]
+    return Table(header, rows, text_columns=3)
+
+
+def _claims(grouped: Mapping[str, Sequence[Run]]) -> list[Claim]:
+    first = {method: runs[0] for method, runs in grouped.items()}
+    kinds = {method: run.config.get("augment") for method, run in first.items()}
+    names = {method: phrase(run) for method, run in first.items()}
+    clean = next((method for method, kind in kinds.items() if kind == "none"), None)
+    return make_claims(
+        scores(grouped),
+        {method: names[method] for method, kind in kinds.items() if kind in _CLAIMANTS},
+        {method: names[method] for method, kind in kinds.items() if kind in _BASELINES},
+        clean,
+    )
+
+
+def _attack_figure(grouped: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
+    panels: dict[str, Series] = {}
+    protocol = next(iter(grouped.values()))[0].record["protocol"]
+    for suite in ("fgsm", "pgd", "apgd"):
+        series = {}
+        for method, runs in grouped.items():
+            tables = [_radii(run.record, suite) for run in runs]
+            shared = [radius for radius in tables[0] if all(radius in table for table in tables)]
+            points = [(radius, *_moments([table[radius] for table in tables])) for radius in shared]
+            if points:
+                series[method] = points
+        if series:
+            panels[suite.upper() if suite == "fgsm" else f"{suite.upper()}, {protocol['steps']} steps"] = series
+    if not panels:
+        yield Paragraph("No attack was run.")
+        return
+    yield accuracy_over_eps(
+        panels,
+        protocol["norm"],
+        "Accuracy over the radius of the attack (0: clean). Whiskers: standard deviation over seeds.",
+    )
+
+
+def _corruption_figure(grouped: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
+    tables = {
+        method: [run.record["results"].get("corruptions", {}) for run in runs] for method, runs in grouped.items()
+    }
+    every = [table for of_method in tables.values() for table in of_method]
+    names = [name for name in every[0] if all(name in table for table in every)]
+    if not names:
+        yield Paragraph("There is no corruption that every model was measured under.")
+        return
+    yield corruption_bars(
+        names,
+        {
+            method: [_moments([statistics.fmean(table[name].values()) for table in of_method]) for name in names]
+            for method, of_method in tables.items()
+        },
+        "Accuracy under each corruption, mean over its severities. Whiskers: standard deviation over seeds.",
+    )
+
+
+def _full_table(grouped: Mapping[str, Sequence[Run]]) -> Table:
+    flat = {method: [dict(_flat(run.record["results"])) for run in runs] for method, runs in grouped.items()}
+    labels = list(dict.fromkeys(label for tables in flat.values() for table in tables for label in table))
+    rows = [[label, *(_spread([table.get(label) for table in tables]) for tables in flat.values())] for label in labels]
+    return Table(["", *grouped], rows, "Mean ± standard deviation over seeds.")
+
+
+def _flat(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    if "clean" in results:
+        yield "clean", results["clean"]
+    for suite in ("fgsm", "pgd", "apgd"):
+        for key, value in results.get(suite, {}).items():
+            yield f"{suite.upper()} {key}", value
+    for name, table in results.get("corruptions", {}).items():
+        for severity, value in table.items():
+            yield f"{name}, severity {severity}", value
+
+
+def _provenance(
+    runs: Sequence[Run], grouped: Mapping[str, Sequence[Run]], demo: Mapping[str, Any] | None
+) -> Iterator[Block]:
+    protocol = runs[0].record["protocol"]
+    origin = protocol.get("provenance", {})
+    ball = "L∞" if protocol["norm"] == "linf" else "L2"
+    yield Bullets(
+        [
+            f"Evaluation: {protocol['n']} images ({protocol['subset']}, `{protocol['data']}`), attacks in the {ball} "
+            f"norm, PGD with {protocol['steps']} steps of {protocol['step_size']}, "
+            f"{_count(protocol['restarts'], 'restart')}, random start; seed {protocol['seed']}.",
+            f"Corruptions: {protocol['corruption_source']}; severities {', '.join(map(str, protocol['severities']))}.",
+            f"Weights evaluated in {protocol['dtype']} on {origin.get('device_name', 'an unknown device')}.",
+            f"fastnull {origin.get('fastnull')} (commit {origin.get('commit') or 'unknown'}), "
+            f"torch {origin.get('torch')}, timm {origin.get('timm')}, Python {origin.get('python')}; "
+            f"{origin.get('date')}.",
+        ]
+    )
+    trained = {method: group[0] for method, group in grouped.items() if group[0].config}
+    if trained:
+        yield Heading("Settings of the methods", 3)
+        yield _settings_table(trained)
+    if demo:
+        yield Paragraph(
+            "The last weights are evaluated; no test image, and no held-out image, chooses among epochs or settings "
+            "within this run. The settings themselves were chosen beforehand in trials on the same data."
+        )
+        yield Heading("The same again", 3)
+        yield Code(demo["command"])
+
+
+def _settings_table(trained: Mapping[str, Run]) -> Table:
+    rows = []
+    for method, run in trained.items():
+        config, noise, plan = run.config, run.settings.get("synthesis") or {}, run.settings.get("plan", {})
+        if config["augment"] == "adversarial":
+            how = (
+                f"PGD-{config['attack_steps']}, radius {_in_255(config['attack_eps'])}, "
+                f"step {_in_255(config['attack_step_size'])}"
+            )
+        elif config["augment"] == "none":
+            how = "none"
+        else:
+            limit = _in_255(noise["limit"]) if config["site"] == "pixels" else f"{noise['limit']:g}"
+            how = f"start ±{limit}"
+            if config["augment"] != "random":
+                how += f", ε {noise['eps']:g}"
+            if noise.get("steps") and config["augment"] != "random":
+                how += f", {noise['steps']} steps"
+        seen = f"{run.spent['influence']:.2g}" if "influence" in run.spent else "–"
+        cost, epochs = str(plan.get("step_cost", "–")), str(plan.get("epochs", config["epochs"]))
+        optimiser = f"{config['opt']}, {config['lr']:g}, batch {plan.get('batch_size', config['batch_size'])}"
+        rows.append([method, how, seen, cost, epochs, optimiser])
+    return Table(
+        ["finetuned with", "noise", "influence", "cost of a step", "epochs", "optimiser, rate, batch"],
+        rows,
+        "Influence: of the noise during the second half of the training, to be held against ε (first seed). Cost of a "
+        "step: in forward passes for each of its images, without what a universal noise takes once an epoch.",
+        text_columns=2,
+    )
+
+
+def _demo_of(sources: Sequence[str | os.PathLike[str]]) -> dict[str, Any] | None:
+    path = Path(sources[0]) / DEMO
+    return read_json(path) if len(sources) == 1 and path.is_file() else None
+
+
+def _illustrations_of(sources: Sequence[str | os.PathLike[str]]) -> list[Figure]:
+    from fastnull.report.illustrations import FILE, Illustrations
+
+    path = Path(sources[0]) / FILE
+    return Illustrations.load(path).figures() if len(sources) == 1 and path.is_file() else []
+
+
+def _radii(record: Mapping[str, Any], suite: str) -> dict[float, float]:
+    """Radius as it stands on the axis (8 for "8/255", 0.5 for an l2 radius of 0.5) → accuracy; 0 is the clean one."""
+    results, in_255 = record["results"], record["protocol"]["norm"] == "linf"
+    table = {}
+    for key, value in results.get(suite, {}).items():
+        number, slash, _ = key.partition("/")
+        table[float(number) * (255 if in_255 and not slash else 1)] = value
+    return {0.0: results["clean"], **table} if table and "clean" in results else table
+
+
+def _moments(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (0 for a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _spread(values: Sequence[float | None], *, digits: int = 1, deviation: bool = True, unit: str = "") -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean, spread = _moments(known)
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(known) > 1 and deviation else "") + unit
+
+
+def _in_255(value: float) -> str:
+    return f"{value * 255:.3g}/255"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

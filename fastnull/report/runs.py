@@ -1,0 +1,147 @@
+"""Evaluated runs as they lie on the disk: results, and where they come from a finetuning, its settings and costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastnull.checkpoint import FREE_KEYS
+
+RESULTS, SETTINGS, METRICS = "results.json", "config.json", "metrics.jsonl"
+
+_NAMES = {
+    # augmentation: (label in tables and legends, name in a sentence)
+    "none": ("clean only", "clean-only finetuning"),
+    "random": ("random", "random noise"),
+    "universal": ("universal", "universal noise"),
+    "per_image": ("per image", "noise an image"),
+    "boundary": ("boundary", "boundary noise"),
+    "adversarial": ("adversarial", "adversarial training"),
+}
+_SITES = {"patch": "tokens", "block0": "block 0", "pixels": "pixels"}
+_NO_SITE = ("none", "adversarial")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluated model.
+
+    Attributes:
+        method: label; runs with the same one differ in their seed alone.
+        seed: of the run.
+        record: what `evaluate` returned.
+        settings: the finetuning's config.json; empty where the result stands alone.
+        spent: of the finetuning: forward_passes (for each training image), steps, seconds, synthesis_percent, and the
+            mean influence of its noise in the second half, where it has one.
+    """
+
+    method: str
+    seed: int
+    record: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    spent: Mapping[str, float]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The finetuning's configuration; empty where the result stands alone."""
+        return self.settings.get("config", {})
+
+
+def load_runs(sources: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """The runs in files and folders, in the order of the demo or else of the sources. Raises as `write_report`."""
+    runs = []
+    for source in map(Path, sources):
+        if not source.exists():
+            raise FileNotFoundError(f"there are no results at {source}")
+        found = sorted(source.rglob(RESULTS)) if source.is_dir() else [source]
+        if not found:
+            raise FileNotFoundError(f"{source} holds no {RESULTS}: run `fastnull evaluate` or `fastnull demo` first")
+        runs += [_load_run(path) for path in found]
+    augments, sites = list(_NAMES), list(_SITES)
+    runs.sort(
+        key=lambda run: (
+            (augments.index(run.config["augment"]), sites.index(run.config["site"]))
+            if run.config
+            else (len(augments), 0)
+        )
+    )
+    return _told_apart(runs)
+
+
+def _load_run(path: Path) -> Run:
+    record = read_json(path)
+    if not all(isinstance(record.get(key), dict) for key in ("protocol", "results", "summary")):
+        raise ValueError(f"{path} is no result of evaluate(): it lacks protocol, results or summary")
+    about = path.parent / SETTINGS
+    if not about.exists() or path.name != RESULTS:
+        return Run(path.stem if path.name != RESULTS else path.parent.name, 0, record, {}, {})
+    settings = read_json(about)
+    config = settings["config"]
+    return Run(method_label(config), config["seed"], record, settings, _spent(path.parent, settings))
+
+
+def method_label(config: Mapping[str, Any]) -> str:
+    """What tables and legends call the augmentation of a configuration."""
+    label = _NAMES[config["augment"]][0]
+    return label if config["augment"] in _NO_SITE else f"{label}, {_SITES[config['site']]}"
+
+
+def phrase(run: Run) -> str:
+    """What a sentence calls the method of a run."""
+    if not run.config:
+        return run.method
+    label, name = _NAMES[run.config["augment"]]
+    detail = run.method.removeprefix(label).removeprefix(",").strip()
+    return f"{name} in {detail}" if detail and run.config["augment"] not in _NO_SITE else f"{name} {detail}".strip()
+
+
+def _spent(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
+    """Cost and time of a run, from the last epoch in metrics.jsonl; empty where there is none."""
+    metrics = folder / METRICS
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    records = [json.loads(line) for line in lines]
+    epochs = [record for record in records if record.get("kind") == "epoch"]
+    if not epochs:
+        return {}
+    last = epochs[-1]
+    late = [record["influence"] for record in records if "influence" in record and record["step"] >= last["step"] / 2]
+    return {
+        "forward_passes": last["cost"] / settings["data"]["train"],
+        "steps": last["step"],
+        "seconds": last["seconds"]["total"],
+        "synthesis_percent": 100 * last["seconds"]["synthesis_share"],
+        **({"influence": statistics.fmean(late)} if late else {}),
+    }
+
+
+def _told_apart(runs: list[Run]) -> list[Run]:
+    """Add to a method's label the settings in which its runs differ: means are taken over seeds alone."""
+    named = []
+    for run in runs:
+        same = [other.config for other in runs if other.method == run.method]
+        free = FREE_KEYS | {"seed", "checkpoint"}
+        differing = [key for key in run.config if key not in free and any(c.get(key) != run.config[key] for c in same)]
+        label = ", ".join([run.method, *(f"{key} {run.config[key]}" for key in differing)])
+        named.append(replace(run, method=label))
+    seen: dict[tuple[str, int], int] = {}
+    unique = []
+    for run in named:
+        count = seen[run.method, run.seed] = seen.get((run.method, run.seed), 0) + 1
+        unique.append(run if count == 1 else replace(run, method=f"{run.method} ({count})"))
+    return unique
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a table; raises ValueError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is no record of fastnull: it holds a {type(value).__name__}")
+    return value
