@@ -77,9 +77,7 @@ def assert_same_run(left: Path, right: Path) -> None:
 
 @pytest.fixture(scope="module")
 def half_trained():
-    return finetune(
-        FinetuneConfig(augment="none", epochs=8, lr=3e-3, batch_size=16, warmup_epochs=1, progress=False)
-    )
+    return finetune(FinetuneConfig(augment="none", epochs=8, lr=3e-3, batch_size=16, warmup_epochs=1, progress=False))
 
 
 def test_learns_the_digits(half_trained):
@@ -433,7 +431,7 @@ BAD_SETTINGS = {
     "preset": ({"noise_preset": "finetune"}, "noise_preset is for augment='universal'"),
     "both": ({"resume": True, "overwrite": True}, "either resume or overwrite"),
     "nowhere": ({"resume": True}, "give out"),
-    "infinite": ({"compute_budget": math.inf}, "compute_budget must be <= "),
+    "infinite": ({"compute_budget": math.inf}, "compute_budget must be > 0; got inf"),
 }
 
 
