@@ -177,8 +177,9 @@ def test_sync_gives_what_a_new_encoder_has_bit_for_bit(make_vit: Factory, images
 def test_parts_of_a_batch_are_the_whole(make_vit: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, cotangent = loud(make_vit()), torch.rand(7, 3, 16, 16), torch.randn(7, 10)
     results = []
-    for rows in (17, 60, 1000):  # one image, uneven parts of up to four, all seven at once
-        monkeypatch.setattr(explicit_encoder, "CPU_ROWS", rows)
+    image = 17 * 128 * 4  # bytes of one image's hidden layer
+    for images_at_once in (1, 3, 100):  # one, uneven parts of two and three, all seven
+        monkeypatch.setattr(explicit_encoder, "CPU_BYTES", image * images_at_once)
         frozen = FrozenEncoder(model, backend="cpu")
         results.append(frozen.input_gradient(frozen.embed(images), cotangent))
     for logits, gradient in results[1:]:

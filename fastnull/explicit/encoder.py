@@ -19,8 +19,9 @@ from fastnull.ops.common import empty
 from fastnull.vit.base import NormalizedModel, SplitViT
 from fastnull.vit.parts import ViTParts
 
-CPU_ROWS = 400
-"""Tokens that pass through a block at once on the CPU."""
+CPU_BYTES = 5_000_000
+"""Size of a block's widest buffer, its MLP's, for the images that pass through at once on the CPU: 8 images of ViT-B/32.
+The products want many rows, the caches few; small models pass whole, or Python would cost more than the arithmetic."""
 
 
 class ExplicitEncoder:
@@ -45,8 +46,8 @@ class ExplicitEncoder:
         self.last = ClassTokenBlock(last, dtype) if absorbed else None
         self.blocks = [Block(block, dtype, self.compute) for block in (parts.blocks[:-1] if absorbed else parts.blocks)]
         self.width = parts.projection.out_channels
-        # images of a part: enough rows for the products to be efficient, few enough to stay in the cache
-        self._part = max(1, round(CPU_ROWS / self.stem.tokens)) if self.device.type == "cpu" else None
+        image = self.stem.tokens * parts.blocks[0].fc1.out_features * self.compute.itemsize
+        self._part = max(1, round(CPU_BYTES / image)) if self.device.type == "cpu" else None
         self._capacity = 0
         self._saved: list[Saved] = []
         self.sync()
