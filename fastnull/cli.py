@@ -242,8 +242,9 @@ def _bench(command: Command) -> None:
         "bench",
         bench,
         "measure how fast it is here, against the published loop and frozen autograd",
-        "Run the benchmark suites of the source checkout: variants of one task interleaved in one run, medians, and the\n"
-        "floor that the machine sets. Under ten minutes on two CPU cores, --quick under two. Or compare two results.",
+        "Run the benchmark suites of the source checkout: variants of one task interleaved in one run, medians, and\n"
+        "the floor that the machine sets. Under ten minutes on two CPU cores, --quick under two. Or compare\n"
+        "two results.",
         "fastnull bench --quick --only encoder",
     )
     add_bench_options(parser)

@@ -20,8 +20,8 @@ from fastnull.vit.base import NormalizedModel, SplitViT
 from fastnull.vit.parts import ViTParts
 
 CPU_BYTES = 5_000_000
-"""Size of a block's widest buffer, its MLP's, for the images that pass through at once on the CPU: 8 images of ViT-B/32.
-The products want many rows, the caches few; small models pass whole, or Python would cost more than the arithmetic."""
+"""Size of a block's widest buffer, its MLP's, for the images that pass through at once on the CPU: 8 of ViT-B/32. The
+products want many rows, the caches few; small models pass whole, or Python would cost more than the arithmetic."""
 
 
 class ExplicitEncoder:
