@@ -1,0 +1,30 @@
+"""The Triton kernels of the ops; importing this package registers them for CUDA tensors.
+
+One file an op: table of tiles, kernels, launchers. A launcher has the arguments of its `torch.ops.fastnull` op and
+writes into the tensors it is given. fastnull.ops imports this package at the first CUDA tensor, and not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastnull.kernels import attention, gelu, layer_norm, linear_gelu, noise, patch_project
+from fastnull.ops.common import LIBRARY
+
+LAUNCHERS: dict[str, Callable[..., None]] = {
+    "layer_norm_out": layer_norm.layer_norm_out,
+    "layer_norm_dx_out": layer_norm.layer_norm_dx_out,
+    "gelu_out": gelu.gelu_out,
+    "dgelu_": gelu.dgelu_,
+    "linear_gelu_out": linear_gelu.linear_gelu_out,
+    "linear_dgelu_out": linear_gelu.linear_dgelu_out,
+    "attention_out": attention.attention_out,
+    "attention_dqkv_out": attention.attention_dqkv_out,
+    "patch_project_out": patch_project.patch_project_out,
+    "noise_objective_out": noise.noise_objective_out,
+    "adamw_step_": noise.adamw_step_,
+    "direct_step_": noise.direct_step_,
+}
+
+for _name, _launcher in LAUNCHERS.items():
+    LIBRARY.impl(_name, _launcher, "CUDA")

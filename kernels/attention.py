@@ -1,0 +1,308 @@
+"""Attention over short sequences from packed qkv, and its backward into packed dqkv (formulas: ops/attention).
+
+A program has one image, one head and one block of rows; nothing is added up across programs, so results repeat bit
+for bit. Scores never leave the chip: where the keys fit in one block the whole row is there, else blocks of keys pass
+by with an online softmax. The backward needs neither o nor row sums of the forward. It is two kernels:
+
+    dq:      S = q k^T;  P;  dP = do v^T;  delta = rowsum(P dP);  dS = P (dP - delta);  dq = scale dS k
+             and, for the other one, log2 of each row's sum of powers and delta: 8 bytes a row and head
+    dk, dv:  S^T = k q^T;  P^T;  dP^T = v do^T;  dS^T = P^T (dP^T - delta);  dv = P^T do;  dk = scale dS^T q
+
+Products: 7 where the keys fit in one block, else 9 (delta must be known before dS, so S and dP are made twice), against
+the 5 of an implementation with atomics. The second kernel works on the transposed scores from the start: Triton before
+3.7.1 silently miscompiles the transpose of a product on sm_90.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastnull.kernels.common import COMPILE, check_dtypes, on_device_of
+from fastnull.ops.attention import attention_dqkv_ref, attention_ref
+from fastnull.ops.common import empty
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # a kernel reads globals of this type alone
+LARGEST_HEAD = 128
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Block of queries and of keys, for heads up to `head` wide and up to `tokens` tokens."""
+
+    head: int
+    tokens: int
+    queries: int
+    keys: int
+    warps: int
+    stages: int = 2
+
+
+ANY = 1 << 30
+
+# Untuned on a GPU; chosen by compiling without spills (docs/kernels.md). Whole rows of 197 keys did not make it: 64 x
+# 256 with 8 warps spills on sm_80 in the forward and on sm_80 and sm_90 in the backward; 32 x 256 is too low for wgmma.
+FORWARD = (
+    AttentionTile(64, 64, 64, 64, 4),  # B/32: 50 tokens, one block
+    AttentionTile(64, 128, 64, 128, 4),  # 65 tokens, one block
+    AttentionTile(64, 256, 64, 64, 4),  # /16 at 224: 197 tokens, 4 x 4 blocks, many programs an SM
+    AttentionTile(64, ANY, 128, 128, 8),  # 577 = 4.5 blocks: each key is read half as often as with 64 queries
+    AttentionTile(128, ANY, 64, 64, 4),
+)
+QUERY_GRADIENT = (
+    AttentionTile(64, ANY, 64, 64, 4),  # 64 x 128 with 4 warps spills on sm_80 and sm_100
+    AttentionTile(128, ANY, 64, 64, 8),
+)
+KEY_GRADIENT = (
+    AttentionTile(64, ANY, 64, 64, 4),  # 64 x 128 with 4 warps and 128 x 128 with 8 spill
+    AttentionTile(128, ANY, 64, 64, 8),
+)
+# float32 products are exact ("ieee"), thus on the plain cores; with 4 warps the operands of a tile spill.
+FLOAT32 = (AttentionTile(64, ANY, 32, 32, 8), AttentionTile(128, ANY, 16, 16, 8))
+
+
+@triton.jit
+def _rows(base, row, N, stride, HEAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows [rows, WIDTH] of one head; 0 beyond N tokens and HEAD columns."""
+    column = tl.arange(0, WIDTH)
+    valid = (row < N)[:, None] & (column < HEAD)[None, :]
+    return tl.load(base + row.to(tl.int64)[:, None] * stride + column[None, :], valid, 0.0)
+
+
+@triton.jit
+def _store_rows(base, row, values, N, stride, HEAD: tl.constexpr, WIDTH: tl.constexpr):
+    column = tl.arange(0, WIDTH)
+    valid = (row < N)[:, None] & (column < HEAD)[None, :]
+    tl.store(base + row.to(tl.int64)[:, None] * stride + column[None, :], values, valid)
+
+
+@triton.jit
+def _scores(q, k, key, N, scale):
+    """log2 of the unnormalised probabilities [queries, keys]; scale holds log2(e). Keys beyond N get none."""
+    return tl.where((key < N)[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+
+
+@triton.jit
+def attention_kernel(
+    qkv,  # [B, N, 3, H, d], dense in d
+    o,  # [B, N, H, d], dense in d
+    N,
+    H,
+    scale,  # times log2(e)
+    qkv_b,
+    qkv_n,
+    qkv_part,
+    qkv_h,
+    o_b,
+    o_n,
+    o_h,
+    HEAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    blocks = tl.cdiv(N, QUERIES)
+    image, head = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
+    query = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
+    source = qkv + image * qkv_b + head * qkv_h
+    q = _rows(source, query, N, qkv_n, HEAD, WIDTH)
+    top = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    sums = tl.zeros([QUERIES, WIDTH], tl.float32)
+    for start in range(0, KEYS if WHOLE else N, KEYS):
+        key = start + tl.arange(0, KEYS)
+        k = _rows(source + qkv_part, key, N, qkv_n, HEAD, WIDTH)
+        v = _rows(source + 2 * qkv_part, key, N, qkv_n, HEAD, WIDTH)
+        s = _scores(q, k, key, N, scale)
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shrink = tl.exp2(top - new_top)
+        p = tl.exp2(s - new_top[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        sums = tl.dot(p.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
+        top = new_top
+    _store_rows(o + image * o_b + head * o_h, query, sums / total[:, None], N, o_n, HEAD, WIDTH)
+
+
+@triton.jit
+def attention_dq_kernel(
+    qkv,  # [B, N, 3, H, d], dense in d
+    grad_o,  # [B, N, H, d], dense in d
+    dqkv,  # [B, N, 3, H, d], dense in d
+    logs,  # [B, H, N] float32, written: log2 of the row's sum of powers
+    deltas,  # [B, H, N] float32, written: rowsum(P dP)
+    N,
+    H,
+    scale,
+    qkv_b,
+    qkv_n,
+    qkv_part,
+    qkv_h,
+    grad_b,
+    grad_n,
+    grad_h,
+    dqkv_b,
+    dqkv_n,
+    dqkv_part,
+    dqkv_h,
+    HEAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    blocks = tl.cdiv(N, QUERIES)
+    image, head = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
+    query = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
+    source = qkv + image * qkv_b + head * qkv_h
+    scale_log2 = scale * LOG2_E
+    q = _rows(source, query, N, qkv_n, HEAD, WIDTH)
+    do = _rows(grad_o + image * grad_b + head * grad_h, query, N, grad_n, HEAD, WIDTH)
+    if WHOLE:
+        key = tl.arange(0, KEYS)
+        k = _rows(source + qkv_part, key, N, qkv_n, HEAD, WIDTH)
+        v = _rows(source + 2 * qkv_part, key, N, qkv_n, HEAD, WIDTH)
+        s = _scores(q, k, key, N, scale_log2)
+        top = tl.max(s, 1)
+        p = tl.exp2(s - top[:, None])
+        total = tl.sum(p, 1)
+        p = p / total[:, None]
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        delta = tl.sum(p * dp, 1)
+        dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, input_precision="ieee")
+        log = top + tl.log2(total)
+    else:
+        top = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        delta = tl.zeros([QUERIES], tl.float32)
+        for start in range(0, N, KEYS):
+            key = start + tl.arange(0, KEYS)
+            k = _rows(source + qkv_part, key, N, qkv_n, HEAD, WIDTH)
+            v = _rows(source + 2 * qkv_part, key, N, qkv_n, HEAD, WIDTH)
+            s = _scores(q, k, key, N, scale_log2)
+            new_top = tl.maximum(top, tl.max(s, 1))
+            shrink = tl.exp2(top - new_top)
+            p = tl.exp2(s - new_top[:, None])
+            total = total * shrink + tl.sum(p, 1)
+            delta = delta * shrink + tl.sum(p * tl.dot(do, tl.trans(v), input_precision="ieee"), 1)
+            top = new_top
+        delta = delta / total
+        log = top + tl.log2(total)
+        dq = tl.zeros([QUERIES, WIDTH], tl.float32)
+        for start in range(0, N, KEYS):
+            key = start + tl.arange(0, KEYS)
+            k = _rows(source + qkv_part, key, N, qkv_n, HEAD, WIDTH)
+            v = _rows(source + 2 * qkv_part, key, N, qkv_n, HEAD, WIDTH)
+            p = tl.exp2(_scores(q, k, key, N, scale_log2) - log[:, None])
+            ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    _store_rows(dqkv + image * dqkv_b + head * dqkv_h, query, dq * scale, N, dqkv_n, HEAD, WIDTH)
+    row = (image * H + head) * N + query
+    tl.store(logs + row, log, query < N)
+    tl.store(deltas + row, delta, query < N)
+
+
+@triton.jit
+def attention_dkdv_kernel(
+    qkv,  # [B, N, 3, H, d], dense in d
+    grad_o,  # [B, N, H, d], dense in d
+    dqkv,  # [B, N, 3, H, d], dense in d
+    logs,  # [B, H, N] float32, of attention_dq_kernel
+    deltas,  # [B, H, N] float32, of attention_dq_kernel
+    N,
+    H,
+    scale,
+    qkv_b,
+    qkv_n,
+    qkv_part,
+    qkv_h,
+    grad_b,
+    grad_n,
+    grad_h,
+    dqkv_b,
+    dqkv_n,
+    dqkv_part,
+    dqkv_h,
+    HEAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    blocks = tl.cdiv(N, KEYS)
+    image, head = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
+    key = tl.program_id(0) % blocks * KEYS + tl.arange(0, KEYS)
+    source = qkv + image * qkv_b + head * qkv_h
+    scale_log2 = scale * LOG2_E
+    k = _rows(source + qkv_part, key, N, qkv_n, HEAD, WIDTH)
+    v = _rows(source + 2 * qkv_part, key, N, qkv_n, HEAD, WIDTH)
+    dk = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv = tl.zeros([KEYS, WIDTH], tl.float32)
+    for start in range(0, N, QUERIES):
+        query = start + tl.arange(0, QUERIES)
+        q = _rows(source, query, N, qkv_n, HEAD, WIDTH)
+        do = _rows(grad_o + image * grad_b + head * grad_h, query, N, grad_n, HEAD, WIDTH)
+        row = (image * H + head) * N + query
+        # Infinity makes the probabilities of queries beyond N zero. Keys beyond N are whole rows, and not stored.
+        log = tl.load(logs + row, query < N, float("inf"))
+        delta = tl.load(deltas + row, query < N, 0.0)
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - log[None, :])  # [keys, queries]
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    target = dqkv + image * dqkv_b + head * dqkv_h
+    _store_rows(target + dqkv_part, key, dk * scale, N, dqkv_n, HEAD, WIDTH)
+    _store_rows(target + 2 * dqkv_part, key, dv, N, dqkv_n, HEAD, WIDTH)
+
+
+def _tile(table: tuple[AttentionTile, ...], qkv: Tensor) -> AttentionTile:
+    entries = FLOAT32 if qkv.dtype == torch.float32 else table
+    return next(t for t in entries if qkv.shape[4] <= t.head and qkv.shape[1] <= t.tokens)
+
+
+def _constants(tile: AttentionTile, head: int) -> dict[str, int]:
+    width = max(triton.next_power_of_2(head), 16)
+    sizes = {"HEAD": head, "WIDTH": width, "QUERIES": tile.queries, "KEYS": tile.keys}
+    return {**sizes, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def attention_out(qkv: Tensor, scale: float, o: Tensor) -> None:
+    """Launcher of `torch.ops.fastnull.attention_out`: qkv [B, N, 3, H, d], o [B, N, H, d], dense in d."""
+    check_dtypes(qkv=qkv, o=o)
+    if not qkv.numel():
+        return
+    B, N, _, H, d = qkv.shape
+    if d > LARGEST_HEAD:
+        o.copy_(attention_ref(qkv, scale))
+        return
+    tile = _tile(FORWARD, qkv)
+    with on_device_of(qkv):
+        attention_kernel[(triton.cdiv(N, tile.queries) * B * H,)](
+            qkv, o, N, H, scale * LOG2_E.value, *qkv.stride()[:4], *o.stride()[:3],
+            WHOLE=tile.keys >= N, **_constants(tile, d), **COMPILE,
+        )  # fmt: skip
+
+
+def attention_dqkv_out(qkv: Tensor, grad_o: Tensor, scale: float, dqkv: Tensor) -> None:
+    """Launcher of `torch.ops.fastnull.attention_dqkv_out`: dqkv as qkv, grad_o [B, N, H, d], all dense in d."""
+    check_dtypes(qkv=qkv, grad_o=grad_o, dqkv=dqkv)
+    if not qkv.numel():
+        return
+    B, N, _, H, d = qkv.shape
+    if d > LARGEST_HEAD:
+        dqkv.copy_(attention_dqkv_ref(qkv, grad_o, scale))
+        return
+    logs, deltas = (empty((B, H, N), dtype=torch.float32, device=qkv.device) for _ in range(2))
+    arguments = (qkv, grad_o, dqkv, logs, deltas, N, H, scale)
+    strides = (*qkv.stride()[:4], *grad_o.stride()[:3], *dqkv.stride()[:4])
+    of_queries, of_keys = _tile(QUERY_GRADIENT, qkv), _tile(KEY_GRADIENT, qkv)
+    with on_device_of(qkv):
+        attention_dq_kernel[(triton.cdiv(N, of_queries.queries) * B * H,)](
+            *arguments, *strides, WHOLE=of_queries.keys >= N, **_constants(of_queries, d), **COMPILE
+        )
+        attention_dkdv_kernel[(triton.cdiv(N, of_keys.keys) * B * H,)](
+            *arguments, *strides, **_constants(of_keys, d), **COMPILE
+        )

@@ -1,0 +1,36 @@
+"""What every launcher needs: the device to launch on, the check of dtypes, and how kernels are compiled."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Stated at every launch: Triton announces another default, which would change numbers and speed.
+COMPILE = {"enable_fp_fusion": True}
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device; this makes it the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def check_dtypes(**tensors: Tensor | None) -> None:
+    """The kernels compute in float32: float64 would lose its digits without a word.
+
+    Raises:
+        TypeError: a tensor is neither float32 nor bfloat16 nor float16.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16 for the Triton kernels; got {tensor.dtype}")
+
+
+def check_dense(**tensors: Tensor | None) -> None:
+    """Raise ValueError for a tensor whose elements the kernel would address wrongly because it is not dense."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be dense; its strides are {tensor.stride()}")

@@ -1,0 +1,177 @@
+"""The two products of an MLP with GELU in their epilogues (formulas: ops/linear_gelu).
+
+    h = gelu(x W^T + b), and gelu' of it        z is never written: two of its three passes through memory are saved
+    dz = (dy W) * gelu'                          likewise
+
+bfloat16 and float16. Whether this beats the library's product followed by kernels/gelu.py is unmeasured, and the
+library is hard to beat at these sizes: `torch.ops.fastnull.linear_gelu_out` and `linear_dgelu_out` run these kernels,
+while the public functions keep to the library's product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastnull.kernels.common import COMPILE, check_dense, on_device_of
+from fastnull.kernels.gelu import check_derivative, decode, encode, erf_gelu, tanh_gelu
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """Tile [m, n] of the output, its step k through the inner dimension, and how many row tiles share a band."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    band: int
+
+
+# Untuned on a GPU; chosen by compiling: 128x256 with 8 warps and 128x128 with 4 spill some 750 bytes in the epilogue.
+TILE = GemmTile(128, 128, 64, warps=8, stages=3, band=8)
+
+
+@triton.jit
+def _output_tile(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BAND: tl.constexpr):
+    """Rows [TILE_M] and columns [TILE_N] of this program: column by column within a band of row tiles.
+
+    Programs that run at the same time then share rows of A and columns of B in the L2 cache.
+    """
+    row_tiles, column_tiles = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
+    band = tl.program_id(0) // (BAND * column_tiles)
+    height = tl.minimum(row_tiles - band * BAND, BAND)
+    within = tl.program_id(0) % (BAND * column_tiles)
+    row = (band * BAND + within % height) * TILE_M + tl.arange(0, TILE_M)
+    return row, within // height * TILE_N + tl.arange(0, TILE_N)
+
+
+@triton.jit
+def _product(a, b, row, column, M, N, K, a_row, b_k, b_column, TILE_K: tl.constexpr, WHOLE: tl.constexpr):
+    """float32 [rows, columns] of A [M, K] (dense in K) times B [K, N] (any strides)."""
+    k = tl.arange(0, TILE_K)
+    # Out-of-range rows read the last one: no mask in the loop, and what they give is not stored.
+    a_pointers = a + (tl.minimum(row, M - 1).to(tl.int64) * a_row)[:, None] + k[None, :]
+    b_pointers = b + k.to(tl.int64)[:, None] * b_k + tl.minimum(column, N - 1).to(tl.int64)[None, :] * b_column
+    sums = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for start in range(0, K, TILE_K):
+        if WHOLE:
+            a_tile, b_tile = tl.load(a_pointers), tl.load(b_pointers)
+        else:
+            left = K - start
+            a_tile = tl.load(a_pointers, (k < left)[None, :], 0.0)
+            b_tile = tl.load(b_pointers, (k < left)[:, None], 0.0)
+        sums = tl.dot(a_tile, b_tile, sums)
+        a_pointers += TILE_K
+        b_pointers += TILE_K * b_k
+    return sums
+
+
+@triton.jit
+def linear_gelu_kernel(
+    x,  # [M, K], dense in K
+    weight,  # W^T as [K, N], any strides
+    bias,  # [N] float32, or None
+    h,  # [M, N] dense
+    derivative,  # [M, N] dense, uint8 or float32; or None
+    M,
+    N,
+    K,
+    x_row,
+    weight_k,
+    weight_column,
+    TANH: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    BAND: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    row, column = _output_tile(M, N, TILE_M, TILE_N, BAND)
+    z = _product(x, weight, row, column, M, N, K, x_row, weight_k, weight_column, TILE_K, WHOLE)
+    if bias is not None:
+        z += tl.load(bias + column, column < N, 0.0)[None, :]
+    value, slope = tanh_gelu(z) if TANH else erf_gelu(z)
+    place = row.to(tl.int64)[:, None] * N + column[None, :]
+    valid = (row < M)[:, None] & (column < N)[None, :]
+    tl.store(h + place, value, valid)
+    if derivative is not None:
+        tl.store(derivative + place, encode(slope, derivative), valid)
+
+
+@triton.jit
+def linear_dgelu_kernel(
+    dy,  # [M, K], dense in K
+    weight,  # [K, N], any strides
+    derivative,  # [M, N] dense, uint8 or float32
+    dz,  # [M, N] dense
+    M,
+    N,
+    K,
+    dy_row,
+    weight_k,
+    weight_column,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    BAND: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    row, column = _output_tile(M, N, TILE_M, TILE_N, BAND)
+    g = _product(dy, weight, row, column, M, N, K, dy_row, weight_k, weight_column, TILE_K, WHOLE)
+    place = row.to(tl.int64)[:, None] * N + column[None, :]
+    valid = (row < M)[:, None] & (column < N)[None, :]
+    tl.store(dz + place, g * decode(tl.load(derivative + place, valid, 0)), valid)
+
+
+def _check(x: Tensor, weight: Tensor, out: Tensor, derivative: Tensor | None) -> None:
+    if x.dtype not in (torch.bfloat16, torch.float16) or x.dtype != weight.dtype or x.dtype != out.dtype:
+        raise TypeError(
+            "x, weight and the output must be all bfloat16 or all float16 for the fused kernels; "
+            f"got {x.dtype}, {weight.dtype}, {out.dtype}"
+        )
+    if x.ndim != 2 or weight.shape[0] != x.shape[1] or out.shape != (x.shape[0], weight.shape[1]):
+        raise ValueError(f"shapes do not fit: {list(x.shape)} @ {list(weight.shape)} -> {list(out.shape)}")
+    if x.stride(1) != 1:
+        raise ValueError(f"the last dimension of x must be dense; its strides are {x.stride()}")
+    check_dense(out=out)
+    if derivative is not None:
+        check_derivative(derivative, (1, *out.shape))
+
+
+def _tile(M: int, N: int, K: int) -> tuple[tuple[int], dict[str, int | bool]]:
+    grid = (triton.cdiv(M, TILE.m) * triton.cdiv(N, TILE.n),)
+    constants: dict[str, int | bool] = {"TILE_M": TILE.m, "TILE_N": TILE.n, "TILE_K": TILE.k, "BAND": TILE.band}
+    return grid, {**constants, "WHOLE": K % TILE.k == 0, "num_warps": TILE.warps, "num_stages": TILE.stages}
+
+
+def linear_gelu_out(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, h: Tensor, derivative: Tensor | None
+) -> None:
+    """Launcher of `torch.ops.fastnull.linear_gelu_out`: x [M, K]; weight [N, K]; h, derivative [M, N] dense."""
+    _check(x, weight.t(), h, derivative)
+    if not h.numel():
+        return
+    (M, K), N = x.shape, weight.shape[0]
+    grid, constants = _tile(M, N, K)
+    strides = (x.stride(0), weight.stride(1), weight.stride(0))
+    with on_device_of(x):
+        linear_gelu_kernel[grid](x, weight, bias, h, derivative, M, N, K, *strides, TANH=tanh, **constants, **COMPILE)
+
+
+def linear_dgelu_out(dy: Tensor, weight: Tensor, derivative: Tensor, dz: Tensor) -> None:
+    """Launcher of `torch.ops.fastnull.linear_dgelu_out`: dy [M, K]; weight [K, N]; derivative, dz [M, N] dense."""
+    _check(dy, weight, dz, derivative)
+    if not dz.numel():
+        return
+    (M, K), N = dy.shape, weight.shape[1]
+    grid, constants = _tile(M, N, K)
+    with on_device_of(dy):
+        linear_dgelu_kernel[grid](
+            dy, weight, derivative, dz, M, N, K, dy.stride(0), *weight.stride(), **constants, **COMPILE
+        )

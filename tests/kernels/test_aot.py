@@ -1,0 +1,161 @@
+"""Every kernel and tile compiled for GPUs that are not there: no spills, shared memory that fits, tensor cores used.
+
+Sizes are ViT-B's at a batch of 256; only divisibility by 16 and the choice of the tile depend on them. REGISTERS holds
+what Triton RECORDED_WITH compiled: a rise is a regression to look at, a new Triton a reason to record anew.
+`pytest tests/kernels/test_aot.py -s` prints what the table of docs/kernels.md holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install fastnull[triton]")
+
+from ahead_of_time import compile_for, launches_of  # noqa: E402
+
+from fastnull.kernels import LAUNCHERS  # noqa: E402
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+ROWS = 256 * 197
+F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def layer_norm(width: int) -> None:
+    x, stat = meta(1, ROWS, width), meta(ROWS, dtype=F32)
+    LAUNCHERS["layer_norm_out"](x, None, None, 1e-6, x, stat, stat)
+    LAUNCHERS["layer_norm_dx_out"](x, x, stat, stat, x, x)
+
+
+def gelu(tanh: bool) -> None:
+    z, code = meta(1, ROWS, 3072), meta(ROWS, 3072, dtype=U8)
+    LAUNCHERS["gelu_out"](z, meta(3072, dtype=F32), tanh, z, code)
+    LAUNCHERS["dgelu_"](z, code)
+
+
+def linear_gelu(tanh: bool) -> None:
+    x, w, h, code = meta(ROWS, 768), meta(3072, 768), meta(ROWS, 3072), meta(ROWS, 3072, dtype=U8)
+    LAUNCHERS["linear_gelu_out"](x, w, meta(3072, dtype=F32), tanh, h, code)
+    LAUNCHERS["linear_dgelu_out"](x, meta(768, 3072), code, h)
+
+
+def attention(tokens: int, head: int, dtype: torch.dtype = BF16) -> None:
+    qkv, o = meta(256, tokens, 3, 12, head, dtype=dtype), meta(256, tokens, 12, head, dtype=dtype)
+    LAUNCHERS["attention_out"](qkv, 0.125, o)
+    LAUNCHERS["attention_dqkv_out"](qkv, o, 0.125, qkv)
+
+
+def patch_project() -> None:
+    images = meta(256, 3, 224, 224, dtype=F32)
+    LAUNCHERS["patch_project_out"](images, meta(768, 384, dtype=F32), 16, True, images, images)
+
+
+def noise() -> None:
+    logits, per_image = meta(256, 1000), meta(256, dtype=F32)
+    LAUNCHERS["noise_objective_out"](logits, logits, False, 0.1, per_image, meta(256, 1000, dtype=F32), per_image)
+    v, gate, lr = meta(8, 197, 768, dtype=F32), meta(8, dtype=F32), meta(8, dtype=torch.float64)
+    LAUNCHERS["adamw_step_"](v, v, v, v, meta(8, dtype=torch.int64), gate, lr, 0.9, 0.999, 1e-8, 0.0)
+    LAUNCHERS["direct_step_"](v, v, gate, lr, False)
+
+
+# Name: what to launch. Heads of 32 take the tiles of heads of 64, with less to hold; float16 those of bfloat16.
+CASES: dict[str, Callable[[], None]] = {
+    **{f"layer_norm, width {w}": lambda w=w: layer_norm(w) for w in (384, 768, 1280, 3072, 16384)},
+    "gelu, erf": lambda: gelu(False),
+    "gelu, tanh": lambda: gelu(True),
+    "linear_gelu, erf": lambda: linear_gelu(False),
+    "linear_gelu, tanh": lambda: linear_gelu(True),
+    **{f"attention, {n} tokens": lambda n=n: attention(n, 64) for n in (50, 65, 197, 577)},
+    "attention, 257 tokens, heads of 80": lambda: attention(257, 80),
+    "attention, 197 tokens, float32": lambda: attention(197, 64, F32),
+    "attention, 257 tokens, heads of 80, float32": lambda: attention(257, 80, F32),
+    "patch_project": patch_project,
+    "noise": noise,
+}
+RECORDED_WITH = "3.9.0"
+# Case: of each kernel in order of launch, registers a thread on sm_80, sm_90, sm_100.
+REGISTERS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "layer_norm, width 384": ((40, 40, 42), (55, 54, 52)),
+    "layer_norm, width 768": ((40, 40, 40), (54, 56, 48)),
+    "layer_norm, width 1280": ((32, 32, 36), (52, 48, 48)),
+    "layer_norm, width 3072": ((32, 32, 36), (52, 48, 48)),
+    "layer_norm, width 16384": ((56, 55, 55), (99, 102, 98)),
+    "gelu, erf": ((40, 40, 44), (24, 21, 22)),
+    "gelu, tanh": ((40, 40, 40), (24, 21, 22)),
+    "linear_gelu, erf": ((182, 194, 162), (213, 152, 128)),
+    "linear_gelu, tanh": ((182, 128, 215), (213, 152, 128)),
+    "attention, 50 tokens": ((104, 78, 76), (168, 93, 101), (238, 177, 152)),
+    "attention, 65 tokens": ((218, 96, 107), (186, 128, 170), (238, 177, 152)),
+    "attention, 197 tokens": ((162, 114, 141), (186, 128, 170), (238, 177, 152)),
+    "attention, 577 tokens": ((242, 164, 177), (186, 128, 170), (238, 177, 152)),
+    "attention, 257 tokens, heads of 80": ((204, 190, 200), (202, 145, 134), (176, 205, 128)),
+    "attention, 197 tokens, float32": ((62, 66, 64), (68, 62, 62), (90, 80, 88)),
+    "attention, 257 tokens, heads of 80, float32": ((64, 65, 66), (74, 56, 74), (64, 76, 74)),
+    "patch_project": ((108, 106, 106), (130, 128, 128)),
+    "noise": ((80, 84, 88), (61, 61, 61), (17, 17, 17), (28, 27, 27)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Compile anew, and leave nothing behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.parametrize(
+    "capability", [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_resources(case: str, capability: int) -> None:
+    launches = launches_of(CASES[case])
+    for launch, recorded in zip(launches, REGISTERS[case], strict=True):
+        built, limit = compile_for(launch, capability), recorded[(80, 90, 100).index(capability)]
+        print(f"{case}: {launch.name} sm_{capability} {built.registers} registers, {built.shared} bytes shared")
+        assert built.stack == 0, f"{launch.name} spills {built.stack} bytes"
+        assert built.shared <= SHARED[capability]
+        if triton.__version__ == RECORDED_WITH:
+            assert built.registers <= limit, f"{launch.name}: {built.registers} registers, recorded {limit}"
+        if "float32" not in case and launch.name.startswith(("attention", "linear")):
+            assert TENSOR_CORES[capability] in built.ptx, f"{launch.name} does not use the tensor cores"
+
+
+def test_sizes_of_one_compile() -> None:
+    """Triton makes an integer argument of 1 a constant: other code, which the interpreter never sees."""
+    x, per_row, code = meta(1, 1, 1), meta(1, dtype=F32), meta(1, 1, dtype=U8)
+    v, lr = meta(1, 1, dtype=F32), meta(1, dtype=torch.float64)
+
+    def call() -> None:
+        LAUNCHERS["layer_norm_out"](x, per_row, per_row, 1e-6, x, per_row, per_row)
+        LAUNCHERS["layer_norm_dx_out"](x, x, per_row, per_row, None, x)
+        LAUNCHERS["gelu_out"](x, per_row, False, x, None)
+        LAUNCHERS["dgelu_"](x, code)
+        LAUNCHERS["linear_gelu_out"](x[0], x[0], None, False, x[0], None)
+        LAUNCHERS["linear_dgelu_out"](x[0], x[0], code, x[0])
+        LAUNCHERS["attention_out"](meta(1, 1, 3, 1, 1), 0.125, meta(1, 1, 1, 1))
+        LAUNCHERS["attention_dqkv_out"](meta(1, 1, 3, 1, 1), meta(1, 1, 1, 1), 0.125, meta(1, 1, 3, 1, 1))
+        LAUNCHERS["patch_project_out"](meta(1, 1, 1, 1), v, 1, False, None, meta(1, 1, 1, 1))
+        LAUNCHERS["noise_objective_out"](x[0], x[0], True, 0.1, per_row, v, per_row)
+        LAUNCHERS["adamw_step_"](v, v, v, v, meta(1, dtype=torch.int64), per_row, lr, 0.9, 0.999, 1e-8, 0.0)
+        LAUNCHERS["direct_step_"](v, v, per_row, lr, True)
+
+    for launch in launches_of(call):
+        compile_for(launch, 90)
+
+
+def test_the_gate_sees_spills() -> None:
+    """The resource reader against a kernel that must spill: 64 x 256 scores and their gradient, with 4 warps."""
+    launch = launches_of(lambda: attention(197, 64))[1]
+    too_large = {**launch.arguments, "KEYS": 256, "WHOLE": True}
+    built = compile_for(type(launch)(launch.kernel, too_large, launch.options), 90)
+    assert built.stack > 0

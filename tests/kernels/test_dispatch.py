@@ -1,0 +1,82 @@
+"""Which tensors go to the Triton kernels, and that machines without Triton never notice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastnull import _C, ops, testing
+from fastnull.ops import common
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """A CUDA tensor without memory, on a pretended sm_90."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install fastnull[triton]")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    common._triton_serves.cache_clear()
+    with FakeTensorMode():
+        yield torch.empty(2, 8, device="cuda", dtype=torch.float16)
+    common._triton_serves.cache_clear()
+
+
+def test_cuda_tensors_go_to_triton(hopper: torch.Tensor) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert common.use_native(hopper.to(dtype), None)
+    assert not common.use_native(hopper.double())
+    assert not common.use_native(hopper, torch.empty(2, device="cpu"))
+    with _C.disabled():
+        assert not common.use_native(hopper)
+
+
+def test_older_gpus_and_the_switch_take_the_reference(hopper: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTNULL_NATIVE", "0")
+    assert not common.use_native(hopper)
+    monkeypatch.delenv("FASTNULL_NATIVE")
+    common._triton_serves.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert not common.use_native(hopper)
+
+
+def test_every_kernel_is_registered_for_cuda(hopper: torch.Tensor) -> None:
+    from fastnull.kernels import LAUNCHERS
+
+    assert len(LAUNCHERS) == 12
+    for name in LAUNCHERS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnull::{name}", "CUDA"), name
+
+
+def test_a_missing_triton_is_explained_once(hopper: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastnull.kernels", None)  # importing it now raises ImportError
+    with pytest.warns(RuntimeWarning, match=r"its kernels need Triton .*`pip install fastnull\[triton\]") as warned:
+        served = [common.use_native(hopper) for _ in range(2)]
+    assert served == [False, False]
+    assert len(warned) == 1
+
+
+def test_cpu_tensors_never_import_triton() -> None:
+    code = (
+        "import sys, torch; from fastnull import ops;"
+        "ops.layer_norm(torch.ones(2, 8)); ops.attention(torch.ones(1, 3, 3, 1, 8));"
+        "sys.exit(any(name == 'fastnull.kernels' for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_references_of_the_fused_products() -> None:
+    """On the CPU `linear_gelu_out` and `linear_dgelu_out` are what the public functions do in two steps."""
+    g = torch.Generator().manual_seed(0)
+    x, w, bias = torch.randn(3, 8, generator=g), torch.randn(6, 8, generator=g), torch.randn(6, generator=g)
+    h, derivative, dz = torch.empty(3, 6), torch.empty(3, 6), torch.empty(3, 6)
+    torch.ops.fastnull.linear_gelu_out(x, w, bias, True, h, derivative)
+    torch.ops.fastnull.linear_dgelu_out(x, w.t(), derivative, dz)
+    expected, expected_derivative = ops.linear_gelu_derivative(x, w, bias, "tanh")
+    torch.testing.assert_close(h, expected)
+    torch.testing.assert_close(derivative, expected_derivative)
+    torch.testing.assert_close(dz, ops.linear_dgelu(x, w.t(), expected_derivative))
+    testing.opcheck("linear_gelu_out", (x, w, bias, True, h, derivative))
+    testing.opcheck("linear_dgelu_out", (x, w.t().contiguous(), derivative, dz))
