@@ -29,6 +29,7 @@ from fastnull.checks import check_choice, check_number
 from fastnull.data import digits, evaluation_data
 from fastnull.finetune import FinetuneConfig, finetune
 from fastnull.models import load_model
+from fastnull.progress import progress_bar, watched
 from fastnull.record import provenance, write_json
 from fastnull.report import DEMO, write_report
 from fastnull.report.illustrations import FILE as NOISE
@@ -283,7 +284,8 @@ def _run_in_processes(folder: Path, settings: DemoSettings, jobs: int, progress:
                 _report_done(bar, future.result())
                 if task.method is None:
                     waiting.extend(following[task.seed])
-            bar.refresh()
+            if watched():
+                bar.refresh()  # its clock goes on
 
 
 def _start_worker(log: Path) -> None:
@@ -302,10 +304,8 @@ def _end_with(sentinel: int) -> None:
 
 
 def _bar(settings: DemoSettings, progress: bool) -> Any:
-    from tqdm import tqdm
-
     total = settings.seeds * (1 + len(settings.methods))
-    return tqdm(total=total, disable=not progress, unit=" run", desc="demo", dynamic_ncols=True)
+    return progress_bar(total, show=progress, unit=" run", desc="demo")
 
 
 def _report_done(bar: Any, line: str) -> None:

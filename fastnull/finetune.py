@@ -36,6 +36,7 @@ from fastnull.data import (
     seed_everything,
     to_pixels,
 )
+from fastnull.progress import progress_bar
 from fastnull.recipe import FinetuneConfig, make_plan
 from fastnull.rng import preserved
 from fastnull.training import DivergenceError, FinetuneResult, Training
@@ -118,17 +119,13 @@ def _train(
     stop: _StopRequest,
 ) -> None:
     """The loop: epochs of steps, each closed by validation."""
-    from tqdm import tqdm
-
     config, plan = training.config, training.plan
     order = EpochBatches(len(train), plan.batch_size, plan.steps_per_epoch, config.seed)
     batches = loader(train, order, workers=config.workers, device=training.device, persistent=True)
     held_out = None
     if validation is not None:
         held_out = loader(validation, config.batch_size, workers=config.workers, device=training.device)
-    bar = tqdm(
-        total=plan.steps, initial=training.step, disable=not config.progress, desc=config.augment, dynamic_ncols=True
-    )
+    bar = progress_bar(plan.steps, show=config.progress, initial=training.step, desc=config.augment)
     with bar:
         while training.step < plan.steps:
             order.epoch, order.start = divmod(training.step, plan.steps_per_epoch)

@@ -23,6 +23,7 @@ from fastnull.encoder import FrozenEncoder
 from fastnull.noise import Noise
 from fastnull.objective import OBJECTIVES, influence
 from fastnull.ops import AdamWState, adamw_step
+from fastnull.progress import progress_bar
 from fastnull.rng import generator, preserved, uniform
 from fastnull.solvers import (
     BOUNDARY_STEPS,
@@ -212,7 +213,7 @@ def _universal(
     state = AdamWState.zeros(noise)
     active = torch.ones(config.count, dtype=torch.bool, device=noise.device)
     history: list[dict[str, float]] = []
-    bar = _bar(total, progress, "noise")
+    bar = progress_bar(total, show=progress, desc="synthesize", unit=" step")
     try:
         for step, (tokens, clean) in zip(range(total), data.stream(), strict=False):
             seen = torch.full((config.count,), math.nan)
@@ -273,7 +274,8 @@ def _per_image(
 ) -> Noise:
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     done = 0
-    bar = _bar(len(batches) if isinstance(batches, Sequence) else None, progress, "batches")
+    total = len(batches) if isinstance(batches, Sequence) else None
+    bar = progress_bar(total, show=progress, desc="synthesize", unit=" batch")
     try:
         for index, batch in enumerate(_as_batches(batches)):
             tokens, clean = _embed(encoder, batch)
@@ -498,9 +500,3 @@ def _metadata(encoder: FrozenEncoder, config: SynthesisConfig, **extra: Any) -> 
         "model": type(encoder.vit.network).__name__,
         **provenance(encoder.device, dtype=str(encoder.dtype), backend=encoder.backend, seed=config.seed),
     }
-
-
-def _bar(total: int | None, show: bool, unit: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, disable=not show, unit=f" {unit}", desc="synthesize", dynamic_ncols=True)

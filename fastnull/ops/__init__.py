@@ -1,7 +1,8 @@
 """The ops: one file each, with the formula, a plain-torch reference, the registration and the public function.
 
-The functions below take CPU tensors to the C++ kernels where those are built and the dtype is float32 or bfloat16, and
-everything else to the reference. Importing this package loads no native code.
+The functions below take CPU tensors of float32 or bfloat16 to the C++ kernels where those are built, CUDA tensors of
+float32, bfloat16 or float16 to the Triton kernels where Triton is installed, and everything else to the reference.
+Importing this package loads no native code.
 """
 
 from __future__ import annotations

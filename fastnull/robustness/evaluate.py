@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastnull.checks import check_choice, check_number
+from fastnull.progress import progress_bar
 from fastnull.record import provenance, write_json
 from fastnull.robustness.attacks import apgd, fgsm, pgd
 from fastnull.robustness.attacks.base import NORMS, check_logits, is_broken, model_logits
@@ -138,7 +138,7 @@ def evaluate(
 
     tasks = _tasks(model, suites, eps, norm, steps, restarts, corruptions, severities, seed)
     todo = [(path, change) for path, change in tasks if _lookup(results, path) is None]
-    with _bar(len(todo), progress) as bar:
+    with progress_bar(len(todo), show=progress, unit="measurement") as bar:
         for path, change in todo:
             bar.set_description("/".join(path))
             accuracy = _measure(model, batches, change, path)
@@ -244,17 +244,3 @@ def _store(results: dict[str, Any], path: tuple[str, ...], value: float) -> None
     for key in path[:-1]:
         results = results.setdefault(key, {})
     results[path[-1]] = value
-
-
-def _bar(total: int, show: bool) -> Any:
-    if not show:
-        return nullcontext(_Silent())
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="measurement")
-
-
-class _Silent:
-    def set_description(self, text: str) -> None: ...
-
-    def update(self) -> None: ...

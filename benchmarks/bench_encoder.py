@@ -1,0 +1,103 @@
+"""One step of universal synthesis: clean tokens and logits cached, forward at tokens + noise, objective, input gradient
+summed over the batch, AdamW on the noise. The block products alone, in the same run, say what a step could at best be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baselines import block_products, compile_problem, fastnull_step, frozen_step, in_dtype, published_step
+from benchmarks.common import Case, Variant, dtypes, name_of, ratio
+from benchmarks.models import make_images, make_model, make_start
+from benchmarks.work import ViTShape, Work, noise_step
+from fastnull.bench import BenchSettings, Row
+from fastnull.encoder import FrozenEncoder
+from fastnull.vit import split
+
+PRODUCTS, PRODUCTS_LESS_ONE = "products of all blocks", "products of all but the last"
+
+
+def cases(settings: BenchSettings) -> Iterator[Case]:
+    """A step for every model."""
+    problem = compile_problem() if settings.compile else "torch.compile was left out"
+    for name in settings.models:
+        yield _case(name, make_model(name, settings), settings, problem)
+
+
+def _case(name: str, model: nn.Module, settings: BenchSettings, problem: str) -> Case:
+    images, start = make_images(model, settings.batch, settings), make_start(model, settings)
+    shape = ViTShape.of(split(model))
+    B = settings.batch
+    variants = []
+    products: dict[str, str] = {}  # dtype of the encoder → of its products
+    for dtype in dtypes(settings):
+        encoder = FrozenEncoder(model, dtype=dtype)
+        products[name_of(dtype)] = name_of(encoder.products)
+        published = published_step(model, images, start, dtype)
+        frozen = frozen_step(model, images, start, dtype)
+        ours = fastnull_step(encoder, images, start)
+        variants += [
+            Variant("published", dtype, lambda i, step=published: step()),
+            Variant("frozen", dtype, lambda i, step=frozen: step(), library=True),
+            _compiled(model, images, start, dtype, problem),
+            Variant(
+                "fastnull",
+                dtype,
+                lambda i, step=ours: step(),
+                twice=True,
+                note=f"backend {encoder.backend}, products {products[name_of(dtype)]}",
+            ),
+        ]
+        for label, blocks in ((PRODUCTS, shape.L), (PRODUCTS_LESS_ONE, shape.L - 1)):
+            work = Work(2 * blocks * 24 * B * shape.N * shape.D**2)
+            variants.append(Variant(label, dtype, block_products(model, B, dtype, blocks), work=work))
+    return Case(
+        "encoder", name, "universal step", f"batch {B}, {shape.N} tokens, width {shape.D}", variants,
+        ("published", torch.float32), reference=lambda: _reference(model, images, start),
+        work=lambda dtype: noise_step(shape, B, dtype.itemsize), summary=lambda rows: _summary(name, rows, products),
+    )  # fmt: skip
+
+
+def _compiled(model: nn.Module, images: Tensor, start: Tensor, dtype: torch.dtype, problem: str) -> Variant:
+    """The compile happens in the judging call, before anything is timed."""
+    if problem:
+        return Variant("compiled", dtype, skip=problem)
+    step = frozen_step(model, images, start, dtype, compiled=True)
+    return Variant("compiled", dtype, lambda i: step())
+
+
+def _reference(model: nn.Module, images: Tensor, start: Tensor) -> Tensor:
+    """The gradient in float64, of the clean tokens' own float64 values."""
+    vit = in_dtype(model, torch.float64, trainable=False)
+    with torch.no_grad():
+        tokens = vit.embed(images.double(), "patch")
+        clean = vit.logits(tokens, "patch")
+    noise = start.double().requires_grad_(True)
+    loss = (vit.logits(tokens + noise, "patch") - clean).norm(dim=1).mean()
+    return torch.autograd.grad(loss, noise)[0]
+
+
+def _summary(name: str, rows: Sequence[Row], products: Mapping[str, str]) -> list[str]:
+    lines = []
+    kinds = list(dict.fromkeys(row.dtype for row in rows))
+    for kind in kinds:
+        mine = ("fastnull", kind)
+        against = ratio(rows, ("published", "float32"), mine)
+        if against is not None:
+            lines.append(f"{name} {kind}: {against:.2f} x the speed of the published loop (float32)")
+        best = [r for r in (ratio(rows, (b, kind), mine) for b in ("frozen", "compiled")) if r is not None]
+        if best:
+            lines.append(f"{name} {kind}: {min(best):.2f} x the speed of the better frozen baseline in {kind}")
+        for label in (PRODUCTS, PRODUCTS_LESS_ONE):
+            share = ratio(rows, (label, products[kind]), mine)
+            if share is not None:
+                lines.append(
+                    f"{name} {kind}: {label} alone, in {products[kind]}, take {100 * share:.0f} % of the step's time"
+                )
+        twin = ratio(rows, ("fastnull (again)", kind), mine)
+        if twin is not None:
+            lines.append(f"{name} {kind}: the same step timed twice differs by {100 * abs(twin - 1):.1f} %")
+    return lines

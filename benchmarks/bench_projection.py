@@ -1,0 +1,69 @@
+"""The exact-nullspace projection of a batch of images, against the two products in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.baselines import unfold_project
+from benchmarks.common import Case, Variant, dtypes, name_of, ratio
+from benchmarks.work import Work
+from fastnull.bench import BenchSettings, Row
+from fastnull.ops import patch_project
+
+SIZE, PATCH, RANK = 224, 32, 768
+"""ViT-B/32: 3072 values a patch, of which the tokens see 768 directions."""
+
+
+def cases(settings: BenchSettings) -> Iterator[Case]:
+    """noise − R Rᵀ noise for [B, 3, 224, 224]."""
+    B, values = settings.projected, 3 * PATCH**2
+    source = torch.Generator().manual_seed(settings.seed)
+    noise64 = torch.randn(B, 3, SIZE, SIZE, generator=source, dtype=torch.float64)
+    basis64 = torch.linalg.qr(torch.randn(values, RANK, generator=source, dtype=torch.float64)).Q.contiguous()
+    rows = B * (SIZE // PATCH) ** 2
+    narrow = min(dtypes(settings), key=lambda dtype: dtype.itemsize)
+    noise64 = noise64.to(narrow).double()  # the noise is an input: its rounding is no error of the projection
+    variants = []
+    for dtype in dtypes(settings):
+        noise = noise64.to(settings.device, dtype)
+        basis = basis64.to(settings.device, torch.float32)
+        low = basis.to(dtype)
+        out, patches = torch.empty_like(noise), torch.randn(rows, values, generator=source).to(settings.device, dtype)
+        inner, outer = torch.empty(rows, RANK).to(patches), torch.empty_like(patches)
+
+        def products(
+            index: int, patches: Any = patches, low: Any = low, inner: Any = inner, outer: Any = outer
+        ) -> None:
+            torch.mm(torch.mm(patches, low, out=inner), low.t(), out=outer)
+
+        variants += [
+            Variant(
+                "fastnull", dtype, graph=True, twice=True,
+                call=lambda i, n=noise, b=basis, o=out: patch_project(n, b, PATCH, True, out=o),
+            ),
+            Variant("unfold, fold", dtype, lambda i, n=noise, b=low: unfold_project(n, b, PATCH), library=True),
+            Variant("two products", dtype, products, graph=True, note="on patches cut out before"),
+        ]  # fmt: skip
+    yield Case(
+        "projection", "patch_project", "forward", f"[{B},3,{SIZE},{SIZE}] patch {PATCH} rank {RANK}", variants,
+        ("two products", torch.float32), reference=lambda: unfold_project(noise64, basis64, PATCH),
+        work=lambda dtype: Work(4 * rows * values * RANK, 2 * noise64.numel() * dtype.itemsize), summary=_summary,
+    )  # fmt: skip
+
+
+def _summary(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        share = ratio(rows, ("fastnull", dtype), ("two products", dtype))
+        if share is not None:
+            lines.append(f"patch_project {dtype}: {share:.2f} x the time of its two products alone")
+    return lines
+
+
+def test_projection(benchmark: Any, variant: Variant) -> None:
+    """pytest-benchmark's view of a variant."""
+    benchmark.extra_info["dtype"] = name_of(variant.dtype)
+    benchmark(variant.call, 0)

@@ -1,0 +1,47 @@
+"""Progress bars: live on a terminal, a line now and then in a log file, and no tqdm where none is shown."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+LOG_INTERVAL = 30.0
+"""Seconds between lines where nobody watches."""
+
+
+def watched() -> bool:
+    """Whether the bars go to a terminal."""
+    return sys.stderr.isatty()
+
+
+def progress_bar(total: int | None, *, show: bool = True, **options: Any) -> Any:
+    """A tqdm bar on stderr; `options` are tqdm's (desc, unit, initial, ...). A silent stand-in unless `show`."""
+    if not show:
+        return _Silent()
+    from tqdm import tqdm
+
+    seconds = 0.1 if watched() else LOG_INTERVAL
+    return tqdm(total=total, dynamic_ncols=True, mininterval=seconds, maxinterval=max(seconds, 10.0), **options)
+
+
+class _Silent:
+    """What is called on a bar here, doing nothing."""
+
+    disable = True
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def update(self) -> None: ...
+
+    def refresh(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def write(self, text: str) -> None: ...
+
+    def set_description(self, text: str) -> None: ...
+
+    def set_postfix(self, values: dict[str, str], refresh: bool = True) -> None: ...
