@@ -28,6 +28,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only
 	$(BIN)/python -m fastnull bench
 
 clean:

@@ -174,6 +174,19 @@ def test_sync_gives_what_a_new_encoder_has_bit_for_bit(make_vit: Factory, images
             assert now == pointers, "in place"
 
 
+def test_bfloat16_tokens_are_no_worse_than_torchs(make_vit: Factory) -> None:
+    # a mean of 0.5 over a std of 0.05: the folded bias is ten times the tokens, and rounding it would show
+    network = make_vit().network
+    model = NormalizedModel(network, [0.5] * 3, [0.05] * 3).eval()
+    images = 0.5 + 0.01 * torch.randn(8, 3, 16, 16)
+    tokens = FrozenEncoder(copy.deepcopy(model).double(), backend="reference").embed(images.double())
+    errors = [
+        (FrozenEncoder(model, dtype=torch.bfloat16, backend=backend).embed(images).double() - tokens).mean(0).norm()
+        for backend in ("cpu", "reference")
+    ]
+    assert errors[0] < errors[1]
+
+
 def test_parts_of_a_batch_are_the_whole(make_vit: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, cotangent = loud(make_vit()), torch.rand(7, 3, 16, 16), torch.randn(7, 10)
     results = []

@@ -43,7 +43,11 @@ class Norm:
 
 
 class Stem:
-    """Images → patch tokens → input of the first block. Normalisation of pixels is folded into the patch weights."""
+    """Images → patch tokens → input of the first block. Normalisation of pixels is folded into the patch weights.
+
+    The patch embedding is float32 (float64 for float64) and rounded once: with the mean folded in, its bias is large
+    against the tokens, and rounding it alone would shift all of them.
+    """
 
     def __init__(self, parts: ViTParts, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> None:
         self._parts, self._mean, self._std = parts, mean, std
@@ -52,8 +56,9 @@ class Stem:
         self.patch = (projection.kernel_size[0], projection.kernel_size[1])
         D = projection.out_channels
         device = projection.weight.device
-        self.weight = torch.empty(D, projection.weight[0].numel(), dtype=dtype, device=device)  # [D, C·ph·pw]
-        self.bias = torch.empty(D, dtype=dtype, device=device)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        self.weight = torch.empty(D, projection.weight[0].numel(), dtype=exact, device=device)  # [D, C·ph·pw]
+        self.bias = torch.empty(D, dtype=exact, device=device)
         prefix, positions = (value.detach() for value in parts.positions())
         self.prefix = torch.empty_like(prefix, dtype=dtype)  # [P, D]
         self.positions = torch.empty_like(positions, dtype=dtype)  # [N, D]
@@ -83,17 +88,18 @@ class Stem:
     def patches(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] → patch tokens [B, N, D]."""
         B, C, H, W = images.shape
-        (ph, pw), images = self.patch, images.to(self.dtype)
+        (ph, pw), images = self.patch, images.to(self.weight.dtype)
         cut = images.reshape(B, C, H // ph, ph, W // pw, pw).permute(0, 2, 4, 1, 3, 5)  # [B, gh, gw, C, ph, pw]
         rows = cut.reshape(-1, self.weight.shape[1])  # one copy, [B·N, C·ph·pw]
-        return torch.addmm(self.bias, rows, self.weight.t()).view(B, -1, len(self.weight))
+        return torch.addmm(self.bias, rows, self.weight.t()).view(B, -1, len(self.weight)).to(self.dtype)
 
     def patches_gradient(self, gradient: Tensor, images: Tensor) -> Tensor:
         """Gradient of patch tokens [B, N, D] → of images [B, C, H, W]."""
         B, C, H, W = images.shape
         ph, pw = self.patch
-        rows = gradient.reshape(-1, len(self.weight)) @ self.weight  # [B·N, C·ph·pw]
-        return rows.view(B, H // ph, W // pw, C, ph, pw).permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
+        rows = gradient.reshape(-1, len(self.weight)).to(self.weight.dtype) @ self.weight  # [B·N, C·ph·pw]
+        cut = rows.to(self.dtype).view(B, H // ph, W // pw, C, ph, pw)
+        return cut.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
 
     def prepare(self, patches: Tensor, out: Tensor) -> None:
         """Patch tokens [B, N, D] → input of the first block, into out [B, P + N, D]."""
