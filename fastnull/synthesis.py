@@ -498,5 +498,11 @@ def _metadata(encoder: FrozenEncoder, config: SynthesisConfig, **extra: Any) -> 
         "config": asdict(config),
         **extra,
         "model": type(encoder.vit.network).__name__,
-        **provenance(encoder.device, dtype=str(encoder.dtype), backend=encoder.backend, seed=config.seed),
+        **provenance(
+            encoder.device,
+            dtype=str(encoder.dtype),
+            products=str(encoder.products),
+            backend=encoder.backend,
+            seed=config.seed,
+        ),
     }
