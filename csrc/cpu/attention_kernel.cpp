@@ -10,26 +10,11 @@
 //   do' = inv do;  dP' = do' v^T;  dS = E * (dP' - inv rowsum(E * dP'));  dv = E^T do'
 #include <initializer_list>
 
-#include "cpu/gemm.h"
+#include "cpu/attention_rows.h"
 
 namespace fastnull {
 namespace FASTNULL_LEVEL {
 namespace {
-
-constexpr int64_t W = Vec::size;
-// Queries in a block at most. Blocks of 36 to 200 rows take the same time at N = 197 (2 %, Emerald Rapids); at N = 50
-// the scores of one block should fit into L1.
-constexpr int64_t QUERIES = 72;
-
-int64_t vectors(int64_t n) { return (n + W - 1) / W; }
-
-// Floats between rows of `n` values. An odd number of vectors, so that the rows of a tile spread over the L1 sets.
-int64_t pitch(int64_t n) { return (vectors(n) | 1) * W; }
-
-int64_t query_block(int64_t tokens) {
-  const int64_t blocks = (tokens + QUERIES - 1) / QUERIES;
-  return blocks ? (tokens + blocks - 1) / blocks : 0;
-}
 
 struct Workspace {
   float *kt, *vt;    // [d, pitch(N)] transposed
@@ -68,11 +53,6 @@ int64_t lay_out(int64_t N, int64_t d, bool backward, float* base, Workspace* w) 
   return used;
 }
 
-template <typename T>
-FASTNULL_INLINE Vec load_part(const T* p, int64_t n) {
-  return n >= W ? Vec::load(p) : Vec::load(p, int(n));
-}
-
 // out [rows, dp] = factor * in, zero behind d. `factors` (one a row) or one `factor` for all.
 template <typename T>
 void pack_rows(const T* in, int64_t stride, int64_t rows, int64_t d, float factor, const float* factors, float* out) {
@@ -99,49 +79,6 @@ void pack_transposed(const T* in, int64_t stride, int64_t N, int64_t d, int64_t 
   }
 }
 
-// out [rows, d] = factor * in [rows, dp], one factor a row if `factors` is given.
-template <typename T>
-void unpack_rows(const float* in, int64_t rows, int64_t d, float factor, const float* factors, T* out, int64_t stride) {
-  const int64_t dp = vectors(d) * W;
-  for (int64_t r = 0; r < rows; ++r) {
-    const Vec f = Vec::set(factors ? factors[r] : factor);
-    int64_t c = 0;
-    for (; c + W <= d; c += W) (Vec::load(in + r * dp + c) * f).store(out + r * stride + c);
-    if (c < d) (Vec::load(in + r * dp + c) * f).store(out + r * stride + c, int(d - c));
-  }
-}
-
-// Scores [rows, N] → exp(score - row maximum), below 1e-37 behind N up to whole vectors; inv = 1 / row sum.
-void softmax_rows(float* scores, int64_t rows, int64_t N, int64_t np, float* inv) {
-  const int64_t end = vectors(N) * W;
-  for (int64_t r = 0; r < rows; ++r) {
-    float* s = scores + r * np;
-    if (end > N) Vec::set(-INFINITY).store(s + N, int(end - N));
-    Vec top = Vec::load(s), top2 = Vec::set(-INFINITY);
-    int64_t j = W;
-    for (; j + 2 * W <= end; j += 2 * W) {
-      top = max(top, Vec::load(s + j));
-      top2 = max(top2, Vec::load(s + j + W));
-    }
-    if (j < end) top = max(top, Vec::load(s + j));
-    const Vec peak = Vec::set(max(top, top2).max());
-    Vec sum = Vec::set(0.0f), sum2 = sum;
-    for (j = 0; j + 2 * W <= end; j += 2 * W) {
-      const Vec e = exp(Vec::load(s + j) - peak), e2 = exp(Vec::load(s + j + W) - peak);
-      e.store(s + j);
-      e2.store(s + j + W);
-      sum = sum + e;
-      sum2 = sum2 + e2;
-    }
-    if (j < end) {
-      const Vec e = exp(Vec::load(s + j) - peak);
-      e.store(s + j);
-      sum = sum + e;
-    }
-    inv[r] = 1.0f / (sum + sum2).sum();
-  }
-}
-
 // dscores holds dP'; becomes dS = E * (dP' - inv * rowsum(E * dP')).
 void softmax_backward_rows(const float* e, float* dscores, int64_t rows, int64_t N, int64_t np, const float* inv) {
   const int64_t end = vectors(N) * W;
@@ -157,21 +94,6 @@ void softmax_backward_rows(const float* e, float* dscores, int64_t rows, int64_t
     if (j < end) sum = fmadd(Vec::load(p + j), Vec::load(g + j), sum);
     const Vec delta = Vec::set((sum + sum2).sum() * inv[r]);
     for (j = 0; j < end; j += W) (Vec::load(p + j) * (Vec::load(g + j) - delta)).store(g + j);
-  }
-}
-
-template <typename T>
-FASTNULL_INLINE T* head_of(const Heads& x, int64_t b, int64_t h) {
-  return static_cast<T*>(x.data) + b * x.batch_stride + h * x.head_stride;
-}
-
-// Asks for the lines of `rows` rows that will be read (or written) soon. Rows of a head lie 3 H d elements apart, too
-// far for the processor to see a stream in them, and come from L3 or memory.
-template <bool WRITE, typename T>
-FASTNULL_INLINE void prefetch_rows(const T* p, int64_t stride, int64_t rows, int64_t d) {
-  constexpr int64_t line = 64 / int64_t(sizeof(T));
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < d; c += line) __builtin_prefetch(p + r * stride + c, WRITE, 2);
   }
 }
 
@@ -195,7 +117,7 @@ void forward(const AttentionArgs& a, int64_t begin, int64_t end) {
         prefetch_rows<false>(head_of<T>(*x, nb, nh) + i * x->token_stride, x->token_stride, rows, d);
       }
       gemm<true, false>(rows, vectors(N), d, w.q, dp, w.kt, np, w.scores, np);
-      softmax_rows(w.scores, rows, N, np, w.inv);
+      softmax_rows(w.scores, rows, N, np, w.inv, w.scores, np);
       gemm<true, false>(rows, vectors(d), N, w.scores, np, w.v, dp, w.result, dp);
       unpack_rows(w.result, rows, d, 1.0f, w.inv, o + i * a.o.token_stride, a.o.token_stride);
     }
@@ -224,7 +146,7 @@ void backward(const AttentionArgs& a, int64_t begin, int64_t end) {
         prefetch_rows<true>(head_of<T>(*x, b, h) + i * x->token_stride, x->token_stride, rows, d);
       }
       gemm<true, false>(rows, vectors(N), d, w.q, dp, w.kt, np, w.scores, np);
-      softmax_rows(w.scores, rows, N, np, w.inv);
+      softmax_rows(w.scores, rows, N, np, w.inv, w.scores, np);
       for (const Heads* x : {&a.q, &a.k, &a.v, &a.grad_o}) {
         prefetch_rows<false>(head_of<T>(*x, nb, nh) + i * x->token_stride, x->token_stride, rows, d);
       }

@@ -35,6 +35,21 @@ FASTNULL_DECLARE(avx512)
 #endif
 #ifdef FASTNULL_HAS_AVX512_BF16
 FASTNULL_DECLARE(avx512_bf16)
+namespace avx512_bf16 {
+bool dots_are_fast();
+int64_t attention_dot_workspace(int64_t, int64_t, bool);
+void attention_dot(const AttentionArgs&, int64_t, int64_t);
+void attention_dot_dqkv(const AttentionArgs&, int64_t, int64_t);
+// The same level with bfloat16 products too, not only conversions.
+constexpr Kernels with_dots = [] {
+  Kernels kernels = table;
+  kernels.level = "avx512_bf16_dot";
+  kernels.attention_workspace = attention_dot_workspace;
+  kernels.attention = attention_dot;
+  kernels.attention_dqkv = attention_dot_dqkv;
+  return kernels;
+}();
+}  // namespace avx512_bf16
 #endif
 
 namespace {
@@ -42,6 +57,7 @@ namespace {
 struct Level {
   const Kernels* kernels;
   bool present;
+  bool worthwhile = true;  // false: only where somebody names it
 };
 
 #ifdef FASTNULL_HAS_AVX2
@@ -52,6 +68,10 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+#endif
+
+#ifdef FASTNULL_HAS_AVX512_BF16
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // Plainest first.
@@ -65,7 +85,8 @@ const Level* levels(int* count) {
       {&avx512::table, has_avx512()},
 #endif
 #ifdef FASTNULL_HAS_AVX512_BF16
-      {&avx512_bf16::table, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {&avx512_bf16::table, has_avx512_bf16()},
+      {&avx512_bf16::with_dots, has_avx512_bf16(), has_avx512_bf16() && avx512_bf16::dots_are_fast()},
 #endif
   };
   *count = int(sizeof all / sizeof *all);
@@ -77,7 +98,7 @@ const Kernels* best() {
   const Level* all = levels(&count);
   const Kernels* found = all[0].kernels;
   for (int i = 0; i < count; ++i) {
-    if (all[i].present) found = all[i].kernels;
+    if (all[i].present && all[i].worthwhile) found = all[i].kernels;
   }
   return found;
 }

@@ -1,12 +1,11 @@
-// Small float32 matrix products held in registers, for operands that stay in L1 and L2: C = A B or C += A B.
+// Small matrix products held in registers, for operands that stay in L1 and L2: C = A B or C += A B, C in float32.
 //
 // A tile of MR rows by NR vectors of C is kept in registers over the whole contraction: for each k one broadcast of A
 // per row and one load of B per column vector feed MR * NR multiply-adds. 6 x 4 takes 24 + 4 + 1 of the 32 AVX-512
 // registers, 6 x 2 takes 12 + 2 + 1 of the 16 of AVX2.
 //
-// float32 multiply-adds also serve bfloat16 data, widened when packed: on the processor this was written on (Emerald
-// Rapids, 2026) vdpbf16ps does 82 GFLOP/s a core and vfmadd231ps 164: the bfloat16 dot product would be half as fast.
-// Unmeasured: processors that issue vdpbf16ps at full rate.
+// The elements of A and B are 32-bit words: floats (Fma), or pairs of bfloat16 that are neighbours in the contraction
+// (Dot, which halves K). Which of them is faster for bfloat16 data is the processor's choice: see dispatch.cpp.
 #pragma once
 
 #include "cpu/vec.h"
@@ -17,9 +16,23 @@ namespace FASTNULL_LEVEL {
 constexpr int MR = 6;
 constexpr int NR = Vec::size == 16 ? 4 : 2;
 
+struct Fma {
+  static FASTNULL_INLINE Vec apply(Vec a, Vec b, Vec c) { return fmadd(a, b, c); }
+};
+#if defined(__AVX512BF16__)
+struct Dot {
+  static FASTNULL_INLINE Vec apply(Vec a, Vec b, Vec c) {
+    return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+  }
+};
+#endif
+
+// A word of A: pairs of bfloat16 are read where they lie, which need not be at a multiple of four bytes.
+typedef float Word __attribute__((aligned(2), may_alias));
+
 // A is [rows, K] with A(r, k) at a[r * lda + k] (A_ROWS) or at a[k * lda + r] (the transpose of a dense [K, rows]).
-template <bool A_ROWS, bool ADD, int M, int N>
-void tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
+template <typename Op, bool A_ROWS, bool ADD, int M, int N>
+void tile(int64_t K, const Word* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
   constexpr int W = Vec::size;
   Vec acc[M][N];
 #pragma GCC unroll 6
@@ -35,7 +48,7 @@ void tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, f
     for (int r = 0; r < M; ++r) {
       const Vec left = Vec::set(A_ROWS ? a[r * lda + k] : a[k * lda + r]);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) acc[r][j] = fmadd(left, right[j], acc[r][j]);
+      for (int j = 0; j < N; ++j) acc[r][j] = Op::apply(left, right[j], acc[r][j]);
     }
   }
 #pragma GCC unroll 6
@@ -45,39 +58,39 @@ void tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, f
   }
 }
 
-using Tile = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t);
+using Tile = void (*)(int64_t, const Word*, int64_t, const float*, int64_t, float*, int64_t);
 
-template <bool A_ROWS, bool ADD, int N>
+template <typename Op, bool A_ROWS, bool ADD, int N>
 FASTNULL_INLINE Tile tile_of_rows(int rows) {
   static_assert(MR == 6, "one case a row count");
   switch (rows) {
-    case 1: return tile<A_ROWS, ADD, 1, N>;
-    case 2: return tile<A_ROWS, ADD, 2, N>;
-    case 3: return tile<A_ROWS, ADD, 3, N>;
-    case 4: return tile<A_ROWS, ADD, 4, N>;
-    case 5: return tile<A_ROWS, ADD, 5, N>;
-    default: return tile<A_ROWS, ADD, 6, N>;
+    case 1: return tile<Op, A_ROWS, ADD, 1, N>;
+    case 2: return tile<Op, A_ROWS, ADD, 2, N>;
+    case 3: return tile<Op, A_ROWS, ADD, 3, N>;
+    case 4: return tile<Op, A_ROWS, ADD, 4, N>;
+    case 5: return tile<Op, A_ROWS, ADD, 5, N>;
+    default: return tile<Op, A_ROWS, ADD, 6, N>;
   }
 }
 
-template <bool A_ROWS, bool ADD>
+template <typename Op, bool A_ROWS, bool ADD>
 FASTNULL_INLINE Tile tile_of(int rows, int vectors) {
   switch (vectors) {
-    case 1: return tile_of_rows<A_ROWS, ADD, 1>(rows);
-    case 2: return tile_of_rows<A_ROWS, ADD, 2>(rows);
+    case 1: return tile_of_rows<Op, A_ROWS, ADD, 1>(rows);
+    case 2: return tile_of_rows<Op, A_ROWS, ADD, 2>(rows);
 #if defined(__AVX512F__)
-    case 3: return tile_of_rows<A_ROWS, ADD, 3>(rows);
-    default: return tile_of_rows<A_ROWS, ADD, 4>(rows);
+    case 3: return tile_of_rows<Op, A_ROWS, ADD, 3>(rows);
+    default: return tile_of_rows<Op, A_ROWS, ADD, 4>(rows);
 #else
-    default: return tile_of_rows<A_ROWS, ADD, NR>(rows);
+    default: return tile_of_rows<Op, A_ROWS, ADD, NR>(rows);
 #endif
   }
 }
 
 // C [rows, vectors * W] (+)= A [rows, K] B [K, vectors * W]. Tiles share the rows and vectors evenly: 13 vectors are
 // 4 + 3 + 3 + 3 and not 4 + 4 + 4 + 1, whose last tile would wait for its own multiply-adds.
-template <bool A_ROWS, bool ADD>
-void gemm(int64_t rows, int64_t vectors, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+template <bool A_ROWS, bool ADD, typename Op = Fma>
+void gemm(int64_t rows, int64_t vectors, int64_t K, const Word* a, int64_t lda, const float* b, int64_t ldb, float* c,
           int64_t ldc) {
   constexpr int W = Vec::size;
   const int64_t row_tiles = (rows + MR - 1) / MR;
@@ -88,8 +101,8 @@ void gemm(int64_t rows, int64_t vectors, int64_t K, const float* a, int64_t lda,
     for (int64_t rt = 0; rt < row_tiles; ++rt) {
       const int64_t r0 = rt * rows / row_tiles;
       const int m = int((rt + 1) * rows / row_tiles - r0);
-      const float* left = A_ROWS ? a + r0 * lda : a + r0;
-      tile_of<A_ROWS, ADD>(m, n)(K, left, lda, b + v0 * W, ldb, c + r0 * ldc + v0 * W, ldc);
+      const Word* left = A_ROWS ? a + r0 * lda : a + r0;
+      tile_of<Op, A_ROWS, ADD>(m, n)(K, left, lda, b + v0 * W, ldb, c + r0 * ldc + v0 * W, ldc);
     }
   }
 }
