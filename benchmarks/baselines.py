@@ -59,17 +59,19 @@ def published_step(model: nn.Module, images: Tensor, start: Tensor, dtype: torch
     return step
 
 
-def frozen_step(model: nn.Module, images: Tensor, start: Tensor, dtype: torch.dtype, *, compiled: bool = False) -> Step:
+def frozen_step(
+    model: nn.Module, images: Tensor, start: Tensor, dtype: torch.dtype, *, compiled: str | None = None
+) -> Step:
     """The careful user's loop: weights frozen, clean tokens and logits computed once, input gradient by autograd.
 
-    With `compiled` the encoder goes through torch.compile; arguments as for `published_step`.
+    With `compiled`, a mode of torch.compile, the encoder goes through it; arguments as for `published_step`.
     """
     vit = in_dtype(model, dtype, trainable=False)
 
     def logits(tokens: Tensor) -> Tensor:
         return vit.logits(tokens, "patch")
 
-    encode: Callable[[Tensor], Tensor] = torch.compile(logits) if compiled else logits
+    encode: Callable[[Tensor], Tensor] = torch.compile(logits, mode=compiled) if compiled else logits
     with torch.no_grad():
         tokens = vit.embed(images.to(dtype), "patch")
         clean = vit.logits(tokens, "patch")
@@ -95,9 +97,9 @@ def fastnull_step(encoder: FrozenEncoder, images: Tensor, start: Tensor) -> Step
     state = AdamWState.zeros(noise)
 
     def step() -> Tensor:
-        _, seen, gradient = shared_gradient(encoder, tokens, clean, noise[0], "l2")
-        adamw_step(noise, gradient.unsqueeze(0), state, descent_gate(seen.view(1), 0.0), lr=LR)
-        return gradient
+        _, seen, gradient = shared_gradient(encoder, tokens, clean, noise, "l2")
+        adamw_step(noise, gradient, state, descent_gate(seen, 0.0), lr=LR)
+        return gradient[0]
 
     return step
 

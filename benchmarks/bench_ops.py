@@ -22,7 +22,18 @@ def cases(settings: BenchSettings) -> Iterator[Case]:
     """Every op at the shapes of every model."""
     for name in settings.models:
         shape = ViTShape.of(split(make_model(name, settings)))
-        for build in (_layer_norm, _layer_norm_dx, _gelu, _dgelu, _attention, _attention_dqkv, _objective, _adamw):
+        for build in (
+            _layer_norm,
+            _layer_norm_dx,
+            _gelu_pass,
+            _dgelu_pass,
+            _gelu,
+            _dgelu,
+            _attention,
+            _attention_dqkv,
+            _objective,
+            _adamw,
+        ):
             yield build(name, shape, settings)
 
 
@@ -100,6 +111,48 @@ def _layer_norm_dx(model: str, s: ViTShape, settings: BenchSettings) -> Case:
 
     inputs = _Inputs(settings, x=(M, D), dy=(M, D), dres=(M, D))
     return _case("layer_norm_dx", model, settings, inputs, ours, torchs, lambda b: Work(10 * M * D, 4 * M * D * b))
+
+
+def _gelu_pass(model: str, s: ViTShape, settings: BenchSettings) -> Case:
+    """Bias, GELU and its derivative alone, not in place: over itself the input would fade call by call."""
+    M, D = settings.batch * s.N, 4 * s.D
+
+    def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        z, bias = t["z"].view(1, M, D), t["b"].to(torch.promote_types(t["b"].dtype, torch.float32))
+        h, derivative = torch.empty_like(z), torch.empty_like(z, dtype=ops.derivative_dtype(z.dtype))
+
+        def call() -> Tensor:
+            torch.ops.fastnull.gelu_out(z, bias, False, h, derivative)
+            return h.view(M, D)
+
+        return call
+
+    def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        return lambda: F.gelu(t["z"] + t["b"])
+
+    return _case(
+        "gelu", model, settings, _Inputs(settings, z=(M, D), b=(D,)), ours, torchs,
+        lambda b: Work(0, M * D * (2 * b + (1 if b == 2 else b))),
+    )  # fmt: skip
+
+
+def _dgelu_pass(model: str, s: ViTShape, settings: BenchSettings) -> Case:
+    """The gradient times a kept derivative of 1, in place, so that it stays what it is."""
+    M, D = settings.batch * s.N, 4 * s.D
+
+    def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        derivative = torch.empty_like(t["g"], dtype=ops.derivative_dtype(t["g"].dtype))
+        ops.gelu_(torch.full_like(t["g"], 20.0), derivative=derivative)
+        return lambda: ops.dgelu_(t["g"], derivative)
+
+    def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        z = torch.full_like(t["g"], 20.0)
+        return lambda: torch.ops.aten.gelu_backward(t["g"], z)
+
+    return _case(
+        "dgelu", model, settings, _Inputs(settings, g=(M, D)), ours, torchs,
+        lambda b: Work(0, M * D * (2 * b + (1 if b == 2 else b))),
+    )  # fmt: skip
 
 
 def _gelu(model: str, s: ViTShape, settings: BenchSettings) -> Case:

@@ -13,17 +13,23 @@ from benchmarks.work import Work
 from fastnull.bench import BenchSettings, Row
 from fastnull.ops import patch_project
 
-SIZE, PATCH, RANK = 224, 32, 768
-"""ViT-B/32: 3072 values a patch, of which the tokens see 768 directions."""
+SIZE = 224
+PATCHES = ((32, 768), (16, 384))
+"""Patch size and rank of ViT-B/32 (3072 values a patch, of which the tokens see 768 directions) and ViT-S/16."""
 
 
 def cases(settings: BenchSettings) -> Iterator[Case]:
     """noise − R Rᵀ noise for [B, 3, 224, 224]."""
-    B, values = settings.projected, 3 * PATCH**2
+    for patch, rank in PATCHES:
+        yield _case(patch, rank, settings)
+
+
+def _case(patch: int, rank: int, settings: BenchSettings) -> Case:
+    B, values = settings.projected, 3 * patch**2
     source = torch.Generator().manual_seed(settings.seed)
     noise64 = torch.randn(B, 3, SIZE, SIZE, generator=source, dtype=torch.float64)
-    basis64 = torch.linalg.qr(torch.randn(values, RANK, generator=source, dtype=torch.float64)).Q.contiguous()
-    rows = B * (SIZE // PATCH) ** 2
+    basis64 = torch.linalg.qr(torch.randn(values, rank, generator=source, dtype=torch.float64)).Q.contiguous()
+    rows = B * (SIZE // patch) ** 2
     narrow = min(dtypes(settings), key=lambda dtype: dtype.itemsize)
     noise64 = noise64.to(narrow).double()  # the noise is an input: its rounding is no error of the projection
     variants = []
@@ -32,7 +38,7 @@ def cases(settings: BenchSettings) -> Iterator[Case]:
         basis = basis64.to(settings.device, torch.float32)
         low = basis.to(dtype)
         out, patches = torch.empty_like(noise), torch.randn(rows, values, generator=source).to(settings.device, dtype)
-        inner, outer = torch.empty(rows, RANK).to(patches), torch.empty_like(patches)
+        inner, outer = torch.empty(rows, rank).to(patches), torch.empty_like(patches)
 
         def products(
             index: int, patches: Any = patches, low: Any = low, inner: Any = inner, outer: Any = outer
@@ -42,15 +48,15 @@ def cases(settings: BenchSettings) -> Iterator[Case]:
         variants += [
             Variant(
                 "fastnull", dtype, graph=True, twice=True,
-                call=lambda i, n=noise, b=basis, o=out: patch_project(n, b, PATCH, True, out=o),
+                call=lambda i, n=noise, b=basis, o=out: patch_project(n, b, patch, True, out=o),
             ),
-            Variant("unfold, fold", dtype, lambda i, n=noise, b=low: unfold_project(n, b, PATCH), library=True),
+            Variant("unfold, fold", dtype, lambda i, n=noise, b=low: unfold_project(n, b, patch), library=True),
             Variant("two products", dtype, products, graph=True, note="on patches cut out before"),
         ]  # fmt: skip
-    yield Case(
-        "projection", "patch_project", "forward", f"[{B},3,{SIZE},{SIZE}] patch {PATCH} rank {RANK}", variants,
-        ("two products", torch.float32), reference=lambda: unfold_project(noise64, basis64, PATCH),
-        work=lambda dtype: Work(4 * rows * values * RANK, 2 * noise64.numel() * dtype.itemsize), summary=_summary,
+    return Case(
+        "projection", "patch_project", "forward", f"[{B},3,{SIZE},{SIZE}] patch {patch} rank {rank}", variants,
+        ("two products", torch.float32), reference=lambda: unfold_project(noise64, basis64, patch),
+        work=lambda dtype: Work(4 * rows * values * rank, 2 * noise64.numel() * dtype.itemsize), summary=_summary,
     )  # fmt: skip
 
 

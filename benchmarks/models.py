@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.bench import BenchSettings
+from fastnull.data import digits, to_pixels
+from fastnull.finetune import FinetuneConfig, finetune
 from fastnull.models import create_model
 from fastnull.rng import generator
 from fastnull.vit import split
@@ -40,3 +42,12 @@ def make_start(model: nn.Module, settings: BenchSettings) -> Tensor:
     vit = split(model)
     shape = vit.parts().positions()[1].shape
     return ((2 * torch.rand(shape, generator=generator(settings.seed, 2)) - 1) * LIMIT).to(settings.device)
+
+
+def trained_digits(settings: BenchSettings) -> tuple[nn.Module, Tensor]:
+    """The digits ViT after 12 epochs, and images that it was trained on [N, 3, 16, 16]."""
+    config = FinetuneConfig(
+        augment="none", epochs=12, lr=2e-3, warmup_epochs=2, seed=settings.seed, device=settings.device, progress=False
+    )
+    images = to_pixels(digits(16)[0].tensors[0])
+    return finetune(config).model.eval().requires_grad_(False), images.to(settings.device)

@@ -5,7 +5,8 @@ the package loads neither. Loading registers the library's kernels with the `tor
 `fastnull.ops` defines. Without the libraries those ops run their reference.
 
 Environment (read when the library is loaded): FASTNULL_NATIVE=0 keeps it out; FASTNULL_CPU_LEVEL names the processor
-level (portable, avx2, avx512, avx512_bf16; default: the best this processor has).
+level (portable, avx2, avx512, avx512_bf16, avx512_bf16_dot; default: the best this processor has, and the
+last only where its bfloat16 dot products are fast).
 """
 
 from __future__ import annotations
@@ -58,9 +59,13 @@ class Library:
         if os.environ.get("FASTNULL_NATIVE") == "0":
             self.error = "switched off by FASTNULL_NATIVE=0"
             return
+        if self.name == "_C_cuda" and torch.version.cuda is None:
+            self.error = f"torch {torch.__version__} is built without CUDA"
+            return
         record = build_record()
         if not self.path.exists():
-            self.error = f"not built: {record.get('missing') or f'there is no {self.path.name} beside the package'}"
+            missing = record.get("missing") or (record.get(self.name.removeprefix("_C_")) or {}).get("missing")
+            self.error = f"not built: {missing or f'there is no {self.path.name} beside the package'}"
             return
         try:
             torch.ops.load_library(str(self.path))

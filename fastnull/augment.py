@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastnull.batches import check_batch
 from fastnull.checks import check_choice, check_labels
 from fastnull.encoder import FrozenEncoder
+from fastnull.replay import Replay, use_graph
 from fastnull.rng import generator, uniform
-from fastnull.solvers import boundary_noise, norms, optimized_noise, valid_noise
-from fastnull.synthesis import Noise, SynthesisConfig, check_batch, synthesize
+from fastnull.solvers import norms, own_noise, valid_noise
+from fastnull.synthesis import Noise, SynthesisConfig, synthesize
 from fastnull.vit.base import unwrap
 
 MODES = ("boundary", "per_image", "universal", "random")
@@ -92,9 +94,12 @@ class NullspaceAugment:
             config = SynthesisConfig(mode="boundary" if mode == "random" else mode, **values)
         elif (eps, limit, steps) != (None, None, None):
             raise ValueError("give either config or eps, limit and steps, not both")
+        elif mode not in (config.mode, "random"):
+            raise ValueError(f"config.mode must be mode, {mode!r}; got {config.mode!r}")
         self.config = config
         self.encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
         self.model = model
+        self._solve = _solver(self.encoder, config)
         self.step = 0
         self.enabled = True
         self.stats: dict[str, Tensor] = {}
@@ -207,6 +212,7 @@ class NullspaceAugment:
         if theirs != mine:
             raise ValueError(f"state is of mode and site {theirs}; this augmentation has {mine}")
         self.config = SynthesisConfig(**state["config"])
+        self._solve = _solver(self.encoder, self.config)
         self.step = state["step"]
         self._bank = None if state["bank"] is None else Noise(**state["bank"], site=self.config.site)
 
@@ -241,9 +247,7 @@ class NullspaceAugment:
             return noise, torch.full((1,), float("nan"))
         self.encoder.sync_if_changed()
         inputs = tokens.to(self.encoder.dtype)
-        if self.mode == "boundary":
-            return boundary_noise(self.encoder, inputs, start, self.config)
-        noise, seen, _ = optimized_noise(self.encoder, inputs, start, self.config)
+        noise, seen, _ = self._solve(inputs, start)
         return noise, seen
 
     def _register(self) -> None:
@@ -270,6 +274,12 @@ class NullspaceAugment:
     def _noisy(self, tokens: Tensor) -> Tensor:
         noisy = tokens + self.draw(tokens)
         return torch.cat([tokens, noisy]) if self._view == "pair" else noisy
+
+
+def _solver(encoder: FrozenEncoder, config: SynthesisConfig) -> Replay:
+    """(tokens, start) → noise an image, influence, updates."""
+    graph = use_graph(config.graph, encoder.device, encoder.backend)
+    return Replay(lambda tokens, start: own_noise(encoder, tokens, start, config), graph)
 
 
 class _Hook:

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SUITES = ("gemm", "ops", "projection", "encoder", "memory", "synthesis", "finetune")
 DTYPES = ("float32", "bfloat16", "float16")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class BenchSettings:
         threads: of torch; None leaves them.
         seconds: time a case is measured for, at most about; rounds: at least this many, whatever they take.
         compile: measure torch.compile too (it needs a C++ compiler, and about half a minute a model and dtype).
+        compile_mode: of torch.compile; `max-autotune` takes minutes a model.
+        trained: let the synthesis suite train a digits ViT and measure on that too.
         seed: of data and weights.
     """
 
@@ -100,11 +103,14 @@ class BenchSettings:
     seconds: float = 4.0
     rounds: int = 3
     compile: bool = True
+    compile_mode: str = "default"
+    trained: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         for dtype in self.dtypes:
             check_choice("dtype", dtype, DTYPES)
+        check_choice("compile_mode", self.compile_mode, COMPILE_MODES)
         for name in ("batch", "projected", "rounds"):
             check_number(name, getattr(self, name), 1)
         check_number("seconds", self.seconds, 0)
@@ -114,7 +120,7 @@ class BenchSettings:
     @classmethod
     def quickly(cls) -> BenchSettings:
         """A look in under two minutes: a small model and batch, no torch.compile. Not for numbers to quote."""
-        return cls(models=("vit_tiny_patch16_224",), batch=4, projected=8, seconds=2.0, compile=False)
+        return cls(models=("vit_tiny_patch16_224",), batch=4, projected=8, seconds=2.0, compile=False, trained=False)
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +132,13 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="default: float32 bfloat16")
     parser.add_argument("--device", metavar="DEVICE", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)")
+    parser.add_argument("--projected", type=int, metavar="N", help="images that suite projection takes (default: 64)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="measuring time a case (default: 4)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--compile-mode", metavar="MODE", help=f"any of {', '.join(COMPILE_MODES)}")
+    parser.add_argument(
+        "--tune", action="store_true", help="measure the Triton kernels' tiles on this GPU; see FASTNULL_TILES"
+    )
     parser.add_argument("--out", metavar="FOLDER", help="for results (default: benchmarks/results of the checkout)")
     parser.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="print ratios between two results (.json or .csv), run nothing"
@@ -134,12 +146,20 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """The command: run, or compare."""
+    """The command: run, compare, or tune."""
     if args.compare is not None:
         print(compare(*(read_rows(path) for path in args.compare)))
         return
+    if args.tune:
+        if not torch.cuda.is_available():
+            raise ValueError("--tune needs a CUDA device: torch sees none")
+        print(f"tiles: {_suite('tune').tune(args.out or RESULTS)}")
+        return
     base = BenchSettings.quickly() if args.quick else BenchSettings()
-    asked = {name: getattr(args, name) for name in ("models", "batch", "dtypes", "threads")}
+    asked = {
+        name: getattr(args, name)
+        for name in ("models", "batch", "dtypes", "threads", "projected", "seconds", "compile_mode")
+    }
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if v is not None}
     given["device"] = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     given["compile"] = base.compile and not args.no_compile

@@ -3,6 +3,7 @@
 `FrozenEncoder` is what synthesis runs hundreds of times. Its backends compute the same thing:
     reference   the model's own modules under autograd with frozen parameters; any model with an adapter, the oracle
     cpu         forward and input gradient written out (fastnull.explicit) on library GEMMs and the C++ ops of csrc/cpu
+    cuda        the same code on cuBLAS and the Triton kernels of kernels/
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from fastnull import _C
 from fastnull.checks import check_choice
 from fastnull.explicit import ExplicitEncoder
 from fastnull.explicit.products import products_dtype
+from fastnull.ops.attention import WIDEST_HEAD
+from fastnull.ops.common import NATIVE_DTYPES, switched_off, triton_problem
 from fastnull.vit.base import SplitViT, as_split, check_site, frozen, split
-from fastnull.vit.parts import UnsupportedModelError
+from fastnull.vit.parts import UnsupportedModelError, ViTParts
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "cuda")
 
-Cotangent: TypeAlias = "Tensor | Callable[[Tensor], Tensor | tuple[Tensor, ...]]"
+Cotangent: TypeAlias = "Tensor | Callable[..., Tensor | tuple[Tensor, ...]]"
 
 _warned: set[str] = set()
 
@@ -38,9 +41,10 @@ class FrozenEncoder:
 
     Args:
         model: a ViT (NormalizedModel, plain, compiled or DDP-wrapped), or an adapter.
-        dtype: compute dtype; None is the model's own. The fast backends have float32, bfloat16 and (on the ops'
-            references) float64.
-        backend: `auto` takes the fastest one for model, device and dtype; `reference` and `cpu` force one.
+        dtype: compute dtype; None is the model's own. The fast backends have float32 and bfloat16, `cuda` also float16
+            (whose input gradients reach down to 6e-8), and `cpu`, on the ops' references, any.
+        backend: `auto` takes the fastest one for model, device and dtype, and says once why that is not the device's
+            own; `reference`, `cpu` and `cuda` force one.
         site: `patch`, `block0` or `pixels`; see fastnull.vit.SITES.
 
     Attributes:
@@ -49,8 +53,10 @@ class FrozenEncoder:
         products: dtype of the matrix products; `dtype` but for bfloat16 on a CPU that multiplies float32 faster.
 
     Raises:
-        ValueError: unknown backend or site, a model that no adapter knows, or a forced backend that cannot run it
-            (UnsupportedModelError names the part).
+        ValueError: unknown backend or site, a model that no adapter knows, or a forced backend that cannot run it: a
+            model on another device or on several, a part without a hand-written form (UnsupportedModelError); for
+            `cuda` also a GPU below sm_80, no Triton, float64, and heads wider than 128, which `auto` gives to torch's
+            own attention.
     """
 
     def __init__(
@@ -67,7 +73,7 @@ class FrozenEncoder:
         self.dtype = dtype or weight.dtype
         self._device = weight.device
         self._explicit = _explicit(self.vit, self.dtype, backend)
-        self.backend = "reference" if self._explicit is None else "cpu"
+        self.backend = "reference" if self._explicit is None else self._device.type
         self.products = self.dtype if self._explicit is None else self._explicit.compute
         self._split = self.vit
         if self._explicit is None and self.dtype != weight.dtype:
@@ -128,13 +134,19 @@ class FrozenEncoder:
             with frozen(self._split.model):
                 return self._split.logits(tokens.to(self.dtype), self.site)
 
-    def input_gradient(self, tokens: Tensor, cotangent: Cotangent, *, sum_batch: bool = False) -> tuple[Tensor, Tensor]:
+    def input_gradient(
+        self, tokens: Tensor, cotangent: Cotangent, *, by_image: bool = False, sum_batch: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Logits, and the gradient of Σ logits · cotangent with respect to the tokens.
 
         Args:
             tokens: at the site [B, ...].
             cotangent: [B, K], or a function of the logits that returns it, alone or first in a tuple. NaN in it gives
                 NaN in the gradient.
+            by_image: the function is called as cotangent(logits[images], images) with slices of the batch in order,
+                which it must treat image by image. The fast backends then pass the batch through in parts and keep for
+                the backward what belongs to one part: on a CPU memory stays that of 8 images (more of small models).
+                A tensor always allows that.
             sum_batch: return the gradient summed over the batch (in float32 or better), as one noise shared by all
                 images needs it.
 
@@ -146,19 +158,22 @@ class FrozenEncoder:
         """
         self._check_tokens(tokens)
 
-        def weights(logits: Tensor) -> Tensor:
-            given = cotangent(logits) if callable(cotangent) else cotangent
+        def weights(logits: Tensor, images: slice) -> Tensor:
+            if isinstance(cotangent, Tensor):
+                _check_cotangent(cotangent, (len(tokens), logits.shape[1]))
+                return cotangent[images].detach().to(logits.dtype)
+            given = cotangent(logits, images) if by_image else cotangent(logits)
             given = given[0] if isinstance(given, tuple) else given
-            if given.shape != logits.shape:
-                raise ValueError(f"cotangent must have the logits' shape {list(logits.shape)}; got {list(given.shape)}")
+            _check_cotangent(given, tuple(logits.shape))
             return given.detach().to(logits.dtype)
 
         with _no_autocast(tokens):
             if self._explicit is not None:
+                parts = by_image or isinstance(cotangent, Tensor)
                 with torch.no_grad():
-                    logits, gradient = self._explicit.input_gradient(tokens.detach(), self.site, weights)
+                    logits, gradient = self._explicit.input_gradient(tokens.detach(), self.site, weights, parts)
             else:
-                logits, gradient = self._by_autograd(tokens, weights)
+                logits, gradient = self._by_autograd(tokens, lambda logits: weights(logits, slice(0, len(tokens))))
         if sum_batch:
             wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
             gradient = gradient.sum(0, dtype=wide)
@@ -210,27 +225,65 @@ class FrozenEncoder:
 
 
 def _explicit(vit: SplitViT, dtype: torch.dtype, backend: str) -> ExplicitEncoder | None:
-    """The written-out encoder where the backend asks for it and the model allows it."""
-    if backend == "reference":
+    """The written-out encoder where the backend asks for it and model, device and dtype allow it."""
+    device = vit.projection.weight.device
+    if backend == "reference" or (backend == "auto" and device.type not in NATIVE_DTYPES):
         return None
-    forced = backend == "cpu"
-    device = vit.projection.weight.device.type
-    if device != "cpu":
-        if forced:
-            raise ValueError(f"backend 'cpu' needs a model on the CPU; it is on {device}")
-        return None
-    # without the C++ ops their references would be no faster than autograd
-    if not forced and (dtype not in (torch.float32, torch.bfloat16) or not _C.cpu_available()):
-        return None
+    if backend == "auto":
+        if switched_off() or (device.type == "cpu" and not _cpu_is_fast(dtype)):
+            return None
+    elif device.type != backend:
+        raise ValueError(f"backend {backend!r} needs a model on a device of type {backend!r}; it is on {device}")
     try:
-        return ExplicitEncoder(vit, vit.parts(), dtype, products_dtype(dtype, vit.projection.weight.device))
+        parts = _checked_parts(vit, dtype, device, backend)
+        return ExplicitEncoder(vit, parts, dtype, products_dtype(dtype, device))
     except UnsupportedModelError as reason:
-        if forced:
-            raise UnsupportedModelError(f"backend 'cpu' does not support {reason}; use 'auto' or 'reference'") from None
-        if str(reason) not in _warned:
-            _warned.add(str(reason))
-            warnings.warn(f"fastnull: the model runs on the reference backend: {reason} is not supported", stacklevel=4)
+        if backend != "auto":
+            problem = f"backend {backend!r} does not support {reason}; use 'auto' or 'reference'"
+            raise UnsupportedModelError(problem) from None
+        _warn_once(f"the model runs on the reference backend: {reason} is not supported")
         return None
+
+
+def _cpu_is_fast(dtype: torch.dtype) -> bool:
+    # without the C++ ops their references would be no faster than autograd
+    return dtype in NATIVE_DTYPES["cpu"] and _C.cpu_available()
+
+
+def _checked_parts(vit: SplitViT, dtype: torch.dtype, device: torch.device, backend: str) -> ViTParts:
+    """The parts of a model that a fast backend can run.
+
+    Raises:
+        UnsupportedModelError: it cannot; the message is a noun.
+    """
+    devices = {str(parameter.device) for parameter in vit.model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedModelError(f"a model on several devices ({', '.join(sorted(devices))})")
+    if device.type == "cuda":
+        # on their references, where the switch asks for them, the ops need neither this GPU nor Triton
+        problem = "" if switched_off() else triton_problem(device)
+        if problem:
+            raise UnsupportedModelError(f"{device} ({problem})")
+        if dtype not in NATIVE_DTYPES["cuda"]:
+            raise UnsupportedModelError(f"dtype {str(dtype)[6:]} (float32, bfloat16 or float16)")
+    parts = vit.parts()
+    widest = max(block.proj.in_features // block.heads for block in parts.blocks)
+    if device.type == "cuda" and widest > WIDEST_HEAD:
+        if backend != "auto":
+            raise UnsupportedModelError(f"heads of {widest} (at most {WIDEST_HEAD})")
+        _warn_once(f"attention with heads of {widest} runs on torch's own operator: the kernels go to {WIDEST_HEAD}")
+    return parts
+
+
+def _check_cotangent(cotangent: Tensor, shape: tuple[int, ...]) -> None:
+    if cotangent.shape != shape:
+        raise ValueError(f"cotangent must have the logits' shape {list(shape)}; got {list(cotangent.shape)}")
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"fastnull: {message}", stacklevel=5)
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

@@ -30,6 +30,16 @@ BOUNDARY_STEPS = 3
 PER_IMAGE_STEPS = 30
 
 
+def own_noise(
+    encoder: FrozenEncoder, tokens: Tensor, start: Tensor, config: SynthesisConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One noise an image, by config.mode: `boundary_noise` or `optimized_noise`, and the updates each image got [B]."""
+    if config.mode != "boundary":
+        return optimized_noise(encoder, tokens, start, config)
+    noise, seen = boundary_noise(encoder, tokens, start, config)
+    return noise, seen, torch.full((len(tokens),), config.steps or BOUNDARY_STEPS, device=tokens.device)
+
+
 def boundary_noise(
     encoder: FrozenEncoder, tokens: Tensor, start: Tensor, config: SynthesisConfig
 ) -> tuple[Tensor, Tensor]:
@@ -97,21 +107,25 @@ def perturb(encoder: FrozenEncoder, tokens: Tensor, noise: Tensor) -> Tensor:
 def shared_gradient(
     encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, noise: Tensor, objective: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean distance, mean influence, and the gradient of the mean distance for one noise shared by the batch."""
+    """Mean distance [M], mean influence [M], and the gradient of the mean distance [M, ...] of noises [M, ...] that the
+    batch [B, ...] shares, all in one pass."""
     judged: list[NoiseObjective] = []
+    M, B = len(noise), len(tokens)
+    rows = clean.repeat(M, 1)  # [M·B, K]
 
-    def cotangent(logits: Tensor) -> Tensor:
-        judged.append(noise_objective(clean, logits, objective))
-        return judged[0].cotangent
+    def cotangent(logits: Tensor, images: slice) -> Tensor:
+        judged.append(noise_objective(rows[images], logits, objective, batch=B))
+        return judged[-1].cotangent
 
-    noisy = perturb(encoder, tokens, noise)
+    noisy = perturb(encoder, tokens, noise.unsqueeze(1))  # [M, B, ...]
+    _, gradient = encoder.input_gradient(noisy.flatten(0, 1), cotangent, by_image=True)
+    gradient = gradient.view(noisy.shape)
     if encoder.site == "pixels":
-        _, gradient = encoder.input_gradient(noisy, cotangent)
         # a pixel at the border of [0, 1] does not move with the noise
-        gradient = (gradient * (noisy == tokens + noise)).sum(0)
-    else:
-        _, gradient = encoder.input_gradient(noisy, cotangent, sum_batch=True)
-    return judged[0].mean_loss[0], judged[0].mean_influence[0], gradient.to(noise.dtype)
+        gradient = gradient * (noisy == tokens + noise.unsqueeze(1))
+    loss = torch.cat([part.loss for part in judged]).view(M, B).mean(1)
+    influence = torch.cat([part.influence for part in judged]).view(M, B).mean(1)
+    return loss, influence, gradient.sum(1, dtype=noise.dtype)
 
 
 def own_gradients(
@@ -120,12 +134,12 @@ def own_gradients(
     """Influence [B] and the gradient [B, ...] of each image's distance with respect to its own noise."""
     judged: list[NoiseObjective] = []
 
-    def cotangent(logits: Tensor) -> Tensor:
-        judged.append(noise_objective(clean, logits, objective, reduction="none"))
-        return judged[0].cotangent
+    def cotangent(logits: Tensor, images: slice) -> Tensor:
+        judged.append(noise_objective(clean[images], logits, objective, reduction="none"))
+        return judged[-1].cotangent
 
-    _, gradient = encoder.input_gradient(perturb(encoder, tokens, noise), cotangent)
-    return judged[0].influence, gradient
+    _, gradient = encoder.input_gradient(perturb(encoder, tokens, noise), cotangent, by_image=True)
+    return torch.cat([part.influence for part in judged]), gradient
 
 
 def learning_rate(config: SynthesisConfig, step: int, period: int) -> float:

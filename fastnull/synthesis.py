@@ -10,40 +10,29 @@ boundary    Every image's noise is driven to influence = ε from either side in 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastnull.checks import check_choice, check_finite, check_images, check_number
+from fastnull.batches import Batches, as_batches, embed_batch
+from fastnull.checks import check_choice, check_finite, check_number
 from fastnull.encoder import FrozenEncoder
 from fastnull.noise import Noise
 from fastnull.objective import OBJECTIVES, influence
-from fastnull.ops import AdamWState, adamw_step
 from fastnull.progress import progress_bar
+from fastnull.replay import Replay, use_graph
 from fastnull.rng import generator, preserved, uniform
-from fastnull.solvers import (
-    BOUNDARY_STEPS,
-    boundary_noise,
-    learning_rate,
-    log_norm_gradient,
-    norms,
-    optimized_noise,
-    perturb,
-    shared_gradient,
-    spread,
-)
-from fastnull.vit.base import SITES, NormalizedModel, SplitViT
+from fastnull.solvers import norms, own_noise, perturb, spread
+from fastnull.universal import BISECTIONS, UniversalRun, judge, scaled_to_eps
+from fastnull.vit.base import SITES, SplitViT
 
 MODES = ("universal", "per_image", "boundary")
 ON_UNMET = ("keep", "scale", "raise")
 SCHEDULES = ("cosine", "constant", "published")
 STOPS = ("check", "batch", "never")
-BISECTIONS = 20
-HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -68,6 +57,11 @@ class SynthesisConfig:
             current minibatch is (published), `never` runs all steps.
         on_unmet: what happens to a noise that never met ε: `keep` reports it, `scale` bisects its scale to ε, `raise`.
         step_size: boundary: of one step; None is 0.1 × the mean norm of the start at the token sites, 4/255 in pixels.
+        growing: universal: start with an eighth of each batch, and double it whenever all noises meet ε on theirs.
+        final_scale: universal: afterwards scale each noise, up or down, until its influence on the check images is just
+            below ε.
+        graph: run steps in a CUDA graph; None does so on the cuda backend. A run that looks at the device every 8 steps
+            takes up to 7 more.
         seed: of the start.
     """
 
@@ -87,6 +81,9 @@ class SynthesisConfig:
     stop: str = "check"
     on_unmet: str = "keep"
     step_size: float | None = None
+    growing: bool = False
+    final_scale: bool = False
+    graph: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -140,6 +137,14 @@ class EpsilonNotMetError(RuntimeError):
         self.noise = noise
 
 
+class SynthesisOutOfMemoryError(RuntimeError):
+    """The device ran out of memory. The noise so far is in `noise`, its influence unknown (NaN): no work is lost."""
+
+    def __init__(self, message: str, noise: Noise) -> None:
+        super().__init__(message)
+        self.noise = noise
+
+
 class SynthesisInterrupted(KeyboardInterrupt):
     """Ctrl-C during synthesis. The noise so far is in `noise`; give it as `start` to go on."""
 
@@ -178,6 +183,7 @@ def synthesize(
     Raises:
         ValueError, TypeError: bad configuration, empty or bad images, start of another shape.
         EpsilonNotMetError: with on_unmet="raise".
+        SynthesisOutOfMemoryError: universal: the device ran out of memory.
         SynthesisInterrupted: on Ctrl-C.
     """
     config = config or SynthesisConfig()
@@ -189,7 +195,7 @@ def synthesize(
     with preserved():
         encoder.sync()
         if config.mode == "universal":
-            return _universal(encoder, _Batches(encoder, batches, check, config), config, start, progress)
+            return _universal(encoder, batches, check, config, start, progress)
         return _per_image(encoder, batches, config, start, progress)
 
 
@@ -198,70 +204,58 @@ def measure_influence(
 ) -> Tensor:
     """Influence of each of M universal noises: mean over all images of the batches; [M] in float32."""
     encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=noise.site)
-    pairs = [_embed(encoder, batch) for batch in _as_batches(batches)]
+    pairs = [embed_batch(encoder, batch) for batch in as_batches(batches)]
     if not pairs:
         raise ValueError("batches must hold at least one batch of images; it is empty")
-    return torch.stack([_judge(encoder, row, pairs) for row in noise.tokens.to(encoder.device)])
+    return torch.stack([judge(encoder, row, pairs) for row in noise.tokens.to(encoder.device)])
 
 
 def _universal(
-    encoder: FrozenEncoder, data: _Batches, config: SynthesisConfig, start: Tensor | None, progress: bool
+    encoder: FrozenEncoder,
+    batches: Tensor | Iterable[Any],
+    check: Tensor | Iterable[Any] | None,
+    config: SynthesisConfig,
+    start: Tensor | None,
+    progress: bool,
 ) -> Noise:
+    data = Batches(encoder, batches, check, config)
     total = config.steps or config.rounds * data.per_round
-    period = config.rounds * data.batches if config.schedule == "published" else total
-    noise = _starts((config.count, *data.shape), config, data.like, start)  # [M, ...]
-    state = AdamWState.zeros(noise)
-    active = torch.ones(config.count, dtype=torch.bool, device=noise.device)
-    history: list[dict[str, float]] = []
+    run = UniversalRun(encoder, data, config, _starts((config.count, *data.shape), config, data.like, start))
     bar = progress_bar(total, show=progress, desc="synthesize", unit=" step")
     try:
-        for step, (tokens, clean) in zip(range(total), data.stream(), strict=False):
-            seen = torch.full((config.count,), math.nan)
-            losses = torch.full((config.count,), math.nan)
-            gradient = torch.zeros_like(noise)
-            for m in torch.nonzero(active).flatten().tolist():
-                losses[m], seen[m], gradient[m] = shared_gradient(encoder, tokens, clean, noise[m], config.objective)
-                met = bool(seen[m] < config.eps)
-                # the minibatch is the cheap sign that the check images are worth a look
-                if met and config.stop == "check":
-                    met = bool(_judge(encoder, noise[m], data.check) < config.eps)
-                active[m] = not met or config.stop == "never"
-            shown = {"loss": _nanmean(losses), "influence": _nanmean(seen), "norm": float(norms(noise).mean())}
-            history.append({"step": step, **shown})
-            bar.set_postfix({key: f"{value:.3g}" for key, value in shown.items()}, refresh=False)
-            if not bool(active.any()):
-                break
-            gradient = gradient - log_norm_gradient(noise, config.log_norm_weight)
-            lr = learning_rate(config, step, period)
-            adamw_step(noise, gradient, state, active.float(), lr=lr, weight_decay=config.weight_decay)
-            bar.update()
+        run.run(total, bar)
     except KeyboardInterrupt:
-        raise SynthesisInterrupted(_universal_result(encoder, data, config, noise, state.steps, history)) from None
+        raise SynthesisInterrupted(_universal_result(encoder, data, config, run)) from None
+    except torch.OutOfMemoryError as error:
+        raise SynthesisOutOfMemoryError(
+            f"{encoder.device} ran out of memory after {len(run.history)} steps: lower the images of a batch "
+            f"({len(data.like)}) or config.count ({config.count}), or use a 16-bit encoder. {error}",
+            _universal_result(encoder, data, config, run, judged=False),
+        ) from error
     finally:
         bar.close()
-    return _met(_universal_result(encoder, data, config, noise, state.steps, history), config)
+    return _met(_universal_result(encoder, data, config, run), config)
 
 
 def _universal_result(
-    encoder: FrozenEncoder,
-    data: _Batches,
-    config: SynthesisConfig,
-    noise: Tensor,
-    taken: Tensor,
-    history: list[dict[str, float]],
+    encoder: FrozenEncoder, data: Batches, config: SynthesisConfig, run: UniversalRun, *, judged: bool = True
 ) -> Noise:
-    if config.on_unmet == "scale":
-        noise = torch.stack([_scaled_to_eps(encoder, row, data.check, config.eps) for row in noise])
-    judged = torch.stack([_judge(encoder, row, data.check) for row in noise]).cpu()
+    noise, seen = run.noise, torch.full((config.count,), torch.nan)
+    if judged and (config.on_unmet == "scale" or config.final_scale):
+        noise = torch.stack(
+            [scaled_to_eps(encoder, row, data.check, config.eps, larger=config.final_scale) for row in noise]
+        )
+    if judged:
+        seen = torch.stack([judge(encoder, row, data.check) for row in noise]).cpu()
     return Noise(
         tokens=noise,
-        influence=judged,
+        influence=seen,
         norm=norms(noise).cpu(),
-        converged=judged < config.eps,
-        steps=taken.cpu(),
+        converged=seen < config.eps,
+        steps=run.taken.cpu(),
         site=config.site,
         metadata=_metadata(encoder, config, check=data.check_origin, check_images=sum(len(t) for t, _ in data.check)),
-        history=history,
+        history=run.history,
     )
 
 
@@ -275,17 +269,15 @@ def _per_image(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     done = 0
     total = len(batches) if isinstance(batches, Sequence) else None
+    graph = use_graph(config.graph, encoder.device, encoder.backend)
+    solve = Replay(lambda tokens, first: own_noise(encoder, tokens, first, config), graph)
     bar = progress_bar(total, show=progress, desc="synthesize", unit=" batch")
     try:
-        for index, batch in enumerate(_as_batches(batches)):
-            tokens, clean = _embed(encoder, batch)
+        for index, batch in enumerate(as_batches(batches)):
+            tokens, clean = embed_batch(encoder, batch)
             given = None if start is None else start[done : done + len(tokens)]
             first = _starts(tuple(tokens.shape), config, tokens, given, index)
-            if config.mode == "boundary":
-                noise, _ = boundary_noise(encoder, tokens, first, config)
-                taken = torch.full((len(tokens),), config.steps or BOUNDARY_STEPS)
-            else:
-                noise, _, taken = optimized_noise(encoder, tokens, first, config)
+            noise, _, taken = solve(tokens, first)
             if config.on_unmet == "scale":
                 noise = _each_scaled_to_eps(encoder, noise, tokens, clean, config)
             parts.append((noise.cpu(), influence(clean, encoder(perturb(encoder, tokens, noise))).cpu(), taken.cpu()))
@@ -334,110 +326,6 @@ def _met(noise: Noise, config: SynthesisConfig) -> Noise:
     return noise
 
 
-class _Batches:
-    """Images for universal synthesis: clean tokens and logits kept for sequences, made anew for loaders."""
-
-    def __init__(
-        self,
-        encoder: FrozenEncoder,
-        source: Tensor | Iterable[Any],
-        check: Tensor | Iterable[Any] | None,
-        config: SynthesisConfig,
-    ) -> None:
-        self._encoder = encoder
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        source, held_out, self.check_origin = _hold_out(source, check, config)
-        self._source = source
-        self.batches = _length(source)
-        if not self.batches:
-            raise ValueError("batches must hold at least one batch of images; it is empty")
-        # the published int(); but a round has at least one batch
-        self.per_round = max(1, int(config.image_ratio * self.batches))
-        if held_out is None:  # published: nothing is held out, the training images are judged
-            self.check = [pair for pair, _ in zip(self._round(), range(self.per_round), strict=False)]
-        else:
-            self.check = [_embed(encoder, batch) for batch in held_out]
-        if not self.check:
-            raise ValueError("check must hold at least one batch of images; it is empty")
-        self.like = self.check[0][0]
-        self.shape = tuple(self.like.shape[1:])
-
-    def stream(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Clean tokens and logits, round after round without end."""
-        while True:
-            empty = True
-            for pair, _ in zip(self._round(), range(self.per_round), strict=False):
-                empty = False
-                yield pair
-            if empty:
-                raise ValueError("batches gave no images in a later round: give a sequence or a re-iterable loader")
-
-    def _round(self) -> Iterator[tuple[Tensor, Tensor]]:
-        kept = isinstance(self._source, Sequence)
-        for index, batch in enumerate(self._source):
-            if kept and index not in self._kept:
-                self._kept[index] = _embed(self._encoder, batch)
-            yield self._kept[index] if kept else _embed(self._encoder, batch)
-
-
-def _hold_out(
-    source: Tensor | Iterable[Any], check: Tensor | Iterable[Any] | None, config: SynthesisConfig
-) -> tuple[Iterable[Any], list[Any] | None, str]:
-    """Training batches, check batches (None: those trained on) and where the latter come from."""
-    source = [source] if isinstance(source, Tensor) else source
-    if check is not None:
-        return source, list(_as_batches(check)), "given"
-    if not isinstance(source, Sequence):
-        count = max(1, round(HELD_OUT * _length(source)))
-        return source, [batch for batch, _ in zip(source, range(count), strict=False)], "first batches of the loader"
-    if config.stop != "check":
-        return source, None, "the training images"
-    if len(source) > 1:
-        count = max(1, round(HELD_OUT * len(source)))
-        return source[:-count], list(source[-count:]), "held-out batches"
-    images = _images(source[0]) if source else None
-    if isinstance(images, Tensor) and len(images) > 1:
-        count = max(1, round(HELD_OUT * len(images)))
-        return [images[:-count]], [images[-count:]], "held-out images"
-    return source, None, "the training images"
-
-
-def _length(source: Any) -> int:
-    if iter(source) is source:
-        raise ValueError("batches is an iterator, which can be read once; give a list, a tensor or a DataLoader")
-    try:
-        return len(source)
-    except TypeError as error:
-        raise ValueError("batches has no length; give a list, a tensor or a sized DataLoader") from error
-
-
-def _as_batches(source: Tensor | Iterable[Any]) -> Iterator[Any]:
-    yield from (source,) if isinstance(source, Tensor) else source
-
-
-def _images(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
-
-
-def _embed(encoder: FrozenEncoder, batch: Any) -> tuple[Tensor, Tensor]:
-    """Check a batch; return its clean tokens at the site [B, ...] and logits [B, K]."""
-    images = _images(batch)
-    check_batch(encoder, images)
-    tokens = encoder.embed(images.to(encoder.device))
-    clean = encoder(tokens)
-    check_finite("logits of the clean images", clean)
-    return tokens, clean
-
-
-def check_batch(encoder: FrozenEncoder, images: Any) -> None:
-    """Check images against the model: shape, dtype and, where the model takes pixels, the range [0, 1]."""
-    vit = encoder.vit
-    takes_pixels = isinstance(vit.model, NormalizedModel) or encoder.site == "pixels"
-    check_images(images, channels=vit.channels, size=vit.image_size, unit_range=takes_pixels)
-    if len(images) == 0:
-        raise ValueError("images must hold at least one image; the batch is empty")
-
-
 def _starts(
     shape: tuple[int, ...], config: SynthesisConfig, like: Tensor, given: Tensor | None, index: int = 0
 ) -> Tensor:
@@ -451,28 +339,10 @@ def _starts(
     return given.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32, copy=True)
 
 
-def _judge(encoder: FrozenEncoder, noise: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Influence of one noise: mean over all images."""
-    seen = [influence(clean, encoder(perturb(encoder, tokens, noise))) for tokens, clean in pairs]
-    return torch.cat(seen).mean()
-
-
-def _scaled_to_eps(encoder: FrozenEncoder, noise: Tensor, pairs: list[tuple[Tensor, Tensor]], eps: float) -> Tensor:
-    """The noise, or the largest scale of it that bisection finds below ε."""
-    if bool(_judge(encoder, noise, pairs) < eps):
-        return noise
-    low, high = 0.0, 1.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        below = bool(_judge(encoder, noise * middle, pairs) < eps)
-        low, high = (middle, high) if below else (low, middle)
-    return noise * low
-
-
 def _each_scaled_to_eps(
     encoder: FrozenEncoder, noise: Tensor, tokens: Tensor, clean: Tensor, config: SynthesisConfig
 ) -> Tensor:
-    """`_scaled_to_eps` for one noise an image, all images at once."""
+    """`scaled_to_eps` for one noise an image, all images at once."""
 
     def below(scale: Tensor) -> Tensor:
         return influence(clean, encoder(perturb(encoder, tokens, spread(scale, noise) * noise))) < config.eps
@@ -485,10 +355,6 @@ def _each_scaled_to_eps(
         fits = below(middle)
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     return spread(low, noise) * noise
-
-
-def _nanmean(values: Tensor) -> float:
-    return float(values.nanmean())
 
 
 def _metadata(encoder: FrozenEncoder, config: SynthesisConfig, **extra: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The Triton kernels of the ops; importing this package registers them for CUDA tensors.
+"""The Triton kernels of the ops; importing this package registers them, or those of csrc/cuda, for CUDA tensors.
 
 One file an op: table of tiles, kernels, launchers. A launcher has the arguments of its `torch.ops.fastnull` op and
 writes into the tensors it is given. fastnull.ops imports this package at the first CUDA tensor, and not before.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastnull.kernels import attention, gelu, layer_norm, linear_gelu, noise, patch_project
+from fastnull.kernels import attention, choice, gelu, layer_norm, linear_dx, linear_gelu, noise, patch_project
 from fastnull.ops.common import LIBRARY
 
 LAUNCHERS: dict[str, Callable[..., None]] = {
@@ -18,6 +18,7 @@ LAUNCHERS: dict[str, Callable[..., None]] = {
     "dgelu_": gelu.dgelu_,
     "linear_gelu_out": linear_gelu.linear_gelu_out,
     "linear_dgelu_out": linear_gelu.linear_dgelu_out,
+    "linear_layer_norm_dx_out": linear_dx.linear_layer_norm_dx_out,
     "attention_out": attention.attention_out,
     "attention_dqkv_out": attention.attention_dqkv_out,
     "patch_project_out": patch_project.patch_project_out,
@@ -27,4 +28,4 @@ LAUNCHERS: dict[str, Callable[..., None]] = {
 }
 
 for _name, _launcher in LAUNCHERS.items():
-    LIBRARY.impl(_name, _launcher, "CUDA")
+    LIBRARY.impl(_name, choice.launcher(_name, _launcher), "CUDA")

@@ -8,7 +8,7 @@ by with an online softmax. The backward needs neither o nor row sums of the forw
              and, for the other one, log2 of each row's sum of powers and delta: 8 bytes a row and head
     dk, dv:  S^T = k q^T;  P^T;  dP^T = v do^T;  dS^T = P^T (dP^T - delta);  dv = P^T do;  dk = scale dS^T q
 
-Products: 7 where the keys fit in one block, else 9 (delta must be known before dS, so S and dP are made twice), against
+Products: 7 where dq has whole rows, else 9 (delta must be known before dS, so S and dP are made twice), against
 the 5 of an implementation with atomics. The second kernel works on the transposed scores from the start: Triton before
 3.7.1 silently miscompiles the transpose of a product on sm_90.
 """
@@ -22,17 +22,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnull.kernels.common import COMPILE, check_dtypes, on_device_of
-from fastnull.ops.attention import attention_dqkv_ref, attention_ref
+from fastnull.kernels.common import COMPILE, capability_of, check_dtypes, on_device_of
+from fastnull.kernels.tiles import table
+from fastnull.ops.attention import WIDEST_HEAD
 from fastnull.ops.common import empty
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # a kernel reads globals of this type alone
-LARGEST_HEAD = 128
 
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Block of queries and of keys, for heads up to `head` wide and up to `tokens` tokens."""
+    """Block of queries and of keys, for heads up to `head` wide, up to `tokens` tokens, and GPUs from sm_`since` on.
+
+    Where keys + tail hold all tokens, a program has whole rows of scores, as two tiles: powers of two are all that
+    Triton has, and 257 keys as 256 + 16 are half of 512.
+    """
 
     head: int
     tokens: int
@@ -40,29 +44,72 @@ class AttentionTile:
     keys: int
     warps: int
     stages: int = 2
+    tail: int = 0
+    since: int = 80
 
 
 ANY = 1 << 30
 
-# Untuned on a GPU; chosen by compiling without spills (docs/kernels.md). Whole rows of 197 keys did not make it: 64 x
-# 256 with 8 warps spills on sm_80 in the forward and on sm_80 and sm_90 in the backward; 32 x 256 is too low for wgmma.
-FORWARD = (
-    AttentionTile(64, 64, 64, 64, 4),  # B/32: 50 tokens, one block
-    AttentionTile(64, 128, 64, 128, 4),  # 65 tokens, one block
-    AttentionTile(64, 256, 64, 64, 4),  # /16 at 224: 197 tokens, 4 x 4 blocks, many programs an SM
-    AttentionTile(64, ANY, 128, 128, 8),  # 577 = 4.5 blocks: each key is read half as often as with 64 queries
-    AttentionTile(128, ANY, 64, 64, 4),
+# The first entry that fits is taken. Untuned on a GPU; chosen by compiling without spills under Triton 3.6 and 3.9
+# (docs/kernels.md).
+FORWARD = table(
+    "attention.FORWARD",
+    (
+        AttentionTile(64, 64, 64, 64, 4),  # B/32: 50 tokens, one block
+        AttentionTile(64, 80, 64, 64, 4, tail=16),  # 65 tokens
+        AttentionTile(64, 256, 64, 256, 4, since=90),  # /16 at 224: 197 tokens; a warpgroup has 64 rows
+        AttentionTile(64, 272, 64, 256, 4, tail=16, since=90),  # /14 at 224: 257 tokens
+        AttentionTile(64, 256, 32, 256, 4),  # 64 whole rows spill on sm_80
+        AttentionTile(64, 272, 32, 256, 4, tail=16),
+        AttentionTile(64, ANY, 128, 128, 8),  # 577 = 4.5 blocks: each key is read half as often as with 64 queries
+        AttentionTile(128, ANY, 64, 64, 4, since=90),
+        AttentionTile(128, ANY, 64, 32, 4),  # 64 x 64 spills on sm_80: under 3.6 with 4 warps, under 3.9 with 8
+    ),
 )
-QUERY_GRADIENT = (
-    AttentionTile(64, ANY, 64, 64, 4),  # 64 x 128 with 4 warps spills on sm_80 and sm_100
-    AttentionTile(128, ANY, 64, 64, 8),
+QUERY_GRADIENT = table(
+    "attention.QUERY_GRADIENT",
+    (
+        AttentionTile(64, 64, 64, 64, 4),
+        AttentionTile(64, 80, 64, 64, 4, tail=16),
+        AttentionTile(64, 256, 64, 256, 8, since=100),
+        AttentionTile(64, 272, 64, 256, 8, tail=16, since=100),
+        # On sm_90, 64 whole rows of S and dP spill, and 32 are too few for wgmma. 197 tokens have an entry of their own
+        # for the tuner.
+        AttentionTile(64, 256, 64, 64, 4, since=90),
+        AttentionTile(64, ANY, 64, 64, 4, since=90),
+        AttentionTile(64, 256, 32, 256, 8),
+        AttentionTile(64, 272, 32, 256, 8, tail=16),
+        AttentionTile(64, ANY, 64, 64, 4),  # 64 x 128 with 4 warps spills
+        AttentionTile(128, ANY, 64, 32, 8, since=100),  # 64 x 64 spills under 3.6
+        AttentionTile(128, ANY, 64, 64, 8),
+    ),
 )
-KEY_GRADIENT = (
-    AttentionTile(64, ANY, 64, 64, 4),  # 64 x 128 with 4 warps and 128 x 128 with 8 spill
-    AttentionTile(128, ANY, 64, 64, 8),
+KEY_GRADIENT = table(
+    "attention.KEY_GRADIENT",
+    (
+        AttentionTile(64, 256, 64, 64, 4, since=90),  # as below, for the tuner
+        AttentionTile(64, ANY, 64, 64, 4, since=90),  # 64 x 128 with 4 warps and 128 x 128 with 8 spill
+        AttentionTile(64, ANY, 32, 64, 4),  # 64 x 64 spills under 3.6
+        AttentionTile(128, ANY, 64, 64, 8),
+    ),
 )
 # float32 products are exact ("ieee"), thus on the plain cores; with 4 warps the operands of a tile spill.
 FLOAT32 = (AttentionTile(64, ANY, 32, 32, 8), AttentionTile(128, ANY, 16, 16, 8))
+# What `fastnull bench --tune` tries in place of an entry; a tile that does not hold the row walks over the keys.
+CANDIDATES = (
+    {"queries": 64, "keys": 64, "warps": 4, "tail": 0},
+    {"queries": 64, "keys": 64, "warps": 4, "stages": 3, "tail": 0},
+    {"queries": 64, "keys": 128, "warps": 4, "tail": 0},
+    {"queries": 64, "keys": 128, "warps": 8, "tail": 0},
+    {"queries": 128, "keys": 64, "warps": 8, "tail": 0},
+    {"queries": 128, "keys": 128, "warps": 8, "tail": 0},
+    {"queries": 64, "keys": 128, "warps": 8, "tail": 128},
+    {"queries": 64, "keys": 256, "warps": 4, "tail": 0},
+    {"queries": 64, "keys": 256, "warps": 8, "tail": 0},
+    {"queries": 64, "keys": 256, "warps": 8, "tail": 16},
+    {"queries": 128, "keys": 256, "warps": 8, "tail": 0},
+    {"queries": 32, "keys": 256, "warps": 8, "tail": 0},
+)
 
 
 @triton.jit
@@ -78,6 +125,15 @@ def _store_rows(base, row, values, N, stride, HEAD: tl.constexpr, WIDTH: tl.cons
     column = tl.arange(0, WIDTH)
     valid = (row < N)[:, None] & (column < HEAD)[None, :]
     tl.store(base + row.to(tl.int64)[:, None] * stride + column[None, :], values, valid)
+
+
+@triton.jit
+def _keys(source, start, N, stride, part, HEAD: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """k and v [COUNT, WIDTH] of one head, and which keys they are."""
+    key = start + tl.arange(0, COUNT)
+    k = _rows(source + part, key, N, stride, HEAD, WIDTH)
+    v = _rows(source + 2 * part, key, N, stride, HEAD, WIDTH)
+    return k, v, key
 
 
 @triton.jit
@@ -104,6 +160,7 @@ def attention_kernel(
     WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    TAIL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     blocks = tl.cdiv(N, QUERIES)
@@ -111,20 +168,34 @@ def attention_kernel(
     query = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
     source = qkv + image * qkv_b + head * qkv_h
     q = _rows(source, query, N, qkv_n, HEAD, WIDTH)
-    top = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    sums = tl.zeros([QUERIES, WIDTH], tl.float32)
-    for start in range(0, KEYS if WHOLE else N, KEYS):
-        key = start + tl.arange(0, KEYS)
-        k = _rows(source + qkv_part, key, N, qkv_n, HEAD, WIDTH)
-        v = _rows(source + 2 * qkv_part, key, N, qkv_n, HEAD, WIDTH)
+    if WHOLE:
+        k, v, key = _keys(source, 0, N, qkv_n, qkv_part, HEAD, WIDTH, KEYS)
         s = _scores(q, k, key, N, scale)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shrink = tl.exp2(top - new_top)
-        p = tl.exp2(s - new_top[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        sums = tl.dot(p.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
-        top = new_top
+        top = tl.max(s, 1)
+        if TAIL:
+            k_tail, v_tail, key_tail = _keys(source, KEYS, N, qkv_n, qkv_part, HEAD, WIDTH, TAIL)
+            s_tail = _scores(q, k_tail, key_tail, N, scale)
+            top = tl.maximum(top, tl.max(s_tail, 1))
+        p = tl.exp2(s - top[:, None])
+        total = tl.sum(p, 1)
+        sums = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        if TAIL:
+            p_tail = tl.exp2(s_tail - top[:, None])
+            total += tl.sum(p_tail, 1)
+            sums = tl.dot(p_tail.to(v.dtype), v_tail, sums, input_precision="ieee")
+    else:
+        top = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        sums = tl.zeros([QUERIES, WIDTH], tl.float32)
+        for start in range(0, N, KEYS):
+            k, v, key = _keys(source, start, N, qkv_n, qkv_part, HEAD, WIDTH, KEYS)
+            s = _scores(q, k, key, N, scale)
+            new_top = tl.maximum(top, tl.max(s, 1))
+            shrink = tl.exp2(top - new_top)
+            p = tl.exp2(s - new_top[:, None])
+            total = total * shrink + tl.sum(p, 1)
+            sums = tl.dot(p.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
+            top = new_top
     _store_rows(o + image * o_b + head * o_h, query, sums / total[:, None], N, o_n, HEAD, WIDTH)
 
 
@@ -153,6 +224,7 @@ def attention_dq_kernel(
     WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    TAIL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     blocks = tl.cdiv(N, QUERIES)
@@ -163,26 +235,35 @@ def attention_dq_kernel(
     q = _rows(source, query, N, qkv_n, HEAD, WIDTH)
     do = _rows(grad_o + image * grad_b + head * grad_h, query, N, grad_n, HEAD, WIDTH)
     if WHOLE:
-        key = tl.arange(0, KEYS)
-        k = _rows(source + qkv_part, key, N, qkv_n, HEAD, WIDTH)
-        v = _rows(source + 2 * qkv_part, key, N, qkv_n, HEAD, WIDTH)
+        k, v, key = _keys(source, 0, N, qkv_n, qkv_part, HEAD, WIDTH, KEYS)
         s = _scores(q, k, key, N, scale_log2)
         top = tl.max(s, 1)
+        if TAIL:
+            k_tail, v_tail, key_tail = _keys(source, KEYS, N, qkv_n, qkv_part, HEAD, WIDTH, TAIL)
+            s_tail = _scores(q, k_tail, key_tail, N, scale_log2)
+            top = tl.maximum(top, tl.max(s_tail, 1))
         p = tl.exp2(s - top[:, None])
         total = tl.sum(p, 1)
-        p = p / total[:, None]
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         delta = tl.sum(p * dp, 1)
+        if TAIL:
+            p_tail = tl.exp2(s_tail - top[:, None])
+            total += tl.sum(p_tail, 1)
+            dp_tail = tl.dot(do, tl.trans(v_tail), input_precision="ieee")
+            delta += tl.sum(p_tail * dp_tail, 1)
+        delta = delta / total
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, input_precision="ieee")
+        if TAIL:
+            ds_tail = p_tail * (dp_tail - delta[:, None])
+            dq = tl.dot(ds_tail.to(k.dtype), k_tail, dq, input_precision="ieee")
+        dq = dq / total[:, None]  # of the probabilities: p is not divided by their sum before
         log = top + tl.log2(total)
     else:
         top = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
         delta = tl.zeros([QUERIES], tl.float32)
         for start in range(0, N, KEYS):
-            key = start + tl.arange(0, KEYS)
-            k = _rows(source + qkv_part, key, N, qkv_n, HEAD, WIDTH)
-            v = _rows(source + 2 * qkv_part, key, N, qkv_n, HEAD, WIDTH)
+            k, v, key = _keys(source, start, N, qkv_n, qkv_part, HEAD, WIDTH, KEYS)
             s = _scores(q, k, key, N, scale_log2)
             new_top = tl.maximum(top, tl.max(s, 1))
             shrink = tl.exp2(top - new_top)
@@ -194,9 +275,7 @@ def attention_dq_kernel(
         log = top + tl.log2(total)
         dq = tl.zeros([QUERIES, WIDTH], tl.float32)
         for start in range(0, N, KEYS):
-            key = start + tl.arange(0, KEYS)
-            k = _rows(source + qkv_part, key, N, qkv_n, HEAD, WIDTH)
-            v = _rows(source + 2 * qkv_part, key, N, qkv_n, HEAD, WIDTH)
+            k, v, key = _keys(source, start, N, qkv_n, qkv_part, HEAD, WIDTH, KEYS)
             p = tl.exp2(_scores(q, k, key, N, scale_log2) - log[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -258,9 +337,20 @@ def attention_dkdv_kernel(
     _store_rows(target + 2 * dqkv_part, key, dv, N, dqkv_n, HEAD, WIDTH)
 
 
-def _tile(table: tuple[AttentionTile, ...], qkv: Tensor) -> AttentionTile:
-    entries = FLOAT32 if qkv.dtype == torch.float32 else table
-    return next(t for t in entries if qkv.shape[4] <= t.head and qkv.shape[1] <= t.tokens)
+def _check(qkv: Tensor) -> None:
+    if qkv.shape[-1] > WIDEST_HEAD:
+        raise ValueError(f"heads must be at most {WIDEST_HEAD} wide for the Triton kernels; got {qkv.shape[-1]}")
+
+
+def _tile(entries: tuple[AttentionTile, ...], qkv: Tensor) -> AttentionTile:
+    entries = FLOAT32 if qkv.dtype == torch.float32 else entries
+    N, d, capability = qkv.shape[1], qkv.shape[4], capability_of(qkv)
+    return next(t for t in entries if d <= t.head and t.tokens >= N and t.since <= capability)
+
+
+def _row(tile: AttentionTile, N: int) -> dict[str, int | bool]:
+    """Whether a program has whole rows of scores, and the second tile that this takes."""
+    return {"WHOLE": tile.keys + tile.tail >= N, "TAIL": tile.tail}
 
 
 def _constants(tile: AttentionTile, head: int) -> dict[str, int]:
@@ -272,36 +362,32 @@ def _constants(tile: AttentionTile, head: int) -> dict[str, int]:
 def attention_out(qkv: Tensor, scale: float, o: Tensor) -> None:
     """Launcher of `torch.ops.fastnull.attention_out`: qkv [B, N, 3, H, d], o [B, N, H, d], dense in d."""
     check_dtypes(qkv=qkv, o=o)
+    _check(qkv)
     if not qkv.numel():
         return
     B, N, _, H, d = qkv.shape
-    if d > LARGEST_HEAD:
-        o.copy_(attention_ref(qkv, scale))
-        return
     tile = _tile(FORWARD, qkv)
     with on_device_of(qkv):
         attention_kernel[(triton.cdiv(N, tile.queries) * B * H,)](
             qkv, o, N, H, scale * LOG2_E.value, *qkv.stride()[:4], *o.stride()[:3],
-            WHOLE=tile.keys >= N, **_constants(tile, d), **COMPILE,
+            **_row(tile, N), **_constants(tile, d), **COMPILE,
         )  # fmt: skip
 
 
 def attention_dqkv_out(qkv: Tensor, grad_o: Tensor, scale: float, dqkv: Tensor) -> None:
     """Launcher of `torch.ops.fastnull.attention_dqkv_out`: dqkv as qkv, grad_o [B, N, H, d], all dense in d."""
     check_dtypes(qkv=qkv, grad_o=grad_o, dqkv=dqkv)
+    _check(qkv)
     if not qkv.numel():
         return
     B, N, _, H, d = qkv.shape
-    if d > LARGEST_HEAD:
-        dqkv.copy_(attention_dqkv_ref(qkv, grad_o, scale))
-        return
     logs, deltas = (empty((B, H, N), dtype=torch.float32, device=qkv.device) for _ in range(2))
     arguments = (qkv, grad_o, dqkv, logs, deltas, N, H, scale)
     strides = (*qkv.stride()[:4], *grad_o.stride()[:3], *dqkv.stride()[:4])
     of_queries, of_keys = _tile(QUERY_GRADIENT, qkv), _tile(KEY_GRADIENT, qkv)
     with on_device_of(qkv):
         attention_dq_kernel[(triton.cdiv(N, of_queries.queries) * B * H,)](
-            *arguments, *strides, WHOLE=of_queries.keys >= N, **_constants(of_queries, d), **COMPILE
+            *arguments, *strides, **_row(of_queries, N), **_constants(of_queries, d), **COMPILE
         )
         attention_dkdv_kernel[(triton.cdiv(N, of_keys.keys) * B * H,)](
             *arguments, *strides, **_constants(of_keys, d), **COMPILE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,6 +17,17 @@ COMPILE = {"enable_fp_fusion": True}
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device; this makes it the tensor's."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def capability_of(x: Tensor) -> int:
+    """80, 90, 100: of the tensor's GPU; 80 where it is on none, as in the interpreter."""
+    return _capability(x.device) if x.is_cuda else 80
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def check_dtypes(**tensors: Tensor | None) -> None:

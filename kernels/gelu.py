@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnull.kernels.common import COMPILE, check_dense, check_dtypes, on_device_of
+from fastnull.kernels.tiles import table
 from fastnull.ops.linear_gelu import CODE_OF_ZERO as ZERO
 from fastnull.ops.linear_gelu import CODES_PER_UNIT as UNIT
 
@@ -31,7 +32,10 @@ class PointwiseTile:
 
 
 # Untuned. 8 elements a lane are one 16-byte load in bfloat16; with twice as many, 108 registers instead of 45.
-TILE = PointwiseTile(2, 512, 4)
+TILES = table("gelu.TILES", (PointwiseTile(2, 512, 4),))
+CANDIDATES = tuple(
+    {"rows": r, "columns": c, "warps": w} for r, c in ((1, 512), (1, 1024), (2, 512), (4, 512)) for w in (2, 4, 8)
+)
 
 
 @triton.jit
@@ -91,7 +95,7 @@ def decode(kept):
 @triton.jit
 def gelu_kernel(
     z,  # [outer, inner, D], last dimension dense
-    bias,  # [D] float32, or None
+    bias,  # [D], or None
     h,  # [outer, inner, D], may be z
     derivative,  # [outer * inner, D] dense, uint8 or float32; or None
     M,
@@ -112,7 +116,7 @@ def gelu_kernel(
     outer, within = row // inner, row % inner
     values = tl.load(z + (outer * z_outer + within * z_inner)[:, None] + column, valid, 0.0).to(tl.float32)
     if bias is not None:
-        values += tl.load(bias + column, column < D, 0.0)
+        values += tl.load(bias + column, column < D, 0.0).to(tl.float32)
     value, slope = tanh_gelu(values) if TANH else erf_gelu(values)
     tl.store(h + (outer * h_outer + within * h_inner)[:, None] + column, value, valid)
     if derivative is not None:
@@ -163,12 +167,12 @@ def gelu_out(z: Tensor, bias: Tensor | None, tanh: bool, h: Tensor, derivative: 
         check_derivative(derivative, z.shape)
     if not z.numel():
         return
-    M = outer * inner
-    grid = (triton.cdiv(M, TILE.rows) * triton.cdiv(D, TILE.columns),)
+    M, tile = outer * inner, TILES[0]
+    grid = (triton.cdiv(M, tile.rows) * triton.cdiv(D, tile.columns),)
     with on_device_of(z):
         gelu_kernel[grid](
             z, bias, h, derivative, M, inner, D, *z.stride()[:2], *h.stride()[:2],
-            TANH=tanh, ROWS=TILE.rows, COLUMNS=TILE.columns, num_warps=TILE.warps, **COMPILE,
+            TANH=tanh, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, **COMPILE,
         )  # fmt: skip
 
 
@@ -179,10 +183,10 @@ def dgelu_(g: Tensor, derivative: Tensor) -> None:
     check_derivative(derivative, g.shape)
     if not g.numel():
         return
-    M = outer * inner
-    grid = (triton.cdiv(M, TILE.rows) * triton.cdiv(D, TILE.columns),)
+    M, tile = outer * inner, TILES[0]
+    grid = (triton.cdiv(M, tile.rows) * triton.cdiv(D, tile.columns),)
     with on_device_of(g):
         dgelu_kernel[grid](
             g, derivative, M, inner, D, *g.stride()[:2],
-            ROWS=TILE.rows, COLUMNS=TILE.columns, num_warps=TILE.warps, **COMPILE,
+            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, **COMPILE,
         )  # fmt: skip

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnull.kernels.common import COMPILE, check_dense, check_dtypes, on_device_of
+from fastnull.kernels.tiles import table
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,12 @@ class RowTile:
 
 # Untuned. A lane holds 16 values of a tensor, up to 32 in the widest rows; with 32 the backward, three tensors at once,
 # spills on sm_80 at width 1024. Several rows a program keep enough loads in flight where rows are short.
-TILES = (RowTile(512, 4, 4), RowTile(1024, 2, 4), RowTile(2048, 1, 4), RowTile(4096, 1, 8), RowTile(16384, 1, 16))
+TILES = table(
+    "layer_norm.TILES",
+    (RowTile(512, 4, 4), RowTile(1024, 2, 4), RowTile(2048, 1, 4), RowTile(4096, 1, 8), RowTile(16384, 1, 16)),
+)
+# What `fastnull bench --tune` tries in place of an entry.
+CANDIDATES = tuple({"rows": rows, "warps": warps} for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8))
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastnull.kernels.common import COMPILE, check_dense, on_device_of
 from fastnull.kernels.gelu import check_derivative, decode, encode, erf_gelu, tanh_gelu
+from fastnull.kernels.tiles import table
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,16 @@ class GemmTile:
 
 
 # Untuned on a GPU; chosen by compiling: 128x256 with 8 warps and 128x128 with 4 spill some 750 bytes in the epilogue.
-TILE = GemmTile(128, 128, 64, warps=8, stages=3, band=8)
+TILES = table("linear_gelu.TILES", (GemmTile(128, 128, 64, warps=8, stages=3, band=8),))
+CANDIDATES = tuple(
+    {"m": m, "n": n, "k": k, "warps": 8, "stages": stages}
+    for m, n, k in ((128, 128, 64), (128, 256, 64), (256, 128, 64), (64, 256, 64), (128, 128, 32))
+    for stages in (3, 4)
+)
 
 
 @triton.jit
-def _output_tile(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BAND: tl.constexpr):
+def output_tile(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BAND: tl.constexpr):
     """Rows [TILE_M] and columns [TILE_N] of this program: column by column within a band of row tiles.
 
     Programs that run at the same time then share rows of A and columns of B in the L2 cache.
@@ -52,7 +58,7 @@ def _output_tile(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BAND: tl.cons
 
 
 @triton.jit
-def _product(a, b, row, column, M, N, K, a_row, b_k, b_column, TILE_K: tl.constexpr, WHOLE: tl.constexpr):
+def product(a, b, row, column, M, N, K, a_row, b_k, b_column, TILE_K: tl.constexpr, WHOLE: tl.constexpr):
     """float32 [rows, columns] of A [M, K] (dense in K) times B [K, N] (any strides)."""
     k = tl.arange(0, TILE_K)
     # Out-of-range rows read the last one: no mask in the loop, and what they give is not stored.
@@ -76,7 +82,7 @@ def _product(a, b, row, column, M, N, K, a_row, b_k, b_column, TILE_K: tl.conste
 def linear_gelu_kernel(
     x,  # [M, K], dense in K
     weight,  # W^T as [K, N], any strides
-    bias,  # [N] float32, or None
+    bias,  # [N], or None
     h,  # [M, N] dense
     derivative,  # [M, N] dense, uint8 or float32; or None
     M,
@@ -92,10 +98,10 @@ def linear_gelu_kernel(
     BAND: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    row, column = _output_tile(M, N, TILE_M, TILE_N, BAND)
-    z = _product(x, weight, row, column, M, N, K, x_row, weight_k, weight_column, TILE_K, WHOLE)
+    row, column = output_tile(M, N, TILE_M, TILE_N, BAND)
+    z = product(x, weight, row, column, M, N, K, x_row, weight_k, weight_column, TILE_K, WHOLE)
     if bias is not None:
-        z += tl.load(bias + column, column < N, 0.0)[None, :]
+        z += tl.load(bias + column, column < N, 0.0).to(tl.float32)[None, :]
     value, slope = tanh_gelu(z) if TANH else erf_gelu(z)
     place = row.to(tl.int64)[:, None] * N + column[None, :]
     valid = (row < M)[:, None] & (column < N)[None, :]
@@ -122,8 +128,8 @@ def linear_dgelu_kernel(
     BAND: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    row, column = _output_tile(M, N, TILE_M, TILE_N, BAND)
-    g = _product(dy, weight, row, column, M, N, K, dy_row, weight_k, weight_column, TILE_K, WHOLE)
+    row, column = output_tile(M, N, TILE_M, TILE_N, BAND)
+    g = product(dy, weight, row, column, M, N, K, dy_row, weight_k, weight_column, TILE_K, WHOLE)
     place = row.to(tl.int64)[:, None] * N + column[None, :]
     valid = (row < M)[:, None] & (column < N)[None, :]
     tl.store(dz + place, g * decode(tl.load(derivative + place, valid, 0)), valid)
@@ -145,9 +151,10 @@ def _check(x: Tensor, weight: Tensor, out: Tensor, derivative: Tensor | None) ->
 
 
 def _tile(M: int, N: int, K: int) -> tuple[tuple[int], dict[str, int | bool]]:
-    grid = (triton.cdiv(M, TILE.m) * triton.cdiv(N, TILE.n),)
-    constants: dict[str, int | bool] = {"TILE_M": TILE.m, "TILE_N": TILE.n, "TILE_K": TILE.k, "BAND": TILE.band}
-    return grid, {**constants, "WHOLE": K % TILE.k == 0, "num_warps": TILE.warps, "num_stages": TILE.stages}
+    tile = TILES[0]
+    grid = (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
+    constants: dict[str, int | bool] = {"TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "BAND": tile.band}
+    return grid, {**constants, "WHOLE": K % tile.k == 0, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def linear_gelu_out(

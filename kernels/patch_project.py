@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnull.kernels.common import COMPILE, check_dense, check_dtypes, on_device_of
+from fastnull.kernels.tiles import table
 from fastnull.ops.common import empty
 
 
@@ -33,7 +34,13 @@ class ProjectTile:
 
 
 # Untuned on a GPU; chosen by compiling: exact float32 runs on the plain cores, 32 sums a lane, at most 130 registers.
-TILE = ProjectTile(128, 64, 16, 8)
+TILES = table("patch_project.TILES", (ProjectTile(128, 64, 16, 8),))
+CANDIDATES = tuple(
+    {"patches": m, "columns": n, "step": k, "warps": w}
+    for m, n in ((64, 64), (128, 64), (128, 128), (256, 64))
+    for k in (16, 32)
+    for w in (4, 8)
+)
 
 
 @triton.jit
@@ -152,18 +159,18 @@ def patch_project_out(
     B, _, H, W = noise.shape
     K, R = basis.shape
     down, across = H // patch_size, W // patch_size
-    M = B * down * across
+    M, tile = B * down * across, TILES[0]
     coefficients = empty((M, R), dtype=torch.float32, device=noise.device)
     sizes = (M, K, R, down, across)
-    constants = {"P": patch_size, "PATCHES": TILE.patches, "COLUMNS": TILE.columns, "STEP": TILE.step}
-    constants |= {"num_warps": TILE.warps, "num_stages": 2}
+    constants = {"P": patch_size, "PATCHES": tile.patches, "COLUMNS": tile.columns, "STEP": tile.step}
+    constants |= {"num_warps": tile.warps, "num_stages": 2}
     strides = [s for t in (noise, out if images is None else images, out) for s in t.stride()]
-    row_tiles = triton.cdiv(M, TILE.patches)
+    row_tiles = triton.cdiv(M, tile.patches)
     with on_device_of(noise):
         if R:  # an empty basis has no coefficients
-            coefficients_kernel[(row_tiles * triton.cdiv(R, TILE.columns),)](
+            coefficients_kernel[(row_tiles * triton.cdiv(R, tile.columns),)](
                 noise, basis, coefficients, *sizes, *noise.stride(), **constants, **COMPILE
             )
-        result_kernel[(row_tiles * triton.cdiv(K, TILE.columns),)](
+        result_kernel[(row_tiles * triton.cdiv(K, tile.columns),)](
             coefficients, basis, noise, images, out, *sizes, *strides, COMPLEMENT=complement, **constants, **COMPILE
         )

@@ -23,7 +23,7 @@ from fastnull import bench
 from fastnull.bench import COLUMNS, SUITES, BenchSettings, Row, append_rows, compare, read_rows, run_bench
 from fastnull.vit import split
 
-TINY = BenchSettings(models=("vit_digits",), batch=4, projected=2, seconds=0.0, rounds=2, compile=False)
+TINY = BenchSettings(models=("vit_digits",), batch=4, projected=2, seconds=0.0, rounds=2, compile=False, trained=False)
 common: Any = bench._suite("common")
 baselines: Any = bench._suite("baselines")
 models: Any = bench._suite("models")

@@ -116,7 +116,8 @@ def test_build_info_names_what_is_built_and_in_use() -> None:
     assert info["cpu"]["loaded"]
     assert info["cpu"]["level"] in info["cpu"]["levels"]
     assert info["built"]["compiler"]
-    assert set(info["cpu"]["levels"]) <= set(info["built"]["cpu"]["levels"])
+    # dot products are a way to run a level, not one that is compiled apart
+    assert {level.removesuffix("_dot") for level in info["cpu"]["levels"]} <= set(info["built"]["cpu"]["levels"])
     done = subprocess.run(
         [sys.executable, "-m", "fastnull.build_info"], capture_output=True, text=True, check=True, cwd=ROOT
     )

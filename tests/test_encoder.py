@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastnull import _C, encoder
+from fastnull import _C, encoder, ops
 from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
 from fastnull.explicit import encoder as explicit_encoder
+from fastnull.explicit.encoder import ExplicitEncoder
 from fastnull.objective import noise_objective
-from fastnull.vit import SITES, NormalizedModel
+from fastnull.ops import common
+from fastnull.vit import SITES, NormalizedModel, split
+from fastnull.vit.parts import UnsupportedModelError
 
 Factory = Callable[..., NormalizedModel]
 
@@ -189,15 +196,27 @@ def test_bfloat16_tokens_are_no_worse_than_torchs(make_vit: Factory) -> None:
 
 def test_parts_of_a_batch_are_the_whole(make_vit: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, cotangent = loud(make_vit()), torch.rand(7, 3, 16, 16), torch.randn(7, 10)
-    results = []
-    image = 17 * 128 * 4  # bytes of one image's hidden layer
+    given, made, memories, seen = [], [], [], []
+
+    def of_logits(logits: Tensor, part: slice) -> Tensor:
+        seen.append((part.start, part.stop))
+        return logits.roll(1, dims=1) + cotangent[part]
+
+    monkeypatch.setattr(explicit_encoder, "CPU_BYTES", 0)
     for images_at_once in (1, 3, 100):  # one, uneven parts of two and three, all seven
-        monkeypatch.setattr(explicit_encoder, "CPU_BYTES", image * images_at_once)
+        monkeypatch.setattr(explicit_encoder, "CPU_IMAGES", images_at_once)
         frozen = FrozenEncoder(model, backend="cpu")
-        results.append(frozen.input_gradient(frozen.embed(images), cotangent))
-    for logits, gradient in results[1:]:
-        torch.testing.assert_close(logits, results[0][0], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(gradient, results[0][1], rtol=1e-4, atol=1e-6)
+        tokens = frozen.embed(images)
+        given.append(frozen.input_gradient(tokens, cotangent))
+        made.append(frozen.input_gradient(tokens, of_logits, by_image=True))
+        memories.append(frozen.memory()["kept"])
+        made.append(frozen.input_gradient(tokens, lambda logits: of_logits(logits, slice(0, 7))))
+    assert seen == [*((i, i + 1) for i in range(7)), (0, 7), (0, 2), (2, 5), (5, 7), (0, 7), (0, 7), (0, 7)]
+    assert memories == [memories[0], 3 * memories[0], 7 * memories[0]]
+    for first, *others in (given, made):
+        for other in others:
+            torch.testing.assert_close(other[0], first[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(other[1], first[1], rtol=1e-4, atol=1e-6)
 
 
 def test_products_are_timed_once_and_can_be_chosen(vit: NormalizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,3 +392,179 @@ def test_model_is_kept_alive_by_its_encoder(make_vit: Factory, images: Tensor) -
 def test_foreign_modules_are_named() -> None:
     with pytest.raises(ValueError, match="no adapter splits Linear"):
         FrozenEncoder(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_class_token_block_over_16_bit_tokens(make_vit: Factory, dtype: torch.dtype) -> None:
+    """What the cuda backend does, on the CPU: x̂ and the operands over it in 16 bits, sums and the row in float32."""
+    model = loud(make_vit(depth=2))
+    images, cotangent = torch.rand(4, 3, 16, 16), torch.randn(4, 10)
+    tokens, logits, gradient = exact(model, images, cotangent, "block0")
+    frozen = FrozenEncoder(model, dtype=dtype, backend="cpu", site="block0")
+    assert frozen._explicit.last.tokens == torch.float32
+    frozen._explicit.last.tokens = dtype
+    reference = FrozenEncoder(model, dtype=dtype, backend="reference", site="block0")
+    mine, theirs = (one.input_gradient(tokens.to(dtype), cotangent) for one in (frozen, reference))
+    eps = torch.finfo(dtype).eps
+    for got, torchs, truth in zip(mine, theirs, (logits, gradient), strict=True):
+        budget = 2 * ((torchs.double() - truth).abs().max() + eps * truth.abs().max())
+        assert (got.double() - truth).abs().max() <= budget
+    assert cosines(mine[1], gradient).min() > 0.999
+
+
+def test_class_token_block_over_narrower_tokens_is_the_same_formula(make_vit: Factory) -> None:
+    """float64 with x̂ in float32: every product over the tokens is on its path, and errs by float32's rounding alone."""
+    model = loud(make_vit(depth=1)).double()
+    images, cotangent = torch.rand(3, 3, 16, 16), torch.randn(3, 10)
+    tokens, logits, gradient = exact(model, images, cotangent, "patch")
+    frozen = FrozenEncoder(model, backend="cpu")
+    frozen._explicit.last.tokens = torch.float32
+    got_logits, got_gradient = frozen.input_gradient(tokens, cotangent)
+    assert relative(got_logits, logits) < 1e-6
+    assert 1e-12 < relative(got_gradient, gradient) < 1e-5
+
+
+class Recorded(TorchDispatchMode):
+    """Counts the values of every tensor that is newly allocated, and refuses what waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        written = [*args, *(kwargs or {}).values()]
+        if isinstance(result, Tensor) and not func.is_view and not any(result is given for given in written):
+            self.allocated.append(result.numel())
+        return result
+
+
+@contextmanager
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The meta device as a GPU whose kernels run nothing: it takes no other device's tensors and gives no values."""
+    monkeypatch.setitem(common.NATIVE_DTYPES, "meta", common.NATIVE_DTYPES["cuda"])
+    monkeypatch.setattr(common, "_triton_serves", lambda device: True)
+    yield torch.device("meta")
+
+
+@pytest.mark.parametrize("settings", [{}, {"global_pool": "avg"}, {"qk_norm": True, "pre_norm": True}])
+def test_a_step_waits_for_no_device_and_stays_in_its_workspace(
+    make_vit: Factory, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretended_gpu(monkeypatch) as gpu:
+        steps: dict[int, list[int]] = {}
+        for depth in (2, 6):
+            vit = split(make_vit(depth=depth, **settings).to(gpu))
+            explicit = ExplicitEncoder(vit, vit.parts(), torch.float16)
+            tokens, cotangent = torch.empty(5, 16, 32, device=gpu), torch.empty(5, 10, device=gpu)
+            explicit.input_gradient(tokens, "patch", lambda logits, images, c=cotangent: c[images], by_image=True)
+            with Recorded() as recorded:
+                explicit.input_gradient(tokens, "patch", lambda logits, images, c=cotangent: c[images], by_image=True)
+            steps[depth] = recorded.allocated
+    one = 5 * 16 * 32  # the values of one activation
+    large = {depth: sum(size >= one for size in sizes) for depth, sizes in steps.items()}
+    if "qk_norm" in settings:
+        assert large[6] > large[2]  # the counter sees what a block allocates: normalised q and k
+    else:
+        assert large[6] == large[2], "a block allocates nothing of an activation's size"
+        assert large[6] <= 8  # the last block's few, the site's, and what the caller gets
+
+
+def on_gpu(
+    model: NormalizedModel, *, devices: tuple[str, ...] = ("cuda:0",), head: int | None = None
+) -> tuple[Any, Any]:
+    """An adapter's face with its weights on GPUs that are not there, and its parts."""
+    parts = split(model).parts()
+    if head is not None:
+        wide = [SimpleNamespace(proj=SimpleNamespace(in_features=2 * head), heads=2) for _ in parts.blocks]
+        parts = SimpleNamespace(blocks=wide)
+    weights = [SimpleNamespace(device=torch.device(name)) for name in devices]
+    vit = SimpleNamespace(
+        projection=SimpleNamespace(weight=weights[0]), model=SimpleNamespace(parameters=lambda: weights),
+        parts=lambda: parts,
+    )  # fmt: skip
+    return vit, parts
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Device → why its kernels do not run ("" where they do), and an ExplicitEncoder that only says it was made."""
+    problems = {"cuda:0": ""}
+    monkeypatch.setattr(encoder, "triton_problem", lambda device: problems[str(device)])
+    monkeypatch.setattr(encoder, "ExplicitEncoder", lambda vit, parts, dtype, compute: (parts, dtype, compute))
+    monkeypatch.setattr(encoder, "_warned", set())
+    return problems
+
+
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_takes_the_cuda_backend(
+    vit: NormalizedModel, gpus: dict[str, str], dtype: torch.dtype, backend: str
+) -> None:
+    given, parts = on_gpu(vit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert encoder._explicit(given, dtype, backend) == (parts, dtype, dtype)
+        with _C.disabled():
+            switched = encoder._explicit(given, dtype, backend)
+    # switched off, `auto` is the reference; forced, the same code runs on the ops' references
+    assert switched == (None if backend == "auto" else (parts, dtype, dtype))
+
+
+UNSUPPORTED: dict[str, tuple[dict[str, Any], str, torch.dtype, str]] = {
+    "old GPU": ({}, "the kernels need a GPU of at least sm_80, this one is sm_75", torch.float16, "sm_75"),
+    "no Triton": ({}, "the kernels need Triton (no module)", torch.float16, r"need Triton \(no module\)"),
+    "float64": ({}, "", torch.float64, r"dtype float64 \(float32, bfloat16 or float16\)"),
+    "two GPUs": ({"devices": ("cuda:0", "cuda:1")}, "", torch.float32, r"several devices \(cuda:0, cuda:1\)"),
+    "GPU and CPU": ({"devices": ("cuda:0", "cpu")}, "", torch.float32, r"several devices \(cpu, cuda:0\)"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_a_gpu_cannot_run_is_a_warning_once_or_an_error(
+    vit: NormalizedModel, gpus: dict[str, str], case: str
+) -> None:
+    changes, gpus["cuda:0"], dtype, message = UNSUPPORTED[case]
+    given, _ = on_gpu(vit, **changes)
+    with pytest.warns(UserWarning, match=f"reference backend: .*{message}.* is not supported") as seen:
+        results = [encoder._explicit(given, dtype, "auto") for _ in range(2)]
+    assert results == [None, None]
+    assert len(seen) == 1
+    with pytest.raises(UnsupportedModelError, match=f"backend 'cuda' does not support .*{message}"):
+        encoder._explicit(given, dtype, "cuda")
+
+
+def test_wide_heads_take_torchs_attention_on_a_gpu_and_say_so_once(vit: NormalizedModel, gpus: dict[str, str]) -> None:
+    given, parts = on_gpu(vit, head=160)
+    with pytest.warns(UserWarning, match="attention with heads of 160 runs on torch's own operator") as seen:
+        results = [encoder._explicit(given, torch.bfloat16, "auto") for _ in range(2)]
+    assert [result[0] for result in results] == [parts, parts]
+    assert len(seen) == 1
+    with pytest.raises(UnsupportedModelError, match=r"'cuda' does not support heads of 160 \(at most 128\)"):
+        encoder._explicit(given, torch.bfloat16, "cuda")
+
+
+def test_an_unsupported_part_on_a_gpu_is_named(make_vit: Factory, gpus: dict[str, str]) -> None:
+    given, _ = on_gpu(make_vit())
+    given.parts = split(make_vit(global_pool="map", class_token=False)).parts
+    with pytest.raises(UnsupportedModelError, match="backend 'cuda' does not support global_pool 'map'"):
+        encoder._explicit(given, torch.bfloat16, "cuda")
+
+
+def test_forced_backends_want_their_own_device(vit: NormalizedModel, gpus: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="backend 'cuda' needs a model on a device of type 'cuda'; it is on cpu"):
+        FrozenEncoder(vit, backend="cuda")
+    with pytest.raises(ValueError, match="backend 'cpu' needs a model on a device of type 'cpu'; it is on cuda:0"):
+        encoder._explicit(on_gpu(vit)[0], torch.float32, "cpu")
+
+
+def test_the_encoder_runs_on_references_op_by_op(vit: NormalizedModel, images: Tensor) -> None:
+    frozen = FrozenEncoder(vit, backend="cpu")
+    tokens, cotangent = frozen.embed(images), torch.randn(8, 10)
+    expected = frozen.input_gradient(tokens, cotangent)
+    for names in ((), ("attention",), ("layer_norm", "linear_gelu")):
+        with ops.references(*names):
+            got = frozen.input_gradient(tokens, cotangent)
+        for mine, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)

@@ -19,9 +19,10 @@ from fastnull.ops.common import empty
 from fastnull.vit.base import NormalizedModel, SplitViT
 from fastnull.vit.parts import ViTParts
 
-CPU_BYTES = 5_000_000
-"""Size of a block's widest buffer, its MLP's, for the images that pass through at once on the CPU: 8 of ViT-B/32. The
-products want many rows, the caches few; small models pass whole, or Python would cost more than the arithmetic."""
+CPU_BYTES = 2_500_000
+CPU_IMAGES = 8
+"""Images that pass through at once on the CPU: as many as CPU_BYTES of a block's widest buffer, its MLP's, take, and at
+least CPU_IMAGES. Their number bounds the memory. The products want many rows: half of it costs a ViT-S/16 step 2 %."""
 
 
 class ExplicitEncoder:
@@ -47,7 +48,7 @@ class ExplicitEncoder:
         self.blocks = [Block(block, dtype, self.compute) for block in (parts.blocks[:-1] if absorbed else parts.blocks)]
         self.width = parts.projection.out_channels
         image = self.stem.tokens * parts.blocks[0].fc1.out_features * self.compute.itemsize
-        self._part = max(1, round(CPU_BYTES / image)) if self.device.type == "cpu" else None
+        self._part = max(CPU_IMAGES, round(CPU_BYTES / image)) if self.device.type == "cpu" else None
         self._capacity = 0
         self._saved: list[Saved] = []
         self.sync()
@@ -78,39 +79,35 @@ class ExplicitEncoder:
 
     def logits(self, tokens: Tensor, site: str) -> Tensor:
         """The tensor at the site → logits [B, K] in float32 or better. Uses one block's buffers for all."""
-        if not len(tokens):
-            return self._no_logits()
-        B = self._reserve(len(tokens), forward_only=True)
-        saved = [self._saved[0]] * len(self.blocks) if self._saved else []
-        return self._forward(tokens, site, B, saved)
+        logits = [self._forward(tokens[part], site, forward_only=True) for part in self._parts(len(tokens))]
+        return torch.cat(logits) if logits else self._no_logits()
 
-    def input_gradient(self, tokens: Tensor, site: str, cotangent: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits and the gradient of Σ logits · cotangent at the site, both in memory of their own."""
-        if not len(tokens):
-            return self._no_logits(), tokens.to(self.dtype)
-        B = self._reserve(len(tokens))
-        logits = self._forward(tokens, site, B, self._saved)
-        weights = cotangent(logits)
-        gradient = self._gradient[:B]  # [B, P + N, D]
-        if self.last is not None:
-            row = torch.empty(B, 1, self.width, dtype=self.last.dtype, device=self.device)
-            self.head.backward(weights, row)
-            gradient.copy_(self.last.backward(row[:, 0]))
-        else:
-            self.head.backward(weights, gradient)
-        for block, saved in zip(reversed(self.blocks), reversed(self._saved), strict=True):
-            for part in self._parts(B):
-                rows = gradient[part].view(-1, self.width)
-                block.backward(saved, self._scratch, self._rows(part), part.stop - part.start, rows)
-        gradient = gradient.to(self.dtype)
-        if site == "block0":
-            return logits, gradient.clone()
-        patches = self.stem.prepare_gradient(gradient)
-        if site == "patch":
-            return logits, patches.clone()
-        return logits, self.stem.patches_gradient(patches, tokens)
+    def input_gradient(
+        self, tokens: Tensor, site: str, cotangent: Callable[[Tensor, slice], Tensor], by_image: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and the gradient of Σ logits · cotangent at the site, both in memory of their own.
 
-    def _forward(self, tokens: Tensor, site: str, B: int, saved: list[Saved]) -> Tensor:
+        Args:
+            tokens: the tensor at the site.
+            site: which.
+            cotangent: called with logits and the images they belong to.
+            by_image: the images may come in several calls; what is kept for the backward is kept for those of one.
+        """
+        B = len(tokens)
+        gradient = empty(tokens.shape, dtype=self.dtype, device=self.device)
+        logits = []
+        for images in self._parts(B) if by_image else [slice(0, B)] if B else []:
+            logits.append(self._forward(tokens[images], site))
+            self._backward(cotangent(logits[-1], images), tokens[images], site, gradient[images])
+        return torch.cat(logits) if logits else self._no_logits(), gradient
+
+    def _forward(self, tokens: Tensor, site: str, forward_only: bool = False) -> Tensor:
+        """Tokens at the site → logits, for as many images as are kept at once."""
+        B = len(tokens)
+        self._reserve(B, forward_only)
+        saved = self._saved
+        if forward_only and saved:
+            saved = [saved[0]] * len(self.blocks)
         inputs = [self._view(one.x, B) for one in saved] + [self._final[:B]]  # of each block, and the last output
         self._enter(tokens, site, inputs[0])
         for block, one, out in zip(self.blocks, saved, inputs[1:], strict=True):
@@ -119,6 +116,26 @@ class ExplicitEncoder:
                 block.forward(one, self._scratch, self._rows(part), part.stop - part.start, rows)
         x = inputs[-1]
         return self.head.forward(x if self.last is None else self.last.forward(x).unsqueeze(1))
+
+    def _backward(self, cotangent: Tensor, tokens: Tensor, site: str, out: Tensor) -> None:
+        """Gradient of the logits [B, K] → of the tokens at the site, into out."""
+        B = len(cotangent)
+        gradient = self._gradient[:B]  # [B, P + N, D]
+        if self.last is not None:
+            row = torch.empty(B, 1, self.width, dtype=self.last.dtype, device=self.device)
+            self.head.backward(cotangent, row)
+            gradient.copy_(self.last.backward(row[:, 0]))
+        else:
+            self.head.backward(cotangent, gradient)
+        for block, saved in zip(reversed(self.blocks), reversed(self._saved), strict=True):
+            for part in self._parts(B):
+                rows = gradient[part].view(-1, self.width)
+                block.backward(saved, self._scratch, self._rows(part), part.stop - part.start, rows)
+        if site == "block0":
+            out.copy_(gradient)
+            return
+        patches = self.stem.prepare_gradient(gradient.to(self.dtype))
+        out.copy_(patches if site == "patch" else self.stem.patches_gradient(patches, tokens))
 
     def _enter(self, tokens: Tensor, site: str, x: Tensor) -> None:
         """Write the input of the first block into x [B, P + N, D]."""
@@ -136,7 +153,7 @@ class ExplicitEncoder:
     def _parts(self, B: int) -> list[slice]:
         """The images of a batch in parts of equal size, as near as can be."""
         count = -(-B // self._part) if self._part else 1
-        ends = [round(B * index / count) for index in range(count + 1)]
+        ends = [round(B * index / count) for index in range(count + 1)] if B else []
         return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
     def _rows(self, part: slice) -> slice:
@@ -145,7 +162,7 @@ class ExplicitEncoder:
     def _view(self, rows: Tensor, B: int) -> Tensor:
         return rows[: B * self.stem.tokens].view(B, self.stem.tokens, self.width)
 
-    def _reserve(self, B: int, forward_only: bool = False) -> int:
+    def _reserve(self, B: int, forward_only: bool) -> None:
         """Make room for B images; buffers only ever grow."""
         wanted = (1 if forward_only else len(self.blocks)) if self.blocks else 0
         if self._capacity < B or len(self._saved) < wanted:
@@ -163,7 +180,6 @@ class ExplicitEncoder:
             if self.blocks:
                 images = min(self._capacity, self._part or self._capacity)
                 self._scratch = Scratch(images * N, self.blocks[0], new)
-        return B
 
     def memory(self) -> dict[str, int]:
         """Bytes held: `weights`, `kept` for the backward, and `scratch`."""

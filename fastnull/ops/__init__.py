@@ -2,12 +2,13 @@
 
 The functions below take CPU tensors of float32 or bfloat16 to the C++ kernels where those are built, CUDA tensors of
 float32, bfloat16 or float16 to the Triton kernels where Triton is installed, and everything else to the reference.
-Importing this package loads no native code.
+Importing this package loads no native code. `references` switches kernels off, all or by the names in OPS.
 """
 
 from __future__ import annotations
 
 from fastnull.ops.attention import attention, attention_dqkv
+from fastnull.ops.common import OPS, references
 from fastnull.ops.layer_norm import layer_norm, layer_norm_dx, layer_norm_stats
 from fastnull.ops.linear_gelu import (
     derivative_dtype,
@@ -17,6 +18,7 @@ from fastnull.ops.linear_gelu import (
     linear_gelu,
     linear_gelu_derivative,
 )
+from fastnull.ops.linear_layer_norm_dx import layer_norm_sums, linear_layer_norm_dx
 from fastnull.ops.noise_objective import NoiseObjective, noise_loss, noise_objective
 from fastnull.ops.noise_step import (
     AdamWState,
@@ -29,6 +31,7 @@ from fastnull.ops.noise_step import (
 from fastnull.ops.patch_project import patch_project
 
 __all__ = [
+    "OPS",
     "AdamWState",
     "NoiseObjective",
     "adamw_step",
@@ -42,12 +45,15 @@ __all__ = [
     "layer_norm",
     "layer_norm_dx",
     "layer_norm_stats",
+    "layer_norm_sums",
     "linear_dgelu",
     "linear_gelu",
     "linear_gelu_derivative",
+    "linear_layer_norm_dx",
     "noise_loss",
     "noise_objective",
     "normalized_step",
     "patch_project",
+    "references",
     "sign_step",
 ]

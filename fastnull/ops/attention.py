@@ -14,8 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastnull.ops.common import compute_dtype, define, empty, needs_grad, use_native
+
+WIDEST_HEAD = 128
+"""Head dimension that the Triton kernels serve; wider heads on a GPU take torch's own attention."""
 
 
 def _heads(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,6 +44,19 @@ def attention_dqkv_ref(qkv: Tensor, grad_o: Tensor, scale: float) -> Tensor:
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
     packed = torch.stack([ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ do])  # [3, B, H, N, d]
     return packed.permute(1, 3, 0, 2, 4).to(qkv.dtype)
+
+
+def attention_sdpa(qkv: Tensor, scale: float) -> Tensor:
+    """`attention` by torch's own operator, which picks the fastest of its implementations; [B, N, H, d], a view."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, d] each
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def attention_dqkv_sdpa(qkv: Tensor, grad_o: Tensor, scale: float) -> Tensor:
+    """`attention_dqkv` by torch's own operator under autograd: its forward once more, then its backward."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = qkv.clone().requires_grad_(True)  # copied: an inference tensor cannot ask for a gradient
+        return torch.autograd.grad(attention_sdpa(leaf, scale), leaf, grad_o)[0]
 
 
 def _attention_out_ref(qkv: Tensor, scale: float, o: Tensor) -> None:
@@ -74,13 +91,19 @@ def _output(out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return out
 
 
+def _too_wide(qkv: Tensor) -> bool:
+    return qkv.is_cuda and qkv.shape[-1] > WIDEST_HEAD
+
+
 def _attention_fwd(qkv: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     B, N, _, H, d = qkv.shape
     o = _output(out, (B, N, H, d), qkv)
-    if use_native(qkv):
-        torch.ops.fastnull.attention_out(_dense_last(qkv), scale, o)
-    else:
+    if not use_native("attention", qkv):
         _attention_out_ref(qkv, scale, o)
+    elif _too_wide(qkv):
+        o.copy_(attention_sdpa(qkv, scale))
+    else:
+        torch.ops.fastnull.attention_out(_dense_last(qkv), scale, o)
     return o
 
 
@@ -101,10 +124,12 @@ def attention_dqkv(qkv: Tensor, grad_o: Tensor, scale: float | None = None, *, o
     if tuple(grad_o.shape) != (B, N, H, d) or grad_o.dtype != qkv.dtype:
         raise ValueError(f"grad_o must be {qkv.dtype} {[B, N, H, d]}; got {grad_o.dtype} {list(grad_o.shape)}")
     dqkv = _output(out, tuple(qkv.shape), qkv)
-    if use_native(qkv):
-        torch.ops.fastnull.attention_dqkv_out(_dense_last(qkv), _dense_last(grad_o), scale, dqkv)
-    else:
+    if not use_native("attention", qkv):
         _attention_dqkv_out_ref(qkv, grad_o, scale, dqkv)
+    elif _too_wide(qkv):
+        dqkv.copy_(attention_dqkv_sdpa(qkv, grad_o, scale))
+    else:
+        torch.ops.fastnull.attention_dqkv_out(_dense_last(qkv), _dense_last(grad_o), scale, dqkv)
     return dqkv
 
 

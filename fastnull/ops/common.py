@@ -10,12 +10,25 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from fastnull import _C
+from fastnull.checks import check_choice
+
+OPS = (
+    "attention",
+    "layer_norm",
+    "linear_gelu",
+    "linear_layer_norm_dx",
+    "noise_objective",
+    "noise_step",
+    "patch_project",
+)
+"""Names of the ops: of their files."""
 
 LIBRARY = torch.library.Library("fastnull", "FRAGMENT")
 # of the C++ ops on the CPU, and of the Triton kernels
@@ -23,6 +36,7 @@ NATIVE_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+OLDEST_GPU = (8, 0)  # older ones have no bfloat16 in their tensor cores
 
 _allocate = torch.empty  # fastnull.testing.poisoned swaps it
 
@@ -47,8 +61,38 @@ def define(schema: str, reference: Callable[..., None]) -> None:
     torch.library.register_fake(f"fastnull::{name}", fake, lib=LIBRARY)
 
 
-def use_native(*tensors: Tensor | None) -> bool:
-    """True if a native kernel serves these tensors: there, on one device it knows, of a dtype it knows."""
+def _named(names: Sequence[str], where: str) -> frozenset[str]:
+    return frozenset(check_choice(where, name, OPS) for name in names)
+
+
+_on_reference = _named(
+    [name for name in os.environ.get("FASTNULL_REFERENCE_OPS", "").replace(" ", "").split(",") if name],
+    "FASTNULL_REFERENCE_OPS",
+)
+
+
+@contextmanager
+def references(*names: str) -> Iterator[None]:
+    """Run the block with these ops on their torch references, all of OPS where none is named; on every device.
+
+    FASTNULL_REFERENCE_OPS=attention,layer_norm does so for the whole process. The choice of an encoder's backend is
+    another matter: it stays as it is, and its code runs on the references.
+
+    Raises:
+        ValueError: a name is not one of OPS.
+    """
+    global _on_reference
+    before, _on_reference = _on_reference, _on_reference | _named(names or OPS, "op")
+    try:
+        yield
+    finally:
+        _on_reference = before
+
+
+def use_native(op: str, *tensors: Tensor | None) -> bool:
+    """True if a native kernel of the op serves these tensors: there, on one device it knows, of a dtype it knows."""
+    if op in _on_reference:
+        return False
     given = [t for t in tensors if t is not None]
     device = given[0].device
     if any(t.device != device or t.dtype not in NATIVE_DTYPES.get(device.type, ()) for t in given):
@@ -58,22 +102,36 @@ def use_native(*tensors: Tensor | None) -> bool:
 
 @functools.cache
 def _triton_serves(device: torch.device) -> bool:
-    """True if the Triton kernels run on this GPU; the first call imports and registers them."""
-    if os.environ.get("FASTNULL_NATIVE") == "0":
+    if switched_off():
         return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False  # older GPUs have no bfloat16 in their tensor cores
-    try:
-        import fastnull.kernels  # noqa: F401
-    except ImportError as failure:
+    problem = triton_problem(device)
+    if problem.startswith("the kernels need Triton"):
         warnings.warn(
-            f"fastnull runs its torch references on {device}, slower: its kernels need Triton ({failure}). "
+            f"fastnull runs its torch references on {device}, slower: {problem}. "
             "Install it with `pip install fastnull[triton]`, or set FASTNULL_NATIVE=0 to silence this.",
             RuntimeWarning,
             stacklevel=4,
         )
-        return False
-    return True
+    return not problem
+
+
+def switched_off() -> bool:
+    """True where all native code is kept out by hand."""
+    return _C._disabled or os.environ.get("FASTNULL_NATIVE") == "0"
+
+
+@functools.cache
+def triton_problem(device: torch.device) -> str:
+    """Why the Triton kernels do not run on this GPU; empty where they do. The first call imports and registers them."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        have, need = (f"sm_{major}{minor}" for major, minor in (capability, OLDEST_GPU))
+        return f"the kernels need a GPU of at least {need}, this one is {have}"
+    try:
+        import fastnull.kernels  # noqa: F401
+    except ImportError as failure:
+        return f"the kernels need Triton ({failure})"
+    return ""
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -107,7 +107,7 @@ def layer_norm_stats(
         rstd = empty(x.shape[:-1], dtype=wide, device=x.device)
     else:
         y, mean, rstd = out
-    if use_native(x):
+    if use_native("layer_norm", x):
         torch.ops.fastnull.layer_norm_out(rows(x), _wide(weight), _wide(bias), eps, rows_out(y, "out"), mean, rstd)
     else:
         _layer_norm_out_ref(x, weight, bias, eps, y, mean, rstd)
@@ -139,7 +139,7 @@ def layer_norm_dx(
                 raise ValueError(f"{name} must have the shape of x, {list(x.shape)}; got {list(tensor.shape)}")
     dx = empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     same_dtype = dxhat.dtype == x.dtype and dx.dtype == x.dtype and (dres is None or dres.dtype == x.dtype)
-    if same_dtype and use_native(x, dxhat, dres):
+    if same_dtype and use_native("layer_norm", x, dxhat, dres):
         residual = None if dres is None else rows(dres)
         torch.ops.fastnull.layer_norm_dx_out(rows(dxhat), rows(x), mean, rstd, residual, rows_out(dx, "out"))
     else:

@@ -116,8 +116,10 @@ def gelu_(
     """
     check_choice("approximate", approximate, ("none", "tanh"))
     tanh = approximate == "tanh"
-    if use_native(z):
-        wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
+    if use_native("linear_gelu", z):
+        wide_bias = bias
+        if bias is not None:  # the kernels of the GPU take any dtype: a cast would be a launch of its own
+            wide_bias = (bias if z.is_cuda else bias.to(torch.float32)).contiguous()
         view = rows_out(z, "z")
         torch.ops.fastnull.gelu_out(view, wide_bias, tanh, view, derivative)
     else:
@@ -129,7 +131,7 @@ def dgelu_(g: Tensor, derivative: Tensor) -> Tensor:
     """g * gelu', written over g [..., D]; `derivative` as `gelu_` filled it. No autograd."""
     if derivative.shape != g.shape:
         raise ValueError(f"derivative must have the shape of g, {list(g.shape)}; got {list(derivative.shape)}")
-    if use_native(g):
+    if use_native("linear_gelu", g):
         torch.ops.fastnull.dgelu_(rows_out(g, "g"), derivative)
     else:
         _dgelu_ref(g, derivative)

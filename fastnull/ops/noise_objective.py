@@ -74,7 +74,7 @@ def _objective_fwd(clean: Tensor, noisy: Tensor, kind: str, scale: float) -> tup
     loss = empty((B,), dtype=dtype, device=noisy.device)
     cotangent = empty((B, K), dtype=dtype, device=noisy.device)
     influence = empty((B,), dtype=dtype, device=noisy.device)
-    if use_native(clean, noisy):
+    if use_native("noise_objective", clean, noisy):
         clean = clean if clean.stride(1) == 1 else clean.contiguous()
         noisy = noisy if noisy.stride(1) == 1 else noisy.contiguous()
         torch.ops.fastnull.noise_objective_out(clean, noisy, kind == "l2_squared", scale, loss, cotangent, influence)
@@ -110,7 +110,13 @@ def _check(clean_logits: Tensor, noisy_logits: Tensor, kind: str, groups: int) -
 
 
 def noise_objective(
-    clean_logits: Tensor, noisy_logits: Tensor, kind: str = "l2", *, reduction: str = "mean", groups: int = 1
+    clean_logits: Tensor,
+    noisy_logits: Tensor,
+    kind: str = "l2",
+    *,
+    reduction: str = "mean",
+    groups: int = 1,
+    batch: int | None = None,
 ) -> NoiseObjective:
     """Loss, its gradient with respect to the noisy logits, and influence; no autograd.
 
@@ -121,6 +127,7 @@ def noise_objective(
         kind: "l2" (the norm of the difference) or "l2_squared".
         reduction: what the cotangent is the gradient of: "mean" of the losses of a group, or "none": each image's own.
         groups: number of noises; rows are grouped in order, B / groups to a noise.
+        batch: images that the cotangent's mean is over, where these rows are a part of a larger batch; None: these.
 
     Returns:
         A `NoiseObjective`. Nothing waits for the device.
@@ -128,7 +135,7 @@ def noise_objective(
     _check(clean_logits, noisy_logits, kind, groups)
     check_choice("reduction", reduction, REDUCTIONS)
     rows = noisy_logits.shape[0] // groups
-    scale = 1.0 / rows if reduction == "mean" and rows else 1.0
+    scale = 1.0 / (batch or rows) if reduction == "mean" and rows else 1.0
     loss, cotangent, influence = _objective_fwd(clean_logits.detach(), noisy_logits.detach(), kind, scale)
     return NoiseObjective(
         loss, cotangent, influence, loss.view(groups, rows).mean(1), influence.view(groups, rows).mean(1)

@@ -109,7 +109,7 @@ def _check(noise: Tensor, grad: Tensor) -> None:
 
 
 def _native(noise: Tensor, grad: Tensor) -> bool:
-    return noise.dtype == torch.float32 and use_native(noise, grad)
+    return noise.dtype == torch.float32 and use_native("noise_step", noise, grad)
 
 
 @torch.no_grad()

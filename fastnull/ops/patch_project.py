@@ -37,7 +37,8 @@ def patch_project_ref(
     """`patch_project` in plain torch."""
     wide = compute_dtype(noise.dtype)
     v, basis = _unfold(noise.to(wide), patch_size), basis.to(wide)
-    seen = (v @ basis) @ basis.t()
+    with torch.autocast(noise.device.type, enabled=False):  # 16-bit products would leak
+        seen = (v @ basis) @ basis.t()
     result = _fold(v - seen if complement else seen, noise.shape, patch_size)
     return (result if images is None else result + images.to(wide)).to(noise.dtype)
 
@@ -60,7 +61,7 @@ def _project(
 ) -> Tensor:
     if out is None:
         out = empty(noise.shape, dtype=noise.dtype, device=noise.device)
-    if (images is None or images.dtype == noise.dtype) and use_native(noise):
+    if (images is None or images.dtype == noise.dtype) and use_native("patch_project", noise):
         wide_basis = basis.to(torch.float32).contiguous()
         torch.ops.fastnull.patch_project_out(noise, wide_basis, patch_size, complement, images, out)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastnull import _C, ops, testing
 from fastnull.ops import common
+from fastnull.ops.layer_norm import layer_norm_ref
+
+
+def _forget() -> None:
+    common.triton_problem.cache_clear()
+    common._triton_serves.cache_clear()
 
 
 @pytest.fixture
@@ -18,42 +25,79 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """A CUDA tensor without memory, on a pretended sm_90."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install fastnull[triton]")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    common._triton_serves.cache_clear()
+    _forget()
     with FakeTensorMode():
         yield torch.empty(2, 8, device="cuda", dtype=torch.float16)
-    common._triton_serves.cache_clear()
+    _forget()
 
 
 def test_cuda_tensors_go_to_triton(hopper: torch.Tensor) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert common.use_native(hopper.to(dtype), None)
-    assert not common.use_native(hopper.double())
-    assert not common.use_native(hopper, torch.empty(2, device="cpu"))
+        assert common.use_native("layer_norm", hopper.to(dtype), None)
+    assert not common.use_native("layer_norm", hopper.double())
+    assert not common.use_native("layer_norm", hopper, torch.empty(2, device="cpu"))
     with _C.disabled():
-        assert not common.use_native(hopper)
+        assert not common.use_native("layer_norm", hopper)
+
+
+@pytest.mark.parametrize("names", [(), ("layer_norm",), ("layer_norm", "attention"), ("attention",)])
+def test_references_switch_ops_off_by_name(hopper: torch.Tensor, names: tuple[str, ...]) -> None:
+    with ops.references(*names):
+        for op in ops.OPS:
+            assert common.use_native(op, hopper) == (bool(names) and op not in names)
+        with ops.references("noise_step"):
+            assert not common.use_native("noise_step", hopper)
+        assert common.use_native("noise_step", hopper) == bool(names)
+    assert common.use_native("layer_norm", hopper)
+
+
+def test_a_switched_off_op_runs_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that would fail are not called, and an unknown name is refused."""
+    x = torch.randn(3, 8)
+    monkeypatch.setattr(_C, "cpu_available", lambda: True)
+    monkeypatch.setattr(torch.ops.fastnull, "layer_norm_out", None)
+    with ops.references("layer_norm"):
+        assert ops.layer_norm(x).equal(layer_norm_ref(x)[0])
+    with pytest.raises(ValueError, match=r"op must be one of .*; got 'layernorm'\. Did you mean 'layer_norm'"):
+        ops.references("layernorm").__enter__()
+
+
+def test_reference_ops_from_the_environment() -> None:
+    code = "from fastnull.ops import common; print(sorted(common._on_reference))"
+    for value, expected in (("", "[]"), ("attention, layer_norm", "['attention', 'layer_norm']")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "FASTNULL_REFERENCE_OPS": value}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == expected
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FASTNULL_REFERENCE_OPS": "atention"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "FASTNULL_REFERENCE_OPS must be one of" in done.stderr
 
 
 def test_older_gpus_and_the_switch_take_the_reference(hopper: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTNULL_NATIVE", "0")
-    assert not common.use_native(hopper)
+    assert not common.use_native("layer_norm", hopper)
     monkeypatch.delenv("FASTNULL_NATIVE")
-    common._triton_serves.cache_clear()
+    _forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert not common.use_native(hopper)
+    assert not common.use_native("layer_norm", hopper)
 
 
 def test_every_kernel_is_registered_for_cuda(hopper: torch.Tensor) -> None:
     from fastnull.kernels import LAUNCHERS
 
-    assert len(LAUNCHERS) == 12
+    assert len(LAUNCHERS) == 13
     for name in LAUNCHERS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnull::{name}", "CUDA"), name
 
 
 def test_a_missing_triton_is_explained_once(hopper: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastnull.kernels", None)  # importing it now raises ImportError
-    with pytest.warns(RuntimeWarning, match=r"its kernels need Triton .*`pip install fastnull\[triton\]") as warned:
-        served = [common.use_native(hopper) for _ in range(2)]
+    with pytest.warns(RuntimeWarning, match=r"the kernels need Triton .*`pip install fastnull\[triton\]") as warned:
+        served = [common.use_native("layer_norm", hopper) for _ in range(2)]
     assert served == [False, False]
     assert len(warned) == 1
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastnull import ops, testing
-from fastnull.ops.attention import attention_dqkv_ref, attention_ref
+from fastnull.ops.attention import attention_dqkv_ref, attention_dqkv_sdpa, attention_ref, attention_sdpa
 
 BACKENDS = testing.cpu_backends()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -175,3 +175,20 @@ def test_opcheck(backend: str) -> None:
         testing.opcheck("attention_dqkv_out", (qkv, grad_o, 0.3, torch.empty(2, 5, 3, 2, 8)))
         # A dense permuted output: what a fake that invents strides would get wrong.
         testing.opcheck("attention_out", (qkv, 0.3, torch.empty(2, 2, 5, 8).transpose(1, 2)))
+
+
+@pytest.mark.parametrize("shape", [(2, 50, 3, 2, 64), (1, 5, 3, 1, 130)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_attention_is_the_fallback_of_wide_heads(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The fallback of a GPU, on CPU tensors: the same forward and packed gradient, also without grad mode."""
+    source = torch.Generator().manual_seed(0)
+    qkv = testing.randn(shape, dtype, source)
+    grad_o = testing.randn((*shape[:2], *shape[3:]), dtype, source)
+    with torch.no_grad():
+        o, dqkv = attention_sdpa(qkv, 0.2), attention_dqkv_sdpa(qkv, grad_o, 0.2)
+    with torch.inference_mode():
+        assert attention_dqkv_sdpa(qkv * 1, grad_o * 1, 0.2).equal(dqkv)
+    assert not dqkv.requires_grad
+    testing.assert_within_budget(o, attention_ref(qkv.double(), 0.2), attention_ref(qkv, 0.2), "o")
+    reference = attention_dqkv_ref(qkv.double(), grad_o.double(), 0.2)
+    testing.assert_gradient_close(dqkv, reference, attention_dqkv_ref(qkv, grad_o, 0.2), "dqkv")

@@ -8,11 +8,21 @@ import torch.nn.functional as F
 from inputs import DEVICE, DTYPES, nan, randn
 
 from fastnull import ops, testing
+from fastnull.kernels import attention as attention_kernels
 from fastnull.ops.attention import attention_dqkv_ref, attention_ref
 
-# N: 1 = CLS alone; 50 = B/32, one block; 65 = one key over a block of 64, one block of 128 in the forward; 197 = /16,
-# four blocks, tail of 5. Dropped: 257 (as 197). d: 64 and 32 = ViTs; 20 = padded to 32; 80 = ViT-H, padded to 128.
-CASES = [(2, 1, 2, 64), (2, 50, 3, 64), (1, 65, 2, 32), (1, 197, 1, 64), (1, 70, 1, 80), (1, 33, 2, 20)]
+# N: 1 = CLS alone; 50 = B/32, one tile of keys; 65 = one key over a tile of 64, in a second one of 16; 197 = /16, whole
+# rows of 256 keys or four blocks with a tail of 5; 257 = /14, 256 + 16 keys.
+# d: 64 and 32 = ViTs; 20 = padded to 32; 80 = ViT-H, padded to 128.
+CASES = [
+    (2, 1, 2, 64),
+    (2, 50, 3, 64),
+    (1, 65, 2, 32),
+    (1, 197, 1, 64),
+    (1, 257, 1, 32),
+    (1, 70, 1, 80),
+    (1, 33, 2, 20),
+]
 
 
 def inputs(B: int, N: int, H: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,6 +55,27 @@ def assert_right(qkv: torch.Tensor, grad_o: torch.Tensor, scale: float) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_gradient(case: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     assert_right(*inputs(*case, dtype), case[3] ** -0.5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has its own tiles alone")
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("tokens", [197, 257])
+def test_tiles_of_newer_gpus(tokens: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole rows of 64 queries in the forward, and on sm_100 in dq; the cases above run sm_80's tiles."""
+    monkeypatch.setattr(attention_kernels, "capability_of", lambda x: capability)
+    assert_right(*inputs(1, tokens, 1, 32, torch.float16, seed=3), 0.2)
+
+
+def test_every_tile_of_the_tables_is_reached() -> None:
+    """An entry behind a wider one would never run."""
+    for entries in (attention_kernels.FORWARD, attention_kernels.QUERY_GRADIENT, attention_kernels.KEY_GRADIENT):
+        for index, tile in enumerate(entries):
+            wider = [
+                t for t in entries[:index] if t.head >= tile.head and t.tokens >= tile.tokens and t.since <= tile.since
+            ]
+            assert not wider, (tile, wider)
+    qkv, grad_o = inputs(1, 2, 1, 16, torch.float16)
+    ops.attention_dqkv(qkv, grad_o)
 
 
 def test_many_tokens() -> None:
@@ -103,9 +134,15 @@ def test_nothing_is_written_beside_the_outputs() -> None:
     assert int(whole_dqkv.isfinite().sum()) == qkv.numel()
 
 
-def test_wide_heads_take_the_reference() -> None:
-    """Over 128 columns a tile would not fit: same result, no kernel."""
-    assert_right(*inputs(1, 3, 1, 130, torch.float32, seed=16), 0.1)
+def test_wide_heads_are_refused_by_the_launcher() -> None:
+    """Over 128 columns a tile would not fit; the public function takes torch's attention on a GPU."""
+    qkv, grad_o = inputs(1, 3, 1, 130, torch.float32, seed=16)
+    for call in (
+        lambda: torch.ops.fastnull.attention_out(qkv, 0.1, nan(*grad_o.shape)),
+        lambda: torch.ops.fastnull.attention_dqkv_out(qkv, grad_o, 0.1, nan(*qkv.shape)),
+    ):
+        with pytest.raises(ValueError, match="heads must be at most 128 wide"):
+            call()
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2, 8), (2, 0, 3, 2, 8), (2, 5, 3, 0, 8)])

@@ -49,6 +49,15 @@ def test_value_and_derivative(shape: tuple[int, ...], dtype: torch.dtype, kind: 
     testing.assert_gradient_close(g, expected, baseline, "g * gelu'")
 
 
+def test_bias_of_any_dtype() -> None:
+    """On a GPU the public function hands the bias on as it is."""
+    z, bias = randn((1, 3, 40), torch.float16, 3), randn((40,), torch.float16, 4).contiguous()
+    results = [nan(1, 3, 40, dtype=torch.float16) for _ in range(2)]
+    for given, h in zip((bias, bias.float()), results, strict=True):
+        torch.ops.fastnull.gelu_out(z, given, False, h, None)
+    assert results[0].equal(results[1])
+
+
 @pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_far_tails_are_exact(kind: str) -> None:

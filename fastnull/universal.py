@@ -1,0 +1,170 @@
+"""Universal synthesis: M noises shared by all images, moved together, each with a stop of its own.
+
+A step takes one batch: gradients of all noises in one pass of the encoder, one AdamW step of those that move. A noise
+whose influence on the batch is below ε is marked on the device. The host looks at the marks (in a graph now and then,
+because a look waits for the device) and ends a noise where its stop rule says so.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastnull.batches import Batches, Pair
+from fastnull.encoder import FrozenEncoder
+from fastnull.objective import influence
+from fastnull.ops import AdamWState, adamw_step
+from fastnull.replay import Replay, use_graph
+from fastnull.solvers import learning_rate, log_norm_gradient, norms, perturb, shared_gradient
+
+if TYPE_CHECKING:
+    from fastnull.synthesis import SynthesisConfig
+
+BISECTIONS = 20
+LARGEST_SCALE = 4.0
+LOOK_EVERY = 8
+"""Steps of a graph from one look to the next."""
+FIRST_SHARE = 8
+"""A growing batch starts as an eighth of itself."""
+MOST_IMAGES = 512
+"""Noisy images in one pass, over all noises of it."""
+
+
+class UniversalRun:
+    """M noises on their way.
+
+    Args:
+        encoder: at the site.
+        data: batches, and the check images.
+        config: of the synthesis.
+        start: [M, ...] in float32 or float64; changed in place.
+
+    Attributes:
+        noise: [M, ...], as far as it has come.
+        taken: updates of each [M].
+        history: a record per step: step, loss, influence, norm; means over the noises that took part.
+    """
+
+    def __init__(self, encoder: FrozenEncoder, data: Batches, config: SynthesisConfig, start: Tensor) -> None:
+        self._encoder, self._data, self._config = encoder, data, config
+        self.noise = start
+        self._state = AdamWState.zeros(start)
+        self._active = torch.ones(len(start), dtype=torch.bool, device=start.device)
+        self._marked = torch.zeros_like(self._active)
+        self._share = FIRST_SHARE if config.growing else 1
+        self._records = torch.empty(0, 3, device=start.device)
+        self._done = 0
+        graph = use_graph(config.graph, encoder.device, encoder.backend)
+        self._look_every = LOOK_EVERY if graph else 1
+        # what a graph runs is fixed, so there all noises take part; elsewhere those that still move
+        self._all = graph
+        changed = (self.noise, self._state.exp_avg, self._state.exp_avg_sq, self._state.steps, self._marked)
+        self._step = Replay(self._one_step, graph, changed)
+
+    @property
+    def taken(self) -> Tensor:
+        """Updates of each noise [M]."""
+        return self._state.steps
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """A record per step."""
+        columns = ("loss", "influence", "norm")
+        rows = self._records[: self._done].tolist()
+        return [{"step": step, **dict(zip(columns, row, strict=True))} for step, row in enumerate(rows)]
+
+    def run(self, total: int, bar: Any) -> None:
+        """Take up to `total` steps; `bar` is a tqdm bar."""
+        config, data = self._config, self._data
+        period = config.rounds * data.batches if config.schedule == "published" else total
+        self._records = self._records.new_empty(total, 3)
+        for step, pair in zip(range(total), data.stream(), strict=False):
+            tokens, clean = self._part(pair)
+            lr = torch.tensor(learning_rate(config, step, period), dtype=torch.float64)
+            (record,) = self._step(tokens, clean, lr.to(tokens.device))
+            self._records[step] = record
+            self._done = step + 1
+            bar.update()
+            if (step + 1) % self._look_every == 0 or step + 1 == total:
+                self._show(bar)
+                if self._look():
+                    break
+
+    def _one_step(self, tokens: Tensor, clean: Tensor, lr: Tensor) -> tuple[Tensor]:
+        """One step of all noises that move; the record of it [3]."""
+        config = self._config
+        # the published rule tests before it updates; by the check images, a noise goes on until the host has looked
+        holds = config.stop == "batch"
+        moving = self._active & ~self._marked if holds else self._active.clone()
+        rows = torch.arange(len(moving), device=moving.device) if self._all else moving.nonzero().flatten()
+        gradient = torch.zeros_like(self.noise)
+        losses, seen = (torch.full((len(moving),), math.nan, device=moving.device) for _ in range(2))
+        for part in rows.split(max(1, MOST_IMAGES // len(tokens))) if len(rows) else ():
+            loss, influences, gradient[part] = shared_gradient(
+                self._encoder, tokens, clean, self.noise[part], config.objective
+            )
+            losses[part], seen[part] = loss.float(), influences.float()
+        losses, seen = torch.where(moving, losses, math.nan), torch.where(moving, seen, math.nan)
+        record = torch.stack([losses.nanmean(), seen.nanmean(), norms(self.noise).mean().float()])
+        self._marked |= seen < config.eps
+        gate = moving & ~self._marked if holds else moving
+        gradient = gradient - log_norm_gradient(self.noise, config.log_norm_weight)
+        adamw_step(self.noise, gradient, self._state, gate.float(), lr=lr, weight_decay=config.weight_decay)
+        return (record,)
+
+    def _part(self, pair: Pair) -> Pair:
+        """What of a batch a step uses."""
+        count = -(-len(pair[0]) // self._share)
+        return pair[0][:count], pair[1][:count]
+
+    def _look(self) -> bool:
+        """Grow the batch, or end noises; True where none is left."""
+        config, marked = self._config, self._marked & self._active
+        if self._share > 1:
+            if bool((marked | ~self._active).all()):
+                self._share //= 2
+                self._marked.zero_()
+        elif config.stop != "never":
+            for m in marked.nonzero().flatten().tolist():
+                if config.stop == "batch" or bool(judge(self._encoder, self.noise[m], self._data.check) < config.eps):
+                    self._active[m] = False
+            self._marked.zero_()
+        return not bool(self._active.any())
+
+    def _show(self, bar: Any) -> None:
+        loss, seen, norm = self._records[self._done - 1].tolist()
+        bar.set_postfix({"loss": f"{loss:.3g}", "influence": f"{seen:.3g}", "norm": f"{norm:.3g}"}, refresh=False)
+
+
+def judge(encoder: FrozenEncoder, noise: Tensor, pairs: list[Pair]) -> Tensor:
+    """Influence of one noise: mean over all images."""
+    seen = [influence(clean, encoder(perturb(encoder, tokens, noise))) for tokens, clean in pairs]
+    return torch.cat(seen).mean()
+
+
+def scaled_to_eps(
+    encoder: FrozenEncoder, noise: Tensor, pairs: list[Pair], eps: float, *, larger: bool = False
+) -> Tensor:
+    """The noise at the largest scale that bisection finds below ε: at most 1, with `larger` at most LARGEST_SCALE.
+
+    A bisection: where the influence is no monotone function of the scale it finds one of the borders.
+    """
+
+    def below(scale: float) -> bool:
+        return bool(judge(encoder, noise * scale, pairs) < eps)
+
+    low, high = 0.0, 1.0
+    if below(1.0):
+        low = 1.0
+        while larger and low < LARGEST_SCALE and below(2 * low):
+            low *= 2
+        high = 2 * low
+        if not larger or low >= LARGEST_SCALE:
+            return noise * low
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return noise * low

@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# Everything worth doing on a GPU, in one run under nine minutes: build, tests, sanitizer, benchmarks beside their floors.
+#
+#   scripts/gpu_check.sh [--dry-run] [--only "PART ..."] OUT
+#
+# OUT gets at most eight files; a short table comes last. Every part has its own time limit and runs whatever the others
+# did; the exit status is the number of parts that failed. --dry-run does on a CPU what can be done there, tiny.
+# Needs python3 with torch, triton, timm, pytest and setuptools, and nvcc; downloads nothing. The GPU's settings are left
+# alone. PYTHON names another interpreter, COMPILE_MODE the mode of the torch.compile baseline (max-autotune takes
+# minutes a model: use it with --only steps).
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 99
+
+PARTS="build tests steps ops noise kernels sanitizer" # the most wanted first; `tune` on request
+TOTAL=${TOTAL:-525}                                   # seconds for all parts
+PYTHON=${PYTHON:-python3}
+DRY=0 OUT=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) DRY=1 ;;
+    --only) shift && PARTS=${1:?--only needs parts} ;;
+    -*) echo "gpu_check.sh: unknown option $1 (--dry-run, --only \"PART ...\")" >&2 && exit 98 ;;
+    *) OUT=$1 ;;
+  esac
+  shift
+done
+[ -n "$OUT" ] || { echo "gpu_check.sh: give a folder for the results" >&2 && exit 98; }
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 97
+
+WORK=$(mktemp -d) && trap 'rm -rf "$WORK"' EXIT
+export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$WORK/triton} FASTNULL_BUILD_DIR=${FASTNULL_BUILD_DIR:-$WORK/build}
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider --tb=short)
+if [ $DRY = 1 ]; then
+  export FASTNULL_DRY_RUN=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+elif "$PYTHON" -c "import xdist" 2>/dev/null; then
+  PYTEST+=(-n 8) # compiling the kernels is what takes the time
+fi
+
+build() { # in place, against the torch that is there
+  local status=0
+  if [ $DRY = 0 ]; then
+    install 1 || { status=1 && install 0; } || return 1
+  fi
+  "$PYTHON" -m fastnull.build_info >"$OUT/build.json" && cat "$OUT/build.json" && return $status
+}
+
+install() { FASTNULL_CUDA=$1 "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --no-index -e .; }
+
+tests() { # every op and the encoder on the GPU, against float64
+  if [ $DRY = 1 ]; then "${PYTEST[@]}" tests/gpu -k "objective or auto_takes"; else "${PYTEST[@]}" tests/gpu -m gpu; fi
+}
+
+kernels() { # the kernels' own tests, bfloat16 included
+  if [ $DRY = 1 ]; then
+    TRITON_INTERPRET=1 "${PYTEST[@]}" tests/kernels/interpreted/test_layer_norm_kernels.py -k "stays_in"
+  else
+    "${PYTEST[@]}" tests/kernels/interpreted
+  fi
+}
+
+sanitizer() { # the first of each allocation would hide what lies beside it, so torch's cache is off
+  local run=("$PYTHON" scripts/gpu_small_shapes.py)
+  if [ $DRY = 1 ]; then TRITON_INTERPRET=1 "${run[@]}" && return; fi
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  "${run[@]}" || return 1 # compiled and right without it
+  local status=0
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool $tool --error-exitcode 9 "${run[@]}" | grep -v "^ok" || true
+    [ "${PIPESTATUS[0]}" = 0 ] || { echo "compute-sanitizer: $tool failed" && status=1; }
+  done
+  return $status
+}
+
+bench() { # PART, then options: results go to $WORK/PART, from where `keep` takes them
+  local part=$1 && shift
+  [ $DRY = 1 ] && set -- "$@" --models vit_digits --batch 2 --projected 1 --no-compile --device cpu --quick --seconds 0
+  "$PYTHON" -m fastnull bench "$@" --out "$WORK/$part"
+}
+
+keep() { # PART: what it measured, also where it was stopped in the middle
+  local found=("$WORK/$1"/*Z-*.json)
+  [ ! -f "${found[0]}" ] || cp "${found[0]}" "$OUT/$1.json"
+}
+
+steps() {
+  bench steps --only encoder --dtypes bfloat16 --batch 256 --seconds 2 --compile-mode "${COMPILE_MODE:-default}" \
+    --models vit_small_patch16_224 vit_base_patch32_224 vit_base_patch16_224 vit_large_patch16_224
+}
+
+ops() {
+  bench ops --only ops projection --dtypes bfloat16 float32 --batch 256 --projected 256 --seconds 0.5 \
+    --models vit_small_patch16_224 vit_base_patch16_224
+}
+
+noise() { "$PYTHON" scripts/gpu_noise.py "$OUT/noise.json"; }
+
+tune() {
+  if [ $DRY = 1 ]; then ! "$PYTHON" -m fastnull bench --tune; else "$PYTHON" -m fastnull bench --tune --out "$OUT"; fi
+}
+
+limit_of() {
+  case $1 in build) echo 150 ;; steps) echo 260 ;; tests | kernels | sanitizer) echo 120 ;; tune) echo 400 ;; *) echo 75 ;; esac
+}
+
+failed=0
+: >"$OUT/log.txt" && : >"$WORK/parts"
+for part in $PARTS; do
+  declare -F "$part" >/dev/null || { echo "gpu_check.sh: no part is called $part" >&2 && exit 98; }
+done
+export -f build install tests kernels sanitizer bench steps ops noise tune
+export DRY OUT WORK PYTHON
+for part in $PARTS; do
+  left=$((TOTAL - SECONDS)) limit=$(limit_of "$part") begin=$SECONDS
+  [ "$limit" -gt "$left" ] && limit=$left
+  echo "== $part (at most $limit s)" | tee -a "$OUT/log.txt"
+  if [ "$limit" -lt 2 ]; then
+    status=124
+  else
+    timeout -k 5 "$limit" bash -c "PYTEST=(${PYTEST[*]@Q}); $part" 2>&1 | tee -a "$OUT/log.txt" | tail -n 400
+    status=${PIPESTATUS[0]}
+  fi
+  keep "$part"
+  [ "$status" = 0 ] || failed=$((failed + 1))
+  printf '%s\t%s\t%s\n' "$part" "$status" $((SECONDS - begin)) >>"$WORK/parts"
+done
+"$PYTHON" scripts/gpu_summary.py "$WORK/parts" "$OUT" || failed=$((failed + 1))
+exit "$failed"

@@ -1,0 +1,49 @@
+"""Influence and norm of a universal noise after 100 steps in bfloat16, against the same steps in float32.
+
+    python3 scripts/gpu_noise.py OUT.json
+
+Both noises are judged by the float32 encoder. On a machine without a GPU: a tiny model and ten steps.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from fastnull.bench import ROOT, BenchSettings
+from fastnull.encoder import FrozenEncoder
+from fastnull.record import provenance, write_json
+from fastnull.synthesis import SynthesisConfig, measure_influence, synthesize
+
+sys.path.insert(0, str(ROOT))
+from benchmarks.models import make_images, make_model
+
+ALLOWED = 0.02
+
+
+def main(out: str) -> int:
+    """Measure, write the JSON; 1 if a relative difference is above ALLOWED on a GPU, else 0."""
+    gpu = torch.cuda.is_available()
+    device, name, batch, steps = ("cuda", "vit_small_patch16_224", 64, 100) if gpu else ("cpu", "vit_digits", 8, 10)
+    settings = BenchSettings(models=(name,), device=device)
+    model: Any = make_model(name, settings)
+    batches = [make_images(model, batch, settings, key) for key in range(2)]
+    config = SynthesisConfig(limit=1.0, lr=0.02, eps=1e-9, steps=steps, stop="never", image_ratio=1.0)
+    judge = FrozenEncoder(model, dtype=torch.float32)
+    found: dict[str, dict[str, float]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        noise = synthesize(FrozenEncoder(model, dtype=dtype), batches, config)
+        influence = float(measure_influence(judge, noise, batches).mean())
+        found[str(dtype)[6:]] = {"influence": influence, "norm": float(noise.tokens.float().norm())}
+    exact, low = found["float32"], found["bfloat16"]
+    differences = {key: abs(low[key] - exact[key]) / exact[key] for key in exact}
+    about = provenance(device, model=name, batch=batch, steps=steps)
+    write_json(out, {"provenance": about, "ends": found, "relative": differences, "allowed": ALLOWED})
+    print(f"{name}, {steps} steps: {found}; relative differences {differences}")
+    return int(gpu and max(differences.values()) > ALLOWED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

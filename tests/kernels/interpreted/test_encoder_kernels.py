@@ -1,0 +1,45 @@
+"""The whole encoder on the kernels: forward and input gradient against the model's own autograd in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from inputs import DEVICE, DTYPES
+
+from fastnull.encoder import FrozenEncoder
+from fastnull.ops import references
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("settings", [{}, {"global_pool": "avg", "init_values": 0.5}, {"qk_norm": True}])
+def test_the_encoder_is_the_model(make_vit: Callable[..., Any], settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Two blocks, 17 tokens: every kernel of a step in the order and on the buffers of a step."""
+    model = make_vit(**settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model = model.to(DEVICE)
+    images, cotangent = torch.rand(2, 3, 16, 16, device=DEVICE), torch.randn(2, 10, device=DEVICE)
+    exact = FrozenEncoder(copy.deepcopy(model).double(), backend="reference")
+    tokens = exact.embed(images.double())
+    truth = exact.input_gradient(tokens, cotangent.double())
+
+    frozen = FrozenEncoder(model, dtype=dtype, backend=DEVICE)
+    if frozen._explicit.last is not None:
+        frozen._explicit.last.tokens = dtype  # as on a GPU
+    theirs = FrozenEncoder(model, dtype=dtype, backend="reference").input_gradient(tokens.to(dtype), cotangent)
+    mine = frozen.input_gradient(tokens.to(dtype), cotangent)
+    eps = torch.finfo(dtype).eps
+    for got, torchs, true in zip(mine, theirs, truth, strict=True):
+        budget = 2 * ((torchs.double() - true).abs().max() + 2 * eps * true.abs().max())
+        assert (got.double() - true).abs().max() <= budget
+    cosine = torch.nn.functional.cosine_similarity(mine[1].double().flatten(1), truth[1].flatten(1))
+    assert cosine.min() > (0.999 if dtype != torch.float32 else 1 - 1e-9)
+    with references():
+        switched = frozen.input_gradient(tokens.to(dtype), cotangent)
+    torch.testing.assert_close(switched[1], mine[1], rtol=0.1 if dtype != torch.float32 else 1e-3, atol=1e-2)

@@ -1,0 +1,142 @@
+"""scripts/gpu_check.sh without a GPU: that its dry run does every part, keeps what was measured and tells failures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastnull.bench import Row
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "gpu_check.sh"
+
+
+def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the script with this interpreter."""
+    return subprocess.run(
+        [str(SCRIPT), *arguments],
+        env={**os.environ, "PYTHON": sys.executable, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_dry_run_does_every_part(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install fastnull[triton]")
+    done = check("--dry-run", str(tmp_path / "out"))
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["build.json", "log.txt", "noise.json", "ops.json", "steps.json", "summary.json", "table.txt"]
+
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {part["part"]: part["status"] for part in summary["parts"]} == dict.fromkeys(
+        ("build", "tests", "steps", "ops", "noise", "kernels", "sanitizer"), 0
+    )
+    (step,) = summary["steps"]
+    assert step["model"] == "vit_digits"
+    assert all(step[f"x {name}"] > 0 for name in ("frozen", "published"))
+    assert len({op["op"] for op in summary["ops"]}) == 12
+    assert summary["noise"].keys() == {"influence", "norm"}
+    assert done.stdout.rstrip().endswith((tmp_path / "out" / "table.txt").read_text().rstrip())
+
+
+def test_a_part_that_fails_is_counted_and_the_others_run(tmp_path: Path) -> None:
+    python = tmp_path / "python"  # every benchmark fails
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *"fastnull bench"*) echo "no luck"; exit 3 ;; esac\nexec "{sys.executable}" "$@"\n'
+    )
+    python.chmod(0o755)
+    done = check("--dry-run", "--only", "steps ops build", str(tmp_path / "out"), PYTHON=str(python))
+    assert done.returncode == 2
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [(part["part"], part["status"] != 0) for part in summary["parts"]] == [
+        ("steps", True), ("ops", True), ("build", False),
+    ]  # fmt: skip
+    assert "steps  FAILED" in done.stdout
+    assert "no luck" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_part_out_of_time_keeps_what_it_measured(tmp_path: Path) -> None:
+    python = tmp_path / "python"  # the first case is written, the second never ends
+    result = json.dumps({"rows": [row("fastnull", "bfloat16", 30.0)]})
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *"fastnull bench"*) ;; *) exec "{sys.executable}" "$@" ;; esac\n'
+        f'for last; do :; done\nmkdir -p "$last"\necho \'{result}\' >"$last/20260101T000000Z-x.json"\nsleep 60\n'
+    )
+    python.chmod(0o755)
+    done = check("--dry-run", "--only", "steps noise", str(tmp_path / "out"), PYTHON=str(python), TOTAL="3")
+    assert done.returncode == 2
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [part["status"] for part in summary["parts"]] == [124, 124]
+    assert [step["ms"] for step in summary["steps"]] == [30.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a folder for the results"),
+        (["--fast", "out"], "unknown option --fast"),
+        (["--only", "stops", "OUT"], "no part is called stops"),
+    ],
+)
+def test_misuse_is_told(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = check(*(str(tmp_path) if word == "OUT" else word for word in arguments))
+    assert done.returncode == 98
+    assert message in done.stderr
+
+
+@pytest.fixture
+def summary() -> Any:
+    """scripts/gpu_summary.py as a module."""
+    spec = importlib.util.spec_from_file_location("gpu_summary", ROOT / "scripts" / "gpu_summary.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(backend: str, dtype: str, ms: float | None, note: str = "") -> dict[str, Any]:
+    return asdict(
+        Row(
+            date="d", commit="c", device="g", torch="t", triton="3", threads=1, suite="encoder",
+            op="vit_base_patch16_224", backend=backend, mode="universal step", dtype=dtype, shape="batch 256",
+            ms_p50=ms, floor_share=0.5 if ms else None, note=note,
+        )
+    )  # fmt: skip
+
+
+def test_the_table_holds_ratios_and_what_was_wanted(summary: Any, tmp_path: Path) -> None:
+    rows = [
+        row("published", "float32", 180.0), row("frozen", "bfloat16", 45.0), row("compiled", "bfloat16", None),
+        row("fastnull", "bfloat16", 32.0), row("fastnull, graph", "bfloat16", 30.0), row("published", "bfloat16", 90.0),
+    ]  # fmt: skip
+    (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "parts").write_text("build\t0\t60\nsteps\t124\t260\nops\t1\t3\n")
+    found = summary.summarize(tmp_path / "parts", tmp_path)
+    (step,) = found["steps"]
+    assert (step["ms"], step["x frozen"], step["x compiled"], step["x published"]) == (30.0, 1.5, None, 6.0)
+    text = summary.table(found)
+    assert "steps  out of time  260" in text
+    assert "ops    FAILED (1)   3" in text
+    assert ["vit_base_patch16_224", "30", "30", "50", "%", "1.5", "(1.5)", "-", "(1.2)", "6", "(6)"] in [
+        line.split() for line in text.splitlines()
+    ]
+
+
+def test_a_wrong_step_has_no_time_and_says_so(summary: Any, tmp_path: Path) -> None:
+    rows = [row("frozen", "bfloat16", 45.0), row("fastnull", "bfloat16", None, "WRONG: error 0.4")]
+    (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "parts").write_text("")
+    (step,) = summary.summarize(tmp_path / "parts", tmp_path)["steps"]
+    assert step["ms"] is None
+    assert step["x frozen"] is None
+    assert "WRONG" in step["note"]

@@ -1,0 +1,175 @@
+"""The universal loop: many noises at once, growing batches, scaling to ε, and the same loop in a graph."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnull import batches, synthesis, universal
+from fastnull.encoder import FrozenEncoder
+from fastnull.solvers import shared_gradient
+from fastnull.synthesis import SynthesisConfig, SynthesisOutOfMemoryError, measure_influence, synthesize
+from fastnull.vit import SITES, NormalizedModel
+from tests.test_replay import pretend_graphs
+
+
+@pytest.fixture
+def loader(vit: NormalizedModel) -> list[Tensor]:
+    for block in vit.network.blocks:  # random weights barely see the noise: make them louder
+        block.mlp.fc1.weight.data.mul_(4)
+    return [torch.rand(8, 3, 16, 16) for _ in range(4)]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_noises_in_one_pass_are_noises_one_by_one(vit: NormalizedModel, images: Tensor, site: str) -> None:
+    encoder = FrozenEncoder(vit.double(), backend="reference", site=site)
+    tokens = encoder.embed(images.double())
+    clean = encoder(tokens)
+    noise = 0.3 * torch.randn(3, *tokens.shape[1:], dtype=torch.float64)
+    together = shared_gradient(encoder, tokens, clean, noise, "l2")
+    for m in range(3):
+        alone = shared_gradient(encoder, tokens, clean, noise[m : m + 1], "l2")
+        for mine, theirs in zip(together, alone, strict=True):
+            torch.testing.assert_close(mine[m : m + 1], theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_a_bank_that_is_cut_into_passes(
+    vit: NormalizedModel, loader: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SynthesisConfig(count=5, steps=4, stop="never", limit=1.0)
+    whole = synthesize(vit, loader, config)
+    monkeypatch.setattr(universal, "MOST_IMAGES", 16)  # two noises a pass
+    cut = synthesize(vit, loader, config)
+    torch.testing.assert_close(cut.tokens, whole.tokens, rtol=1e-3, atol=1e-4)
+
+
+def test_growing_batches_use_few_images_first(
+    vit: NormalizedModel, loader: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def spied(encoder: FrozenEncoder, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        sizes.append(len(tokens))
+        return shared_gradient(encoder, tokens, *rest)
+
+    monkeypatch.setattr(universal, "shared_gradient", spied)
+    start = SynthesisConfig(steps=1, limit=1.0, lr=1e-30, stop="never")
+    eps = 0.5 * synthesize(vit, loader, start).influence.item()
+    sizes.clear()
+    noise = synthesize(vit, loader, SynthesisConfig(steps=300, limit=1.0, lr=0.05, eps=eps, growing=True))
+    assert sizes == sorted(sizes) and sizes[0] == 1
+    assert set(sizes) == {1, 2, 4, 8}
+    assert noise.converged.all()  # judged on the check images, not on the small batches
+
+
+def test_final_scale_meets_eps_from_both_sides(vit: NormalizedModel, loader: list[Tensor]) -> None:
+    short = SynthesisConfig(steps=1, limit=1.0, lr=1e-30, stop="never", count=2)
+    start = synthesize(vit, loader, short)
+    for factor in (0.5, 2.0):  # too loud for ε, and too quiet
+        eps = factor * start.influence.min().item()
+        config = SynthesisConfig(steps=1, lr=1e-30, stop="never", count=2, eps=eps, final_scale=True)
+        scaled = synthesize(vit, loader, config, start=start)
+        assert scaled.converged.all()
+        assert (scaled.influence > 0.98 * eps).all()
+        assert ((scaled.norm < start.norm) if factor < 1 else (scaled.norm > start.norm)).any()
+        torch.testing.assert_close(scaled.influence, measure_influence(vit, scaled, loader))
+
+
+@pytest.mark.parametrize("stop", ["never", "batch", "check"])
+def test_a_graph_gives_the_same_noise(
+    vit: NormalizedModel, loader: list[Tensor], stop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, where no noise ends early: a graph looks at the device every eighth step only."""
+    config = SynthesisConfig(count=3, steps=20, limit=1.0, stop=stop, eps=1e-9)
+    eager = synthesize(vit, loader, config)
+    states: list[Tensor] = []
+    events = pretend_graphs(monkeypatch, states)
+    monkeypatch.setattr(universal, "use_graph", lambda *_: True)
+    given = universal.Replay
+
+    def replay(function: Any, graph: bool, state: tuple[Tensor, ...]) -> Any:
+        states[:] = state
+        return given(function, graph, state)
+
+    monkeypatch.setattr(universal, "Replay", replay)
+    replayed = synthesize(vit, loader, config)
+    assert events == ["warm up", "capture"] + ["replay"] * 20
+    assert torch.equal(replayed.tokens, eager.tokens)
+    assert replayed.history == eager.history
+    assert torch.equal(replayed.steps, eager.steps)
+
+
+def test_in_a_graph_a_held_noise_stays_held(
+    vit: NormalizedModel, loader: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published rule between two looks: a noise that met ε is not moved any more, the others are."""
+    free = synthesize(vit, loader, SynthesisConfig(count=2, steps=20, limit=1.0, stop="never"))
+    eps = min(record["influence"] for record in free.history[:8]) * 1.05
+    config = SynthesisConfig(count=2, steps=20, limit=1.0, stop="batch", eps=eps)
+    eager = synthesize(vit, loader, config)
+    assert (eager.steps < 20).any()
+    monkeypatch.setattr(universal, "LOOK_EVERY", 8)
+    run = universal.UniversalRun.__init__
+
+    def late(self: universal.UniversalRun, *rest: Any) -> None:
+        run(self, *rest)
+        self._look_every = 8
+
+    monkeypatch.setattr(universal.UniversalRun, "__init__", late)
+    seldom = synthesize(vit, loader, config)
+    assert torch.equal(seldom.tokens, eager.tokens)
+    assert torch.equal(seldom.steps, eager.steps)
+
+
+def test_out_of_memory_keeps_the_noise(
+    vit: NormalizedModel, loader: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(100))
+
+    def failing(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("tried to allocate 1 PiB")
+        return shared_gradient(*args)
+
+    monkeypatch.setattr(universal, "shared_gradient", failing)
+    with pytest.raises(
+        SynthesisOutOfMemoryError, match=r"after 3 steps: lower the images of a batch \(8\).*1 PiB"
+    ) as error:
+        synthesize(vit, loader, SynthesisConfig(steps=10, stop="never"))
+    assert error.value.noise.steps.tolist() == [3]
+    assert error.value.noise.influence.isnan().all() and not error.value.noise.converged.any()
+
+
+def test_tokens_that_do_not_fit_are_made_anew(
+    vit: NormalizedModel, loader: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SynthesisConfig(steps=6, stop="never")
+    kept = synthesize(vit, loader, config)
+    embedded: list[int] = []
+    real = batches.embed_batch
+
+    def counted(*args: Any) -> batches.Pair:
+        embedded.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(batches, "embed_batch", counted)
+    monkeypatch.setattr(batches.Batches, "_fit", lambda self, pair: False)
+    anew = synthesize(vit, loader, config)
+    assert torch.equal(anew.tokens, kept.tokens)
+    assert len(embedded) == 4 + 6  # the round that is judged on, and six steps
+
+
+def test_a_graph_on_the_cpu_is_refused(vit: NormalizedModel, loader: list[Tensor]) -> None:
+    for mode in synthesis.MODES:
+        with pytest.raises(ValueError, match="graph=True needs"):
+            synthesize(vit, loader, SynthesisConfig(mode=mode, graph=True))
+
+
+def test_a_seldom_read_progress_bar_says_nothing_odd(vit: NormalizedModel, loader: list[Tensor]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        synthesize(vit, loader, SynthesisConfig(steps=2), progress=False)
