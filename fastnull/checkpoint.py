@@ -30,6 +30,7 @@ _OWN_FILES = ("config.json", "metrics.jsonl", "best.safetensors", "last.safetens
 
 FREE_KEYS = frozenset(
     {"out", "overwrite", "resume", "checkpoint_every", "keep_last", "log_every", "progress", "workers", "device"}
+    | {"label"}
 )
 """Settings that a resumed run may change: they say how it runs, not what it computes. (Another kind of device rounds
 differently: the run then goes on, but not bitwise.)"""

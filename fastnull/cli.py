@@ -1,4 +1,4 @@
-"""The command line: `fastnull demo | inspect | synthesize | finetune | evaluate | report | bench`.
+"""The command line: `fastnull demo | compare | inspect | synthesize | finetune | evaluate | report | bench`.
 
 Errors that a user can mend are one line and exit code 2 (`--debug` shows the traceback); Ctrl-C is 130.
 """
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     _demo(command)
+    _compare(command)
     _inspect(command)
     _synthesize(command)
     _finetune(command)
@@ -116,6 +117,30 @@ def _demo(command: Command) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a CPU core, at most 4)")
     parser.add_argument("--overwrite", action="store_true", help="start over in a folder that holds a demo")
     parser.add_argument("--resume", action="store_true", help="go on in it; what is finished is not done again")
+
+
+def _compare(command: Command) -> None:
+    from fastnull.compare import RECIPES, CompareSettings
+
+    parser = command(
+        "compare",
+        commands.compare,
+        "compare augmentations and controls over several seeds at equal compute",
+        "Pretrain a small model for each seed, finetune it with every method at equal cost, attack and corrupt it,\n"
+        "and write means, standard deviations and paired differences with 95 % confidence intervals. Runs that are\n"
+        "finished are kept: --resume goes on. The methods are\n"
+        f"  {', '.join(RECIPES)}.",
+        "fastnull compare --data digits --seeds 5 --out runs/digits",
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where it goes")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a CPU core, at most 4)")
+    parser.add_argument("--overwrite", action="store_true", help="start over in a folder that holds a comparison")
+    parser.add_argument("--resume", action="store_true", help="go on in it; what is finished is not done again")
+    parser.add_argument(
+        "--recipes", dest="recipes_file", metavar="FILE",
+        help='more methods, JSON: {"name": {"augment": "boundary", "eps": 0.5, ...}, ...}, fields of finetune',
+    )  # fmt: skip
+    add_options(parser, CompareSettings, skip=("recipes",), title="the comparison")
 
 
 def _inspect(command: Command) -> None:
@@ -182,9 +207,10 @@ def _evaluate(command: Command) -> None:
     parser = command(
         "evaluate",
         commands.evaluate,
-        "measure accuracy: clean, under attack, under corruptions",
+        "measure accuracy: clean, under attack, under corruptions, on published test sets",
         "Measure a model on test images and print a table. With --out the results go to a file as they come in, which\n"
-        "`report` reads and an interrupted run completes with --resume.",
+        "`report` reads and an interrupted run completes with --resume. Under `torchrun -m fastnull evaluate ...` the\n"
+        "images are shared out over the processes.",
         "fastnull evaluate --model runs/first/last.safetensors --data images --eps 1/255 2/255 --out results.json",
     )
     _model_options(parser)
@@ -206,7 +232,7 @@ def _evaluate(command: Command) -> None:
     parser.add_argument("--restarts", type=int, default=1, metavar="N", help=f"of PGD and APGD {shown}")
     parser.add_argument(
         "--corruptions", nargs="+", default=list(DEMO_CORRUPTIONS), metavar="NAME",
-        help=f"any of {', '.join(CORRUPTIONS)} (default: {' '.join(DEMO_CORRUPTIONS)})",
+        help=f"all (the 15 of ImageNet-C), or any of {', '.join(CORRUPTIONS)} (default: {' '.join(DEMO_CORRUPTIONS)})",
     )  # fmt: skip
     parser.add_argument(
         "--severities",
@@ -216,6 +242,15 @@ def _evaluate(command: Command) -> None:
         metavar="N",
         help="of the corruptions (default: 1 2 3 4 5)",
     )
+    parser.add_argument(
+        "--root", metavar="FOLDER", help="where the published test sets lie, ROOT/imagenet-a/n01498041/... "
+        "(--data imagenet-val takes the images of clean, attacks and corruptions from there too)",
+    )  # fmt: skip
+    parser.add_argument("--source", metavar="FILE", help="transfer: attack this model (of finetune), try it on --model")
+    parser.add_argument("--noise", metavar="FILE", help="noise of `synthesize`, for suite noise")
+    parser.add_argument("--frost", metavar="FOLDER", help="pictures for the corruption frost (default: made here)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out image files that cannot be read, count them")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help=f"processes that load images {shown}")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help=f"images at once {shown}")
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N images only")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=f"of starts and corruptions {shown}")
@@ -262,7 +297,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 def _data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the data")
     group.add_argument(
-        "--data", default="digits", help="digits, a folder with train/ and val/, or torch/... or hfds/... "
+        "--data", default="digits", help="digits, photos, a folder with train/ and val/, or torch/... or hfds/... "
         "(default: %(default)s)",
     )  # fmt: skip
     group.add_argument("--data-dir", metavar="FOLDER", help="where timm keeps the data set")

@@ -29,14 +29,35 @@ def demo(args: argparse.Namespace) -> None:
     settings = DemoSettings.quickly() if args.quick else DemoSettings()
     if args.seeds is not None:
         settings = replace(settings, seeds=args.seeds)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = min(4, cores) if args.jobs is None else args.jobs
+    jobs = min(4, _cores()) if args.jobs is None else args.jobs
     try:
         page = run_demo(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=jobs)
     except KeyboardInterrupt:
         quick, seeds = " --quick" if args.quick else "", f" --seeds {args.seeds}" if args.seeds else ""
         raise InterruptedWork(f"go on with: fastnull demo{quick}{seeds} --out {args.out} --resume") from None
     print(f"report: {page} (and {page.with_name('report.md').name} beside it)")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Compare ways of finetuning, print the tables and say where the report is."""
+    from fastnull.compare import CompareSettings, run_compare
+    from fastnull.report.comparison import format_comparison
+    from fastnull.report.runs import read_json
+
+    recipes = {} if args.recipes_file is None else read_json(Path(args.recipes_file))
+    settings = CompareSettings(methods=(*CompareSettings.methods, *recipes), recipes=recipes)
+    settings = from_options(settings, args)
+    jobs = min(4, _cores()) if args.jobs is None else args.jobs
+    try:
+        record = run_compare(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=jobs)
+    except KeyboardInterrupt:
+        raise InterruptedWork(f"go on with the same command and --resume; the runs so far are in {args.out}") from None
+    print(format_comparison(record), end="")
+    print(f"numbers: {Path(args.out) / 'comparison.json'}; report: {Path(args.out) / 'report' / 'report.html'}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -73,15 +94,23 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure a model on the test images, print the table and write the results."""
+    """Measure a model on test images, print the table and write the results; under torchrun shared out."""
     from fastnull.data import evaluation_data
+    from fastnull.models import load_model
+    from fastnull.noise import Noise
     from fastnull.robustness import evaluate as run
-    from fastnull.robustness import format_table
+    from fastnull.robustness import format_published, format_table
+    from fastnull.robustness.metrics import ALEXNET_ERRORS
+    from fastnull.robustness.suites import FOLDER_SUITES
 
     if args.out is not None and Path(args.out).exists() and not (args.overwrite or args.resume):
         raise ValueError(f"{args.out} exists: --resume completes it, --overwrite replaces it")
     model = open_model(args)
-    data = evaluation_data(args.data, model, data_dir=args.data_dir, download=args.download)
+    data: Any = None
+    if args.data != "imagenet-val" and set(args.suite) - set(FOLDER_SUITES):
+        where = {"data_dir": args.data_dir, "download": args.download, "skip_bad": args.skip_bad}
+        data = evaluation_data(args.data, model, **where)
+    first = _join_processes()
     found = run(
         model,
         data,
@@ -90,15 +119,40 @@ def evaluate(args: argparse.Namespace) -> None:
         norm=args.norm,
         steps=args.steps,
         restarts=args.restarts,
-        corruptions=args.corruptions,
+        corruptions=list(ALEXNET_ERRORS) if args.corruptions == ["all"] else args.corruptions,
         severities=args.severities,
+        root=args.root,
+        source=None if args.source is None else load_model(args.source),
+        noise=None if args.noise is None else Noise.load(args.noise),
+        frost_folder=args.frost,
+        skip_bad=args.skip_bad,
         batch_size=args.batch_size,
+        workers=args.workers,
         seed=args.seed,
         out=args.out,
         resume=args.resume,
         limit=args.limit,
     )
+    if not first:
+        return
     print(format_table(found), end="")
+    skipped = [name for about in found["images"].values() for name in about.get("skipped", ())]
+    if skipped:
+        print(f"\n{len(skipped)} times a file that cannot be read was left out: {', '.join(sorted(set(skipped))[:5])}")
+    if set(args.suite) & set(FOLDER_SUITES):
+        print(f"\n{format_published({'this model': found})}", end="")
+
+
+def _join_processes() -> bool:
+    """Under torchrun, join its group; whether this is the first process of it, or the only one."""
+    from torch import distributed
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    if not distributed.is_initialized():
+        # counts alone are exchanged
+        distributed.init_process_group("gloo")
+    return distributed.get_rank() == 0
 
 
 def report(args: argparse.Namespace) -> None:
@@ -111,7 +165,12 @@ def report(args: argparse.Namespace) -> None:
 
 def synthesize(args: argparse.Namespace) -> None:
     """Learn noise, write it, and print how it compares with a permutation of itself."""
-    from fastnull.synthesis import EpsilonNotMetError, SynthesisConfig, SynthesisInterrupted
+    from fastnull.synthesis import (
+        EpsilonNotMetError,
+        SynthesisConfig,
+        SynthesisInterrupted,
+        SynthesisOutOfMemoryError,
+    )
     from fastnull.synthesis import synthesize as run
 
     base = SynthesisConfig() if args.preset is None else SynthesisConfig.published(args.preset)
@@ -135,8 +194,9 @@ def synthesize(args: argparse.Namespace) -> None:
         stop.noise.save(beside)
         how = f"go on from it with --start {beside}" if config.mode == "universal" else "it has the images done so far"
         raise InterruptedWork(f"the noise so far is in {beside}; {how}") from None
-    except EpsilonNotMetError as error:
-        beside = out.with_name(f"{out.stem}.unmet{out.suffix}")
+    except (EpsilonNotMetError, SynthesisOutOfMemoryError) as error:
+        what = "unmet" if isinstance(error, EpsilonNotMetError) else "partial"
+        beside = out.with_name(f"{out.stem}.{what}{out.suffix}")
         error.noise.save(beside)
         raise ValueError(f"{error}; the noise is in {beside}") from error
     noise.save(out)
@@ -165,13 +225,15 @@ def open_model(args: argparse.Namespace) -> nn.Module:
         model = create_model(
             args.model, num_classes=args.num_classes, pretrained=args.pretrained, checkpoint=args.checkpoint
         )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # torchrun starts one process a GPU
+    local = os.environ.get("LOCAL_RANK", "0")
+    device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     return model.to(device)
 
 
 def _two_sets(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tensor]:
     """Up to --images training images to learn from, and test images to judge on; [n, C, H, W] in [0, 1]."""
-    from fastnull.data import Samples, digits, evaluation_data, open_source, to_pixels
+    from fastnull.data import Samples, embedded, evaluation_data, open_source, to_pixels
     from fastnull.finetune import FinetuneConfig
     from fastnull.rng import generator
     from fastnull.view import View
@@ -180,7 +242,7 @@ def _two_sets(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tenso
     source = open_source(FinetuneConfig(data=args.data, data_dir=args.data_dir, download=args.download))
     train: Any = source.train
     if train is None:
-        train = digits(view.size, view.channels)[0]
+        train = embedded(args.data, model)[0]
     elif source.transforms:
         train = Samples(train, view.evaluation(), view.channels)
     test: Any = evaluation_data(args.data, model, data_dir=args.data_dir, download=args.download)

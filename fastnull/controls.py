@@ -1,6 +1,6 @@
-"""The controls of nullspace augmentation: clean images alone, and adversarial training.
+"""The controls of nullspace augmentation: clean images alone, and adversarial training after Madry and as TRADES.
 
-Both have NullspaceAugment's interface, so a training loop calls `refresh` and `loss` whatever the augmentation.
+All have NullspaceAugment's interface, so a training loop calls `refresh` and `loss` whatever the augmentation.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastnull.augment import NullspaceAugment
 from fastnull.rng import generator
+from fastnull.vit import frozen
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -107,18 +109,54 @@ class AdversarialTraining(CleanOnly):
 
     def loss(self, images: Tensor, labels: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
         """The loss with its graph and the clean view's logits [B, K]."""
-        from fastnull.robustness.attacks.gradient import pgd
-
         with self.watch:
-            attacked = pgd(
-                self.model,
-                images,
-                labels,
-                self.eps,
-                steps=self.steps,
-                step_size=self.step_size,
-                generator=generator(self.seed, self.step, 1),
-            )
-        self.stats["norm"] = torch.linalg.vector_norm((attacked - images).flatten(1), dim=1).mean()
+            attacked = self.attack(images, labels)
         clean, noisy = self.model(torch.cat([images, attacked])).chunk(2)
         return criterion(clean, labels) + criterion(noisy, labels), clean
+
+    def attack(self, images: Tensor, labels: Tensor) -> Tensor:
+        """PGD in eval mode from a random start, against classes [B] or soft labels [B, K]; fills `stats`."""
+        from fastnull.robustness.attacks.gradient import pgd
+
+        attacked = pgd(
+            self.model,
+            images,
+            labels,
+            self.eps,
+            steps=self.steps,
+            step_size=self.step_size,
+            generator=generator(self.seed, self.step, 1),
+        )
+        self.stats["norm"] = torch.linalg.vector_norm((attacked - images).flatten(1), dim=1).mean()
+        return attacked
+
+
+class Trades(AdversarialTraining):
+    """criterion(clean) + beta · KL(clean ‖ attacked), the attack raising that divergence (Zhang et al. 2019, eq. 5).
+
+    The attack starts anywhere in the ball, as `AdversarialTraining` does, and not within 0.001 of the images.
+
+    Args:
+        model, eps, step_size, steps, seed, watch: as in AdversarialTraining.
+        beta: weight of the divergence, 6 in most published results; 1 / λ of the paper.
+    """
+
+    def __init__(self, model: nn.Module, *, beta: float, **attack: Any) -> None:
+        super().__init__(model, **attack)
+        self.beta = beta
+
+    def loss(self, images: Tensor, labels: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
+        """The loss with its graph and the clean view's logits [B, K]. The labels take no part in the attack."""
+        with self.watch:
+            # against soft labels the cross entropy is the divergence and a constant: they have one gradient
+            attacked = self.attack(images, self._probabilities(images))
+        clean, noisy = self.model(torch.cat([images, attacked])).chunk(2)
+        divergence = F.kl_div(
+            noisy.float().log_softmax(1), clean.float().log_softmax(1), reduction="batchmean", log_target=True
+        )
+        return criterion(clean, labels) + self.beta * divergence, clean
+
+    @torch.no_grad()
+    def _probabilities(self, images: Tensor) -> Tensor:
+        with frozen(self.model):
+            return self.model(images).float().softmax(1)  # [B, K]

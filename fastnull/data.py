@@ -1,4 +1,4 @@
-"""Data for finetuning: the embedded digits, folders of images and timm's datasets, in an order that can be resumed.
+"""Data for finetuning: embedded digits and photos, folders of images, timm's datasets, in an order that can be resumed.
 
 Every random draw on the way to a batch is keyed: the order by (seed, epoch), a sample's augmentation by
 (seed, epoch, index). A batch is therefore the same whoever loads it, the main process or any number of workers, and
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from fastnull.checks import check_number
+from fastnull.image_files import ImageFiles, ImageFolder, Sample, to_pixels
+from fastnull.photos import PHOTOS, photos
 from fastnull.rng import generator, preserved
 from fastnull.view import View
 
@@ -34,12 +35,9 @@ if TYPE_CHECKING:
 
 DIGITS_TEST = 500
 """Test images of the embedded digits; the other 1297 are for training."""
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 TIMM_PREFIXES = ("torch", "hfds")
 _STREAMS = ("hfids", "wds", "tfds")
 _TEST_FOLDERS = ("val", "validation", "test")
-
-Sample = tuple[Any, Any]
 
 
 def digits(size: int | tuple[int, int] = 16, channels: int = 3) -> tuple[TensorDataset, TensorDataset]:
@@ -72,54 +70,32 @@ def digits(size: int | tuple[int, int] = 16, channels: int = 3) -> tuple[TensorD
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
-class ImageFolder(Dataset[Sample]):
-    """Images sorted into a folder a class: root/class/.../image.png.
+@dataclass(frozen=True)
+class Embedded:
+    """A data set that needs no download.
 
-    Classes are numbered in natural order (2 before 10), as the numbered folders of ImageNetV2 need it.
-
-    Args:
-        root: the folder.
-        classes: names that fix the numbering, such as those of the training folder; None takes the folders' own.
-
-    Raises:
-        ValueError: no such folder, no classes, a class without an image, or one that `classes` does not name. A file
-            that cannot be read as an image is named when it is asked for.
+    Attributes:
+        load: (size, channels) → (train, test), images in [0, 1] at that size.
+        classes: their names.
+        model: a small model for it.
     """
 
-    def __init__(self, root: str | os.PathLike[str], classes: Sequence[str] | None = None) -> None:
-        root = Path(root)
-        if not root.is_dir():
-            raise ValueError(f"data: there is no folder {root}")
-        folders = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: _natural(path.name))
-        names = [path.name for path in folders]
-        if not names:
-            raise ValueError(f"data: {root} must hold one folder of images a class; it holds no folder")
-        self.classes = list(classes) if classes is not None else names
-        unknown = [name for name in names if name not in self.classes]
-        if unknown:
-            raise ValueError(f"data: {root} has classes that the training data lacks: {', '.join(unknown[:5])}")
-        self.files: list[tuple[Path, int]] = []
-        for folder in folders:
-            files = sorted(
-                (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES),
-                key=lambda path: _natural(str(path)),
-            )
-            if not files:
-                raise ValueError(f"data: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-            self.files += [(path, self.classes.index(folder.name)) for path in files]
+    load: Callable[[tuple[int, int], int], tuple[TensorDataset, TensorDataset]]
+    classes: list[str]
+    model: str
 
-    def __len__(self) -> int:
-        return len(self.files)
 
-    def __getitem__(self, index: int) -> Sample:
-        from PIL import Image
+EMBEDDED = {
+    "digits": Embedded(digits, [str(digit) for digit in range(10)], "vit_digits"),
+    "photos": Embedded(photos, list(PHOTOS), "vit_photos"),
+}
+"""What `--data` takes besides folders and timm's names."""
 
-        path, label = self.files[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB"), label
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"data: cannot read the image file {path}: {error}") from error
+
+def embedded(name: str, model: nn.Module) -> tuple[TensorDataset, TensorDataset]:
+    """(train, test) of an embedded data set at the size and with the channels that the model takes."""
+    view = View.of(model)
+    return EMBEDDED[name].load(view.size, view.channels)
 
 
 @dataclass(frozen=True)
@@ -127,7 +103,7 @@ class Source:
     """Training data before transforms.
 
     Attributes:
-        train: yields (image, label); None for the digits, which are made at the size that the model takes.
+        train: yields (image, label); None for embedded data, which is made at the size that the model takes.
         num_classes: None where the data does not say.
         classes: their names, where they have any.
         transforms: whether the images are of any size and go through the model's transforms.
@@ -145,8 +121,9 @@ def open_source(config: FinetuneConfig) -> Source:
     Raises:
         ValueError: no such folder or dataset, or one that is a stream.
     """
-    if config.data == "digits":
-        return Source(None, 10, [str(digit) for digit in range(10)])
+    if config.data in EMBEDDED:
+        names = EMBEDDED[config.data].classes
+        return Source(None, len(names), names)
     if _timm_name(config.data):
         found = _timm_dataset(config.data, config.data_dir, "train", config.download)
         classes = getattr(found, "classes", None) or getattr(getattr(found, "reader", None), "class_to_idx", None)
@@ -156,27 +133,28 @@ def open_source(config: FinetuneConfig) -> Source:
 
 
 def evaluation_data(
-    data: str, model: nn.Module, *, data_dir: str | None = None, download: bool = False
+    data: str, model: nn.Module, *, data_dir: str | None = None, download: bool = False, skip_bad: bool = False
 ) -> Dataset[tuple[Tensor, int]]:
     """The test set that belongs to `FinetuneConfig.data`: finetuning never sees it.
 
     Args:
         data, data_dir, download: as in FinetuneConfig.
         model: its configuration gives image size, crop and interpolation.
+        skip_bad: of a folder: see ImageFiles.
 
     Returns:
         A dataset of (image [C, H, W] in [0, 1], label).
     """
+    if data in EMBEDDED:
+        return embedded(data, model)[1]
     view = View.of(model)
-    if data == "digits":
-        return digits(view.size, view.channels)[1]
+    evaluation = view.evaluation()
     if _timm_name(data):
         base = _timm_dataset(data, data_dir, "validation", download)
-    else:
-        train = ImageFolder(_split_folder(data, ("train",)))
-        base = ImageFolder(_split_folder(data, _TEST_FOLDERS), train.classes)
-    evaluation = view.evaluation()
-    return Samples(base, lambda image: to_pixels(evaluation(image)), view.channels)
+        return Samples(base, lambda image: to_pixels(evaluation(image)), view.channels)
+    train = ImageFolder(_split_folder(data, ("train",)))
+    tested = ImageFolder(_split_folder(data, _TEST_FOLDERS), train.classes)
+    return ImageFiles(tested, evaluation, view.channels, skip_bad)
 
 
 class Samples(Dataset[tuple[Tensor, Any]]):
@@ -280,13 +258,6 @@ def hold_out(data: Dataset[Any], fraction: float, seed: int) -> tuple[Subset[Any
     return Subset(data, kept), Subset(data, held) if held else None
 
 
-def to_pixels(images: Tensor, device: torch.device | str | None = None) -> Tensor:
-    """Bytes → pixels in [0, 1]; floating images pass through. Moved before converted: a byte is a quarter to carry."""
-    if device is not None:
-        images = images.to(device, non_blocking=True)
-    return images.float() / 255 if images.dtype == torch.uint8 else images
-
-
 def seed_everything(*key: int) -> None:
     """Seed torch's, NumPy's and Python's global generators with a number made from integers such as (seed, step)."""
     import numpy
@@ -329,7 +300,8 @@ def _split_folder(data: str, names: Sequence[str]) -> Path:
     root = Path(data)
     if not root.is_dir():
         raise ValueError(
-            "data must be 'digits', a folder with train/ and val/, or a timm dataset such as 'torch/cifar10'; "
+            "data must be 'digits', 'photos', a folder with train/ and val/, or a timm dataset such as "
+            "'torch/cifar10'; "
             f"there is no folder {data!r}"
         )
     for name in names:
@@ -337,10 +309,6 @@ def _split_folder(data: str, names: Sequence[str]) -> Path:
             return root / name
     inside = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
     raise ValueError(f"data folder {data} must hold a folder {' or '.join(names)}; it holds {inside}")
-
-
-def _natural(name: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _timm_data() -> Any:

@@ -29,7 +29,7 @@ from fastnull.data import (
     EpochBatches,
     Samples,
     Source,
-    digits,
+    embedded,
     hold_out,
     loader,
     open_source,
@@ -186,8 +186,7 @@ def _datasets(
     augmented = plain = channels = None
     train = source.train
     if train is None:
-        view = View.of(model)
-        train = digits(view.size, view.channels)[0]
+        train = embedded(config.data, model)[0]
     elif source.transforms:
         view = View.of(model)
         augmented, plain, channels = view.training(config), view.evaluation(), view.channels

@@ -31,6 +31,8 @@ FORMAT = "fastnull model 1"
 _EMBEDDED: dict[str, dict[str, Any]] = {
     # 16 tokens of 4x4 pixels; width 32 < 48 values a patch leaves an exact nullspace of 16 dimensions
     "vit_digits": {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10},
+    # 16 tokens too, of 8x8 pixels; width 64 < 192
+    "vit_photos": {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 13},
 }
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 _STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first, as timm prefers them
@@ -49,10 +51,11 @@ def create_model(
     normalize: bool = True,
     **kwargs: Any,
 ) -> NormalizedModel:
-    """Create a model that takes pixels in [0, 1]: one of timm's, or `vit_digits` (16x16 pixels, width 32, 10 classes).
+    """Create a model that takes pixels in [0, 1]: one of timm's, `vit_digits` (16x16 pixels, width 32, 10 classes) or
+    `vit_photos` (32x32 pixels, width 64, 13 classes).
 
     Args:
-        name: of a timm architecture, with or without a pretrained tag, or `vit_digits`.
+        name: of a timm architecture, with or without a pretrained tag, or `vit_digits`, or `vit_photos`.
         num_classes: None keeps the model's own. Asked for, a head of another size in the weights is left out and the
             new one starts fresh, with a warning.
         pretrained: download timm's weights.

@@ -17,7 +17,8 @@ Settings = TypeVar("Settings")
 def add_options(
     parser: argparse.ArgumentParser, settings: type[Any], *, skip: Collection[str] = (), title: str | None = None
 ) -> None:
-    """Add an option for each field of a dataclass: batch_size becomes --batch-size, a bool --flag and --no-flag.
+    """Add an option for each field of a dataclass: batch_size becomes --batch-size, a bool --flag and --no-flag, and a
+    tuple an option that takes several values.
 
     Options that are not given are absent from the parsed arguments, so that presets show through.
 
@@ -41,15 +42,18 @@ def add_options(
             action: Any = argparse.BooleanOptionalAction
             group.add_argument(flag, action=action, default=argparse.SUPPRESS, help=shown)
         else:
-            kind = _converter(hints[field.name])
+            several = typing.get_origin(hints[field.name]) is tuple
+            kind = _converter(typing.get_args(hints[field.name])[0] if several else hints[field.name])
             name = typing.cast("str", getattr(kind, "__name__", "value")).upper()
-            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=name, help=shown)
+            how: dict[str, Any] = {"nargs": "+"} if several else {}
+            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=name, help=shown, **how)
 
 
 def from_options(base: Settings, arguments: argparse.Namespace, **changes: Any) -> Settings:
     """`base` with the fields that were given on the command line, and then `changes`."""
     names = {field.name for field in fields(base)}  # type: ignore[arg-type]
     given = {name: value for name, value in vars(arguments).items() if name in names}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return replace(base, **{**given, **changes})  # type: ignore[type-var]
 
 
@@ -95,4 +99,6 @@ def _shown(default: Any) -> str:
         in_255 = default * 255
         is_fraction = 0 < default < 1 and abs(in_255 - round(in_255)) < 1e-9 and round(default, 4) != default
         return f"{round(in_255)}/255" if is_fraction else f"{default:g}"
+    if isinstance(default, tuple):
+        return " ".join(map(_shown, default))
     return str(default)

@@ -28,13 +28,14 @@ class _Silent:
     """What is called on a bar here, doing nothing."""
 
     disable = True
+    total: float | None = None
 
     def __enter__(self) -> _Silent:
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
-    def update(self) -> None: ...
+    def update(self, n: float = 1) -> None: ...
 
     def refresh(self) -> None: ...
 

@@ -14,8 +14,10 @@ from fastnull.vit import SITES
 if TYPE_CHECKING:
     from fastnull.synthesis import SynthesisConfig
 
-AUGMENTS = ("none", "random", "universal", "per_image", "boundary", "adversarial")
-"""`none` trains on clean images alone; `random` and `adversarial` are controls; the others are fastnull.augment's."""
+AUGMENTS = ("none", "random", "universal", "per_image", "boundary", "adversarial", "trades")
+"""`none` trains on clean images alone; `random`, `adversarial` (PGD after Madry) and `trades` are controls; the others
+are fastnull.augment's."""
+ATTACKS = ("adversarial", "trades")
 
 FORWARD, INPUT_BACKWARD, FULL_BACKWARD = 1, 1, 2
 """Costs for one image, in forward passes: a backward pass costs a forward for the inputs and one for the weights."""
@@ -37,7 +39,7 @@ class FinetuneConfig:
     """
 
     # the model
-    model: str = option("vit_digits", "timm model, or vit_digits")
+    model: str = option("vit_digits", "timm model, vit_digits or vit_photos")
     num_classes: int | None = option(None, "classes of the head; none: those of the data")
     pretrained: bool = option(False, "start from timm's pretrained weights")
     checkpoint: str | None = option(None, "file of weights to start from (.safetensors, .pth)")
@@ -45,7 +47,9 @@ class FinetuneConfig:
     drop_path: float = option(0.0, "probability that a sample skips a residual branch in the last block")
 
     # the data
-    data: str = option("digits", "digits, a folder with train/ and val/ (one folder a class), or torch/... or hfds/...")
+    data: str = option(
+        "digits", "digits, photos, a folder with train/ and val/ (one folder a class), or torch/... or hfds/..."
+    )
     data_dir: str | None = option(None, "where timm keeps the data set")
     download: bool = option(False, "let timm download the data set")
     train_ratio: float = option(1.0, "share of the training images seen in an epoch, drawn anew each time (0, 1]")
@@ -69,9 +73,10 @@ class FinetuneConfig:
     image_ratio: float = option(0.1, "universal: share of the training batches that a round uses (0, 1]")
     noise_preset: str | None = option(None, "universal: published constants to start from: finetune, first, single_gpu")
     backend: str = option("auto", "of the frozen encoder")
-    attack_eps: float = option(8 / 255, "adversarial: radius of the L-infinity ball, pixels in [0, 1]")
-    attack_steps: int = option(10, "adversarial: steps of PGD, from a random start")
-    attack_step_size: float = option(2 / 255, "adversarial: step of PGD, pixels in [0, 1]")
+    attack_eps: float = option(8 / 255, "adversarial, trades: radius of the L-infinity ball, pixels in [0, 1]")
+    attack_steps: int = option(10, "adversarial, trades: steps of PGD, from a random start")
+    attack_step_size: float = option(2 / 255, "adversarial, trades: step of PGD, pixels in [0, 1]")
+    trades_beta: float = option(6.0, "trades: weight of the divergence between the clean and the attacked view")
     mixup: float = option(0.0, "alpha of Mixup; 0 is off")
     cutmix: float = option(0.0, "alpha of CutMix; 0 is off, with mixup one of both is drawn a batch")
     smoothing: float = option(0.0, "label smoothing [0, 1)")
@@ -96,6 +101,7 @@ class FinetuneConfig:
     device: str | None = option(None, "torch device; none: cuda where there is one, else cpu")
     amp: str | None = option(None, "autocast dtype: bfloat16 or float16; none computes in the weights' own")
     seed: int = option(0, "of everything random but the held-out images")
+    label: str | None = option(None, "what reports call the run; none: augmentation and site")
     out: str | None = option(None, "folder for weights, metrics and training state; none writes nothing")
     overwrite: bool = option(False, "start over in a folder that holds a run")
     resume: bool = option(False, "go on with the run in the folder")
@@ -186,7 +192,7 @@ class FinetuneConfig:
         """The settings of NullspaceAugment; None where the augmentation is none of its modes."""
         from fastnull.synthesis import SynthesisConfig
 
-        if self.augment in ("none", "adversarial"):
+        if self.augment in ("none", *ATTACKS):
             return None
         asked: dict[str, Any] = {"eps": self.eps, "limit": self.limit, "lr": self.noise_lr, "steps": self.noise_steps}
         asked = {name: value for name, value in asked.items() if value is not None}
@@ -202,7 +208,8 @@ _RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
     # field, least, greatest, whether the least is excluded
     ("num_classes", 1, None, False), ("img_size", 1, None, False), ("epochs", 1, None, False),
     ("batch_size", 1, None, False), ("noise_steps", 1, None, False), ("rounds", 1, None, False),
-    ("attack_steps", 1, None, False), ("checkpoint_every", 1, None, False), ("keep_last", 1, None, False),
+    ("attack_steps", 1, None, False), ("trades_beta", 0, None, False),
+    ("checkpoint_every", 1, None, False), ("keep_last", 1, None, False),
     ("log_every", 1, None, False), ("workers", 0, None, False), ("train_ratio", 0, 1, True),
     ("crop_scale", 0, 1, True), ("hflip", 0, 1, False), ("color_jitter", 0, None, False), ("reprob", 0, 1, False),
     ("eps", 0, 2, True), ("limit", 0, None, False), ("noise_lr", 0, None, True), ("image_ratio", 0, 1, True),
@@ -241,15 +248,16 @@ def step_cost(config: FinetuneConfig) -> int:
     """Forward passes that one image costs in one step.
 
     A view costs 3 (forward, full backward), and every augmentation but `none` trains two. `boundary` and `per_image`
-    add the clean logits and a forward and an input gradient a step; `adversarial` adds the latter alone.
+    add the clean logits and a forward and an input gradient a step, and so does `trades`; `adversarial` adds the
+    latter alone.
     """
     view = FORWARD + FULL_BACKWARD
     if config.augment == "none":
         return view
     search = FORWARD + INPUT_BACKWARD
     synthesis = config.synthesis()
-    if config.augment == "adversarial":
-        return 2 * view + search * config.attack_steps
+    if config.augment in ATTACKS:
+        return 2 * view + search * config.attack_steps + (FORWARD if config.augment == "trades" else 0)
     if config.augment in ("boundary", "per_image") and synthesis is not None and synthesis.steps is not None:
         return 2 * view + FORWARD + search * synthesis.steps
     return 2 * view

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from fastnull.checks import check_choice
 from fastnull.compat import import_timm
-from fastnull.controls import AdversarialTraining, CleanOnly, Stopwatch, TimedAugment
+from fastnull.controls import AdversarialTraining, CleanOnly, Stopwatch, TimedAugment, Trades
 from fastnull.data import seed_everything, to_pixels
-from fastnull.recipe import REFRESH_COST, FinetuneConfig, Plan
+from fastnull.recipe import ATTACKS, REFRESH_COST, FinetuneConfig, Plan
 from fastnull.vit import NormalizedModel, unwrap
 
 STEP_KEY = 1
@@ -291,15 +291,17 @@ def _augment(
         augment = TimedAugment(model, config.augment, backend=config.backend, dtype=dtype, config=synthesis)
         augment.watch = watch
         return augment
-    if config.augment == "adversarial":
-        return AdversarialTraining(
-            model,
-            eps=config.attack_eps,
-            steps=config.attack_steps,
-            step_size=config.attack_step_size,
-            seed=config.seed,
-            watch=watch,
-        )
+    if config.augment in ATTACKS:
+        attack: dict[str, Any] = {
+            "eps": config.attack_eps,
+            "steps": config.attack_steps,
+            "step_size": config.attack_step_size,
+            "seed": config.seed,
+            "watch": watch,
+        }
+        if config.augment == "trades":
+            return Trades(model, beta=config.trades_beta, **attack)
+        return AdversarialTraining(model, **attack)
     return CleanOnly(model)
 
 

@@ -22,7 +22,7 @@ from fastnull.noise import Noise
 from fastnull.options import add_options, attribute_docs, from_options, number
 from fastnull.synthesis import SynthesisConfig, SynthesisInterrupted, synthesize
 
-COMMANDS = ("demo", "inspect", "synthesize", "finetune", "evaluate", "report")
+COMMANDS = ("demo", "compare", "inspect", "synthesize", "finetune", "evaluate", "report")
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +239,14 @@ def test_interrupted_demo_says_how_to_go_on(
         (["evaluate", "--model", "vit_digits", "--data", "/no/where"], "there is no folder"),
         (["synthesize", "--model", "vit_digits", "--out", "n", "--eps", "-1"], "eps must be"),
         (["synthesize", "--model", "vit_digits", "--out", "n", "--images", "0"], "images must be"),
+        (
+            ["evaluate", "--model", "vit_digits", "--suite", "imagenet-r", "--root", "/no/where"],
+            "ROOT/imagenet-r/CLASS/",
+        ),
+        (["evaluate", "--model", "vit_digits", "--eps", "2"], "eps must be"),
+        (["compare", "--out", "x", "--seeds", "0"], "seeds must be"),
+        (["compare", "--out", "x", "--methods", "trade"], "Did you mean 'trades'"),
+        (["compare", "--out", "x", "--recipes", "/no/where.json"], "cannot be read as JSON"),
         (["report", "nowhere"], "there are no results at nowhere"),
         (["inspect"], "MODEL"),
     ],

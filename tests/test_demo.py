@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastnull.demo
-from fastnull.demo import RECIPES, DemoSettings, run_demo
+import fastnull.compare
+from fastnull.compare import RECIPES
+from fastnull.demo import DemoSettings, run_demo
 from fastnull.recipe import FinetuneConfig, step_cost
 
 pytest.importorskip("sklearn")
@@ -95,7 +96,7 @@ def test_overwrite_starts_over(done: Path, tmp_path: Path, monkeypatch: pytest.M
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fastnull.demo, "_work", stop)
+    monkeypatch.setattr(fastnull.compare, "work", stop)
     with pytest.raises(KeyboardInterrupt):
         run_demo(tmp_path, TINY, overwrite=True, progress=False)
     assert not stale.exists(), "a run of another demo would be in the report"

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastnull.recipe import ATTACKS
 from fastnull.report.claims import MEASURES, Claim, make_claims, sentences
 from fastnull.report.document import Block, Bullets, Code, Details, Figure, Heading, Paragraph, Table, write_document
 from fastnull.report.plots import Series, accuracy_over_eps, corruption_bars
@@ -22,7 +23,7 @@ from fastnull.report.runs import Run, load_runs, phrase, read_json
 
 DEMO = "demo.json"
 
-_BASELINES = ("none", "random", "universal", "adversarial")
+_BASELINES = ("none", "random", "universal", "adversarial", "trades")
 _CLAIMANTS = ("universal", "per_image", "boundary")
 
 _OUTCOMES = (
@@ -306,8 +307,9 @@ def _settings_table(trained: Mapping[str, Run]) -> Table:
     rows = []
     for method, run in trained.items():
         config, noise, plan = run.config, run.settings.get("synthesis") or {}, run.settings.get("plan", {})
-        if config["augment"] == "adversarial":
-            how = (
+        if config["augment"] in ATTACKS:
+            how = f"β {config['trades_beta']:g}, " if config["augment"] == "trades" else ""
+            how += (
                 f"PGD-{config['attack_steps']}, radius {_in_255(config['attack_eps'])}, "
                 f"step {_in_255(config['attack_step_size'])}"
             )

@@ -22,9 +22,10 @@ _NAMES = {
     "per_image": ("per image", "noise an image"),
     "boundary": ("boundary", "boundary noise"),
     "adversarial": ("adversarial", "adversarial training"),
+    "trades": ("TRADES", "TRADES"),
 }
 _SITES = {"patch": "tokens", "block0": "block 0", "pixels": "pixels"}
-_NO_SITE = ("none", "adversarial")
+_NO_SITE = ("none", "adversarial", "trades")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def _load_run(path: Path) -> Run:
 
 def method_label(config: Mapping[str, Any]) -> str:
     """What tables and legends call the augmentation of a configuration."""
+    if config.get("label"):
+        return config["label"]
     label = _NAMES[config["augment"]][0]
     return label if config["augment"] in _NO_SITE else f"{label}, {_SITES[config['site']]}"
 
@@ -95,6 +98,8 @@ def phrase(run: Run) -> str:
     """What a sentence calls the method of a run."""
     if not run.config:
         return run.method
+    if run.config.get("label"):
+        return run.config["label"]
     label, name = _NAMES[run.config["augment"]]
     detail = run.method.removeprefix(label).removeprefix(",").strip()
     return f"{name} in {detail}" if detail and run.config["augment"] not in _NO_SITE else f"{name} {detail}".strip()
@@ -120,12 +125,16 @@ def _spent(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _told_apart(runs: list[Run]) -> list[Run]:
-    """Add to a method's label the settings in which its runs differ: means are taken over seeds alone."""
+    """Add to a method's label the settings in which its runs differ: means are taken over seeds alone.
+
+    A label that the run was given stays as it is.
+    """
     named = []
     for run in runs:
         same = [other.config for other in runs if other.method == run.method]
         free = FREE_KEYS | {"seed", "checkpoint"}
-        differing = [key for key in run.config if key not in free and any(c.get(key) != run.config[key] for c in same)]
+        keys = [] if run.config.get("label") else [key for key in run.config if key not in free]
+        differing = [key for key in keys if any(config.get(key) != run.config[key] for config in same)]
         label = ", ".join([run.method, *(f"{key} {run.config[key]}" for key in differing)])
         named.append(replace(run, method=label))
     seen: dict[tuple[str, int], int] = {}

@@ -4,7 +4,7 @@ from fastnull.robustness.attacks import apgd, autoattack, cw_l2, fgsm, mi_fgsm, 
 from fastnull.robustness.corruptions import CORRUPTIONS, DEMO_CORRUPTIONS, corrupt
 from fastnull.robustness.evaluate import evaluate
 from fastnull.robustness.metrics import Accuracy, mean_corruption_accuracy, mean_corruption_error
-from fastnull.robustness.table import format_table
+from fastnull.robustness.table import format_published, format_table
 
 __all__ = [
     "CORRUPTIONS",
@@ -16,6 +16,7 @@ __all__ = [
     "cw_l2",
     "evaluate",
     "fgsm",
+    "format_published",
     "format_table",
     "mean_corruption_accuracy",
     "mean_corruption_error",

@@ -1,51 +1,52 @@
-"""evaluate(): clean accuracy, accuracy under attack and under corruptions, with the protocol beside the numbers.
+"""evaluate(): accuracy clean, under attack, under corruptions and on published test sets, with the protocol beside it.
 
-Every number is written as soon as it is known, so a killed run continues where it was; a file made under another
-protocol is refused.
+Every number is written as soon as it is known, and on the way to it the counts so far, so a killed run goes on where it
+was; a file made under another protocol is refused. Under torchrun the images are shared out over the processes.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastnull.checks import check_choice, check_number
+from fastnull.noise import Noise
 from fastnull.progress import progress_bar
 from fastnull.record import provenance, write_json
-from fastnull.robustness.attacks import apgd, fgsm, pgd
-from fastnull.robustness.attacks.base import NORMS, check_logits, is_broken, model_logits
-from fastnull.robustness.corruptions import CORRUPTIONS, DEMO_CORRUPTIONS, SEVERITIES, corrupt
+from fastnull.robustness.attacks.base import NORMS, check_logits, is_broken
+from fastnull.robustness.batches import Batch, EvaluationData
+from fastnull.robustness.corruptions import CORRUPTIONS, DEMO_CORRUPTIONS, SEVERITIES, frost_source
+from fastnull.robustness.measurements import ATTACKS, Measurement, clean_and_attacked, corrupted, noisy, plain
 from fastnull.robustness.metrics import Accuracy
-from fastnull.robustness.protocol import (
-    Batches,
-    data_digest,
-    dtype_name,
-    normalisation,
-    open_data,
-    resumed,
-    weights_digest,
-)
+from fastnull.robustness.protocol import data_digest, dtype_name, normalisation, resumed, tensor_digest, weights_digest
+from fastnull.robustness.suites import FOLDER_SUITES, check_layout, open_suite, suite_parts
 from fastnull.robustness.table import eps_name, summarize
+from fastnull.view import View
 from fastnull.vit import frozen
 
-SUITES = ("clean", "fgsm", "pgd", "apgd", "corruptions")
+SUITES = ("clean", *ATTACKS, "noise", "corruptions", *FOLDER_SUITES)
 
-Change = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(images, labels, indices) → the images that are classified."""
+SAVE_SECONDS = 30.0
+"""Between two savings of the counts within a measurement."""
+SYNC_ROUNDS = 8
+"""Batches that each of several processes takes between two of them."""
 
 
 # iterating a DataLoader draws a seed from the global generator
 @torch.random.fork_rng(devices=[])
 def evaluate(
     model: nn.Module,
-    data: tuple[Tensor, Tensor] | Dataset | DataLoader,
+    data: tuple[Tensor, Tensor] | Dataset | DataLoader | None = None,
     *,
     suites: Sequence[str] = ("clean", "fgsm", "pgd", "corruptions"),
     eps: Sequence[float] = (1 / 255, 2 / 255, 4 / 255, 8 / 255),
@@ -54,7 +55,13 @@ def evaluate(
     restarts: int = 1,
     corruptions: Sequence[str] = DEMO_CORRUPTIONS,
     severities: Sequence[int] = SEVERITIES,
+    root: str | os.PathLike[str] | None = None,
+    source: nn.Module | None = None,
+    noise: Noise | None = None,
+    frost_folder: str | os.PathLike[str] | None = None,
+    skip_bad: bool = False,
     batch_size: int = 256,
+    workers: int = 0,
     seed: int = 0,
     device: torch.device | str | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -62,41 +69,53 @@ def evaluate(
     progress: bool = True,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Measure a model's accuracy (in %) clean, under attack and under corruptions.
+    """Measure a model's accuracy (in %) clean, under attack, under corruptions and on published test sets.
 
-    Noise is keyed by (seed, number of the image in the data), so results do not depend on batch size or global random
-    state, which is as before afterwards, as are the modes of the model's modules. Attacks run on all images, also on
-    those that are misclassified already.
+    Noise is keyed by (seed, number of the image in the data), so results do not depend on batch size, number of
+    processes or global random state, which is as before afterwards, as are the modes of the model's modules. Attacks
+    run on all images, also on those that are misclassified already. Where a torch.distributed group exists, every
+    process of it must make the same call; each returns the whole result, and the first one writes it.
 
     Args:
         model: pixels in [0, 1] → logits [B, K] (or an output with `.logits`); evaluated in eval mode, in its own dtype.
         data: images [n, C, H, W] in [0, 1] and classes [n]; or a map-style data set of such pairs; or a DataLoader of
-            such batches, in a fixed order.
-        suites: any of `clean`, `fgsm`, `pgd`, `apgd` (cross entropy), `corruptions`.
+            such batches, in a fixed order. None takes root/imagenet-val, where a suite needs it.
+        suites: any of `clean`; `fgsm`, `pgd`, `mi_fgsm`, `apgd` (cross entropy), `apgd_t` (targeted DLR),
+            `autoattack`, for each of `eps`; `cw` (L2, constant 1) and `patch` (one patch), which have no radius;
+            `noise`; `corruptions` in memory; and the folders under `root`, see fastnull.robustness.suites.
         eps: radii of the attacks, in units of pixels in [0, 1]; results are keyed "8/255" (`linf`) or "0.5" (`l2`).
         norm: `linf` or `l2`.
-        steps: of PGD and APGD; PGD's step size is eps / 4, its start random.
+        steps: of PGD, MI-FGSM and APGD; PGD's step size is eps / 4, its start random.
         restarts: of PGD and APGD.
-        corruptions: names of fastnull.robustness.CORRUPTIONS.
-        severities: any of 1 .. 5.
+        corruptions: names of fastnull.robustness.CORRUPTIONS, computed in memory.
+        severities: any of 1 .. 5, of corruptions in memory and of imagenet-c.
+        root: folder of the published test sets.
+        source: transfer: the attacks are made on this model and tried on `model`.
+        noise: of suite `noise`, from any model whose site has the same shape: image i gets noise i mod M. Its
+            permutation, of equal norm, is measured beside it.
+        frost_folder: pictures for the corruption frost; None takes those that the package makes.
+        skip_bad: image files of `root` that cannot be read are left out and listed in place of an error.
         batch_size: of tensors and data sets; a DataLoader has its own.
+        workers: processes that load a data set.
         seed: of the random starts and corruptions.
         device: where to run; the model is moved there, as by `model.to`. None is where the model is.
-        out: file for the result (JSON), written after every number.
+        out: file for the result (JSON), written after every number, and on the way to it.
         resume: take over what `out` holds already; False starts anew.
-        progress: show a progress bar.
-        limit: use the first `limit` images only.
+        progress: show a progress bar with the time that is left.
+        limit: use the first `limit` images of each data set only.
 
     Returns:
         {"protocol": what was measured and how, "results": {"clean": %, "clean_top5": %, "fgsm": {"1/255": %, …},
-        "pgd": {…}, "corruptions": {name: {"1": %, …}}}, "summary": {"clean", "adversarial_mean" (over all entries of
-        fgsm and pgd), "corruption_mean", "mce" (if all 15 are there)}}; summary entries without data are None.
+        "pgd": {…}, …, "cw": %, "noise": {"learned": %, "permuted": %}, "corruptions": {name: {"1": %, …}},
+        "imagenet-a": %, …, "imagenet-c": {name: {"1": %, …}}}, "images": {measurement: {"n", "skipped": [file, …]}},
+        "summary": see fastnull.robustness.table.summarize}.
 
     Raises:
         TypeError: data of an unknown kind.
         ValueError: no images, a shuffled DataLoader, pixels outside [0, 1], labels out of range, NaN logits (the
-            message names the suite), an unknown suite or corruption, or `out` made under another protocol (the message
-            names what differs).
+            message names the suite), an unknown suite or corruption, eps out of range, a test set that is missing or
+            laid out otherwise, a file that cannot be read, data without an index shared out over processes, or `out`
+            made under another protocol (the message names what differs).
     """
     _check(suites, eps, norm, steps, restarts, corruptions, severities, batch_size, limit)
     if not isinstance(model, nn.Module):
@@ -105,15 +124,37 @@ def evaluate(
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = torch.device(device)
     model.to(device)
-    batches, total = open_data(data, batch_size, limit, device)
+    folders = [part for suite in suites if suite in FOLDER_SUITES for part in suite_parts(suite, severities)]
+    for part in folders:
+        if root is None:
+            raise ValueError(f"suite {part.partition('/')[0]} needs root, the folder of the published test sets")
+        check_layout(part, root)
+    if "noise" in suites and noise is None:
+        raise ValueError("suite noise needs a noise")
+    main: EvaluationData | None = None
+    transform = "none: the images as given, pixels in [0, 1]"
+    if set(suites) - set(FOLDER_SUITES):
+        if data is None:
+            if root is None:
+                raise ValueError(f"suites {', '.join(suites)} need data, or a root with imagenet-val")
+            found = open_suite("imagenet-val", root, model, skip_bad=skip_bad)
+            data, transform = found.images, f"imagenet-val, {found.transform}"
+        main = EvaluationData(data, batch_size, limit, device, workers)
+    world = distributed.get_world_size() if _is_distributed() else 1
+    if world > 1 and main is not None and not main.indexed:
+        raise ValueError("a DataLoader cannot be shared out over processes: give the data set, which has an index")
     protocol: dict[str, Any] = {
         "suites": list(suites),
         "subset": "all" if limit is None else f"first {limit}",
-        "n": total,
-        "data": data_digest(batches),
-        "transform": "none: the images as given, pixels in [0, 1]",
+        "n": None if main is None else main.total,
+        "data": None if main is None else data_digest(main),
+        "transform": transform,
+        "folders": {name: _described(name, model) for name in suites if name in FOLDER_SUITES},
+        "skip_bad": skip_bad,
         **normalisation(model),
         "weights": weights_digest(model),
+        "attacked_model": "itself" if source is None else weights_digest(source),
+        "noise": None if noise is None else f"{len(noise)} at {noise.site}, {tensor_digest(noise.tokens)}",
         "eps": [eps_name(value, norm) for value in eps],
         "norm": norm,
         "steps": steps,
@@ -124,40 +165,161 @@ def evaluate(
         "corruptions": list(corruptions),
         "severities": [int(severity) for severity in severities],
         "corruption_source": "computed in memory in float32, not the published JPEG files",
+        "frost": frost_source(frost_folder),
         "seed": seed,
         "backend": "autograd",
         "dtype": dtype_name(model, device),
         "provenance": provenance(device),
     }
-    if {"fgsm", "pgd", "apgd"} & set(suites) and " float16" in f" {protocol['dtype']}":
+    if set(ATTACKS) & set(suites) and " float16" in f" {protocol['dtype']}":
         warnings.warn("gradients of sure predictions vanish in float16: attacks look weak; use bfloat16", stacklevel=3)
-    record: dict[str, Any] = {"protocol": protocol, "results": {}, "summary": {}}
+    record: dict[str, Any] = {"protocol": protocol, "results": {}, "images": {}, "summary": {}}
     if out is not None and resume and Path(out).exists():
         record = resumed(out, protocol)
-    results = record["results"]
-
-    tasks = _tasks(model, suites, eps, norm, steps, restarts, corruptions, severities, seed)
-    todo = [(path, change) for path, change in tasks if _lookup(results, path) is None]
-    with progress_bar(len(todo), show=progress, unit="measurement") as bar:
-        for path, change in todo:
-            bar.set_description("/".join(path))
-            accuracy = _measure(model, batches, change, path)
-            if record["protocol"]["n"] is None:
-                record["protocol"]["n"] = accuracy.images
-            elif record["protocol"]["n"] != accuracy.images:
-                raise ValueError(
-                    f"data must yield the same images every time; {'/'.join(path)} saw {accuracy.images} of "
-                    f"{record['protocol']['n']}"
-                )
-            _store(results, path, accuracy.top1)
-            if path == ("clean",):
-                results["clean_top5"] = accuracy.top5
-            record["summary"] = summarize(results)
-            if out is not None:
-                write_json(out, record)
-            bar.update()
-    record["summary"] = summarize(results)
+    if source is not None:
+        source.to(device)
+    todo = [
+        *clean_and_attacked(model, source or model, suites, eps, norm, steps, restarts, seed),
+        *(noisy(model, noise) if noise is not None and "noise" in suites else ()),
+        *(corrupted(model, corruptions, severities, seed, frost_folder) if "corruptions" in suites else ()),
+        *(Measurement(tuple(part.split("/")), plain(model), part) for part in folders),
+    ]
+    todo = [measurement for measurement in todo if _lookup(record["results"], measurement.path) is None]
+    first = not _is_distributed() or distributed.get_rank() == 0
+    on_main = sum(measurement.suite is None for measurement in todo)
+    known = main.total if main is not None and on_main else 0
+    with progress_bar(None if known is None else on_main * known, show=progress and first, unit="image") as bar:
+        run = _Run(record, Path(out) if out is not None and first else None, bar)
+        for measurement in todo:
+            bar.set_description(measurement.name)
+            images, mask = main, None
+            if measurement.suite is not None and root is not None:
+                found = open_suite(measurement.suite, root, model, skip_bad=skip_bad)
+                images, mask = EvaluationData(found.images, batch_size, limit, device, workers), found.mask
+                if bar.total is not None and images.total is not None:
+                    bar.total += images.total  # a folder's images are counted when its turn comes
+            assert images is not None
+            run.measure(model, measurement, images, mask)
+    record["summary"] = summarize(record["results"])
     return record
+
+
+class _Run:
+    """A record that fills, and the file it is kept in."""
+
+    def __init__(self, record: dict[str, Any], out: Path | None, bar: Any) -> None:
+        self.record, self.out, self.bar = record, out, bar
+        self._saved = time.monotonic()
+
+    def measure(self, model: nn.Module, measurement: Measurement, data: EvaluationData, mask: Tensor | None) -> None:
+        """Find one number, from where a killed run left it, and write it down."""
+        path, results = measurement.path, self.record["results"]
+        started = self.record.pop("partial", None)
+        if started is None or started["measurement"] != measurement.name:
+            started = {"measurement": measurement.name, "position": 0, "images": 0, "top1": 0, "top5": 0, "skipped": []}
+        accuracy, skipped = self._counted(model, measurement, data, mask, started)
+        if accuracy.images == 0:
+            raise ValueError("data must hold at least one image that can be read; got none")
+        if measurement.suite is None:
+            self._check_same_images(measurement, accuracy.images)
+        _store(results, path, accuracy.top1)
+        if path == ("clean",):
+            results["clean_top5"] = accuracy.top5
+        if measurement.suite is not None or skipped:
+            self.record["images"][measurement.name] = {"n": accuracy.images, "skipped": skipped}
+        self.record.pop("partial", None)
+        self.record["summary"] = summarize(results)
+        self._write()
+
+    def _counted(
+        self, model: nn.Module, measurement: Measurement, data: EvaluationData, mask: Tensor | None,
+        started: Mapping[str, Any],
+    ) -> tuple[Accuracy, list[str]]:  # fmt: skip
+        """The counts over all images and processes, and the files that could not be read."""
+        rank, world = (distributed.get_rank(), distributed.get_world_size()) if _is_distributed() else (0, 1)
+        position = started["position"]
+        if self.bar.total is not None:
+            self.bar.total -= position
+        rounds = math.inf
+        if world > 1:
+            assert data.total is not None
+            rounds = math.ceil((data.total - position) / (world * data.batch_size))
+        mine, skipped = Accuracy(), []
+        batches = data.batches(position, rank, world)
+        for done in itertools.count(1):
+            batch = next(batches, None) if done <= rounds else None
+            if batch is not None:
+                _count(mine, model, measurement, batch, mask)
+                skipped += [data.name(index) for index in batch.bad]
+            before = position
+            if world > 1:
+                position = min(started["position"] + done * world * data.batch_size, data.total or 0)
+            elif batch is not None:
+                position += len(batch.labels) + len(batch.bad)
+            self.bar.update(position - before)
+            ended = done >= rounds if world > 1 else batch is None
+            if ended or (self._due() if world == 1 else done % SYNC_ROUNDS == 0):
+                counts, names = _gathered(mine, skipped)
+                counts.add(started)
+                names = started["skipped"] + names
+                if ended:
+                    return counts, names
+                self.record["partial"] = {
+                    "measurement": measurement.name, "position": position, **counts.counts(), "skipped": names,
+                }  # fmt: skip
+                self._write()
+        raise AssertionError("unreachable")
+
+    def _check_same_images(self, measurement: Measurement, images: int) -> None:
+        protocol = self.record["protocol"]
+        seen = self.record["images"].get("all", {}).get("n")
+        if seen is None:
+            self.record["images"]["all"] = {"n": images}
+            if protocol["n"] is None:
+                protocol["n"] = images
+        elif seen != images:
+            raise ValueError(f"data must yield the same images every time; {measurement.name} saw {images} of {seen}")
+
+    def _due(self) -> bool:
+        return self.out is not None and time.monotonic() - self._saved >= SAVE_SECONDS
+
+    def _write(self) -> None:
+        if self.out is not None:
+            write_json(self.out, self.record)
+            self._saved = time.monotonic()
+
+
+def _count(accuracy: Accuracy, model: nn.Module, measurement: Measurement, batch: Batch, mask: Tensor | None) -> None:
+    if len(batch.labels) == 0:
+        return
+    try:
+        with torch.no_grad(), frozen(model):
+            logits = measurement.respond(batch.images, batch.labels, batch.indices)
+        check_logits(is_broken(logits))
+        if mask is not None:
+            if logits.shape[1] != len(mask):
+                raise ValueError(f"the model must have ImageNet's {len(mask)} classes; it has {logits.shape[1]}")
+            logits = logits.masked_fill(~mask.to(logits.device), -math.inf)
+        accuracy.update(logits, batch.labels)
+    except ValueError as error:
+        raise ValueError(f"{measurement.name}: {error}") from error
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _gathered(accuracy: Accuracy, skipped: list[str]) -> tuple[Accuracy, list[str]]:
+    """Counts and names of all processes."""
+    everyone: list[Any] = [(accuracy.counts(), skipped)]
+    if _is_distributed():
+        everyone = [None] * distributed.get_world_size()
+        distributed.all_gather_object(everyone, (accuracy.counts(), skipped))
+    total, names = Accuracy(), []
+    for counts, theirs in everyone:
+        total.add(counts)
+        names += theirs
+    return total, names
 
 
 def _check(
@@ -185,52 +347,12 @@ def _check(
         check_number("limit", limit, 1)
 
 
-def _tasks(
-    model: nn.Module, suites: Sequence[str], eps: Sequence[float], norm: str, steps: int, restarts: int,
-    corruptions: Sequence[str], severities: Sequence[int], seed: int,
-) -> Iterator[tuple[tuple[str, ...], Change]]:  # fmt: skip
-    """(where the number goes in the results, what is done to the images), in the order in which they run."""
-
-    def single(radius: float) -> Change:
-        return lambda images, labels, indices: fgsm(model, images, labels, radius, norm)
-
-    def iterated(attack: Callable[..., Tensor], radius: float) -> Change:
-        return lambda images, labels, indices: attack(
-            model, images, labels, radius, norm=norm, steps=steps, restarts=restarts, seed=seed, indices=indices
-        )
-
-    def corrupted(name: str, severity: int) -> Change:
-        return lambda images, labels, indices: corrupt(images, name, severity, seed=seed, indices=indices)
-
-    if "clean" in suites:
-        yield ("clean",), lambda images, labels, indices: images
-    if "fgsm" in suites:
-        for radius in eps:
-            yield ("fgsm", eps_name(radius, norm)), single(radius)
-    for suite, attack in (("pgd", pgd), ("apgd", apgd)):
-        if suite in suites:
-            for radius in eps:
-                yield (suite, eps_name(radius, norm)), iterated(attack, radius)
-    if "corruptions" in suites:
-        for name in corruptions:
-            for severity in severities:
-                yield ("corruptions", name, str(int(severity))), corrupted(name, int(severity))
-
-
-def _measure(model: nn.Module, batches: Batches, change: Change, path: tuple[str, ...]) -> Accuracy:
-    accuracy = Accuracy()
-    for images, labels, indices in batches():
-        try:
-            changed = change(images, labels, indices)
-            with torch.no_grad(), frozen(model):
-                logits = model_logits(model, changed)
-            check_logits(is_broken(logits))
-            accuracy.update(logits, labels)
-        except ValueError as error:
-            raise ValueError(f"{'/'.join(path)}: {error}") from error
-    if accuracy.images == 0:
-        raise ValueError("data must hold at least one image; got none")
-    return accuracy
+def _described(name: str, model: nn.Module) -> str:
+    """A folder suite in the protocol: how its images reach the model, and among how many classes it chooses."""
+    layout, view = FOLDER_SUITES[name], View.of(model)
+    size = f"{view.size[0]}x{view.size[1]}"
+    how = f"as published, {size}" if layout.as_is else f"resized, crop {view.crop:g}, {view.interpolation}, {size}"
+    return f"{how}; {layout.classes} classes{'' if layout.classes == 1000 else ', the others masked out'}"
 
 
 def _lookup(results: Mapping[str, Any], path: tuple[str, ...]) -> Any:

@@ -57,6 +57,16 @@ class Accuracy:
         self._top5 = self._top5 + hits.any(1).sum()
         self.images += len(logits)
 
+    def counts(self) -> dict[str, int]:
+        """Images and hits so far; waits for the device."""
+        return {"images": self.images, "top1": int(self._top1), "top5": int(self._top5)}
+
+    def add(self, counts: Mapping[str, int]) -> None:
+        """Add what `counts` returned elsewhere or earlier."""
+        self.images += counts["images"]
+        self._top1 = self._top1 + counts["top1"]
+        self._top5 = self._top5 + counts["top5"]
+
     @property
     def top1(self) -> float:
         """Percent of images whose largest logit is the label's. Raises ValueError before the first image."""

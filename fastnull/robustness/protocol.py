@@ -5,81 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from fastnull.checks import check_images
 from fastnull.robustness.attacks.base import model_dtype
+from fastnull.robustness.batches import EvaluationData
 from fastnull.vit import unwrap
-
-Batches = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
-"""() → batches of (images, labels, indices), the same ones in the same order each time."""
 
 DIGEST_IMAGES = 32
 
 
-def open_data(data: Any, batch_size: int, limit: int | None, device: torch.device) -> tuple[Batches, int | None]:
-    """The batches on `device`, and the number of images, None where the data cannot tell.
-
-    Raises:
-        TypeError: data of an unknown kind. ValueError: no images, a DataLoader that shuffles, pixels outside [0, 1].
-    """
-    total: int | None = None
-    loader: Iterable[Any]
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        images, labels = data
-        if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels must be classes [{len(images)}], one an image; got shape {list(labels.shape)}")
-        total = len(images)
-        loader = [(images[i : i + batch_size], labels[i : i + batch_size]) for i in range(0, total, batch_size)]
-    elif isinstance(data, DataLoader):
-        if isinstance(data.sampler, RandomSampler):
-            raise ValueError("data must come in a fixed order; this DataLoader shuffles (set shuffle=False)")
-        loader = data
-        if hasattr(data.dataset, "__len__") and not data.drop_last:
-            total = len(data.dataset)
-    elif isinstance(data, Dataset) and hasattr(data, "__len__"):
-        loader = DataLoader(data, batch_size=batch_size)
-        total = len(data)
-    else:
-        raise TypeError(
-            f"data must be a pair of tensors (images, labels), a data set with a length or a DataLoader; "
-            f"got {type(data).__name__}"
-        )
-    if total is not None and limit is not None:
-        total = min(total, limit)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        seen = 0
-        for batch in loader:
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise TypeError(f"data must yield pairs (images, labels); got {type(batch).__name__}")
-            images, labels = batch
-            check_images(images)
-            if limit is not None:
-                images, labels = images[: limit - seen], labels[: limit - seen]
-            indices = torch.arange(seen, seen + len(images), device=device)
-            seen += len(images)
-            if len(images):
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), indices
-            if limit is not None and seen >= limit:
-                return
-
-    if next(batches(), None) is None:
-        raise ValueError("data must hold at least one image; got none")
-    return batches, total
-
-
-def data_digest(batches: Batches) -> str:
+def data_digest(data: EvaluationData) -> str:
     """Of the first 32 images, rounded to 8 bits, and their labels: tells data sets apart at a small price."""
     digest = hashlib.blake2b(digest_size=8)
     left = DIGEST_IMAGES
-    for images, labels, _ in batches():
+    for images, labels, *_ in data.batches():
         for image, label in zip(images[:left], labels[:left], strict=True):
             digest.update(f"{list(image.shape)} {label.tolist()}".encode())
             digest.update(image.detach().float().mul(255).round().clamp(0, 255).byte().cpu().numpy().tobytes())
@@ -87,6 +31,12 @@ def data_digest(batches: Batches) -> str:
         if left <= 0:
             break
     return digest.hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Of the values of a tensor."""
+    values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(values, digest_size=8).hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -124,6 +74,7 @@ def resumed(out: str | os.PathLike[str], protocol: Mapping[str, Any]) -> dict[st
         old = record["protocol"]
         if not isinstance(record["results"], dict):
             raise TypeError("results are no table")
+        record.setdefault("images", {})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out} is no result of evaluate(): {error!r}; remove it or set resume=False") from error
     wanted = json.loads(json.dumps(protocol))

@@ -112,22 +112,25 @@ def test_fgsm_and_pgd_equal_foolbox(model: NormalizedModel, batch: tuple[Tensor,
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 2 / 255), ("l2", 0.1)])
-@pytest.mark.parametrize("loss", ["ce", "dlr_targeted"])
-def test_apgd_is_as_strong_as_pyautoattack(norm: str, eps: float, loss: str) -> None:
+@pytest.mark.parametrize("loss", ["ce", "dlr", "dlr_targeted"])
+def test_apgd_has_the_robust_flags_of_pyautoattack(norm: str, eps: float, loss: str) -> None:
     library = pytest.importorskip("pyautoattack.autopgd_base")
     model = make_model()
     images = torch.rand(128, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     labels = model(images).argmax(1)
     settings = {"n_restarts": 1, "n_iter": 50, "eps": eps, "norm": {"linf": "Linf", "l2": "L2"}[norm], "seed": 0}
-    if loss == "ce":
-        attack = library.APGDAttack(model, device="cpu", loss="ce", rho=0.75, **settings)
-    else:
+    if loss == "dlr_targeted":
         attack = library.APGDAttack_targeted(model, device="cpu", n_target_classes=3, **settings)
-    theirs = (model(attack.perturb(images, labels)).argmax(1) == labels).double().mean()
-    found = apgd(model, images, labels, eps, norm=norm, loss=loss, steps=50, targets=3)
-    mine = (model(found).argmax(1) == labels).double().mean()
-    assert 0.02 < theirs < 0.98, "the case must tell strong from weak"
-    assert abs(mine - theirs) <= 3 / 128
+    else:
+        attack = library.APGDAttack(model, device="cpu", loss=loss, rho=0.75, **settings)
+    theirs = model(attack.perturb(images, labels)).argmax(1) == labels
+    # for one loss the same start as theirs: from the second target on they draw for the rest of the images alone
+    same_start = torch.Generator().manual_seed(0) if norm == "linf" and loss != "dlr_targeted" else None
+    found = apgd(model, images, labels, eps, norm=norm, loss=loss, steps=50, targets=3, generator=same_start)
+    mine = model(found).argmax(1) == labels
+    assert 0.02 < theirs.double().mean() < 0.98, "the case must tell strong from weak"
+    # elsewhere than where this was written the last bits, and with them another start's flags, may differ by an image
+    assert int((mine != theirs).sum()) <= (0 if same_start is not None else 1)
 
 
 def test_apgd_finds_a_maximum_inside_the_ball() -> None:

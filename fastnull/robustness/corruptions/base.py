@@ -15,6 +15,9 @@ Corruption = Callable[[Tensor, int, KeyedRandom], Tensor]
 """(images [B, C, H, W] float32 in [0, 1], severity 1..5, source of random numbers) → images; the caller clamps."""
 
 
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue in the brightness of a colour (ITU-R BT.601)."""
+
 BLACK = 1e-12
 """Values of HSV, and spreads of its channels, up to this count as 0."""
 

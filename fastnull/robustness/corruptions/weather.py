@@ -1,11 +1,11 @@
-"""Weather of ImageNet-C: snow, fog, brightness."""
+"""Weather of ImageNet-C: snow, fog, brightness, spatter."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastnull.robustness.corruptions.base import BLACK, check_rgb, motion_filter, zoom
+from fastnull.robustness.corruptions.base import BLACK, LUMINANCE, check_rgb, gaussian_filter, motion_filter, zoom
 from fastnull.robustness.keyed import KeyedRandom
 
 
@@ -22,7 +22,7 @@ def snow(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
     flakes = zoom(mean + std * random.normal(1, *images.shape[2:]), factor)  # [B, 1, H, W]
     flakes = torch.where(flakes < threshold, 0, flakes).clamp(0, 1)
     flakes = motion_filter(flakes, radius, sigma, random.uniform() * 90 - 135)
-    gray = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    gray = (images * images.new_tensor(LUMINANCE).view(3, 1, 1)).sum(1, keepdim=True)
     whitened = share * images + (1 - share) * torch.maximum(images, 1.5 * gray + 0.5)
     return whitened + flakes + flakes.rot90(2, (2, 3))
 
@@ -71,3 +71,42 @@ def brightness(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
     brighter = (value + c).clamp(max=1)
     # a black pixel has no colour: it becomes gray
     return torch.where(value > BLACK, images * (brighter / value.clamp_min(BLACK)), brighter)
+
+
+def spatter(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+    """Drops of (mean, std, sigma, threshold, strength): of water up to severity 3, then of mud."""
+    check_rgb(images, "spatter")
+    mean, std, sigma, threshold, strength = (
+        (0.65, 0.3, 4, 0.69, 0.6),
+        (0.65, 0.3, 3, 0.68, 0.6),
+        (0.65, 0.3, 2, 0.68, 0.5),
+        (0.65, 0.3, 1, 0.65, 1.5),
+        (0.67, 0.4, 1, 0.65, 1.5),
+    )[severity - 1]
+    liquid = gaussian_filter(mean + std * random.normal(1, *images.shape[2:]), sigma)  # [B, 1, H, W]
+    liquid = torch.where(liquid < threshold, 0, liquid)
+    if severity <= 3:
+        drops = _water(liquid[:, 0])[:, None]
+        drops = strength * drops / drops.amax((1, 2, 3), keepdim=True).clamp_min(BLACK)
+        return images + drops * images.new_tensor([175, 238, 238]).view(3, 1, 1) / 255
+    cover = gaussian_filter((liquid > threshold).to(images), strength)
+    cover = torch.where(cover < 0.8, 0, cover)
+    return images * (1 - cover) + cover * images.new_tensor([63, 42, 20]).view(3, 1, 1) / 255
+
+
+def _water(liquid: Tensor) -> Tensor:
+    """Liquid [B, H, W], darker towards its rims and lit from below right; by OpenCV, image by image on the CPU."""
+    try:
+        import cv2
+        import numpy as np
+    except ImportError as error:
+        raise ImportError(f"spatter needs OpenCV (pip install opencv-python-headless): {error}") from error
+    relief = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
+    results = []
+    for layer in liquid.mul(255).clamp(0, 255).byte().cpu().numpy():
+        distance = cv2.distanceTransform(255 - cv2.Canny(layer, 50, 150), cv2.DIST_L2, 5)
+        distance = cv2.threshold(distance, 20, 20, cv2.THRESH_TRUNC)[1]
+        distance = cv2.equalizeHist(cv2.blur(distance, (3, 3)).astype(np.uint8))
+        shaded = cv2.blur(cv2.filter2D(distance, cv2.CV_8U, relief), (3, 3))
+        results.append(torch.from_numpy(layer.astype(np.float32) * shaded.astype(np.float32)))
+    return torch.stack(results).to(liquid)

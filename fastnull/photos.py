@@ -1,0 +1,99 @@
+"""Small real photographs that need no download: crops of the pictures inside the scikit-image package.
+
+Each picture is a class: what is to be told apart are its textures and colours, seen at places that training never saw.
+A picture is divided into tiles; every third tile (along diagonals) is for testing, the others are for training, and a
+crop lies within one tile, so the two sets share no pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from fastnull.checks import check_number
+from fastnull.rng import generator
+
+PHOTOS = (
+    "astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble", "immunohistochemistry",
+    "motorcycle", "retina", "rocket",
+)  # fmt: skip
+"""The classes, by the names that scikit-image has for the pictures; camera, brick, coins, grass and gravel are grey."""
+
+PHOTOS_TRAIN, PHOTOS_TEST = 120, 40
+"""Images of each class."""
+
+TILE, CROP = 64, 48
+"""Sides in pixels of the pictures; a crop is resized to the size that is asked for."""
+
+
+def photos(size: int | tuple[int, int] = 32, channels: int = 3) -> tuple[TensorDataset, TensorDataset]:
+    """Crops of 13 photographs as (train, test) with 1560 and 520 images, the same number of each class.
+
+    Args:
+        size: height and width in pixels (one number or both), 16 to 64; the 48x48 crops are resized bilinearly, with
+            antialiasing.
+        channels: 3, or 1 for the mean of the colours.
+
+    Returns:
+        Two datasets of image [channels, H, W] (float32 in [0, 1]) and label; always the same.
+
+    Raises:
+        ImportError: scikit-image is not installed.
+        ValueError: a size or a number of channels out of range.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    for side in (height, width):
+        check_number("size", side, 16, 64)
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3; got {channels!r}")
+    sets: dict[bool, tuple[list[Tensor], list[int]]] = {False: ([], []), True: ([], [])}
+    for label, name in enumerate(PHOTOS):
+        picture = _picture(name)
+        for testing, (crops, labels) in sets.items():
+            count = PHOTOS_TEST if testing else PHOTOS_TRAIN
+            crops.append(_crops(picture, testing, count, generator(label, testing)))
+            labels += [label] * count
+    train, test = (_dataset(*sets[testing], (height, width), channels) for testing in (False, True))
+    return train, test
+
+
+def _picture(name: str) -> Tensor:
+    """[3, H, W] bytes."""
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise ImportError(f"the photos need scikit-image (pip install scikit-image): {error}") from error
+    readers: dict[str, Callable[[], Any]] = {
+        "hubble": data.hubble_deep_field,
+        "motorcycle": lambda: data.stereo_motorcycle()[0],
+    }
+    pixels = torch.from_numpy(readers.get(name, getattr(data, name, None))().copy())  # type: ignore[misc]
+    return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
+
+
+def _crops(picture: Tensor, testing: bool, count: int, source: torch.Generator) -> Tensor:
+    """[count, 3, CROP, CROP] at random places within the tiles of one set; as many from each tile, or nearly."""
+    rows, columns = (side // TILE for side in picture.shape[1:])
+    tiles = [(row, column) for row in range(rows) for column in range(columns) if ((row + column) % 3 == 0) == testing]
+    places = torch.randint(TILE - CROP + 1, (count, 2), generator=source).tolist()
+    # spread over the picture where there are more tiles than crops
+    chosen = [tiles[k * len(tiles) // count] if len(tiles) > count else tiles[k % len(tiles)] for k in range(count)]
+    crops = []
+    for (row, column), (down, right) in zip(chosen, places, strict=True):
+        top, left = row * TILE + down, column * TILE + right
+        crops.append(picture[:, top : top + CROP, left : left + CROP])
+    return torch.stack(crops)
+
+
+def _dataset(crops: list[Tensor], labels: list[int], size: tuple[int, int], channels: int) -> TensorDataset:
+    images = torch.cat(crops).float() / 255  # [n, 3, CROP, CROP]
+    if size != (CROP, CROP):
+        images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+    if channels == 1:
+        images = images.mean(1, keepdim=True)
+    return TensorDataset(images.clamp(0, 1), torch.tensor(labels))

@@ -1,0 +1,141 @@
+"""The published test sets as folders on disk: ImageNet val, A, R, C, V2, Sketch, Stylized and DAmageNet.
+
+Each lies in ROOT/NAME (or a link does), with a folder of images a class, named by its WordNet id (n01440764, ...); that
+of imagenet-v2 by its class number, and imagenet-c has ROOT/imagenet-c/CORRUPTION/SEVERITY/ above them, as it is
+published. Labels are those of ImageNet's 1000 classes, in the order of their WordNet ids.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnull.checks import check_choice
+from fastnull.compat import import_timm
+from fastnull.image_files import ImageFiles, ImageFolder
+from fastnull.robustness.corruptions import SEVERITIES
+from fastnull.robustness.metrics import ALEXNET_ERRORS
+from fastnull.view import View
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a test set lies on the disk.
+
+    Attributes:
+        classes: folders it must have; a model's other classes are masked out where these are fewer than 1000.
+        numbered: folders are named by class numbers, not by WordNet ids.
+        as_is: images are used as they are, neither resized nor cropped, where the model's size is theirs.
+    """
+
+    classes: int = 1000
+    numbered: bool = False
+    as_is: bool = False
+
+
+FOLDER_SUITES = {
+    "imagenet-val": Layout(),
+    "damagenet": Layout(),
+    "imagenet-a": Layout(classes=200),
+    "imagenet-c": Layout(as_is=True),
+    "imagenet-v2": Layout(numbered=True),
+    "imagenet-r": Layout(classes=200),
+    "imagenet-sketch": Layout(),
+    "imagenet-stylized": Layout(),
+}
+"""Name, which is the folder's too → its layout."""
+
+
+@functools.cache
+def wordnet_ids() -> tuple[str, ...]:
+    """The WordNet ids of ImageNet's 1000 classes in order (timm brings the list)."""
+    return tuple(import_timm().data.ImageNetInfo("imagenet-1k").label_names())
+
+
+@dataclass
+class FolderSet:
+    """An opened test set.
+
+    Attributes:
+        images: yields (image [C, H, W] in [0, 1], class 0 .. 999), or the class BAD for a file that is skipped.
+        mask: [1000] bool, the classes among which the model chooses; None where that is all of them.
+        transform: what is done to the images, in words.
+    """
+
+    images: ImageFiles
+    mask: Tensor | None
+    transform: str
+
+
+def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, skip_bad: bool = False) -> FolderSet:
+    """Open ROOT/NAME, or for imagenet-c a part of it such as "imagenet-c/fog/3", with the model's transforms.
+
+    Args:
+        name: of FOLDER_SUITES.
+        root: the folder above the test sets.
+        model: its configuration gives image size, crop and interpolation.
+        skip_bad: files that cannot be read get the label BAD in place of an error.
+
+    Raises:
+        ValueError: a folder is missing, or holds other classes than the test set has; the message says which.
+    """
+    layout = FOLDER_SUITES[name.partition("/")[0]]
+    folder, names, known = check_layout(name, root)
+    view = View.of(model)
+    files = ImageFolder(folder, known)
+    transform = as_published(view) if layout.as_is else view.evaluation()
+    mask = None
+    if layout.classes < 1000:
+        mask = torch.tensor([name in names for name in known])
+    how = "as it is, resized only where the model takes another size" if layout.as_is else (
+        f"resized (crop {view.crop:g}, {view.interpolation}), cropped to {view.size[0]}x{view.size[1]}"
+    )  # fmt: skip
+    return FolderSet(ImageFiles(files, transform, view.channels, skip_bad), mask, how)
+
+
+def check_layout(name: str, root: str | os.PathLike[str]) -> tuple[Path, set[str], list[str]]:
+    """The folder of a test set (or of a part of imagenet-c), its class folders, and the names that all classes have.
+
+    Raises:
+        ValueError: as `open_suite`. Images are not looked for.
+    """
+    kind, *inner = name.split("/")
+    layout = FOLDER_SUITES[check_choice("suite", kind, FOLDER_SUITES)]
+    folder = Path(root, kind, *inner)
+    if not folder.is_dir():
+        raise ValueError(f"{kind}: there is no folder {folder}; {_layout_of(kind)}")
+    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    known = [str(number) for number in range(1000)] if layout.numbered else list(wordnet_ids())
+    foreign = sorted(names - set(known))
+    if foreign or len(names) != layout.classes:
+        what = f"among them {', '.join(foreign[:3])}" if foreign else f"not the {layout.classes} of {kind}"
+        raise ValueError(f"{kind}: {folder} holds {len(names)} class folders, {what}; {_layout_of(kind)}")
+    return folder, names, known
+
+
+def suite_parts(name: str, severities: Sequence[int] = SEVERITIES) -> list[str]:
+    """What is measured apart: imagenet-c has a part for each corruption and severity, the others are one."""
+    if name != "imagenet-c":
+        return [name]
+    return [f"imagenet-c/{corruption}/{severity}" for corruption in ALEXNET_ERRORS for severity in severities]
+
+
+def as_published(view: View) -> Callable[[Any], Tensor]:
+    """The transform of images that were cropped before they were corrupted."""
+    return import_timm().data.create_transform(
+        view.size, normalize=False, interpolation=view.interpolation, crop_pct=1.0
+    )
+
+
+def _layout_of(kind: str) -> str:
+    layout = FOLDER_SUITES[kind]
+    above = "CORRUPTION/SEVERITY/" if kind == "imagenet-c" else ""
+    naming = "class numbers 0 to 999" if layout.numbered else "WordNet ids such as n01440764"
+    return f"it must be ROOT/{kind}/{above}CLASS/ with {layout.classes} class folders, named by {naming}"

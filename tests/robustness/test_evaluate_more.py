@@ -1,0 +1,221 @@
+"""evaluate() beyond single numbers: killed within a measurement, shared out over processes, transfer, noise."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from small_model import CLASSES, make_model
+from test_evaluate import QUICK, Counting, accuracy, make_data
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastnull.noise import Noise
+from fastnull.robustness import cw_l2, evaluate, fgsm, mi_fgsm, patch_attack, pgd
+from fastnull.vit import NormalizedModel
+
+# the package's attribute of that name is the function
+MODULE = importlib.import_module("fastnull.robustness.evaluate")
+
+# --- killed within a measurement
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+def test_a_measurement_goes_on_where_it_was_killed(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "SAVE_SECONDS", 0.0)
+    images, labels = make_data()  # 50: batches of 8, the last of 2
+    data: Any = (images, labels) if kind == "tensors" else DataLoader(TensorDataset(images, labels), batch_size=8)
+    out, settings = tmp_path / "result.json", {**QUICK, "suites": ("clean", "pgd"), "eps": (4 / 255,), "batch_size": 8}
+    whole = Counting()
+    expected = evaluate(whole, data, out=tmp_path / "other.json", **settings)
+    assert whole.calls == 7 * (1 + 4)  # PGD: 3 steps and the answer
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Counting(fail_after=7 + 3 * 4 + 2), data, out=out, **settings)  # within PGD's fourth batch
+    kept = json.loads(out.read_text())
+    assert kept["results"]["clean"] == expected["results"]["clean"]
+    assert (kept["partial"]["measurement"], kept["partial"]["position"]) == ("pgd/4/255", 24)
+    rest = Counting()
+    record = evaluate(rest, data, out=out, **settings)
+    assert rest.calls == 4 * 4
+    assert record["results"] == expected["results"]
+    assert "partial" not in json.loads(out.read_text())
+
+
+def test_another_batch_size_may_finish_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "SAVE_SECONDS", 0.0)
+    data, settings = make_data(), {**QUICK, "suites": ("pgd",), "eps": (4 / 255,)}
+    expected = evaluate(Counting(), data, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Counting(fail_after=5), data, out=tmp_path / "out.json", batch_size=9, **settings)
+    record = evaluate(Counting(), data, out=tmp_path / "out.json", batch_size=20, **settings)
+    assert record["results"] == expected["results"]
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {folder!r})
+import importlib
+importlib.import_module("fastnull.robustness.evaluate").SAVE_SECONDS = 0.0
+from test_evaluate import Counting, make_data
+from fastnull.robustness import evaluate
+
+class Slow(Counting):
+    def forward(self, images):
+        time.sleep({delay})
+        return super().forward(images)
+
+settings = dict(suites=("clean", "pgd"), eps=(4 / 255,), steps=3, batch_size=5, progress=False)
+evaluate(Slow(), make_data(), out={out!r}, **settings)
+"""
+
+
+def test_a_process_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    script = SCRIPT.format(folder=str(Path(__file__).parent), delay=0.1, out=str(out))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if out.exists() and json.loads(out.read_text()).get("partial", {}).get("measurement") == "pgd/4/255":
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    kept = json.loads(out.read_text())  # whole, not half a file
+    assert 0 < kept["partial"]["position"] < 50
+    rest = Counting()
+    settings: dict[str, Any] = {"suites": ("clean", "pgd"), "eps": (4 / 255,), "steps": 3, "progress": False}
+    record = evaluate(rest, make_data(), out=out, batch_size=5, **settings)
+    assert rest.calls == 4 * (50 - kept["partial"]["position"]) // 5
+    assert record["results"] == evaluate(Counting(), make_data(), **settings)["results"]
+
+
+# --- several processes
+
+
+def _shard(rank: int, folder: str, world: int, fail: bool) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{folder}/join", rank=rank, world_size=world)
+    model = Counting(fail_after=8 if fail else None)
+    try:
+        record = evaluate(model, make_data(), out=f"{folder}/out.json", batch_size=4, **SHARDED)
+    except KeyboardInterrupt:
+        os._exit(3)  # as a killed process: the group is not left
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps({"results": record["results"], "calls": model.calls}))
+    distributed.destroy_process_group()
+
+
+SHARDED: dict[str, Any] = {**QUICK, "suites": ("clean", "pgd", "corruptions"), "corruptions": ("gaussian_noise",)}
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    whole = Counting()
+    expected = evaluate(whole, make_data(), batch_size=4, **SHARDED)
+    torch.multiprocessing.spawn(_shard, (str(tmp_path), 2, False), nprocs=2)
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    for found in ranks:
+        assert found["results"] == expected["results"]
+    # 13 batches: 7 and 6, nothing twice
+    assert sum(found["calls"] for found in ranks) == whole.calls
+    assert abs(ranks[0]["calls"] - ranks[1]["calls"]) == whole.calls // 13
+    on_disk = json.loads((tmp_path / "out.json").read_text())
+    assert on_disk["results"] == expected["results"]
+    # one process completes, or finds complete, what two began
+    again = Counting()
+    assert evaluate(again, make_data(), out=tmp_path / "out.json", **SHARDED)["results"] == expected["results"]
+    assert again.calls == 0
+
+
+def test_a_loader_cannot_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "_is_distributed", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    loader = DataLoader(TensorDataset(*make_data()), batch_size=8)
+    with pytest.raises(ValueError, match="cannot be shared out"):
+        evaluate(make_model(dtype=torch.float64), loader, **QUICK)
+
+
+# --- more attacks, transfer, noise
+
+
+def test_attacks_without_and_with_a_radius() -> None:
+    net, (images, labels) = make_model(dtype=torch.float64), make_data(24)
+    suites = ("mi_fgsm", "apgd", "apgd_t", "cw")
+    found = evaluate(net, (images, labels), suites=suites, eps=(4 / 255,), steps=5, progress=False, limit=24)
+    results = found["results"]
+    expected = accuracy(net, mi_fgsm(net, images, labels, 4 / 255, steps=5), labels)
+    assert results["mi_fgsm"] == {"4/255": pytest.approx(expected)}
+    settings: dict[str, Any] = {"initial_const": 1.0, "search_steps": 1, "steps": 50, "lr": 0.01}
+    assert results["cw"] == pytest.approx(accuracy(net, cw_l2(net, images, labels, **settings), labels))
+    assert set(results["apgd_t"]) == {"4/255"}
+    with pytest.raises(ValueError, match="patch: "):
+        evaluate(nn.Sequential(nn.Flatten(), nn.Linear(768, 9)).double(), (images, labels), suites=("patch",))
+
+
+def test_patch_on_a_vit(vit: NormalizedModel, images: Tensor) -> None:
+    labels = torch.arange(8)
+    found = evaluate(vit, (images, labels), suites=("patch",), progress=False)["results"]["patch"]
+    assert found == pytest.approx(accuracy(vit, patch_attack(vit, images, labels), labels))
+
+
+def test_transfer_attacks_the_source_and_tries_the_model() -> None:
+    one, other = make_model(dtype=torch.float64), make_model(seed=1, dtype=torch.float64)
+    images, labels = make_data()
+    settings = {**QUICK, "suites": ("clean", "fgsm", "pgd")}
+    record = evaluate(one, (images, labels), source=other, **settings)
+    results = record["results"]
+    assert results["clean"] == pytest.approx(accuracy(one, images, labels))
+    assert results["fgsm"]["4/255"] == pytest.approx(accuracy(one, fgsm(other, images, labels, 4 / 255), labels))
+    assert results["pgd"]["4/255"] == pytest.approx(accuracy(one, pgd(other, images, labels, 4 / 255, steps=3), labels))
+    direct = evaluate(one, (images, labels), **settings)
+    assert results["pgd"]["4/255"] > direct["results"]["pgd"]["4/255"] + 10, "another model's attack is weaker"
+    assert direct["protocol"]["attacked_model"] == "itself"
+    assert record["protocol"]["attacked_model"] != "itself"
+
+
+def make_noise(tokens: Tensor, site: str = "patch") -> Noise:
+    count = len(tokens)
+    zeros = torch.zeros(count)
+    return Noise(tokens, zeros, zeros, zeros.bool(), zeros.long(), site)
+
+
+def test_noise_of_another_model(vit: NormalizedModel, images: Tensor) -> None:
+    labels = vit(images).argmax(1)
+    zero = evaluate(vit, (images, labels), suites=("noise",), noise=make_noise(torch.zeros(1, 16, 32)), progress=False)
+    assert zero["results"]["noise"] == {"learned": 100.0, "permuted": 100.0}
+    # noise i mod M: only odd images get the loud one
+    loud = torch.cat([torch.zeros(1, 16, 32), 30 * torch.randn(1, 16, 32)])
+    found = evaluate(vit, (images, labels), suites=("noise",), noise=make_noise(loud), progress=False, batch_size=3)
+    assert 50 <= found["results"]["noise"]["learned"] < 100
+    pixels = make_noise(torch.zeros(1, 3, 16, 16), "pixels")
+    assert evaluate(vit, (images, labels), suites=("noise",), noise=pixels, progress=False)["results"]["noise"]
+    with pytest.raises(ValueError, match="noise/learned: the noise is of shape"):
+        evaluate(vit, (images, labels), suites=("noise",), noise=make_noise(torch.zeros(1, 9, 32)), progress=False)
+    with pytest.raises(ValueError, match="suite noise needs a noise"):
+        evaluate(vit, (images, labels), suites=("noise",), progress=False)
+
+
+def test_outputs_with_logits_are_unwrapped() -> None:
+    class Output:
+        def __init__(self, logits: Tensor) -> None:
+            self.logits = logits
+
+    class HuggingFace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_model(dtype=torch.float64)
+
+        def forward(self, images: Tensor) -> Output:
+            return Output(self.inner(images))
+
+    expected = evaluate(make_model(dtype=torch.float64), make_data(), **QUICK)["results"]
+    assert evaluate(HuggingFace(), make_data(), **QUICK)["results"] == expected
+    assert CLASSES == 7

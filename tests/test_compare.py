@@ -1,0 +1,216 @@
+"""The comparison at its smallest: equal compute, equal norms, paired statistics, resuming, and refusals."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastnull.compare
+from fastnull.cli import main
+from fastnull.compare import RECIPES, CompareSettings, limit_of_norm, run_compare
+from fastnull.data import embedded
+from fastnull.models import load_model
+from fastnull.recipe import FinetuneConfig, step_cost
+from fastnull.report.claims import compare
+from fastnull.report.comparison import format_comparison, summarize_runs
+from fastnull.report.runs import Run
+from fastnull.rng import generator, uniform
+from fastnull.solvers import norms, valid_noise
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+TINY = CompareSettings(
+    methods=("clean-only", "random-pixels", "boundary-pixels", "wide"),
+    recipes={"wide": {"augment": "random", "limit": 1}},
+    seeds=2, first_seed=3, pretrain_epochs=1, budget=13, eps=(8,), pgd_steps=1, corruptions=("contrast",),
+    severities=(1,), images=24,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison."""
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    run_compare(folder, TINY, progress=False)
+    return folder
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+
+
+def test_numbers_are_those_of_the_runs(done: Path) -> None:
+    record = record_of(done)
+    assert list(record["methods"]) == list(TINY.methods)
+    for method, found in record["methods"].items():
+        assert list(found["seeds"]) == ["3", "4"]
+        clean = []
+        for seed in (3, 4):
+            results = json.loads((done / f"seed-{seed}" / method / "results.json").read_text())
+            assert found["seeds"][str(seed)]["clean"] == results["summary"]["clean"]
+            clean.append(results["summary"]["clean"])
+            # equal compute: within one step of the dearest method
+            assert 13 - 13 * 64 / 1297 < found["seeds"][str(seed)]["forward_passes"] <= 13
+        assert found["mean"]["clean"] == pytest.approx(statistics.fmean(clean))
+        assert found["std"]["clean"] == pytest.approx(statistics.stdev(clean))
+        assert found["mean"]["seconds"] > 0
+    pairs = {(row["method"], row["other"]) for row in record["differences"]}
+    assert len(pairs) == 4 * 3
+    assert {row["measure"] for row in record["differences"]} == {"clean", "adversarial_mean", "corruption_mean"}
+    assert record["provenance"]["torch"] == torch.__version__
+    assert (done / "comparison.md").read_text().startswith("| finetuned with |")
+    text = (done / "report" / "report.md").read_text()
+    assert "| random-pixels |" in text  # runs are called by their methods
+    assert "limit" not in text.partition("## Settings")[0]
+    assert (done / "report" / "figures" / "accuracy_over_eps.png").exists()
+
+
+def test_random_noise_has_the_norm_of_the_other(done: Path) -> None:
+    for seed in (3, 4):
+        means = {}
+        for method in ("boundary-pixels", "random-pixels"):
+            lines = (done / f"seed-{seed}" / method / "metrics.jsonl").read_text().splitlines()
+            norms_seen = [record["norm"] for record in map(json.loads, lines) if record["kind"] == "step"]
+            means[method] = statistics.fmean(norms_seen)
+        # the limit is found on other images than those of the steps
+        assert means["random-pixels"] == pytest.approx(means["boundary-pixels"], rel=0.03)
+    limits = [run["limit"] for run in record_of(done)["methods"]["random-pixels"]["seeds"].values()]
+    assert limits[0] != limits[1]
+
+
+@pytest.mark.parametrize("site", ["patch", "pixels"])
+def test_limit_of_norm(site: str) -> None:
+    inputs = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)).round()  # half of all noise is cut
+    limit = limit_of_norm(2.0, inputs, site)
+    noise = uniform(inputs.shape, limit, generator(5), inputs)
+    noise = valid_noise(inputs, noise) if site == "pixels" else noise
+    assert float(norms(noise).mean()) == pytest.approx(2.0, rel=0.02)
+    with pytest.raises(ValueError, match="no uniform noise in pixels"):
+        limit_of_norm(1e3, inputs, "pixels")
+
+
+def test_resume_does_only_what_is_missing(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = record_of(done)
+    lost = done / "seed-4" / "boundary-pixels" / "results.json"
+    lost.unlink()
+    monkeypatch.setattr("fastnull.training.Training.train_step", lambda *_: pytest.fail("trained again"))
+    run_compare(done, TINY, resume=True, progress=False)
+    after = record_of(done)
+    assert after["methods"] == before["methods"]
+    assert after["differences"] == before["differences"]
+    with pytest.raises(ValueError, match="other settings: seeds"):
+        run_compare(done, replace(TINY, seeds=3), resume=True)
+    with pytest.raises(ValueError, match="holds a comparison already"):
+        run_compare(done, TINY)
+
+
+def test_held_out_split_is_not_the_test_set(tmp_path: Path, done: Path) -> None:
+    settings = replace(TINY, split="held-out", seeds=1, methods=("clean-only",), images=None)
+    run_compare(tmp_path / "out", settings, progress=False)
+    folder = tmp_path / "out" / "seed-3"
+    protocol = json.loads((folder / "clean-only" / "results.json").read_text())["protocol"]
+    assert protocol["n"] == round(0.2 * 1297)
+    for name in ("pretrained", "clean-only"):
+        assert json.loads((folder / name / "config.json").read_text())["data"]["train"] == 1297 - protocol["n"]
+    # its images are training images, those that neither training saw
+    model = load_model(folder / "clean-only" / "last.safetensors")
+    held = fastnull.compare._evaluation_data(
+        FinetuneConfig(data="digits", val_fraction=fastnull.compare.HELD_OUT), "held-out", model
+    )
+    train, test = embedded("digits", model)
+    assert torch.equal(held[0][0], train[held.indices[0]][0])  # type: ignore[attr-defined]
+    assert (
+        protocol["data"]
+        != json.loads((done / "seed-3" / "clean-only" / "results.json").read_text())["protocol"]["data"]
+    )
+    assert len(test) == 500
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_numbers_in_the_right_order(tmp_path: Path, done: Path) -> None:
+    settings = replace(TINY, seeds=1, methods=("random-pixels", "boundary-pixels"))  # the first waits for the second
+    record = run_compare(tmp_path / "out", settings, jobs=2, progress=False)
+    alone = record_of(done)["methods"]
+    for method in settings.methods:
+        mine, theirs = record["methods"][method]["seeds"]["3"], alone[method]["seeds"]["3"]
+        for name in ("clean", "adversarial_mean", "corruption_mean", "limit", "steps"):
+            assert mine[name] == theirs[name]
+
+
+def test_statistics_by_hand() -> None:
+    def run(method: str, seed: int, clean: float) -> Run:
+        summary = {"clean": clean, "adversarial_mean": clean / 2, "corruption_mean": None, "mce": None}
+        return Run(method, seed, {"summary": summary}, {"config": {"limit": None}}, {"seconds": 2.0})
+
+    values = {"a": (70.0, 74.0, 78.0), "b": (71.0, 70.0, 75.0)}
+    runs = [run(method, seed, clean) for method, row in values.items() for seed, clean in enumerate(row)]
+    record = summarize_runs(runs, ("a", "b"))
+    assert record["methods"]["a"]["mean"]["clean"] == 74
+    assert record["methods"]["a"]["std"]["clean"] == 4
+    assert record["methods"]["a"]["mean"]["corruption_mean"] is None
+    (row,) = [r for r in record["differences"] if (r["method"], r["measure"]) == ("a", "clean")]
+    assert row["per_seed"] == [-1, 4, 3]  # paired by seed
+    # mean 2, s = sqrt(7), t(2 degrees) = 4.303
+    half = 4.30 * 7**0.5 / 3**0.5
+    assert (row["mean"], row["low"], row["high"]) == (2, pytest.approx(2 - half), pytest.approx(2 + half))
+    assert compare({"a": {0: {"clean": 1.0}}, "b": {1: {"clean": 2.0}}}, "a", "b", "clean") is None
+    assert "| b | −2.0 (−8.6 to +4.6) |" in format_comparison(record)
+
+
+def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:
+    settings = CompareSettings()
+    assert set(settings.methods) == set(RECIPES)
+    for method in settings.methods:
+        # at least five epochs of the dearest method, or a learning rate schedule means nothing
+        assert settings.budget / step_cost(settings.configuration(method)) >= 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("clean",)}, "Did you mean 'clean-only'"),
+        ({"methods": ("random-tokens",)}, "takes the norm of boundary-tokens, which must be among the methods"),
+        ({"methods": ("x",), "recipes": {"x": {"augmnt": "none"}}}, "recipe of x: field must be one of"),
+        ({"methods": ("x",), "recipes": {"x": {"augment": "boundary", "eps": -1}}}, "recipe of x: eps must be"),
+        (
+            {"methods": ("universal", "x"), "recipes": {"x": {"augment": "none", "norm_of": "universal"}}},
+            "sets the limit",
+        ),
+        ({"methods": ("universal", "universal")}, "methods must differ"),
+        ({"methods": ()}, "at least one"),
+        ({"data": "cifar"}, "data must be one of 'digits', 'photos'"),
+        ({"split": "train"}, "split must be one of"),
+        ({"seeds": 0}, "seeds must be"),
+    ],
+)
+def test_bad_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompareSettings(**changes)
+
+
+def test_command_with_recipes_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipes = tmp_path / "recipes.json"
+    recipes.write_text(json.dumps({"mine": {"augment": "trades", "attack_steps": 1, "trades_beta": 1}}))
+    words = [
+        "compare", "--data", "photos", "--methods", "mine", "clean-only", "--recipes", str(recipes), "--seeds", "1",
+        "--pretrain-epochs", "1", "--budget", "9", "--eps", "8", "--pgd-steps", "1", "--images", "13", "--corruptions",
+        "contrast", "--severities", "1", "2", "--jobs", "1", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    pytest.importorskip("skimage")
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "| mine |" in text
+    assert "| minus mine [points] |" in text
+    settings = record_of(tmp_path / "out")["settings"]
+    assert settings["severities"] == [1, 2]
+    config = json.loads((tmp_path / "out" / "seed-0" / "mine" / "config.json").read_text())["config"]
+    assert (config["model"], config["augment"], config["trades_beta"]) == ("vit_photos", "trades", 1)
+    assert main(words) == 2
+    assert "--resume goes on" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""TRADES, against its formula; the other controls are tested by the runs that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastnull.controls import Stopwatch, Trades
+from fastnull.vit import NormalizedModel
+
+EPS = 8 / 255
+
+
+def make_trades(model: NormalizedModel, **changes: float) -> Trades:
+    settings = {"beta": 6.0, "eps": EPS, "steps": 5, "step_size": 2 / 255, "seed": 0}
+    return Trades(model, **{**settings, **changes}, watch=Stopwatch(torch.device("cpu")))
+
+
+def divergence(model: NormalizedModel, images: Tensor, attacked: Tensor) -> Tensor:
+    p, q = model(images).softmax(1), model(attacked).softmax(1)
+    return (p * (p / q).log()).sum(1)  # [B]
+
+
+def test_loss_is_the_formula(vit: NormalizedModel, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.arange(8)
+    trades = make_trades(vit)
+    attacked = (images + 0.01 * torch.randn(images.shape)).clamp(0, 1)
+    monkeypatch.setattr(trades, "attack", lambda *_: attacked)
+    loss, logits = trades.loss(images, labels, F.cross_entropy)
+    loss.backward()
+    gradients = [parameter.grad.clone() for parameter in vit.parameters()]
+    vit.zero_grad()
+    expected = F.cross_entropy(vit(images), labels) + 6 * divergence(vit, images, attacked).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits, vit(images))
+    expected.backward()  # through both views
+    for gradient, parameter in zip(gradients, vit.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_attack_raises_the_divergence_within_the_ball(vit: NormalizedModel, images: Tensor) -> None:
+    trades = make_trades(vit.train())
+    attacked = trades.attack(images, trades._probabilities(images))
+    assert vit.training
+    vit.eval()
+    assert (attacked - images).abs().max() <= EPS + 1e-6
+    random = (images + EPS * (2 * torch.rand(images.shape) - 1)).clamp(0, 1)
+    assert (divergence(vit, images, attacked) > 2 * divergence(vit, images, random)).all()
+    assert float(trades.stats["norm"]) == pytest.approx(float((attacked - images).flatten(1).norm(dim=1).mean()))
+
+
+def test_labels_take_no_part_in_the_attack(
+    vit: NormalizedModel, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def recording(attack: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def call(images: Tensor, labels: Tensor) -> Tensor:
+            seen.append(attack(images, labels))
+            return seen[-1]
+
+        return call
+
+    for labels in (torch.arange(8), torch.zeros(8, dtype=torch.long)):
+        trades = make_trades(vit)
+        monkeypatch.setattr(trades, "attack", recording(trades.attack))
+        trades.loss(images, labels, F.cross_entropy)
+    assert torch.equal(seen[0], seen[1])
