@@ -22,14 +22,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastnull.explicit.products import PackedProduct, packs
 from fastnull.ops import (
     attention,
     attention_dqkv,
     derivative_dtype,
+    dgelu_,
+    gelu_,
     layer_norm_dx,
     layer_norm_stats,
-    linear_dgelu,
-    linear_gelu_derivative,
 )
 from fastnull.vit.parts import BlockParts
 
@@ -40,12 +41,20 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 class FoldedLinear:
-    """A linear whose weight [out, in] and bias [out] are buffers that `sync` fills from live parameters."""
+    """A linear whose weight [out, in] and bias [out] are buffers that `sync` fills from live parameters.
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    Where `packed`, the weight lies in the library's own order, once for each direction (see products.py). Such products
+    give their results in memory of their own, so `out` is room that a result may be written to, and what is returned is
+    where it is.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, packed: bool = False) -> None:
         self._linear = linear
         self.weight = torch.empty_like(linear.weight, dtype=dtype, requires_grad=False)
         self.bias = torch.zeros(len(linear.weight), dtype=dtype, device=linear.weight.device)
+        self._packed = packed
+        self._product: PackedProduct | None = None
+        self._transposed: PackedProduct | None = None
 
     def sync(self, *, before: nn.LayerNorm | None = None, rows: Tensor | None = None) -> None:
         """Cast and fold: `before` is the norm whose affine goes in, `rows` [out] scales the output."""
@@ -57,20 +66,40 @@ class FoldedLinear:
             weight = weight * wide(before.weight)
         if rows is not None:
             weight, bias = weight * wide(rows).unsqueeze(1), bias * wide(rows)
-        self.weight.copy_(weight)
         self.bias.copy_(bias)
+        if self._packed:
+            cast = weight.to(self.bias.dtype)
+            self._product, self._transposed = PackedProduct(cast), PackedProduct(cast.t())
+            self.weight = cast.new_empty(0)
+        else:
+            self.weight.copy_(weight)
+
+    def tensors(self) -> list[Tensor]:
+        """All that is held."""
+        packed = [product.weight for product in (self._product, self._transposed) if product is not None]
+        return [self.weight, self.bias, *packed]
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x [M, in] → [M, out]."""
+        if self._product is not None:
+            return self._product(x, self.bias)
         return torch.addmm(self.bias, x, self.weight.t(), out=out)  # type: ignore[call-overload]
 
+    def without_bias(self, x: Tensor, out: Tensor) -> Tensor:
+        """x [M, in] → [M, out]."""
+        return self._product(x) if self._product is not None else torch.mm(x, self.weight.t(), out=out)
+
     def add_to(self, residual: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        """residual [M, out] + linear(x) → out."""
+        """residual [M, out] + linear(x) → [M, out]."""
+        if self._product is not None:
+            return self._product(x, self.bias, residual)
         torch.add(residual, self.bias, out=out)
         return out.addmm_(x, self.weight.t())
 
     def input_gradient(self, dy: Tensor, out: Tensor | None = None) -> Tensor:
         """dy [M, out] → dx [M, in]."""
+        if self._transposed is not None:
+            return self._transposed(dy)
         return torch.mm(dy, self.weight, out=out)  # type: ignore[call-overload]
 
 
@@ -117,8 +146,10 @@ class Block:
         self.hidden = parts.fc1.out_features
         self.heads, self.head_dim = parts.heads, parts.proj.in_features // parts.heads
         self.qk_norm = parts.q_norm is not None or parts.k_norm is not None
-        self.qkv, self.proj = FoldedLinear(parts.qkv, self.compute), FoldedLinear(parts.proj, self.compute)
-        self.fc1, self.fc2 = FoldedLinear(parts.fc1, self.compute), FoldedLinear(parts.fc2, self.compute)
+        packed = packs(self.compute, parts.qkv.weight.device)
+        self.qkv, self.proj, self.fc1, self.fc2 = (
+            FoldedLinear(linear, self.compute, packed) for linear in (parts.qkv, parts.proj, parts.fc1, parts.fc2)
+        )
         # the affine that turns normalised q and k into what the scores take, [2, 1, d]: scale, shift
         device = parts.qkv.weight.device
         self.qk_scale = torch.ones(2, 1, self.head_dim, dtype=self.compute, device=device)
@@ -160,9 +191,8 @@ class Block:
         middle = self.proj.add_to(x, heads, out=_room(saved.middle[rows], scratch.middle))
         _keep(middle, saved.middle[rows])
         layer_norm_stats(middle, eps=self.parts.norm2.eps, out=(normed, mean2, rstd2))
-        linear_gelu_derivative(
-            normed, self.fc1.weight, self.fc1.bias, self.parts.gelu, out=hidden, derivative=saved.derivative[rows]
-        )
+        hidden = self.fc1.without_bias(normed, out=hidden)
+        gelu_(hidden, self.fc1.bias, self.parts.gelu, derivative=saved.derivative[rows])
         _keep(self.fc2.add_to(middle, hidden, out=_room(out[rows], scratch.x)), out[rows])
 
     def backward(self, saved: Saved, scratch: Scratch, rows: slice, images: int, gradient: Tensor) -> None:
@@ -170,17 +200,17 @@ class Block:
         m = len(gradient)
         mean1, rstd1, mean2, rstd2 = (stat[rows] for stat in saved.stats)
         normed, heads, dz = scratch.normed[:m], scratch.heads[:m], scratch.hidden[: m * self.hidden].view(m, -1)
-        linear_dgelu(gradient, self.fc2.weight, saved.derivative[rows], out=dz)
-        self.fc1.input_gradient(dz, out=normed)
+        dz = dgelu_(self.fc2.input_gradient(gradient, out=dz), saved.derivative[rows])
+        normed = self.fc1.input_gradient(dz, out=normed)
         layer_norm_dx(normed, _widened(saved.middle[rows], scratch.middle), mean2, rstd2, gradient, out=gradient)
-        self.proj.input_gradient(gradient, out=heads)
+        heads = self.proj.input_gradient(gradient, out=heads)
         dqkv = self._packed(scratch.hidden[: m * 3 * self.inner].view(m, -1), images)
         dheads = heads.view(images, -1, self.heads, self.head_dim)
         qkv = self._packed(_widened(saved.qkv[rows], scratch.qkv), images)
         stats = self._qk_normed(qkv)
         attention_dqkv(qkv, dheads, 1.0, out=dqkv)
         self._qk_norm_backward(self._packed(saved.qkv[rows], images), stats, dqkv)
-        self.qkv.input_gradient(dqkv.view(m, -1), out=normed)
+        normed = self.qkv.input_gradient(dqkv.view(m, -1), out=normed)
         layer_norm_dx(normed, _widened(saved.x[rows], scratch.x), mean1, rstd1, gradient, out=gradient)
 
     def _packed(self, rows: Tensor, images: int) -> Tensor:

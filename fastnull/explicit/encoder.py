@@ -187,7 +187,7 @@ class ExplicitEncoder:
         for block in self._all_blocks():
             linears += block.linears()
         weights = [self.stem.weight, self.stem.bias, self.stem.prefix, self.stem.positions]
-        weights += [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+        weights += [tensor for linear in linears for tensor in linear.tensors()]
         scratch = [self._final, self._gradient, *_tensors(self._scratch)] if self._saved else []
         kept = [tensor for saved in self._saved for tensor in _tensors(saved)]
         return {"weights": _bytes(weights), "kept": _bytes(kept), "scratch": _bytes(scratch)}
