@@ -104,13 +104,12 @@ def fastnull_step(encoder: FrozenEncoder, images: Tensor, start: Tensor) -> Step
     return step
 
 
-def block_products(model: nn.Module, batch: int, dtype: torch.dtype, blocks: int) -> Callable[[int], None]:
-    """The four linears' products alone, forward and input gradient, of the first `blocks` blocks: no bias, no rest."""
+def block_products(model: nn.Module, batch: int, dtype: torch.dtype) -> Callable[[int], None]:
+    """The four linears' products alone, forward and input gradient, of all blocks: no bias, no rest."""
     parts = in_dtype(model, dtype, trainable=False).parts()
     prefix, positions = parts.positions()
     M = batch * (len(prefix) + len(positions))
-    chosen = parts.blocks[:blocks]
-    weights = [[linear.weight for linear in (b.qkv, b.proj, b.fc1, b.fc2)] for b in chosen]
+    weights = [[linear.weight for linear in (b.qkv, b.proj, b.fc1, b.fc2)] for b in parts.blocks]
     sizes = {size for block in weights for weight in block for size in weight.shape}
     device = parts.projection.weight.device
     source = torch.Generator().manual_seed(0)

@@ -66,6 +66,7 @@ class Case:
         judge: (variant, result) → (error, what is wrong or "") in place of the comparison with the reference.
         summary: rows → lines to print and keep.
         peaks: what was measured as bytes in place of time: (backend, dtype) → bytes.
+        rounds: for work that takes minutes: exactly so many; None: the settings'.
     """
 
     suite: str
@@ -80,6 +81,7 @@ class Case:
     judge: Callable[[Variant, Tensor], tuple[float | None, str]] | None = None
     summary: Callable[[Sequence[Row]], list[str]] = lambda rows: []
     peaks: Mapping[tuple[str, torch.dtype], float] = field(default_factory=dict)
+    rounds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ def measure(case: Case, settings: BenchSettings, ceilings: Ceilings, about: Mapp
     timed = [*right, *twins]
     times: dict[tuple[str, torch.dtype], list[float]] = {}
     if not case.peaks and timed:
-        columns = interleaved(timed, case.copies, settings.seconds, settings.rounds, timer_for(settings.device))
+        seconds, rounds = (settings.seconds, settings.rounds) if case.rounds is None else (0.0, case.rounds)
+        columns = interleaved(timed, case.copies, seconds, rounds, timer_for(settings.device))
         times = {(v.backend, v.dtype): column for v, column in zip(timed, columns, strict=True)}
     where = {name: about[name] for name in ("date", "commit", "torch", "triton", "threads")}
     rows = []
