@@ -60,7 +60,7 @@ def _case(name: str, model: nn.Module, dtype: torch.dtype, settings: BenchSettin
         variants.append(_variant(label, config, name, images, labels, dtype, settings))
     return Case(
         "finetune", name, f"step, noise of {STEPS} updates", f"batch {B}, {shape.N} tokens, width {shape.D}", variants,
-        (TWO_VIEWS, dtype), judge=_judge(), summary=lambda rows: _summary(name, rows),
+        (TWO_VIEWS, dtype), judge=_judge(), summary=lambda rows: _summary(name, rows), rounds=2,
     )  # fmt: skip
 
 

@@ -100,7 +100,7 @@ class BenchSettings:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     device: str = "cpu"
     threads: int | None = None
-    seconds: float = 1.5
+    seconds: float = 1.0
     rounds: int = 3
     compile: bool = True
     compile_mode: str = "default"
@@ -120,7 +120,7 @@ class BenchSettings:
     @classmethod
     def quickly(cls) -> BenchSettings:
         """A look in under two minutes: a small model and batch, no torch.compile. Not for numbers to quote."""
-        return cls(models=("vit_tiny_patch16_224",), batch=4, projected=8, seconds=1.0, compile=False, trained=False)
+        return cls(models=("vit_tiny_patch16_224",), batch=4, projected=8, compile=False, trained=False)
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +133,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="DEVICE", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)")
     parser.add_argument("--projected", type=int, metavar="N", help="images that suite projection takes (default: 64)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="measuring time a case (default: 1.5)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="measuring time a case (default: 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--compile-mode", metavar="MODE", help=f"any of {', '.join(COMPILE_MODES)}")
     parser.add_argument(

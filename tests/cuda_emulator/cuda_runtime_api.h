@@ -1,0 +1,4 @@
+// Stands for the CUDA header in tests.
+#pragma once
+
+#include <cuda_runtime.h>
