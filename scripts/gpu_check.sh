@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 99
 
-PARTS="build tests steps ops noise kernels sanitizer" # the most wanted first; `tune` on request
+PARTS="build tests steps ops noise kernels cpp sanitizer" # the most wanted first; `tune` on request
 TOTAL=${TOTAL:-525}                                   # seconds for all parts
 PYTHON=${PYTHON:-python3}
 DRY=0 OUT=
@@ -49,6 +49,13 @@ install() { FASTNULL_CUDA=$1 "$PYTHON" -m pip install --quiet --no-deps --no-bui
 
 tests() { # every op and the encoder on the GPU, against float64
   if [ $DRY = 1 ]; then "${PYTEST[@]}" tests/gpu -k "objective or auto_takes"; else "${PYTEST[@]}" tests/gpu -m gpu; fi
+}
+
+cpp() { # the same tests on the CUDA C++ kernels, and their times beside Triton's in ops.json
+  if [ $DRY = 1 ]; then "${PYTEST[@]}" tests/cuda/test_choice.py && return; fi
+  export FASTNULL_CUDA_OPS=all
+  "${PYTEST[@]}" tests/gpu -m gpu && bench cpp --only ops projection --dtypes bfloat16 --batch 256 --projected 256 \
+    --seconds 0.3 --models vit_base_patch16_224
 }
 
 kernels() { # the kernels' own tests, bfloat16 included
@@ -100,7 +107,7 @@ tune() {
 }
 
 limit_of() {
-  case $1 in build) echo 150 ;; steps) echo 260 ;; tests | kernels | sanitizer) echo 120 ;; tune) echo 400 ;; *) echo 75 ;; esac
+  case $1 in build) echo 150 ;; steps) echo 260 ;; tests | kernels | cpp | sanitizer) echo 120 ;; tune) echo 400 ;; *) echo 75 ;; esac
 }
 
 failed=0
@@ -108,7 +115,7 @@ failed=0
 for part in $PARTS; do
   declare -F "$part" >/dev/null || { echo "gpu_check.sh: no part is called $part" >&2 && exit 98; }
 done
-export -f build install tests kernels sanitizer bench steps ops noise tune
+export -f build install tests kernels cpp sanitizer bench steps ops noise tune
 export DRY OUT WORK PYTHON
 for part in $PARTS; do
   left=$((TOTAL - SECONDS)) limit=$(limit_of "$part") begin=$SECONDS

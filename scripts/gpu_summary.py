@@ -30,8 +30,9 @@ def summarize(parts: Path, out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"parts": [{"part": p, "status": int(s), "seconds": int(t)} for p, s, t in lines]}
     found["steps"] = [_step(name, rows) for name, rows in _by_op(out / "steps.json").items()]
     found["ops"] = [
-        {"op": op, "dtype": row.dtype, "ms": row.ms_p50, "floor_share": row.floor_share, "note": row.note}
-        for op, rows in _by_op(out / "ops.json").items()
+        {"op": f"{op}{label}", "dtype": row.dtype, "ms": row.ms_p50, "floor_share": row.floor_share, "note": row.note}
+        for label, name in (("", "ops.json"), (", C++", "cpp.json"))
+        for op, rows in _by_op(out / name).items()
         for row in rows
         if row.backend == "fastnull"
     ]

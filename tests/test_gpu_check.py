@@ -38,7 +38,7 @@ def test_the_dry_run_does_every_part(tmp_path: Path) -> None:
 
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {part["part"]: part["status"] for part in summary["parts"]} == dict.fromkeys(
-        ("build", "tests", "steps", "ops", "noise", "kernels", "sanitizer"), 0
+        ("build", "tests", "steps", "ops", "noise", "kernels", "cpp", "sanitizer"), 0
     )
     (step,) = summary["steps"]
     assert step["model"] == "vit_digits"
