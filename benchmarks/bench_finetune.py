@@ -16,6 +16,7 @@ from benchmarks.models import make_images, make_model
 from benchmarks.work import ViTShape
 from fastnull.augment import NullspaceAugment
 from fastnull.bench import BenchSettings, Row
+from fastnull.distributed import Processes
 from fastnull.recipe import FinetuneConfig, make_plan
 from fastnull.rng import generator, uniform
 from fastnull.training import Training
@@ -69,7 +70,8 @@ def _variant(
     settings: BenchSettings,
 ) -> Variant:  # fmt: skip
     model = make_model(name, settings).train().requires_grad_(True)
-    training = Training(config, model, make_plan(config, len(images)), split(model).num_classes, images.device)
+    processes, classes = Processes(), split(model).num_classes
+    training = Training(config, model, make_plan(config, len(images)), classes, images.device, processes)
     if label == TWO_VIEWS:
         training.augment = TwoCleanViews(model)  # type: ignore[assignment]
     if config.augment == "universal":

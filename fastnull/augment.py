@@ -26,8 +26,8 @@ from fastnull.batches import check_batch
 from fastnull.checks import check_choice, check_labels
 from fastnull.encoder import FrozenEncoder
 from fastnull.replay import Replay, use_graph
-from fastnull.rng import generator, uniform
-from fastnull.solvers import norms, own_noise, valid_noise
+from fastnull.rng import Place, generator, uniform
+from fastnull.solvers import boundary_step_size, norms, own_noise, valid_noise
 from fastnull.synthesis import Noise, SynthesisConfig, synthesize
 from fastnull.vit.base import unwrap
 
@@ -67,6 +67,8 @@ class NullspaceAugment:
 
     Attributes:
         step: number of draws so far; set it to the global step for exact resume.
+        place: where the images of the next calls lie in a larger batch, over several processes or in parts one after
+            the other: their noise is then what they would get in it. None: they are the batch.
         enabled: False switches the hook form off without detaching.
         stats: of the last draw: `influence` (mean over images before the last step; of the bank in universal mode;
             NaN in random mode) and `norm` (mean), as tensors on the device: reading them costs no sync until asked.
@@ -101,6 +103,7 @@ class NullspaceAugment:
         self.model = model
         self._solve = _solver(self.encoder, config)
         self.step = 0
+        self.place: Place | None = None
         self.enabled = True
         self.stats: dict[str, Tensor] = {}
         self._bank: Noise | None = None
@@ -139,7 +142,7 @@ class NullspaceAugment:
         self._view = None
         self._pairing = True
         try:
-            logits = self.model(images)
+            logits = self.model(torch.cat([images, images]) if self._doubled else images)
         finally:
             self._pairing = False
         logits = getattr(logits, "logits", logits)
@@ -151,11 +154,18 @@ class NullspaceAugment:
         clean, noisy = logits.chunk(2)
         return clean, noisy
 
-    def refresh(self, batches: Tensor | Iterable[Any], *, check: Any = None, progress: bool = False) -> Noise | None:
+    def refresh(
+        self,
+        batches: Tensor | Iterable[Any],
+        *,
+        check: Any = None,
+        progress: bool = False,
+        mean: Callable[[Tensor], Tensor] | None = None,
+    ) -> Noise | None:
         """Universal mode: learn the bank anew from the model's current weights. Nothing to do in the other modes.
 
         Args:
-            batches, check, progress: see fastnull.synthesis.synthesize.
+            batches, check, progress, mean: see fastnull.synthesis.synthesize.
 
         Returns:
             the new bank, or None in other modes.
@@ -163,7 +173,8 @@ class NullspaceAugment:
         if self.mode != "universal":
             return None
         seed = int(torch.randint(2**31, (), generator=generator(self.config.seed, self.step)))
-        self._bank = synthesize(self.encoder, batches, replace(self.config, seed=seed), check=check, progress=progress)
+        config = replace(self.config, seed=seed)
+        self._bank = synthesize(self.encoder, batches, config, check=check, progress=progress, mean=mean)
         return self._bank
 
     @property
@@ -227,8 +238,7 @@ class NullspaceAugment:
         if self.mode == "universal":
             noise = self._from_bank(tokens, source)
         else:
-            start = uniform(tokens.shape, self.config.limit, source, tokens)
-            noise, seen = self._synthesized(tokens, start)
+            noise, seen = self._synthesized(tokens, *self._start(tokens, source))
             self.stats["influence"] = seen.mean()
         self.stats["norm"] = norms(noise).mean()
         return noise.to(tokens.dtype)
@@ -236,18 +246,31 @@ class NullspaceAugment:
     def _from_bank(self, tokens: Tensor, source: torch.Generator) -> Tensor:
         if self._bank is None:
             raise RuntimeError("universal mode has no noise yet: call refresh(batches) first")
-        rows = torch.randint(len(self._bank), (len(tokens),), generator=source)
+        place = self.place
+        rows = torch.randint(len(self._bank), (place.total if place else len(tokens),), generator=source)
+        rows = rows[place.rows] if place else rows
         self.stats["influence"] = self._bank.influence.mean()
         noise = self._bank.tokens[rows].to(tokens.device)
         return valid_noise(tokens, noise) if self.config.site == "pixels" else noise
 
-    def _synthesized(self, tokens: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def _start(self, tokens: Tensor, source: torch.Generator) -> tuple[Tensor, ...]:
+        """The noise that synthesis starts from [B, ...], and, for a part of a batch, the step size of the whole."""
+        config, place = self.config, self.place
+        if place is None:
+            return (uniform(tokens.shape, config.limit, source, tokens),)
+        # on the CPU, where it is drawn: only this part of it travels
+        whole = uniform((place.total, *tokens.shape[1:]), config.limit, source, tokens.new_empty(0, device="cpu"))
+        size = boundary_step_size(whole, config)
+        start = whole[place.rows].to(tokens.device)
+        return (start, size.to(tokens.device)) if isinstance(size, Tensor) else (start,)
+
+    def _synthesized(self, tokens: Tensor, start: Tensor, *size: Tensor) -> tuple[Tensor, Tensor]:
         if self.mode == "random":
             noise = valid_noise(tokens, start) if self.config.site == "pixels" else start
             return noise, torch.full((1,), float("nan"))
         self.encoder.sync_if_changed()
         inputs = tokens.to(self.encoder.dtype)
-        noise, seen, _ = self._solve(inputs, start)
+        noise, seen, _ = self._solve(inputs, start, *size)
         return noise, seen
 
     def _register(self) -> None:
@@ -267,9 +290,20 @@ class NullspaceAugment:
             return None
         return (self._noisy(args[0]), *args[1:])
 
-    def _at_site(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    @property
+    def _doubled(self) -> bool:
+        """Whether both views enter the model as images, where it cannot take more tokens than images."""
+        return self.config.site != "pixels" and not self.encoder.vit.batch_may_grow
+
+    def _at_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         # synthesis runs these modules too, in eval mode
-        return self._noisy(output) if self._view is not None and module.training else None
+        if self._view is None or not module.training:
+            return None
+        vit = self.encoder.vit
+        tokens = vit.tokens_of(output)
+        if self._view == "pair" and self._doubled:
+            tokens = tokens.chunk(2)[0]
+        return vit.with_tokens(output, self._noisy(tokens))
 
     def _noisy(self, tokens: Tensor) -> Tensor:
         noisy = tokens + self.draw(tokens)
@@ -277,9 +311,9 @@ class NullspaceAugment:
 
 
 def _solver(encoder: FrozenEncoder, config: SynthesisConfig) -> Replay:
-    """(tokens, start) → noise an image, influence, updates."""
+    """(tokens, start) or (tokens, start, step size) → noise an image, influence, updates."""
     graph = use_graph(config.graph, encoder.device, encoder.backend)
-    return Replay(lambda tokens, start: own_noise(encoder, tokens, start, config), graph)
+    return Replay(lambda tokens, start, *size: own_noise(encoder, tokens, start, config, *size), graph)
 
 
 class _Hook:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastnull.logs import Log
 from fastnull.record import provenance, replacing, write_json
 from fastnull.vit import NormalizedModel, unwrap
 
@@ -30,10 +31,10 @@ _OWN_FILES = ("config.json", "metrics.jsonl", "best.safetensors", "last.safetens
 
 FREE_KEYS = frozenset(
     {"out", "overwrite", "resume", "checkpoint_every", "keep_last", "log_every", "progress", "workers", "device"}
-    | {"label"}
+    | {"label", "log", "accumulate", "channels_last", "compile"}
 )
-"""Settings that a resumed run may change: they say how it runs, not what it computes. (Another kind of device rounds
-differently: the run then goes on, but not bitwise.)"""
+"""Settings that a resumed run may change: they say how it runs, not what it computes. (Another kind of device, other
+parts of a batch and a compiled model round differently: the run then goes on, but not bitwise.)"""
 
 
 class RunFolder:
@@ -65,12 +66,16 @@ class RunFolder:
         if held and resume:
             self._compare(config)
         self._overwrite = overwrite
+        self._log: Log | None = None
 
     def open(self) -> None:
         """Make the folder, or clear it of the run that is overwritten: not before the new run is known to start."""
         self.path.mkdir(parents=True, exist_ok=True)
         for file in self._held() if self._overwrite else ():
             file.unlink()
+        for name in (*_OWN_FILES, "state-*.pt"):  # what a killed process had not renamed yet
+            for half in self.path.glob(f".{name}.*.tmp"):
+                half.unlink()
 
     def describe(self, config: dict[str, Any], device: torch.device | str, **extra: Any) -> None:
         """Write config.json: the resolved settings and where they came from. Kept as it is in a resumed run."""
@@ -78,9 +83,15 @@ class RunFolder:
             write_json(self._config_file, {"config": config, **extra, "provenance": provenance(device)})
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl, and send it where `log_to` says."""
+        if self._log is not None:
+            self._log(record)
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def log_to(self, log: Log) -> None:
+        """From now on records go there too."""
+        self._log = log
 
     def rewind(self, step: int) -> None:
         """Drop the metrics after `step`, and a line that a crash cut off: the resumed run writes them again."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the functions behind name their arguments, the user has options
         text = re.sub(r"\b(resume|overwrite)=True\b", r"--\1", text)
         hint = " (--debug shows where)" if type(error) is RuntimeError else ""
-        print(f"fastnull: error: {text}{hint}", file=sys.stderr)
+        # torchrun mixes what its processes write
+        rank = os.environ.get("RANK", "0")
+        print(f"fastnull: error: {'' if rank == '0' else f'process {rank}: '}{text}{hint}", file=sys.stderr)
         return 2
     return 0
 
@@ -193,10 +196,15 @@ def _finetune(command: Command) -> None:
         commands.finetune,
         "finetune a model with nullspace noise, or with a control",
         "Finetune a model; weights, metrics and settings go to a folder, from which --resume goes on exactly. The\n"
-        "best epoch is chosen on images held out from the training data; the test images are left to `evaluate`.",
+        "best epoch is chosen on images held out from the training data; the test images are left to `evaluate`.\n"
+        "Under `torchrun --nproc_per_node N -m fastnull finetune ...` the images of a step are shared out.",
         "fastnull finetune --model vit_small_patch16_224 --pretrained --data images --out runs/first",
     )
     parser.add_argument("--preset", metavar="NAME", help="published recipe to start from: vit_s, vit_b or madry")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with fields of the run (batch_size: 64); options go before it"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, its memory and cost, and stop")
     add_options(parser, FinetuneConfig, title="the run (without --preset the defaults hold)")
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastnull import distributed
 from fastnull.checks import check_number
-from fastnull.options import from_options
+from fastnull.options import from_file, from_options
 
 
 class InterruptedWork(KeyboardInterrupt):
@@ -74,13 +75,25 @@ def finetune(args: argparse.Namespace) -> None:
     from fastnull.finetune import finetune as run
 
     base = FinetuneConfig() if args.preset is None else FinetuneConfig.published(args.preset)
+    if args.config is not None:
+        base = from_file(base, args.config)
     config = from_options(base, args)
+    if args.dry_run:
+        from fastnull.dry_run import dry_run
+
+        print(dry_run(config), end="")
+        return
     if config.out is None:
         raise ValueError("finetune needs a folder for what it learns: give --out FOLDER")
+    distributed.join()
     try:
         result = run(config)
     except KeyboardInterrupt:
         raise InterruptedWork from None  # it has said how to go on
+    first = distributed.Processes().first
+    distributed.leave()
+    if not first:
+        return
     if result.best_accuracy is not None:
         print(f"held-out images: {result.best_accuracy:.1f} % in epoch {result.best_epoch} (the best)")
     seconds = result.seconds
@@ -110,7 +123,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.data != "imagenet-val" and set(args.suite) - set(FOLDER_SUITES):
         where = {"data_dir": args.data_dir, "download": args.download, "skip_bad": args.skip_bad}
         data = evaluation_data(args.data, model, **where)
-    first = _join_processes()
+    distributed.join()
     found = run(
         model,
         data,
@@ -133,6 +146,8 @@ def evaluate(args: argparse.Namespace) -> None:
         resume=args.resume,
         limit=args.limit,
     )
+    first = distributed.Processes().first
+    distributed.leave()
     if not first:
         return
     print(format_table(found), end="")
@@ -141,18 +156,6 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"\n{len(skipped)} times a file that cannot be read was left out: {', '.join(sorted(set(skipped))[:5])}")
     if set(args.suite) & set(FOLDER_SUITES):
         print(f"\n{format_published({'this model': found})}", end="")
-
-
-def _join_processes() -> bool:
-    """Under torchrun, join its group; whether this is the first process of it, or the only one."""
-    from torch import distributed
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return True
-    if not distributed.is_initialized():
-        # counts alone are exchanged
-        distributed.init_process_group("gloo")
-    return distributed.get_rank() == 0
 
 
 def report(args: argparse.Namespace) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastnull.augment import NullspaceAugment
-from fastnull.rng import generator
-from fastnull.vit import frozen
+from fastnull.rng import Place, generator
+from fastnull.vit import frozen, unwrap
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,6 +72,7 @@ class CleanOnly:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.step = 0
+        self.place: Place | None = None
         self.stats: dict[str, Tensor] = {}
 
     def refresh(self, batches: Any, **_: Any) -> None:
@@ -118,14 +119,18 @@ class AdversarialTraining(CleanOnly):
         """PGD in eval mode from a random start, against classes [B] or soft labels [B, K]; fills `stats`."""
         from fastnull.robustness.attacks.gradient import pgd
 
+        place = self.place
         attacked = pgd(
-            self.model,
+            # DDP's wrapper would wait for a backward pass of the weights after each forward one
+            unwrap(self.model),
             images,
             labels,
             self.eps,
             steps=self.steps,
             step_size=self.step_size,
             generator=generator(self.seed, self.step, 1),
+            indices=None if place is None else place.rows,
+            total=None if place is None else place.total,
         )
         self.stats["norm"] = torch.linalg.vector_norm((attacked - images).flatten(1), dim=1).mean()
         return attacked
@@ -158,5 +163,6 @@ class Trades(AdversarialTraining):
 
     @torch.no_grad()
     def _probabilities(self, images: Tensor) -> Tensor:
-        with frozen(self.model):
-            return self.model(images).float().softmax(1)  # [B, K]
+        model = unwrap(self.model)
+        with frozen(model):
+            return model(images).float().softmax(1)  # [B, K]

@@ -204,10 +204,14 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         batch_size: of every batch; a rest that does not fill one is left for another epoch.
         batches: a run through it yields so many.
         seed: of the order.
+        rows: of every batch the ones that are yielded, where several processes share it; None is all.
     """
 
-    def __init__(self, length: int, batch_size: int, batches: int, seed: int) -> None:
+    def __init__(
+        self, length: int, batch_size: int, batches: int, seed: int, rows: Sequence[int] | None = None
+    ) -> None:
         self.length, self.batch_size, self.batches, self.seed = length, batch_size, batches, seed
+        self.rows = range(batch_size) if rows is None else rows
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
@@ -217,7 +221,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         order = torch.randperm(self.length, generator=generator(self.seed, self.epoch)).tolist()
         for batch in range(self.start, self.batches):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(index, self.epoch) for index in chosen]
+            yield [(chosen[row], self.epoch) for row in self.rows]
 
 
 def loader(

@@ -22,7 +22,7 @@ from fastnull.explicit import ExplicitEncoder
 from fastnull.explicit.products import products_dtype
 from fastnull.ops.attention import WIDEST_HEAD
 from fastnull.ops.common import NATIVE_DTYPES, switched_off, triton_problem
-from fastnull.vit.base import SplitViT, as_split, check_site, frozen, split
+from fastnull.vit.base import SplitViT, as_split, check_site, frozen
 from fastnull.vit.parts import UnsupportedModelError, ViTParts
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -68,7 +68,7 @@ class FrozenEncoder:
     ) -> None:
         check_choice("backend", backend, BACKENDS)
         self.site = check_site(site)
-        self.vit = as_split(model)
+        self.vit = as_split(model, site)
         weight = self.vit.projection.weight
         self.dtype = dtype or weight.dtype
         self._device = weight.device
@@ -77,7 +77,8 @@ class FrozenEncoder:
         self.products = self.dtype if self._explicit is None else self._explicit.compute
         self._split = self.vit
         if self._explicit is None and self.dtype != weight.dtype:
-            self._split = split(copy.deepcopy(self.vit.model).to(self.dtype))
+            self._split = copy.deepcopy(self.vit)
+            self._split.model.to(self.dtype)
         self._synced = self._versions()
 
     @property

@@ -15,13 +15,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastnull.checkpoint import RunFolder, save_weights
 from fastnull.checks import check_images, check_labels
@@ -36,6 +36,8 @@ from fastnull.data import (
     seed_everything,
     to_pixels,
 )
+from fastnull.distributed import Processes
+from fastnull.logs import Log
 from fastnull.progress import progress_bar
 from fastnull.recipe import FinetuneConfig, make_plan
 from fastnull.rng import preserved
@@ -63,6 +65,10 @@ def finetune(
     Ctrl-C (or SIGTERM) ends the run after the step it is in, saves its state and prints how to go on; a second one
     ends it at once. The global random generators are afterwards as before.
 
+    Where a torch.distributed group exists, every process calls this and they train together: each takes its rows of
+    every batch, and noise, losses and weights are those of one process up to rounding (drop path apart, which each
+    draws for itself). The first one writes the files.
+
     Args:
         config: the run.
         model: takes pixels in [0, 1] and returns logits [B, K]; trained in place. None makes the one that `config`
@@ -75,27 +81,30 @@ def finetune(
         ValueError, TypeError: bad settings or data; a folder with a run in it; settings changed on resume.
         DivergenceError: the loss or a weight became NaN or Inf.
         KeyboardInterrupt: on Ctrl-C, after saving.
+        PeerError: another process of the run has ended.
     """
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = None
-    if config.out is not None:
-        folder = RunFolder(config.out, config.to_dict(), overwrite=config.overwrite, resume=config.resume)
+    processes = Processes()
+    device = processes.device(config.device)
+    folder = processes.from_first(lambda: _folder(config))
+    folder = folder if processes.first else None
     with ExitStack() as stack:
         stack.enter_context(preserved())
         if device.type == "cuda":
             stack.enter_context(torch.random.fork_rng(devices=[device]))
         seed_everything(config.seed, _INIT_KEY)
-        source = _source(config, train_data)
-        model = (_create_model(config, source.num_classes) if model is None else model).to(device)
-        train, validation = _datasets(config, source, val_data, model)
-        num_classes = _try_out(model, train, device)
-        plan = make_plan(config, len(train))
-        training = Training(config, model, plan, num_classes, device)
+        ready = prepare(config, device, model, train_data, val_data)
+        train, validation = ready.train, ready.validation
+        plan = make_plan(config, len(train), processes.world)
+        training = Training(config, ready.model, plan, ready.num_classes, device, processes)
+        state = processes.from_first(lambda: None if folder is None else _open(folder, config))
+        if state is not None:
+            training.load_state_dict(state)
         if folder is not None:
-            folder.open()
-            if config.resume and (state := folder.load_state()) is not None:
-                training.load_state_dict(state)
             folder.rewind(training.step)
+            if config.log is not None:
+                log = Log(config.log, folder.path, config.to_dict())
+                stack.callback(log.close)
+                folder.log_to(log)
             synthesis = config.synthesis()
             folder.describe(
                 config.to_dict(),
@@ -103,11 +112,37 @@ def finetune(
                 plan=asdict(plan),
                 synthesis=None if synthesis is None else asdict(synthesis),
                 data={"train": len(train), "validation": 0 if validation is None else len(validation)},
-                classes=source.classes,
+                classes=ready.classes,
+                processes=processes.world,
             )
-        stop = stack.enter_context(_StopRequest())
-        _train(training, train, validation, num_classes, folder, stop)
+        stop = stack.enter_context(_StopRequest(processes))
+        _train(training, train, validation, ready.num_classes, folder, stop)
     return training.result(*(None, None) if folder is None else folder.weights())
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts from: data, and a model that takes it. `num_classes` are those of its logits."""
+
+    model: nn.Module
+    train: Samples
+    validation: Samples | None
+    num_classes: int
+    classes: list[str] | None
+
+
+def prepare(
+    config: FinetuneConfig,
+    device: torch.device,
+    model: nn.Module | None = None,
+    train_data: Data | None = None,
+    val_data: Data | None = None,
+) -> Prepared:
+    """Open the data, make the model and show it an image. Arguments and errors are those of `finetune`."""
+    source = _source(config, train_data)
+    model = (_create_model(config, source.num_classes) if model is None else model).to(device)
+    train, validation = _datasets(config, source, val_data, model)
+    return Prepared(model, train, validation, _try_out(model, train, device), source.classes)
 
 
 def _train(
@@ -119,13 +154,17 @@ def _train(
     stop: _StopRequest,
 ) -> None:
     """The loop: epochs of steps, each closed by validation."""
-    config, plan = training.config, training.plan
-    order = EpochBatches(len(train), plan.batch_size, plan.steps_per_epoch, config.seed)
+    config, plan, processes = training.config, training.plan, training.processes
+    rows = processes.rows(plan.batch_size, pairs=config.mixing)
+    order = EpochBatches(len(train), plan.batch_size, plan.steps_per_epoch, config.seed, rows)
     batches = loader(train, order, workers=config.workers, device=training.device, persistent=True)
     held_out = None
     if validation is not None:
-        held_out = loader(validation, config.batch_size, workers=config.workers, device=training.device)
-    bar = progress_bar(plan.steps, show=config.progress, initial=training.step, desc=config.augment)
+        share = _share(validation, processes)
+        held_out = loader(
+            share, -(-config.batch_size // processes.world), workers=config.workers, device=training.device
+        )
+    bar = progress_bar(plan.steps, show=config.progress and processes.first, initial=training.step, desc=config.augment)
     with bar:
         while training.step < plan.steps:
             order.epoch, order.start = divmod(training.step, plan.steps_per_epoch)
@@ -144,13 +183,36 @@ def _train(
                     _log(folder, record)
                 if ends_epoch:
                     break
+                stop.agree()
                 if stop.requested or (config.checkpoint_every and training.step % config.checkpoint_every == 0):
                     _save(training, folder)
                 stop.leave_if_requested(training)
             accuracy = None if held_out is None else _accuracy(training, held_out, num_classes)
             _log(folder, training.end_epoch(accuracy))
             _save(training, folder, best=training.best_epoch == training.epoch)
+            stop.agree()
             stop.leave_if_requested(training)
+
+
+def _folder(config: FinetuneConfig) -> RunFolder | None:
+    if config.out is None:
+        return None
+    return RunFolder(config.out, config.to_dict(), overwrite=config.overwrite, resume=config.resume)
+
+
+def _open(folder: RunFolder, config: FinetuneConfig) -> dict[str, Any] | None:
+    """Make the folder ready; the state to go on from, where there is one."""
+    folder.open()
+    return folder.load_state() if config.resume else None
+
+
+def _share(validation: Samples, processes: Processes) -> Dataset[Any]:
+    """The held-out images of this process: every world-th, so that the first of all are shared out too."""
+    if processes.alone:
+        return validation
+    if len(validation) < processes.world:
+        raise ValueError(f"{processes.world} processes need a held-out image each; there are {len(validation)}")
+    return Subset(validation, range(processes.rank, len(validation), processes.world))
 
 
 def _source(config: FinetuneConfig, train_data: Data | None) -> Source:
@@ -252,7 +314,8 @@ def _accuracy(training: Training, batches: DataLoader[Any], num_classes: int) ->
             logits = model(to_pixels(images, training.device))
         correct += (logits.argmax(1) == labels.to(training.device)).sum()
         total += len(labels)
-    return 100 * int(correct) / total
+    counts = training.processes.total(torch.stack([correct, torch.full_like(correct, total)]))
+    return 100 * int(counts[0]) / int(counts[1])
 
 
 class _RefreshBatches:
@@ -269,11 +332,13 @@ class _RefreshBatches:
     def __iter__(self) -> Iterator[Tensor]:
         training = self._training
         # beyond any epoch, so that no image is drawn as a training step draws it
-        order = EpochBatches(len(self._train), self._batch_size, len(self), training.config.seed)
+        rows = training.processes.rows(self._batch_size)
+        order = EpochBatches(len(self._train), self._batch_size, len(self), training.config.seed, rows)
         order.epoch = 2**32 + training.step * 2**16 + self._round
         self._round += 1
         for images, _ in loader(self._train, order, workers=training.config.workers, device=training.device):
             # the state at the start of this epoch is saved already, and the bank will be learned from it again
+            self._stop.agree()
             self._stop.leave_if_requested(training)
             yield to_pixels(images, training.device)
 
@@ -284,10 +349,18 @@ class _RefreshBatches:
 
 
 class _StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request that the loop meets between steps; a second one interrupts."""
+    """Turns the first Ctrl-C or SIGTERM into a request that the loop meets between steps; a second one interrupts.
 
-    def __init__(self) -> None:
-        self.requested: int | None = None
+    A signal to one process is a request to all, after the same step: `agree` tells them.
+
+    Attributes:
+        requested: number of the signal, 0 without one.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.requested = 0
+        self._processes = processes
+        self._seen = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _StopRequest:
@@ -301,18 +374,23 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None:
+        if self._seen:
             raise KeyboardInterrupt
-        self.requested = number
+        self._seen = number
+
+    def agree(self) -> None:
+        """Fill `requested` with what any process has seen; all call this after the same step."""
+        self.requested = self._processes.greatest(self._seen)
 
     def leave_if_requested(self, training: Training) -> None:
         """Raise KeyboardInterrupt (SystemExit after SIGTERM) with a line that says how to go on."""
-        if self.requested is None:
+        if not self.requested:
             return
         line = f"stopped after step {training.step} of {training.plan.steps}"
         if training.config.out is not None:
             line += f"; go on with resume=True, out={training.config.out!r} (fastnull finetune: --resume)"
-        print(f"\n{line}", file=sys.stderr)
+        if self._processes.first:
+            print(f"\n{line}", file=sys.stderr)
         if self.requested == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(line)
@@ -332,11 +410,27 @@ def _log(folder: RunFolder | None, record: dict[str, Any]) -> None:
 
 def _save(training: Training, folder: RunFolder | None, *, best: bool = False) -> None:
     """Write the last weights, those of a new best epoch, and then the state: what it says was done, was done."""
-    if folder is None:
+    if training.config.out is None:
         return
     training.check_finite()
+    state = training.state_dict()
+    if folder is None:  # the first process writes
+        return
+    try:
+        _write(training, folder, state, best=best)
+    except OSError as error:
+        kept = folder.states()
+        left = (
+            f"the state of step {int(kept[0].stem[6:])} is whole: resume=True goes on from it"
+            if kept
+            else "there is no state yet"
+        )
+        raise OSError(error.errno, f"cannot save step {training.step}: {error.strerror or error}; {left}") from error
+
+
+def _write(training: Training, folder: RunFolder, state: dict[str, Any], *, best: bool) -> None:
     about = {"step": training.step, "epoch": training.epoch, "augment": training.config.augment}
     if best:
         save_weights(training.evaluated, folder.path / "best.safetensors", **about, val_accuracy=training.best_accuracy)
     save_weights(training.evaluated, folder.path / "last.safetensors", **about)
-    folder.save_state(training.state_dict(), training.step, training.config.keep_last)
+    folder.save_state(state, training.step, training.config.keep_last)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.box_least_squares import box_least_squares
-from fastnull.checks import check_finite, check_number
+from fastnull.box_projection import box_projection
+from fastnull.checks import RANGE_TOLERANCE, check_finite, check_number
 from fastnull.ops.patch_project import patch_project
 from fastnull.vit.base import NormalizedModel, SplitViT, split, unwrap
 
@@ -149,14 +150,7 @@ class PatchNullspace:
         """
         self._grid_of(like)
         check_number("scale", scale, 0)
-        if self.dim == 0:
-            values = self.weight.shape[1]
-            raise ValueError(
-                f"this patch embedding has no nullspace: its {self.width}x{values} matrix has rank {self.rank} = all "
-                f"{values} values of a patch (smallest singular value {self.singular_values[-1] / self._largest:.2g} "
-                f"of the largest, tolerance {self.tolerance:.2g}). Use token noise (fastnull.synthesis, site 'patch'), "
-                f"or a model whose width is below {values}, such as vit_small_patch16_224 or vit_base_patch32_224"
-            )
+        self._check_kernel()
         device = like.device if generator is None else generator.device
         dtype = torch.promote_types(like.dtype, torch.float32)
         white = torch.randn(like.shape, generator=generator, device=device, dtype=dtype)
@@ -216,6 +210,55 @@ class PatchNullspace:
         noise = noise.view(*lead, *noise.shape[1:])
         return noise.to(token_noise.dtype), torch.where(length == 0, 0, residual).to(token_noise.dtype)
 
+    @torch.no_grad()
+    def maximize(
+        self,
+        images: Tensor,
+        target: Tensor | None = None,
+        bounds: tuple[float | Tensor, float | Tensor] = (0.0, 1.0),
+    ) -> Tensor:
+        """The pictures that look most unlike `images`, or most like `target`, and give the same tokens.
+
+        Exact and convex towards a target: of all pictures within the bounds whose patch embedding is that of `images`
+        the one nearest to it, all patches at once (fastnull.box_projection). Without one the target of every pixel is
+        the bound that is further away, which stands in for the largest change: that problem itself is not convex, and
+        what is found is a large change, not provably the largest. Computed in float64. Ours.
+
+        Args:
+            images: [B, C, H, W] within the bounds, H and W multiples of the patch.
+            target: [B, C, H, W] or [C, H, W], in the units of the images; may lie outside the bounds.
+            bounds: (lowest, highest) values of the pictures, finite; numbers or tensors that broadcast to [B, C, H, W].
+                (0, 1) is that of pixels, for a model that normalises them itself (NormalizedModel).
+
+        Returns:
+            The changed pictures [B, C, H, W] in the dtype of `images`, within the bounds. ‖W·change‖ is at most 1e-7 of
+            ‖W‖·‖target − images‖ before rounding to that dtype.
+
+        Raises:
+            TypeError: images or target are not floating tensors.
+            ValueError: another shape or size, NaN or Inf, images outside the bounds, bounds that are not finite, cross,
+                or do not broadcast, or an embedding without kernel (`dim` 0).
+        """
+        grid = self._grid_of(images)
+        check_finite("images", images)
+        self._check_kernel()
+        low, high = (self._bound(bound, images.shape, images.device) for bound in bounds)
+        if bool((low > high).any()):
+            raise ValueError("bounds must be (low, high) with low <= high everywhere")
+        patches = self._to_patches(images.to(torch.float64)).flatten(0, 2)  # [M, K], M = B·h·w
+        outside = float(torch.maximum(low - patches, patches - high).max()) if len(patches) else 0.0
+        if outside > RANGE_TOLERANCE:
+            raise ValueError(f"images must lie within bounds; they leave them by up to {outside:.4g}")
+        if target is None:
+            wanted = torch.where(patches - low > high - patches, low, high)
+        else:
+            wanted = self._to_patches(self._like(target, images)).flatten(0, 2)
+        # a pixel that is outside by a rounding error stays where it is
+        room = ((low - patches).clamp(max=0), (high - patches).clamp(min=0))
+        change = box_projection(wanted - patches, self._rows.to(images.device), *room)
+        changed = self._to_images((patches + change).clamp(low, high).unflatten(0, (-1, *grid)), grid)
+        return changed.to(images.dtype)
+
     def __repr__(self) -> str:
         height, width = self.patch_size
         return (
@@ -247,6 +290,29 @@ class PatchNullspace:
                 "Resize, crop or pad them first"
             )
         return height // ph, width // pw
+
+    def _check_kernel(self) -> None:
+        if self.dim == 0:
+            values = self.weight.shape[1]
+            raise ValueError(
+                f"this patch embedding has no nullspace: its {self.width}x{values} matrix has rank {self.rank} = all "
+                f"{values} values of a patch (smallest singular value {self.singular_values[-1] / self._largest:.2g} "
+                f"of the largest, tolerance {self.tolerance:.2g}). Use token noise (fastnull.synthesis, site 'patch'), "
+                f"or a model whose width is below {values}, such as vit_small_patch16_224 or vit_base_patch32_224"
+            )
+
+    def _like(self, target: Tensor, images: Tensor) -> Tensor:
+        """The target in float64, shaped as the images."""
+        if not isinstance(target, Tensor) or not target.is_floating_point():
+            kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
+            raise TypeError(f"target must be a floating tensor shaped as the images; got {kind}")
+        if target.shape not in (images.shape, images.shape[1:]):
+            raise ValueError(
+                f"target must have the images' shape {list(images.shape)} or {list(images.shape[1:])}; got "
+                f"{list(target.shape)}: resize it first"
+            )
+        check_finite("target", target)
+        return target.to(images.device, torch.float64).expand(images.shape)
 
     def _check_tokens(self, token_noise: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
         if not isinstance(token_noise, Tensor) or not token_noise.is_floating_point():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, TypeVar
+
+from fastnull.checks import check_choice
 
 Settings = TypeVar("Settings")
 
@@ -55,6 +59,47 @@ def from_options(base: Settings, arguments: argparse.Namespace, **changes: Any) 
     given = {name: value for name, value in vars(arguments).items() if name in names}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return replace(base, **{**given, **changes})  # type: ignore[type-var]
+
+
+def from_file(base: Settings, path: str | os.PathLike[str]) -> Settings:
+    """`base` with the fields that a YAML file names: `batch_size: 64`, values written as on the command line.
+
+    Raises:
+        ValueError: not YAML, not a mapping, an unknown field (with the nearest known one), a value of another type.
+        FileNotFoundError: no such file.
+        ImportError: PyYAML is not installed.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(f"a configuration file needs PyYAML (pip install pyyaml): {error}") from error
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `field: value` lines; it holds a {type(values).__name__}")
+    hints = typing.get_type_hints(type(base))
+    given = {}
+    for name, value in values.items():
+        check_choice(f"{path}: field", name, hints)
+        given[name] = _read(f"{path}: {name}", value, hints[name])
+    return replace(base, **given)  # type: ignore[type-var]
+
+
+def _read(name: str, value: Any, hint: Any) -> Any:
+    """A value of a file as its field has it: YAML takes 1e-5 and 8/255 for text."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    try:
+        if isinstance(value, str) and bool not in kinds:
+            return _converter(hint)(value)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    fits = type(value) in kinds or (type(value) is int and float in kinds)
+    if not fits:
+        wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
+    return float(value) if type(value) is int and int not in kinds else value
 
 
 def number(text: str) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastnull.augment import DEFAULTS
 from fastnull.checks import check_choice, check_number
 from fastnull.encoder import BACKENDS
+from fastnull.logs import LOGS
 from fastnull.vit import SITES
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ class FinetuneConfig:
     compute_budget: float | None = option(
         None, "cost of the training in forward passes for each training image (a clean epoch is 3); sets the steps"
     )
-    batch_size: int = option(64, "images a step")
+    batch_size: int = option(64, "images a step, over all processes")
+    accumulate: int = option(1, "equal parts in which a process takes its images of a step, to save memory")
     opt: str = option("adamw", "timm optimiser")
     lr: float = option(5e-4, "highest learning rate")
     min_lr: float = option(0.0, "learning rate at the end")
@@ -100,6 +102,8 @@ class FinetuneConfig:
     # the run
     device: str | None = option(None, "torch device; none: cuda where there is one, else cpu")
     amp: str | None = option(None, "autocast dtype: bfloat16 or float16; none computes in the weights' own")
+    channels_last: bool = option(False, "images and convolutions in torch's channels_last memory format")
+    compile: bool = option(False, "train through torch.compile")
     seed: int = option(0, "of everything random but the held-out images")
     label: str | None = option(None, "what reports call the run; none: augmentation and site")
     out: str | None = option(None, "folder for weights, metrics and training state; none writes nothing")
@@ -108,6 +112,7 @@ class FinetuneConfig:
     checkpoint_every: int | None = option(None, "steps between training states; none: one an epoch")
     keep_last: int = option(2, "training states that are kept")
     log_every: int = option(10, "steps between lines in metrics.jsonl")
+    log: str | None = option(None, "where metrics go besides metrics.jsonl: tensorboard, wandb, trackio or mlflow")
     progress: bool = option(True, "show a progress bar")
 
     def __post_init__(self) -> None:
@@ -117,6 +122,10 @@ class FinetuneConfig:
         check_choice("sched", self.sched, ("cosine", "constant"))
         if self.amp is not None:
             check_choice("amp", self.amp, ("bfloat16", "float16"))
+        if self.log is not None:
+            check_choice("log", self.log, LOGS)
+            if self.out is None:
+                raise ValueError("log needs a folder too: give out")
         for entry in fields(self):
             value = getattr(self, entry.name)
             if value is None:
@@ -207,7 +216,8 @@ class FinetuneConfig:
 _RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
     # field, least, greatest, whether the least is excluded
     ("num_classes", 1, None, False), ("img_size", 1, None, False), ("epochs", 1, None, False),
-    ("batch_size", 1, None, False), ("noise_steps", 1, None, False), ("rounds", 1, None, False),
+    ("batch_size", 1, None, False), ("accumulate", 1, None, False),
+    ("noise_steps", 1, None, False), ("rounds", 1, None, False),
     ("attack_steps", 1, None, False), ("trades_beta", 0, None, False),
     ("checkpoint_every", 1, None, False), ("keep_last", 1, None, False),
     ("log_every", 1, None, False), ("workers", 0, None, False), ("train_ratio", 0, 1, True),
@@ -273,23 +283,40 @@ def refresh_cost(config: FinetuneConfig, images: int, batch_size: int) -> int:
     return steps * batch_size * REFRESH_COST
 
 
-def make_plan(config: FinetuneConfig, images: int) -> Plan:
-    """Derive the steps of a run on a training set of `images`.
+def make_plan(config: FinetuneConfig, images: int, processes: int = 1) -> Plan:
+    """Derive the steps of a run on a training set of `images`, which `processes` share out.
 
     With `compute_budget` the steps are the most whose cost is within budget x images, whatever the augmentation, so
     that runs with the same budget cost the same. A universal bank is counted at the steps it may take.
 
     Raises:
-        ValueError: no images, or a budget that does not pay for one step.
+        ValueError: no images, a budget that does not pay for one step, a batch that does not divide by the processes
+            and the parts of `accumulate`, or fewer images than those.
     """
     if images < 1:
         raise ValueError("the training data holds no images")
     per_epoch = max(1, int(config.train_ratio * images))
+    shares = processes * config.accumulate
+    if config.batch_size % shares:
+        raise ValueError(
+            f"batch_size must divide by the {processes} processes x accumulate {config.accumulate}; "
+            f"got {config.batch_size}"
+        )
+    if per_epoch < shares:
+        raise ValueError(
+            f"{processes} processes x accumulate {config.accumulate} need an image each in a step; "
+            f"an epoch has {per_epoch}"
+        )
     batch_size = min(config.batch_size, per_epoch)
+    batch_size -= batch_size % shares
     if config.mixing:
-        batch_size -= batch_size % 2
+        # each process mixes its own images
+        batch_size -= batch_size % (2 * processes * config.accumulate)
         if batch_size == 0:
-            raise ValueError("mixup and cutmix pair images: an epoch must hold at least two")
+            raise ValueError(
+                f"mixup and cutmix pair images: a step must hold at least two for each of {processes} processes x "
+                f"accumulate {config.accumulate}"
+            )
     steps_per_epoch = per_epoch // batch_size
     cost, refresh = step_cost(config) * batch_size, refresh_cost(config, images, batch_size)
     steps, budget = config.epochs * steps_per_epoch, None

@@ -6,9 +6,22 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Place(NamedTuple):
+    """Where the images of a batch lie in a larger one, which is shared out over processes or taken in parts.
+
+    What is drawn for an image is then what it would get in the larger batch.
+    """
+
+    rows: Tensor
+    """[B], on the CPU."""
+    total: int
+    """Images of the larger batch."""
 
 
 def generator(*key: int) -> torch.Generator:

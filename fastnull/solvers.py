@@ -31,17 +31,17 @@ PER_IMAGE_STEPS = 30
 
 
 def own_noise(
-    encoder: FrozenEncoder, tokens: Tensor, start: Tensor, config: SynthesisConfig
+    encoder: FrozenEncoder, tokens: Tensor, start: Tensor, config: SynthesisConfig, step_size: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One noise an image, by config.mode: `boundary_noise` or `optimized_noise`, and the updates each image got [B]."""
     if config.mode != "boundary":
         return optimized_noise(encoder, tokens, start, config)
-    noise, seen = boundary_noise(encoder, tokens, start, config)
+    noise, seen = boundary_noise(encoder, tokens, start, config, step_size)
     return noise, seen, torch.full((len(tokens),), config.steps or BOUNDARY_STEPS, device=tokens.device)
 
 
 def boundary_noise(
-    encoder: FrozenEncoder, tokens: Tensor, start: Tensor, config: SynthesisConfig
+    encoder: FrozenEncoder, tokens: Tensor, start: Tensor, config: SynthesisConfig, step_size: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Drive one noise an image to influence = ε: against the gradient where it is above, along it where below.
 
@@ -50,6 +50,7 @@ def boundary_noise(
         tokens: at the site, without noise [B, ...].
         start: noise to start from [B, ...].
         config: eps, objective, steps and step_size are used.
+        step_size: in place of `boundary_step_size` of the start, where that is a part of a larger batch.
 
     Returns:
         the noise [B, ...] and the influence before the last step [B].
@@ -57,15 +58,20 @@ def boundary_noise(
     clean = encoder(tokens)  # [B, K]
     pixels = encoder.site == "pixels"
     noise = valid_noise(tokens, start) if pixels else start.clone()
-    step_size = config.step_size or (4 / 255 if pixels else 0.1 * norms(start).mean())
+    size = boundary_step_size(start, config) if step_size is None else step_size
     seen = torch.zeros(len(tokens), device=tokens.device)
     for _ in range(config.steps or BOUNDARY_STEPS):
         seen, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
         step = sign_step if pixels else normalized_step
-        step(noise, gradient, boundary_gate(seen, config.eps), lr=step_size)
+        step(noise, gradient, boundary_gate(seen, config.eps), lr=size)
         if pixels:
             noise = valid_noise(tokens, noise)
     return noise, seen
+
+
+def boundary_step_size(start: Tensor, config: SynthesisConfig) -> float | Tensor:
+    """Length of a step: config.step_size, or a tenth of the mean norm of the start; a pixel's 4/255 at that site."""
+    return config.step_size or (4 / 255 if config.site == "pixels" else 0.1 * norms(start).mean())
 
 
 def optimized_noise(

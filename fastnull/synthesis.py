@@ -26,7 +26,7 @@ from fastnull.progress import progress_bar
 from fastnull.replay import Replay, use_graph
 from fastnull.rng import generator, preserved, uniform
 from fastnull.solvers import norms, own_noise, perturb, spread
-from fastnull.universal import BISECTIONS, UniversalRun, judge, scaled_to_eps
+from fastnull.universal import BISECTIONS, Mean, UniversalRun, judge, scaled_to_eps
 from fastnull.vit.base import SITES, SplitViT
 
 MODES = ("universal", "per_image", "boundary")
@@ -161,6 +161,7 @@ def synthesize(
     check: Tensor | Iterable[Any] | None = None,
     start: Noise | Tensor | None = None,
     progress: bool = False,
+    mean: Mean | None = None,
 ) -> Noise:
     """Make noise that the model's outputs do not see (universal, per_image) or just see (boundary).
 
@@ -176,6 +177,8 @@ def synthesize(
             images where there is one batch; of a loader the first batches, which a shuffled later round can hold).
         start: noise to start from in place of the random one [M, ...] (universal) or [B, ...].
         progress: show a progress bar.
+        mean: universal: takes a tensor's mean over several processes, each of which gives its own part of every batch
+            and of the check images; all get the same noise. None: this process is alone.
 
     Returns:
         Noise: M noises (universal) or one an image, in the order of the images.
@@ -195,7 +198,7 @@ def synthesize(
     with preserved():
         encoder.sync()
         if config.mode == "universal":
-            return _universal(encoder, batches, check, config, start, progress)
+            return _universal(encoder, batches, check, config, start, progress, mean)
         return _per_image(encoder, batches, config, start, progress)
 
 
@@ -217,36 +220,43 @@ def _universal(
     config: SynthesisConfig,
     start: Tensor | None,
     progress: bool,
+    mean: Mean | None,
 ) -> Noise:
     data = Batches(encoder, batches, check, config)
     total = config.steps or config.rounds * data.per_round
-    run = UniversalRun(encoder, data, config, _starts((config.count, *data.shape), config, data.like, start))
+    run = UniversalRun(encoder, data, config, _starts((config.count, *data.shape), config, data.like, start), mean)
     bar = progress_bar(total, show=progress, desc="synthesize", unit=" step")
     try:
         run.run(total, bar)
     except KeyboardInterrupt:
-        raise SynthesisInterrupted(_universal_result(encoder, data, config, run)) from None
+        raise SynthesisInterrupted(_universal_result(encoder, data, config, run, mean)) from None
     except torch.OutOfMemoryError as error:
         raise SynthesisOutOfMemoryError(
             f"{encoder.device} ran out of memory after {len(run.history)} steps: lower the images of a batch "
             f"({len(data.like)}) or config.count ({config.count}), or use a 16-bit encoder. {error}",
-            _universal_result(encoder, data, config, run, judged=False),
+            _universal_result(encoder, data, config, run, mean, judged=False),
         ) from error
     finally:
         bar.close()
-    return _met(_universal_result(encoder, data, config, run), config)
+    return _met(_universal_result(encoder, data, config, run, mean), config)
 
 
 def _universal_result(
-    encoder: FrozenEncoder, data: Batches, config: SynthesisConfig, run: UniversalRun, *, judged: bool = True
+    encoder: FrozenEncoder,
+    data: Batches,
+    config: SynthesisConfig,
+    run: UniversalRun,
+    mean: Mean | None,
+    *,
+    judged: bool = True,
 ) -> Noise:
     noise, seen = run.noise, torch.full((config.count,), torch.nan)
     if judged and (config.on_unmet == "scale" or config.final_scale):
         noise = torch.stack(
-            [scaled_to_eps(encoder, row, data.check, config.eps, larger=config.final_scale) for row in noise]
+            [scaled_to_eps(encoder, row, data.check, config.eps, larger=config.final_scale, mean=mean) for row in noise]
         )
     if judged:
-        seen = torch.stack([judge(encoder, row, data.check) for row in noise]).cpu()
+        seen = torch.stack([judge(encoder, row, data.check, mean) for row in noise]).cpu()
     return Noise(
         tokens=noise,
         influence=seen,

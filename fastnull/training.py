@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from fastnull.checks import check_choice
 from fastnull.compat import import_timm
 from fastnull.controls import AdversarialTraining, CleanOnly, Stopwatch, TimedAugment, Trades
 from fastnull.data import seed_everything, to_pixels
+from fastnull.distributed import Processes, explained, without_exchange
 from fastnull.recipe import ATTACKS, REFRESH_COST, FinetuneConfig, Plan
+from fastnull.rng import Place, generator
 from fastnull.vit import NormalizedModel, unwrap
 
 STEP_KEY = 1
 """With the seed and the step the key of a step's random numbers."""
+_NEVER = 2**62
 
 
 class DivergenceError(RuntimeError):
@@ -62,6 +66,7 @@ class Training:
         config, plan: of the run.
         model: on `device`; trained in place.
         num_classes: of its logits.
+        processes: that take the steps together; all hold the same weights, optimiser, noise and records.
 
     Attributes:
         step: steps taken.
@@ -74,13 +79,25 @@ class Training:
     """
 
     def __init__(
-        self, config: FinetuneConfig, model: nn.Module, plan: Plan, num_classes: int, device: torch.device
+        self,
+        config: FinetuneConfig,
+        model: nn.Module,
+        plan: Plan,
+        num_classes: int,
+        device: torch.device,
+        processes: Processes,
     ) -> None:
-        self.config, self.model, self.plan, self.device = config, model, plan, device
+        self.config, self.model, self.plan, self.device, self.processes = config, model, plan, device, processes
+        self._memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+        model.to(memory_format=self._memory_format)
+        # both views go through it: what exchanges gradients is in its forward
+        self._called = processes.wrap(model)
+        if config.compile:
+            self._called = torch.compile(self._called)
         timm = import_timm()
         self.amp_dtype = getattr(torch, config.amp) if config.amp else None
         self.watch = Stopwatch(device)
-        self.augment = _augment(config, model, self.amp_dtype, self.watch)
+        self.augment = _augment(config, self._called, self.amp_dtype, self.watch)
         self.optimizer = _optimizer(config, model)
         self.scheduler = _scheduler(config, plan, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
@@ -101,7 +118,9 @@ class Training:
         # on the device, so that no step waits for the host: this epoch's sum of losses, and the first step gone wrong
         self._loss = torch.zeros((), device=device)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._bad_step = torch.full((), -1, dtype=torch.long, device=device)
+        self._bad_step = torch.full((), _NEVER, dtype=torch.long, device=device)
+        self._stats: dict[str, Tensor] = {}
+        self._places = processes.places(plan.batch_size, config.accumulate, pairs=config.mixing)
 
     @property
     def epoch(self) -> int:
@@ -120,11 +139,13 @@ class Training:
         """
         self.augment.step = self.step
         with self.watch:
-            noise = self.augment.refresh(batches, check=check)
+            noise = self.augment.refresh(
+                batches, check=check, mean=None if self.processes.alone else self.processes.mean
+            )
         assert noise is not None
         self._spent += REFRESH_COST * len(noise) * len(noise.history) * self.plan.batch_size
         met, influence = int(noise.converged.sum()), float(noise.influence.mean())
-        if met < len(noise):
+        if met < len(noise) and self.processes.first:
             warnings.warn(
                 f"the universal noise for step {self.step + 1} did not meet eps: influence {influence:.3g} after "
                 f"{int(noise.steps.max())} updates. It is used as it is; more rounds, a larger image_ratio or a "
@@ -142,15 +163,23 @@ class Training:
         }
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
-        """One update from a checked batch on the host: images [B, C, H, W] (bytes or pixels), labels [B]."""
+        """One update from this process's rows of a checked batch on the host: images [B, C, H, W] (bytes or pixels),
+        labels [B]."""
         seed_everything(self.config.seed, STEP_KEY, self.step)
-        self.augment.step = self.step
         images, labels = to_pixels(images, self.device), labels.to(self.device, non_blocking=True)
+        images = images.to(memory_format=self._memory_format)
         if self.mixup is not None:
             images, labels = self.mixup(images, labels)
-        with self.autocast():
-            loss, _ = self.augment.loss(images, labels, self._criterion)
-        self.scaler.scale(loss).backward()
+        if not self.processes.first:
+            # what is mixed is the same everywhere, but drop path is not
+            torch.manual_seed(generator(self.config.seed, STEP_KEY, self.step, self.processes.rank).initial_seed())
+        parts = len(self._places)
+        self._loss = torch.zeros((), device=self.device)
+        self._stats = {}
+        for part in zip(self._places, images.chunk(parts), labels.chunk(parts), strict=True):
+            last = part[0] is self._places[-1]
+            with nullcontext() if last else without_exchange(self._called), explained(self.processes):
+                self._backward(*part)
         if self.config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -162,21 +191,31 @@ class Training:
             self.scheduler.step_update(self.step)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
-        self._loss = loss.detach()
         self._loss_sum += self._loss
-        went_wrong = ~torch.isfinite(self._loss) & (self._bad_step < 0)
-        self._bad_step = torch.where(went_wrong, self.step, self._bad_step)
-        self._spent += self.plan.step_cost * len(images)
+        bad_step = torch.where(torch.isfinite(self._loss), _NEVER, self.step)
+        self._bad_step = torch.minimum(self._bad_step, bad_step)
+        self._spent += self.plan.step_cost * self.plan.batch_size
+
+    def _backward(self, place: Place | None, images: Tensor, labels: Tensor) -> None:
+        """Add the gradients, loss and statistics of one part of a batch: the parts' means."""
+        share = 1 / len(self._places)
+        self.augment.step, self.augment.place = self.step, place
+        with self.autocast():
+            loss, _ = self.augment.loss(images, labels, self._criterion)
+        self.scaler.scale(loss * share).backward()
+        self._loss += share * loss.detach()
+        for name, value in self.augment.stats.items():
+            self._stats[name] = self._stats.get(name, torch.zeros_like(value)) + share * value
 
     def autocast(self) -> torch.autocast:
         """The configuration's autocast region."""
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def check_finite(self) -> None:
-        """Raise DivergenceError where a loss or a weight is NaN or Inf; waits for the device."""
-        step = int(self._bad_step)
+        """Raise DivergenceError where a loss (of any process) or a weight is NaN or Inf; waits for the device."""
+        step = int(self.processes.least(self._bad_step))
         what = f"the loss is NaN or Inf at step {step}"
-        if step < 0:
+        if step == _NEVER:
             broken = [name for name, value in self.model.named_parameters() if not bool(torch.isfinite(value).all())]
             if not broken:
                 return
@@ -187,15 +226,17 @@ class Training:
         )
 
     def step_record(self) -> dict[str, Any]:
-        """The line that metrics.jsonl gets for the last step. Raises DivergenceError."""
-        if int(self._bad_step) >= 0:
+        """The line that metrics.jsonl gets for the last step: means over all processes. Raises DivergenceError."""
+        seen = {"loss": self._loss, "bad": self._bad_step < _NEVER, **self._stats}
+        means = self.processes.mean(torch.tensor([float(value) for value in seen.values()], dtype=torch.float64))
+        stats = dict(zip(seen, means.tolist(), strict=True))
+        if stats.pop("bad"):
             self.check_finite()
-        stats = {name: float(value) for name, value in self.augment.stats.items()}
         return {
             "kind": "step",
             "step": self.step,
             "epoch": self.epoch,
-            "loss": float(self._loss),
+            "loss": stats.pop("loss"),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             # random noise has no influence that anybody measured
             **{name: value for name, value in stats.items() if math.isfinite(value)},
@@ -211,7 +252,7 @@ class Training:
             "kind": "epoch",
             "step": self.step,
             "epoch": self.epoch,
-            "loss": float(self._loss_sum) / taken,
+            "loss": float(self.processes.mean(self._loss_sum)) / taken,
             **({} if accuracy is None else {"val_accuracy": accuracy}),
             "cost": self._spent,
             "seconds": self.seconds(),
@@ -227,7 +268,7 @@ class Training:
         return {"total": total, "synthesis": synthesis, "synthesis_share": synthesis / total}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on; tensors and plain values."""
+        """Everything that the next step depends on; tensors and plain values. All processes take part."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -235,7 +276,7 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "augment": self.augment.state_dict(),
-            "loss_sum": self._loss_sum,
+            "loss_sum": self.processes.mean(self._loss_sum),
             "history": self.history,
             "best": (self.best_epoch, self.best_accuracy),
             "spent": self._spent,

@@ -8,6 +8,7 @@ because a look waits for the device) and ends a noise where its stop rule says s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,9 @@ FIRST_SHARE = 8
 MOST_IMAGES = 512
 """Noisy images in one pass, over all noises of it."""
 
+Mean = Callable[[Tensor], Tensor]
+"""Takes the mean over processes, the same on all of them."""
+
 
 class UniversalRun:
     """M noises on their way.
@@ -41,6 +45,8 @@ class UniversalRun:
         data: batches, and the check images.
         config: of the synthesis.
         start: [M, ...] in float32 or float64; changed in place.
+        mean: over the processes that share out the batches; None is one process. There is no graph with it: what it
+            exchanges is no part of one.
 
     Attributes:
         noise: [M, ...], as far as it has come.
@@ -48,8 +54,10 @@ class UniversalRun:
         history: a record per step: step, loss, influence, norm; means over the noises that took part.
     """
 
-    def __init__(self, encoder: FrozenEncoder, data: Batches, config: SynthesisConfig, start: Tensor) -> None:
-        self._encoder, self._data, self._config = encoder, data, config
+    def __init__(
+        self, encoder: FrozenEncoder, data: Batches, config: SynthesisConfig, start: Tensor, mean: Mean | None = None
+    ) -> None:
+        self._encoder, self._data, self._config, self._mean = encoder, data, config, mean
         self.noise = start
         self._state = AdamWState.zeros(start)
         self._active = torch.ones(len(start), dtype=torch.bool, device=start.device)
@@ -57,7 +65,7 @@ class UniversalRun:
         self._share = FIRST_SHARE if config.growing else 1
         self._records = torch.empty(0, 3, device=start.device)
         self._done = 0
-        graph = use_graph(config.graph, encoder.device, encoder.backend)
+        graph = mean is None and use_graph(config.graph, encoder.device, encoder.backend)
         self._look_every = LOOK_EVERY if graph else 1
         # what a graph runs is fixed, so there all noises take part; elsewhere those that still move
         self._all = graph
@@ -106,6 +114,8 @@ class UniversalRun:
             loss, influences, gradient[part] = shared_gradient(
                 self._encoder, tokens, clean, self.noise[part], config.objective
             )
+            if self._mean is not None:
+                loss, influences, gradient[part] = map(self._mean, (loss, influences, gradient[part]))
             losses[part], seen[part] = loss.float(), influences.float()
         losses, seen = torch.where(moving, losses, math.nan), torch.where(moving, seen, math.nan)
         record = torch.stack([losses.nanmean(), seen.nanmean(), norms(self.noise).mean().float()])
@@ -129,24 +139,36 @@ class UniversalRun:
                 self._marked.zero_()
         elif config.stop != "never":
             for m in marked.nonzero().flatten().tolist():
-                if config.stop == "batch" or bool(judge(self._encoder, self.noise[m], self._data.check) < config.eps):
+                if config.stop == "batch" or bool(self._judged(m) < config.eps):
                     self._active[m] = False
             self._marked.zero_()
         return not bool(self._active.any())
+
+    def _judged(self, m: int) -> Tensor:
+        return judge(self._encoder, self.noise[m], self._data.check, self._mean)
 
     def _show(self, bar: Any) -> None:
         loss, seen, norm = self._records[self._done - 1].tolist()
         bar.set_postfix({"loss": f"{loss:.3g}", "influence": f"{seen:.3g}", "norm": f"{norm:.3g}"}, refresh=False)
 
 
-def judge(encoder: FrozenEncoder, noise: Tensor, pairs: list[Pair]) -> Tensor:
-    """Influence of one noise: mean over all images."""
-    seen = [influence(clean, encoder(perturb(encoder, tokens, noise))) for tokens, clean in pairs]
-    return torch.cat(seen).mean()
+def judge(encoder: FrozenEncoder, noise: Tensor, pairs: list[Pair], mean: Mean | None = None) -> Tensor:
+    """Influence of one noise: mean over all images, those of other processes included."""
+    seen = torch.cat([influence(clean, encoder(perturb(encoder, tokens, noise))) for tokens, clean in pairs])
+    if mean is None:
+        return seen.mean()
+    total, images = mean(torch.stack([seen.sum(), seen.new_tensor(len(seen))]))  # not all may hold as many
+    return total / images
 
 
 def scaled_to_eps(
-    encoder: FrozenEncoder, noise: Tensor, pairs: list[Pair], eps: float, *, larger: bool = False
+    encoder: FrozenEncoder,
+    noise: Tensor,
+    pairs: list[Pair],
+    eps: float,
+    *,
+    larger: bool = False,
+    mean: Mean | None = None,
 ) -> Tensor:
     """The noise at the largest scale that bisection finds below ε: at most 1, with `larger` at most LARGEST_SCALE.
 
@@ -154,7 +176,7 @@ def scaled_to_eps(
     """
 
     def below(scale: float) -> bool:
-        return bool(judge(encoder, noise * scale, pairs) < eps)
+        return bool(judge(encoder, noise * scale, pairs, mean) < eps)
 
     low, high = 0.0, 1.0
     if below(1.0):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -146,6 +149,72 @@ def test_stopped_run_on_image_files_goes_on_bitwise(tmp_path, monkeypatch, worke
     ]
     finetune(replace(parts, resume=True))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the parts are forked")
+@pytest.mark.filterwarnings("ignore:This process")
+def test_killed_at_twenty_moments_goes_on_bitwise(tmp_path, few):
+    """SIGKILL from outside at random times, and at every third time in the middle of writing a state."""
+    config = replace(
+        SMALL, augment="boundary", num_classes=10, epochs=12, checkpoint_every=1, ema_decay=0.9, mixup=0.2,
+        drop_path=0.2,
+    )  # fmt: skip
+    whole, parts = replace(config, out=str(tmp_path / "whole")), replace(config, out=str(tmp_path / "parts"))
+    finetune(whole, train_data=few)
+    moments = random.Random(0)
+    reached = []
+    for kill in range(20):
+        in_a_save = kill % 3 == 0
+
+        def part(in_a_save=in_a_save):
+            torch.set_num_threads(1)
+            if in_a_save:
+                # the first file that is whole but not renamed yet: weights or a state, by chance
+                left = moments.randrange(1, 4)
+                original = os.replace
+
+                def replaced(*paths):
+                    nonlocal left
+                    left -= 1
+                    if left == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    original(*paths)
+
+                os.replace = replaced
+            finetune(replace(parts, resume=True), train_data=few)
+
+        process = multiprocessing.get_context("fork").Process(target=part)
+        process.start()
+        process.join(30 if in_a_save else moments.uniform(0.05, 0.4))
+        process.kill()
+        process.join()
+        states = sorted((tmp_path / "parts").glob("state-*.pt"))
+        reached.append(read_state(states[-1])["step"] if states else 0)
+        moments.random()
+    assert reached == sorted(reached)
+    assert any(0 < step < 24 for step in reached)  # not all before the first or after the last
+    finetune(replace(parts, resume=True), train_data=few)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert not list((tmp_path / "parts").glob(".*"))  # halves of files
+
+
+def test_full_disk_is_told_and_the_state_before_stays(tmp_path, few, monkeypatch):
+    config = replace(SMALL, num_classes=10, out=str(tmp_path / "full"))
+    finetune(replace(config, out=str(tmp_path / "whole")), train_data=few)
+    original = os.fsync
+
+    def fsync(handle):
+        if (tmp_path / "full" / "state-000000002.pt").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fsync)
+        with pytest.raises(OSError, match=r"cannot save step 4: .*No space left.*the state of step 2 is whole"):
+            finetune(config, train_data=few)
+    assert not list((tmp_path / "full").glob(".*.tmp"))
+    finetune(replace(config, resume=True), train_data=few)
+    assert_same_run(tmp_path / "whole", tmp_path / "full")
 
 
 def test_torn_state_costs_the_steps_since_the_one_before(tmp_path, few):
@@ -366,6 +435,41 @@ def test_bfloat16_autocast(few):
     result = finetune(replace(SMALL, augment="boundary", num_classes=10, amp="bfloat16"), train_data=few)
     assert all(math.isfinite(record["loss"]) for record in result.history)
     assert next(result.model.parameters()).dtype == torch.float32
+
+
+def test_float16_with_scaled_gradients(few):
+    """The same losses as in float32, to float16's bits: unscaled before they are clipped."""
+    config = replace(SMALL, augment="boundary", num_classes=10, clip_grad=0.1, val_fraction=0.0, backend="reference")
+    plain, half = (finetune(replace(config, amp=amp), train_data=few) for amp in (None, "float16"))
+    assert [r["loss"] for r in half.history] == pytest.approx([r["loss"] for r in plain.history], rel=2e-2)
+    assert next(half.model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("augment", ["boundary", "adversarial"])
+def test_channels_last_changes_rounding_alone(few, augment):
+    config = replace(SMALL, augment=augment, num_classes=10)
+    plain, last = (finetune(replace(config, channels_last=on), train_data=few) for on in (False, True))
+    weight = last.model.network.patch_embed.proj.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert [r["loss"] for r in last.history] == pytest.approx([r["loss"] for r in plain.history], rel=1e-3)
+
+
+def test_compiled_training_is_the_same(tmp_path, few, monkeypatch):
+    """Graphs are captured and run as they are, which takes seconds less than generating code for them."""
+    compiled = []
+    original = torch.compile
+
+    def eagerly(model):
+        compiled.append(model)
+        return original(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", eagerly)
+    config = replace(SMALL, augment="boundary", num_classes=10)
+    plain = finetune(config, train_data=few)
+    result = finetune(replace(config, compile=True, out=str(tmp_path)), train_data=few)
+    assert len(compiled) == 1
+    assert [r["loss"] for r in result.history] == pytest.approx([r["loss"] for r in plain.history], rel=1e-3)
+    assert not any("_orig_mod" in name for name in load_file(result.last_path))
 
 
 class Broken(nn.Module):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -444,3 +449,95 @@ def test_bad_token_noise_type() -> None:
         random_space(8, 3, 4, 4).sample(torch.zeros(1, 3, 4, 4), -1.0)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         PatchNullspace.from_model("vit")  # type: ignore[arg-type]
+
+
+def low_pass_space(width: int = 40) -> PatchNullspace:
+    """A patch embedding that looks at smooth patterns most, as trained ones do: there the bounds hold often."""
+    smooth = nn.functional.avg_pool2d(torch.randn(width, 3, 12, 12), 5, stride=1)  # [D, 3, 8, 8]
+    return PatchNullspace(smooth)
+
+
+@pytest.mark.parametrize("towards", ["a picture", "the far bound"])
+def test_the_largest_change_agrees_with_scipy(towards: str) -> None:
+    """Of all pictures in [0, 1] with these tokens the nearest to the target, against a bounded least-squares solver."""
+    optimize = pytest.importorskip("scipy.optimize")
+    space = low_pass_space()
+    images = torch.rand(2, 3, 8, 16)
+    images[0, :, :, :8] = (images[0, :, :, :8] > 0.5).float()  # half of the box's sides touch it
+    target = torch.rand(2, 3, 8, 16) if towards == "a picture" else None
+    changed = space.maximize(images, target)
+    aim = target if target is not None else (images <= 0.5).float()
+    assert float(changed.min()) >= 0
+    assert float(changed.max()) <= 1
+    assert leak(space, changed - images, aim - images) < 2e-6
+    rows = 1e4 * torch.linalg.svd(space.weight, full_matrices=False)[2].numpy()  # tokens as a penalty
+    matrix = numpy.vstack([numpy.eye(192), rows])
+    for i in range(2):
+        for cut in (slice(0, 8), slice(8, 16)):
+            x, t, found = (y[i, :, :, cut].double().flatten().numpy() for y in (images, aim, changed))
+            best = optimize.lsq_linear(matrix, numpy.concatenate([t - x, numpy.zeros(len(rows))]), (-x, 1 - x + 1e-12))
+            assert numpy.linalg.norm(found - t) <= 1.001 * numpy.linalg.norm(best.x - (t - x))
+
+
+def test_the_model_does_not_see_the_largest_change(vit: NormalizedModel, images: Tensor) -> None:
+    changed = PatchNullspace.from_model(vit).maximize(images)
+    with torch.no_grad():
+        torch.testing.assert_close(vit(changed), vit(images), rtol=0, atol=1e-5)
+        assert float((vit(images.flip(-1)) - vit(images)).abs().max()) > 0.1
+    assert float((changed - images).square().mean().sqrt()) > 0.2
+    towards = PatchNullspace.from_model(vit).maximize(images, images[0])
+    torch.testing.assert_close(towards[0], images[0])
+    assert float((towards - images[0]).norm()) < float((images - images[0]).norm())
+
+
+def test_bounds_of_the_largest_change() -> None:
+    space, images = random_space(8, 3, 4, 4), torch.rand(2, 3, 8, 8) * 0.5 + 0.25
+    near = space.maximize(images, bounds=(images - 0.1, images + 0.1))
+    assert float((near - images).abs().max()) <= 0.1 + 1e-6
+    assert float((near - images).abs().max()) > 0.099
+    assert space.maximize(images.half()).dtype == torch.float16
+    assert space.maximize(images[:0]).shape == (0, 3, 8, 8)
+    by_rounding = torch.full((1, 3, 4, 4), -3e-8)
+    assert float(space.maximize(by_rounding).min()) >= 0
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "error", "message"),
+    [
+        (torch.zeros(3, 8, 8), {}, ValueError, r"\[B, 3, H, W\]"),
+        (torch.full((1, 3, 8, 8), math.nan), {}, ValueError, "images must be finite"),
+        (torch.full((1, 3, 8, 8), 1.5), {}, ValueError, "images must lie within bounds; they leave them by up to 0.5"),
+        (torch.zeros(1, 3, 8, 8), {"bounds": (1.0, 0.0)}, ValueError, "low <= high"),
+        (torch.zeros(1, 3, 8, 8), {"bounds": (0.0, math.inf)}, ValueError, "bounds must be finite"),
+        (torch.zeros(1, 3, 8, 8), {"target": torch.zeros(1, 3, 4, 4)}, ValueError, r"got \[1, 3, 4, 4\]: resize"),
+        (torch.zeros(1, 3, 8, 8), {"target": torch.zeros(3, 8, 8, dtype=torch.uint8)}, TypeError, "uint8"),
+        (torch.zeros(1, 3, 8, 8), {"target": torch.full((3, 8, 8), math.inf)}, ValueError, "target must be finite"),
+    ],
+)
+def test_bad_requests_for_the_largest_change(
+    images: Tensor, options: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        random_space(8, 3, 4, 4).maximize(images, **options)
+
+
+def test_no_nullspace_no_change() -> None:
+    with pytest.raises(
+        ValueError, match=r"no nullspace: its 60x48 matrix has rank 48.*site 'patch'.*vit_small_patch16"
+    ):
+        random_space(60, 3, 4, 4).maximize(torch.zeros(1, 3, 8, 8))
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    pytest.importorskip("matplotlib")
+    script = Path(__file__).parents[1] / "examples" / "hidden_change.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--out", str(tmp_path / "seen.png")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seen.png").stat().st_size > 10_000
+    classes = re.findall(r"class (\d+), pixels changed by ([\d.]+) rms, logits by (\S+) at most", done.stdout)
+    assert len(classes) == 3
+    assert len({label for label, _, _ in classes}) == 1
+    assert all(float(pixels) > 0.1 and float(logits) < 1e-3 for _, pixels, logits in classes[1:])

@@ -61,7 +61,8 @@ def test_growing_batches_use_few_images_first(
     eps = 0.5 * synthesize(vit, loader, start).influence.item()
     sizes.clear()
     noise = synthesize(vit, loader, SynthesisConfig(steps=300, limit=1.0, lr=0.05, eps=eps, growing=True))
-    assert sizes == sorted(sizes) and sizes[0] == 1
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 1
     assert set(sizes) == {1, 2, 4, 8}
     assert noise.converged.all()  # judged on the check images, not on the small batches
 
@@ -141,7 +142,8 @@ def test_out_of_memory_keeps_the_noise(
     ) as error:
         synthesize(vit, loader, SynthesisConfig(steps=10, stop="never"))
     assert error.value.noise.steps.tolist() == [3]
-    assert error.value.noise.influence.isnan().all() and not error.value.noise.converged.any()
+    assert error.value.noise.influence.isnan().all()
+    assert not error.value.noise.converged.any()
 
 
 def test_tokens_that_do_not_fit_are_made_anew(

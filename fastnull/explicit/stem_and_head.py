@@ -141,14 +141,16 @@ class Head:
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, P + N, D], or [B, 1, D] of the class token where that is all that is read → logits [B, K]."""
-        average = self._parts.pool == "avg"
-        read = x[:, self._parts.pool_start :] if average else x[:, self._tokens]  # [B, T, D]
+        pool, start = self._parts.pool, self._parts.pool_start
+        read = {"token": x[:, self._tokens], "avg": x[:, start:], "token_avg": x}[pool]  # [B, T, D]
         read = read.to(self.dtype)
         if self._norm is not None:
             read = self._norm.forward(read)
-        if average:
+        if pool == "avg":
             self._pooled = read.shape[1]
             read = read.mean(1, keepdim=True)
+        elif pool == "token_avg":
+            read = torch.cat([read[:, :1], read[:, start:].mean(1, keepdim=True)], dim=2)  # [B, 1, 2 D]
         if self._fc_norm is not None:
             read = self._fc_norm.forward(read)  # [B, heads, D]
         logits = [linear(read[:, index]) for index, linear in enumerate(self.linears)]
@@ -160,12 +162,20 @@ class Head:
         gradient = torch.stack([linear.input_gradient(cotangent) for linear in self.linears], dim=1)  # [B, heads, D]
         if self._fc_norm is not None:
             gradient = self._fc_norm.backward(gradient)
-        if self._parts.pool == "avg":
+        pool, start = self._parts.pool, self._parts.pool_start
+        if pool == "avg":
             gradient = (gradient / self._pooled).expand(-1, self._pooled, -1)
+        elif pool == "token_avg":
+            first, mean = gradient.chunk(2, dim=2)
+            gradient = first.new_zeros(*out.shape)
+            gradient[:, :1] = first
+            gradient[:, start:] += mean / (out.shape[1] - start)
         if self._norm is not None:
             gradient = self._norm.backward(gradient)
         out.zero_()
-        if self._parts.pool == "avg":
-            out[:, self._parts.pool_start :] = gradient
+        if pool == "token_avg":
+            out.copy_(gradient)
+        elif pool == "avg":
+            out[:, start:] = gradient
         else:
             out[:, self._tokens] = gradient.to(out.dtype)

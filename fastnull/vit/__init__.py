@@ -1,5 +1,6 @@
 """Taking a Vision Transformer apart: images → patch embedding → encoder → logits. One adapter a library."""
 
 from fastnull.vit.base import SITES, NormalizedModel, SplitViT, frozen, split, unwrap
+from fastnull.vit.hooked import HookedViT
 
-__all__ = ["SITES", "NormalizedModel", "SplitViT", "frozen", "split", "unwrap"]
+__all__ = ["SITES", "HookedViT", "NormalizedModel", "SplitViT", "frozen", "split", "unwrap"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ class NormalizedModel(nn.Module):
         return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(self.normalize(images))
+        output = self.network(self.normalize(images))
+        return getattr(output, "logits", output)  # Hugging Face models return an object
 
 
 class SplitViT(ABC):
@@ -77,6 +79,7 @@ class SplitViT(ABC):
         num_classes, channels: of logits and images.
         image_size: (H, W) that the model insists on, or None where it takes several.
         num_prefix_tokens: class, register and distillation tokens before the image tokens.
+        batch_may_grow: whether a hook at a token site may hand on more images than went into the forward.
     """
 
     patch_module: nn.Module
@@ -86,6 +89,7 @@ class SplitViT(ABC):
     channels: int
     image_size: tuple[int, int] | None
     num_prefix_tokens: int
+    batch_may_grow: bool = True
 
     def __init__(self, model: nn.Module, network: nn.Module) -> None:
         self.model = model
@@ -97,11 +101,19 @@ class SplitViT(ABC):
         Raises:
             UnsupportedModelError: names the part that has no hand-written form.
         """
-        raise UnsupportedModelError(f"{type(self).__name__} names no parts")
+        raise UnsupportedModelError(type(self.network).__name__)
 
     def site_module(self, site: str) -> nn.Module:
         """The module whose output is the tensor at a token site."""
         return self.patch_module if site == "patch" else self.block0_module
+
+    def tokens_of(self, output: Any) -> Tensor:
+        """What a site's module puts out → the tensor at the site."""
+        return output
+
+    def with_tokens(self, output: Any, tokens: Tensor) -> Any:
+        """`output` of a site's module with other tokens in it."""
+        return tokens
 
     def normalize(self, images: Tensor) -> Tensor:
         """Pixels → what the network takes; the identity where the model does not normalise."""
@@ -150,8 +162,23 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits [B, K] in what a model returned: a tensor, or an output with `.logits` as of Hugging Face.
+
+    Raises:
+        TypeError: neither.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model must return logits [B, K] or an output with .logits; got {type(output).__name__}: a backbone "
+            "needs a classifier on top (in transformers, a class named ...ForImageClassification)"
+        )
+    return logits
+
+
 def split(model: nn.Module) -> SplitViT:
-    """Find the adapter for a model.
+    """Find the adapter for a model: of timm, transformers, torchvision or open_clip.
 
     Raises:
         TypeError: not an nn.Module.
@@ -161,21 +188,46 @@ def split(model: nn.Module) -> SplitViT:
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     model = unwrap(model)
     network = unwrap(model.network) if isinstance(model, NormalizedModel) else model
+    if type(network).__name__ == "TimmWrapperForImageClassification":  # timm's model within a transformers one
+        network = network.timm_model
     if type(network).__module__.startswith("timm.") or hasattr(network, "_pos_embed"):
         from fastnull.vit.timm_vit import TimmViT
 
         if TimmViT.supports(network):
             return TimmViT(model, network)
+    # these import no library: they know its models by their classes' names
+    from fastnull.vit.open_clip_vit import OpenClipViT
+    from fastnull.vit.timm_hooked import TimmHooked
+    from fastnull.vit.torchvision_vit import TorchvisionViT
+    from fastnull.vit.transformers_vit import TransformersViT
+
+    for adapter in (TransformersViT, TorchvisionViT, OpenClipViT, TimmHooked):
+        if adapter.supports(network):
+            return adapter(model)
     raise ValueError(
-        f"no adapter splits {type(network).__name__} into patch embedding, encoder and head; supported: timm's "
-        "VisionTransformer family (vit_*, deit*, dinov2, siglip, clip). For another model implement "
-        "fastnull.vit.SplitViT (patch, prepare, encode, head) and pass it instead of the model"
+        f"no adapter splits {type(network).__name__} into patch embedding, encoder and head. Known are timm's models "
+        "with a patch_embed, transformers' image classifiers with patches, torchvision's vit_* and open_clip's vision "
+        "towers. For another one name its modules, fastnull.vit.HookedViT(model, patch='...', block0='...'), or "
+        "implement fastnull.vit.SplitViT (patch, prepare, encode, head), and pass that instead of the model. Noise in "
+        "pixels (site='pixels') needs no adapter"
     )
 
 
-def as_split(model: nn.Module | SplitViT) -> SplitViT:
-    """`model` itself where it is an adapter already, else the adapter that `split` finds."""
-    return model if isinstance(model, SplitViT) else split(model)
+def as_split(model: nn.Module | SplitViT, site: str = "patch") -> SplitViT:
+    """`model` itself where it is an adapter already, else the adapter that `split` finds.
+
+    For site `pixels` a model that none knows is taken as one piece.
+    """
+    if isinstance(model, SplitViT):
+        return model
+    try:
+        return split(model)
+    except ValueError:
+        if site != "pixels":
+            raise
+        from fastnull.vit.whole import WholeModel
+
+        return WholeModel(model)
 
 
 @contextmanager

@@ -8,11 +8,60 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
 class UnsupportedModelError(ValueError):
     """A part of the model has no hand-written form; the message names it."""
+
+
+def need(condition: bool, what: str) -> None:
+    """Raise UnsupportedModelError(what) unless the condition holds."""
+    if not condition:
+        raise UnsupportedModelError(what)
+
+
+class LiveLinear:
+    """What an encoder reads of a linear, from models that keep query, key and value apart or in bare parameters.
+
+    Nothing is copied: every look at `weight` [out, in] and `bias` [out] or None reads the current parameters.
+    """
+
+    def __init__(self, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None]) -> None:
+        self._weight, self._bias = weight, bias
+
+    @classmethod
+    def joined(cls, *linears: nn.Linear) -> LiveLinear:
+        """Several linears of one input as one, outputs in order; a bias that only some have counts as 0."""
+
+        def bias() -> Tensor | None:
+            if all(linear.bias is None for linear in linears):
+                return None
+            return torch.cat([x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears])
+
+        return cls(lambda: torch.cat([linear.weight for linear in linears]), bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], without gradient."""
+        return self._weight().detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out], without gradient, or None."""
+        bias = self._bias()
+        return None if bias is None else bias.detach()
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.weight.shape[0]
 
 
 @dataclass(frozen=True)
@@ -27,7 +76,7 @@ class BlockParts:
     """
 
     norm1: nn.LayerNorm
-    qkv: nn.Linear
+    qkv: nn.Linear | LiveLinear
     q_norm: nn.LayerNorm | None
     k_norm: nn.LayerNorm | None
     heads: int
@@ -50,7 +99,8 @@ class ViTParts:
         positions: () → prefix tokens [P, D] and the position embedding of the image tokens [N, D].
         norm_pre: LayerNorm before the first block, or None.
         norm: LayerNorm after the last block, or None.
-        pool: `token` (each head reads its own token) or `avg` (the mean of the tokens from pool_start on).
+        pool: `token` (each head reads its own token), `avg` (the mean of the tokens from pool_start on) or `token_avg`
+            (token 0 and that mean, joined to 2 D).
         fc_norm: LayerNorm after pooling, or None.
         heads: (token, linear): the logits are the mean over heads.
     """

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.vit.parts import BlockParts, UnsupportedModelError, ViTParts
+from fastnull.vit.parts import BlockParts, UnsupportedModelError, ViTParts, need
 
 GELU = {"GELU": "none", "GELUTanh": "tanh"}
 
@@ -19,13 +19,13 @@ def timm_parts(network: nn.Module) -> ViTParts:
         UnsupportedModelError: names the first part that is not standard.
     """
     stem = network.patch_embed
-    _need(not network.dynamic_img_size and stem.img_size is not None, "dynamic_img_size")
-    _need(isinstance(stem.proj, nn.Conv2d) and stem.proj.kernel_size == stem.proj.stride, "an overlapping patch stem")
-    _need(not getattr(stem, "dynamic_img_pad", False), "dynamic_img_pad")
-    _need(isinstance(stem.norm, nn.Identity), "a norm inside patch_embed")
-    _need(network.attn_pool is None and network.global_pool in ("token", "avg"), f"global_pool {network.global_pool!r}")
+    need(not network.dynamic_img_size and stem.img_size is not None, "dynamic_img_size")
+    need(isinstance(stem.proj, nn.Conv2d) and stem.proj.kernel_size == stem.proj.stride, "an overlapping patch stem")
+    need(not getattr(stem, "dynamic_img_pad", False), "dynamic_img_pad")
+    need(isinstance(stem.norm, nn.Identity), "a norm inside patch_embed")
+    need(network.attn_pool is None and network.global_pool in ("token", "avg"), f"global_pool {network.global_pool!r}")
     distilled = hasattr(network, "head_dist")
-    _need(isinstance(network.head, nn.Linear), f"a head of type {type(network.head).__name__}")
+    need(isinstance(network.head, nn.Linear), f"a head of type {type(network.head).__name__}")
     heads = [(0, network.head), (1, network.head_dist)] if distilled else [(0, network.head)]
     # the distilled model has no fc_norm in its forward
     fc_norm = None if distilled else _norm(network.fc_norm, "fc_norm")
@@ -42,30 +42,25 @@ def timm_parts(network: nn.Module) -> ViTParts:
     )
 
 
-def _need(condition: bool, what: str) -> None:
-    if not condition:
-        raise UnsupportedModelError(what)
-
-
 def _norm(module: nn.Module, name: str) -> nn.LayerNorm | None:
     if isinstance(module, nn.Identity):
         return None
-    _need(isinstance(module, nn.LayerNorm), f"{name} of type {type(module).__name__}")
+    need(isinstance(module, nn.LayerNorm), f"{name} of type {type(module).__name__}")
     return module
 
 
 def _block(block: nn.Module, index: int) -> BlockParts:
     where = f"blocks[{index}]"
-    _need(type(block).__name__ == "Block", f"{where} of type {type(block).__name__}")
+    need(type(block).__name__ == "Block", f"{where} of type {type(block).__name__}")
     attn: Any = block.attn
     mlp: Any = block.mlp
-    _need(type(attn).__name__ == "Attention", f"{where}.attn of type {type(attn).__name__}")
-    _need(isinstance(attn.norm, nn.Identity) and attn.gate is None, f"{where}.attn with norm or gate")
-    _need(type(mlp).__name__ == "Mlp", f"{where}.mlp of type {type(mlp).__name__}")
-    _need(isinstance(mlp.norm, nn.Identity), f"{where}.mlp with norm")
-    _need(isinstance(mlp.fc1, nn.Linear), f"{where}.mlp with convolutions")
+    need(type(attn).__name__ == "Attention", f"{where}.attn of type {type(attn).__name__}")
+    need(isinstance(attn.norm, nn.Identity) and attn.gate is None, f"{where}.attn with norm or gate")
+    need(type(mlp).__name__ == "Mlp", f"{where}.mlp of type {type(mlp).__name__}")
+    need(isinstance(mlp.norm, nn.Identity), f"{where}.mlp with norm")
+    need(isinstance(mlp.fc1, nn.Linear), f"{where}.mlp with convolutions")
     activation = type(mlp.act).__name__
-    _need(activation in GELU, f"{where}.mlp with {activation}")
+    need(activation in GELU, f"{where}.mlp with {activation}")
     norms = _norm(block.norm1, f"{where}.norm1"), _norm(block.norm2, f"{where}.norm2")
     if norms[0] is None or norms[1] is None:
         raise UnsupportedModelError(f"{where} without norms")

@@ -199,19 +199,31 @@ def project(images: Tensor, clean: Tensor, eps: float, norm: str) -> Tensor:
 class Starts:
     """Random points of the ball, restart by restart: from `generator` if given, else keyed by (seed, image)."""
 
-    def __init__(self, clean: Tensor, generator: torch.Generator | None, seed: int, indices: Tensor | None) -> None:
+    def __init__(
+        self,
+        clean: Tensor,
+        generator: torch.Generator | None,
+        seed: int,
+        indices: Tensor | None,
+        total: int | None = None,
+    ) -> None:
         self.clean = clean
         self.generator = generator
+        self.total = total
         if indices is None:
             indices = torch.arange(len(clean))
         elif len(indices) != len(clean):
             raise ValueError(f"indices must hold one entry per image ({len(clean)}); got {len(indices)}")
+        self.indices = indices
         self.keyed = KeyedRandom(seed, "attack", indices.to(clean.device))
 
     def uniform(self) -> Tensor:
         """[B, C, H, W] within (-1, 1)."""
         if self.generator is None:
             values = self.keyed.uniform(*self.clean.shape[1:])
+        elif self.total is not None:
+            shape = (self.total, *self.clean.shape[1:])
+            values = torch.rand(shape, generator=self.generator, device=self.generator.device)[self.indices]
         else:
             values = torch.rand(self.clean.shape, generator=self.generator, device=self.generator.device)
         return values.to(self.clean).mul_(2).sub_(1)

@@ -1,0 +1,31 @@
+"""timm's models with a `patch_embed` that are no plain VisionTransformer: EVA, BEiT, CaiT, Swin, XCiT and others."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastnull.vit.base import NormalizedModel, unwrap
+from fastnull.vit.hooked import HookedViT
+
+BLOCK0 = {"Eva": "norm_pre", "Beit": "pos_drop", "Cait": "pos_drop"}
+"""Class → the module whose output enters the first block. Hierarchical models have no one place for it."""
+
+
+class TimmHooked(HookedViT):
+    """Any timm model with a `patch_embed`; tokens keep the shape that it puts out ([B, h, w, D] in Swin)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        inner = unwrap(model)
+        network = unwrap(inner.network) if isinstance(inner, NormalizedModel) else inner
+        block0 = BLOCK0.get(type(network).__name__)
+        # CaiT's class token joins after its blocks
+        prefix = 0 if type(network).__name__ == "Cait" else getattr(network, "num_prefix_tokens", 0)
+        super().__init__(model, "patch_embed", block0, num_prefix_tokens=prefix)
+
+    @staticmethod
+    def supports(network: nn.Module) -> bool:
+        """Whether the network is timm's and has a patch embedding."""
+        theirs = any(kind.__module__.startswith("timm.") for kind in type(network).__mro__)
+        stem = getattr(network, "patch_embed", None)
+        # CrossViT has a list of two
+        return theirs and isinstance(stem, nn.Module) and not isinstance(stem, nn.ModuleList)

@@ -1,0 +1,75 @@
+"""--dry-run and --config: what a run would be, and settings from a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastnull.cli import main
+from fastnull.dry_run import _kept, dry_run
+from fastnull.finetune import FinetuneConfig
+from fastnull.options import from_file
+
+pytest.importorskip("sklearn")
+
+
+def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    words = ["--augment", "boundary", "--epochs", "2", "--batch-size", "32", "--accumulate", "2", "--out", str(out)]
+    assert main(["finetune", "--dry-run", *words]) == 0
+    text = capsys.readouterr().out
+    # 1167 images: 36 batches an epoch; an image costs 6 for two views, 1 + 3 x 2 for the noise
+    assert "steps      72 of 32 images in 2 epochs (1 processes x 2 parts of 16)" in text
+    assert "synthesis  7 of 13 forward passes an image a step" in text
+    assert f"cost       {72 * 32 * 13:,} forward passes" in text
+    assert "53,354 parameters" in text
+    assert "| vit_digits |" in text  # the nullspace
+    assert not out.exists()
+
+
+def test_dry_run_refuses_what_the_run_would() -> None:
+    with pytest.raises(ValueError, match="batch_size must divide"):
+        dry_run(FinetuneConfig(batch_size=10, accumulate=3))
+
+
+def test_memory_is_what_autograd_keeps() -> None:
+    """Of a linear layer, a sigmoid and a linear layer: the input, and the sigmoid's result for both that need it."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Sigmoid(), torch.nn.Linear(5, 2))
+    assert _kept(model, torch.rand(7, 3, 2, 2), FinetuneConfig()) == 7 * 4 * (12 + 5)
+
+
+def test_settings_from_a_file_under_options(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "augment: none\nlr: 1e-3\nattack_eps: 4/255\nclip_grad: none\nepochs: 1\ntrain_ratio: 0.1\nema_decay: 0\n"
+    )
+    config = from_file(FinetuneConfig(clip_grad=1.0), file)
+    assert (config.lr, config.attack_eps, config.clip_grad, config.ema_decay) == (1e-3, 4 / 255, None, 0.0)
+    words = ["--config", str(file), "--lr", "0.25", "--no-progress", "--out", str(tmp_path / "run")]
+    assert main(["finetune", *words]) == 0
+    resolved = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (resolved["augment"], resolved["lr"], resolved["epochs"]) == ("none", 0.25, 1)  # and every other field
+    assert resolved.keys() == FinetuneConfig().to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize: 64", "field must be one of .* got 'batchsize'. Did you mean 'batch_size'"),
+        ("epochs: many", "epochs: invalid literal"),
+        ("epochs: 2.5", "epochs must be int; got 2.5"),
+        ("pretrained: 3", "pretrained must be bool; got 3"),
+        ("pretrained: maybe", "pretrained must be bool; got 'maybe'"),
+        ("lr: yes", "lr must be float; got True"),
+        ("augment: boundry", "Did you mean 'boundary'"),
+        ("- lr", "must hold `field: value` lines; it holds a list"),
+        ("lr: [", "is no YAML file"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        from_file(FinetuneConfig(), tmp_path / "run.yaml")

@@ -1,0 +1,267 @@
+"""Models of every library: entered in the middle they are still themselves, noise reaches them, and errors say what
+to do. Small models with random weights; a library that is not installed skips its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support_table import PAGE, images_for, missing, page, row, sites
+from torch import Tensor, nn
+from zoo import KINDS, Kind
+
+from fastnull import FrozenEncoder, PatchNullspace, SynthesisConfig, synthesize
+from fastnull.augment import NullspaceAugment
+from fastnull.finetune import FinetuneConfig, finetune
+from fastnull.vit import HookedViT, NormalizedModel, split
+from fastnull.vit.base import as_split, logits_of
+from fastnull.vit.parts import LiveLinear, UnsupportedModelError
+from fastnull.vit.transformers_parts import _block
+
+WRITTEN_OUT = {
+    ("timm", "ViT"), ("timm", "DeiT, distilled"), ("timm", "DINOv2, registers"), ("timm", "SigLIP, average pooling"),
+    ("timm", "CLIP"), ("transformers", "ViT"), ("transformers", "DeiT"), ("transformers", "DeiT, distilled"),
+    ("transformers", "DINOv2"), ("transformers", "DINOv2, registers"), ("transformers", "SigLIP"),
+    ("torchvision", "ViT"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind.library}, {kind.name}")
+def kind(request: pytest.FixtureRequest) -> Kind:
+    reason = missing(request.param)
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+def find(library: str, name: str) -> nn.Module:
+    kind = next(kind for kind in KINDS if (kind.library, kind.name) == (library, name))
+    if missing(kind):
+        pytest.skip(missing(kind))
+    return kind.model()
+
+
+def test_the_table_in_the_docs_is_what_was_found() -> None:
+    absent = {reason for kind in KINDS if (reason := missing(kind))}
+    if absent:
+        pytest.skip(", ".join(sorted(absent)))
+    assert PAGE.read_text(encoding="utf-8") == page([row(kind) for kind in KINDS]), (
+        "docs/models.md is out of date: python tests/vit/support_table.py"
+    )
+
+
+def test_steps_are_the_forward(kind: Kind) -> None:
+    model = kind.model()
+    found = sites(model)
+    assert "pixels" in found
+    if kind.name in ("ResNet", "ConvNeXt"):
+        assert found == ["pixels"]
+        return
+    images = images_for(model)
+    for wrapped in (model, NormalizedModel(model, [0.4] * 3, [0.25] * 3).eval()):
+        vit = split(wrapped)
+        with torch.no_grad():
+            expected = logits_of(wrapped(images))
+            assert torch.equal(vit.head(vit.encode(vit.prepare(vit.patch(images)))), expected)
+            patches = vit.patch(images)
+            assert expected.shape == (2, vit.num_classes or 5)
+            if "block0" in found and "Swin" not in kind.name:
+                assert vit.embed(images, "block0").shape[1] == vit.num_prefix_tokens + patches[0, ..., 0].numel()
+    assert not any(module._forward_hooks for module in model.modules())  # nothing stays behind
+
+
+def test_noise_at_the_site_changes_the_logits_and_has_a_gradient(kind: Kind) -> None:
+    model = kind.model()
+    images = images_for(model)
+    for site in sites(model):
+        encoder = FrozenEncoder(model, backend="reference", site=site)
+        tokens = encoder.embed(images)
+        logits, gradient = encoder.input_gradient(tokens, torch.randn(2, 5))
+        assert gradient.shape == tokens.shape
+        assert float(gradient[1].norm()) > 0
+        moved = encoder(torch.stack([tokens[0], tokens[1] + 0.5 * torch.randn_like(tokens[1])]))
+        torch.testing.assert_close(moved[0], logits[0], rtol=1e-4, atol=1e-5)
+        assert float((moved[1] - logits[1]).abs().max()) > 1e-4
+
+
+def test_the_written_out_encoder_is_the_model(kind: Kind) -> None:
+    model = kind.model().double()
+    images = images_for(model).double()
+    if (kind.library, kind.name) not in WRITTEN_OUT:
+        with pytest.raises(UnsupportedModelError):
+            as_split(model, "pixels").parts()
+        return
+    cotangent = torch.randn(2, 5, dtype=torch.float64)
+    for site in ("patch", "block0", "pixels"):
+        fast, slow = (FrozenEncoder(model, backend=backend, site=site) for backend in ("cpu", "reference"))
+        tokens = slow.embed(images)
+        torch.testing.assert_close(fast.embed(images), tokens)
+        (logits, gradient), expected = fast.input_gradient(tokens, cotangent), slow.input_gradient(tokens, cotangent)
+        torch.testing.assert_close(logits, expected[0])
+        torch.testing.assert_close(gradient, expected[1])
+    with torch.no_grad():  # and it follows the weights: bias and weight of query, key and value among them
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    fast.sync_if_changed()
+    torch.testing.assert_close(fast(tokens), slow(tokens))
+
+
+def test_augmentation_trains_it(kind: Kind) -> None:
+    model = kind.model()
+    images, labels = images_for(model), torch.tensor([0, 1])
+    for site in sites(model):
+        aug = NullspaceAugment(model, "boundary", site=site, steps=1, backend="reference")
+        model.eval()
+        expected = logits_of(model(images))
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # statistics of two views are not those of one
+        loss, clean = aug.loss(images, labels, nn.functional.cross_entropy)
+        torch.testing.assert_close(clean, expected, rtol=1e-3, atol=1e-4)
+        assert bool(torch.isfinite(aug.stats["influence"]))
+        assert float((aug.views(images)[1] - clean).detach().abs().max()) > 1e-5
+        loss.backward()
+        with aug:
+            hooked = logits_of(model(images))
+        assert hooked.shape == clean.shape
+        assert float((hooked - clean).detach().abs().max()) > 1e-5
+        torch.testing.assert_close(logits_of(model(images)), clean, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("library", "name"), [("transformers", "DINOv2"), ("timm", "ConvNeXt"), ("timm", "EVA-02")])
+def test_synthesis_meets_epsilon(library: str, name: str) -> None:
+    model = find(library, name)
+    site = "pixels" if name == "ConvNeXt" else "patch"
+    limit = 0.05 if site == "pixels" else 0.5
+    config = SynthesisConfig(mode="per_image", site=site, limit=limit, steps=20, eps=0.05, lr=limit / 10)
+    noise = synthesize(model, images_for(model), config)
+    assert bool(noise.converged.all())
+    assert bool((noise.influence < 0.05).all())
+
+
+def test_a_hugging_face_model_finetunes() -> None:
+    model = NormalizedModel(find("transformers", "ViT"), [0.5] * 3, [0.5] * 3)
+    model.network.classifier = nn.Linear(32, 10)
+    assert isinstance(model(torch.rand(1, 3, 16, 16)), Tensor)
+    config = FinetuneConfig(augment="boundary", epochs=4, batch_size=32, lr=2e-3, noise_steps=1, progress=False)
+    result = finetune(config, model)
+    assert result.history[-1]["loss"] < 0.8 * result.history[0]["loss"]
+
+
+def test_a_timm_model_within_a_transformers_one_is_timms() -> None:
+    class TimmWrapperForImageClassification(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.timm_model = find("timm", "ViT")
+
+    assert split(TimmWrapperForImageClassification()).network.__class__.__name__ == "VisionTransformer"
+
+
+def test_blocks_under_their_old_names_are_the_same() -> None:
+    """transformers before 5.9: attention.attention.query, attention.output.dense, intermediate.dense, output.dense."""
+    model = find("transformers", "ViT")
+    new = model.vit.layers[0]
+    old = nn.Module()
+    old.layernorm_before, old.layernorm_after = new.layernorm_before, new.layernorm_after
+    old.attention, old.intermediate, old.output = nn.Module(), nn.Module(), nn.Module()
+    old.attention.attention, old.attention.output = nn.Module(), nn.Module()
+    for name, part in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        setattr(old.attention.attention, name, getattr(new.attention, part))
+    old.attention.output.dense = new.attention.o_proj
+    old.intermediate.dense, old.output.dense = new.mlp.fc1, new.mlp.fc2
+    one, other = _block(old, model.config), _block(new, model.config)
+    assert torch.equal(one.qkv.weight, other.qkv.weight)
+    for name in ("norm1", "proj", "norm2", "fc1", "fc2", "heads", "scale", "gamma1"):
+        assert getattr(one, name) is getattr(other, name) or getattr(one, name) == getattr(other, name), name
+
+
+def test_a_joined_linear_reads_live_weights() -> None:
+    with_bias, without = nn.Linear(3, 2), nn.Linear(3, 4, bias=False)
+    joined = LiveLinear.joined(with_bias, without)
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        with_bias.weight.mul_(2)
+        expected = torch.cat([with_bias(x), without(x)], dim=1)
+    torch.testing.assert_close(nn.functional.linear(x, joined.weight, joined.bias), expected)
+    assert (joined.in_features, joined.out_features) == (3, 6)
+    assert LiveLinear.joined(without).bias is None
+
+
+def test_other_dtypes_run_on_a_copy() -> None:
+    model = find("timm", "Swin")
+    encoder = FrozenEncoder(model, dtype=torch.float64)
+    tokens = encoder.embed(images_for(model))
+    assert tokens.dtype == torch.float64
+    expected = copy.deepcopy(model).double()(images_for(model).double())
+    torch.testing.assert_close(encoder(tokens), expected)
+    assert next(model.parameters()).dtype == torch.float32
+
+
+class Strange(nn.Module):
+    """Somebody's own model around a known one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> dict[str, Any] | Tensor:
+        return self.inner(images)
+
+
+def test_a_model_by_the_names_of_its_modules() -> None:
+    model = Strange(find("timm", "ViT"))
+    vit = HookedViT(model, "inner.patch_embed", "inner.norm_pre", image_size=(32, 32), num_prefix_tokens=1)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(vit.logits(vit.embed(images, "block0"), "block0"), model(images))
+    tokens = FrozenEncoder(vit).embed(images)
+    torch.testing.assert_close(tokens, split(model.inner).patch(images).detach())
+
+
+def test_bad_models_say_what_to_do() -> None:
+    model = Strange(find("timm", "ViT"))
+    with pytest.raises(ValueError, match=r"no adapter splits Strange into.*HookedViT.*SplitViT.*site='pixels'"):
+        split(model)
+    assert FrozenEncoder(model, site="pixels").backend == "reference"
+    with pytest.raises(ValueError, match=r"Strange has no module named 'patches'"):
+        HookedViT(model, "patches")
+    with pytest.raises(ValueError, match=r"Strange does not say its image size: pass image_size"):
+        HookedViT(Strange(nn.Sequential(nn.Conv2d(3, 2, 4))), "inner")
+    with pytest.raises(ValueError, match="a LayerNorm, has no convolution"):
+        HookedViT(model, "inner.norm", image_size=(32, 32))
+    with pytest.raises(ValueError, match=r"SwinTransformer has no site 'block0' here"):
+        FrozenEncoder(find("timm", "Swin"), site="block0").embed(torch.rand(1, 3, 56, 56))
+    with pytest.raises(ValueError, match="no adapter splits ResNet"):
+        FrozenEncoder(find("timm", "ResNet"))
+    with pytest.raises(ValueError, match="Linear has no convolution"):
+        FrozenEncoder(nn.Linear(2, 2), site="pixels")
+
+
+def test_a_module_that_the_forward_never_calls() -> None:
+    model = Strange(find("timm", "ViT"))
+    model.spare = nn.Conv2d(3, 4, 4)
+    vit = HookedViT(model, "spare", image_size=(32, 32))
+    with pytest.raises(RuntimeError, match="does not call the module of a site"):
+        vit.patch(torch.rand(1, 3, 32, 32))
+    with pytest.raises(RuntimeError, match="does not call the module of a site"):
+        vit.encode(torch.rand(1, 64, 4))
+
+
+def test_a_backbone_without_classifier_is_refused() -> None:
+    model = find("transformers", "ViT").vit
+    with pytest.raises(TypeError, match=r"must return logits.*ForImageClassification"):
+        FrozenEncoder(model, backend="reference")(torch.rand(1, 16, 32))
+
+
+def test_exact_noise_is_invisible_to_a_hugging_face_model() -> None:
+    model = find("transformers", "DINOv2")
+    space = PatchNullspace.from_model(model)
+    images = images_for(model)
+    assert (space.dim, space.rank) == (16, 32)
+    with torch.no_grad():
+        moved = logits_of(model(images + space.sample(images, 0.5)))
+        torch.testing.assert_close(moved, logits_of(model(images)), rtol=0, atol=1e-4)
+        assert float((logits_of(model(images + 0.5 * torch.randn_like(images))) - moved).abs().max()) > 1e-2
