@@ -143,12 +143,25 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="print ratios between two results (.json or .csv), run nothing"
     )
+    parser.add_argument(
+        "--plot",
+        nargs=2,
+        metavar=("RESULT", "FIGURE"),
+        help="draw a result (of the suites that --only names), run nothing",
+    )
 
 
 def bench(args: argparse.Namespace) -> None:
-    """The command: run, compare, or tune."""
+    """The command: run, compare, draw, or tune."""
     if args.compare is not None:
         print(compare(*(read_rows(path) for path in args.compare)))
+        return
+    if args.plot is not None:
+        from fastnull.bench_plot import plot
+
+        suites = [check_choice("suite", name, SUITES) for name in args.only or SUITES]
+        plot([row for row in read_rows(args.plot[0]) if row.suite in suites], args.plot[1])
+        print(f"figure: {args.plot[1]}")
         return
     if args.tune:
         if not torch.cuda.is_available():

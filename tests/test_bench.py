@@ -423,3 +423,30 @@ def test_pytest_benchmark_runs_the_op_suites(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     names = [entry["name"] for entry in json.loads(out.read_text())["benchmarks"]]
     assert any("fastnull-bfloat16" in name for name in names)
+
+
+def test_a_result_is_drawn(tmp_path: Path) -> None:
+    rows = [
+        row(suite="encoder", op="vit", backend="frozen", ms_p50=3.0, ms_p20=2.5, ms_p80=3.5),
+        row(suite="encoder", op="vit", backend="fastnull"),
+        row(suite="encoder", op="vit", backend="compiled", ms_p50=None, note="skipped"),
+        row(suite="memory", op="vit", ms_p50=None, ms_p20=None, ms_p80=None, mb=12.0),
+    ]
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"rows": [asdict(one) for one in rows]}))
+    bench.bench(bench_arguments("--plot", str(result), str(tmp_path / "all.svg")))
+    text = (tmp_path / "all.svg").read_text()
+    assert text.count("<!-- fastnull, float32 -->") == 2
+    assert "<!-- compiled, float32 -->" not in text
+    bench.bench(bench_arguments("--only", "memory", "--plot", str(result), str(tmp_path / "one.svg")))
+    assert "frozen" not in (tmp_path / "one.svg").read_text()
+    with pytest.raises(ValueError, match="at least one measurement"):
+        bench.bench(bench_arguments("--only", "gemm", "--plot", str(result), str(tmp_path / "none.svg")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.svg", "one.svg", "result.json"]
+
+
+def bench_arguments(*words: str) -> argparse.Namespace:
+    """What the command line parses to."""
+    parser = argparse.ArgumentParser()
+    bench.add_bench_options(parser)
+    return parser.parse_args(words)
