@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -113,7 +112,6 @@ def test_in_a_graph_a_held_noise_stays_held(
     config = SynthesisConfig(count=2, steps=20, limit=1.0, stop="batch", eps=eps)
     eager = synthesize(vit, loader, config)
     assert (eager.steps < 20).any()
-    monkeypatch.setattr(universal, "LOOK_EVERY", 8)
     run = universal.UniversalRun.__init__
 
     def late(self: universal.UniversalRun, *rest: Any) -> None:
@@ -169,9 +167,3 @@ def test_a_graph_on_the_cpu_is_refused(vit: NormalizedModel, loader: list[Tensor
     for mode in synthesis.MODES:
         with pytest.raises(ValueError, match="graph=True needs"):
             synthesize(vit, loader, SynthesisConfig(mode=mode, graph=True))
-
-
-def test_a_seldom_read_progress_bar_says_nothing_odd(vit: NormalizedModel, loader: list[Tensor]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        synthesize(vit, loader, SynthesisConfig(steps=2), progress=False)

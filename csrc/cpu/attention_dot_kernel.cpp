@@ -109,7 +109,7 @@ void scale_rows(float* scores, int64_t rows, int64_t N, int64_t np, float scale)
   }
 }
 
-// e = exp(S - max) and dp = dP of one row → P and dS = P * (dP - rowsum(P * dP)), rounded, in their memory as bits.
+// One row: from e = exp(S - max) and dp = dP, P = e * inv and dS = P * (dP - rowsum(P * dP)), a vector at a time.
 struct Row {
   const float *e, *dp;
   Vec inv, delta;

@@ -82,6 +82,7 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_gelu, tanh": lambda: linear_gelu(True),
     "linear_dx": linear_dx,
     **{f"attention, {n} tokens": lambda n=n: attention(n, 64) for n in (50, 65, 197, 257, 577)},
+    **{f"attention, {n} tokens, heads of 32": lambda n=n: attention(n, 32) for n in (50, 65, 577)},
     "attention, 257 tokens, heads of 80": lambda: attention(257, 80),
     "attention, 197 tokens, float32": lambda: attention(197, 64, F32),
     "attention, 257 tokens, heads of 80, float32": lambda: attention(257, 80, F32),
@@ -91,6 +92,9 @@ CASES: dict[str, Callable[[], None]] = {
 RECORDED_WITH = "3.9.0"
 # Case: of each kernel in order of launch, registers a thread on sm_80, sm_90, sm_100.
 REGISTERS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "attention, 50 tokens, heads of 32": ((72, 59, 60), (96, 91, 94), (128, 143, 152)),
+    "attention, 65 tokens, heads of 32": ((79, 71, 64), (128, 121, 109), (128, 143, 152)),
+    "attention, 577 tokens, heads of 32": ((146, 140, 169), (128, 122, 136), (128, 143, 152)),
     "layer_norm, width 384": ((40, 40, 42), (55, 54, 52)),
     "layer_norm, width 768": ((40, 40, 40), (54, 56, 48)),
     "layer_norm, width 1280": ((32, 32, 36), (52, 48, 48)),
