@@ -184,7 +184,7 @@ def _attention(tile: Tile, backward: bool) -> Problem:
     from fastnull.kernels import attention
 
     tokens = {64: 50, 80: 65, 256: 197, 272: 257}.get(tile.tokens, 577)
-    batch, head = max(16, 256 * 197 // tokens // 4), 64 if tile.head == 64 else 80
+    batch, head = max(16, 256 * 197 // tokens // 4), tile.head if tile.head <= 64 else 80
     qkv, dqkv = _randn(batch, tokens, 3, 12, head), _randn(batch, tokens, 3, 12, head)
     o, do = _randn(batch, tokens, 12, head), _randn(batch, tokens, 12, head)
     if backward:

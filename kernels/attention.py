@@ -59,6 +59,7 @@ FORWARD = table(
         AttentionTile(64, 80, 64, 64, 4, tail=16),  # 65 tokens
         AttentionTile(64, 256, 64, 256, 4, since=90),  # /16 at 224: 197 tokens; a warpgroup has 64 rows
         AttentionTile(64, 272, 64, 256, 4, tail=16, since=90),  # /14 at 224: 257 tokens
+        AttentionTile(32, 256, 64, 64, 4),  # of heads of 32, even 32 whole rows spill on sm_80
         AttentionTile(64, 256, 32, 256, 4),  # 64 whole rows spill on sm_80
         AttentionTile(64, 272, 32, 256, 4, tail=16),
         AttentionTile(64, ANY, 128, 128, 8),  # 577 = 4.5 blocks: each key is read half as often as with 64 queries
@@ -77,6 +78,7 @@ QUERY_GRADIENT = table(
         # for the tuner.
         AttentionTile(64, 256, 64, 64, 4, since=90),
         AttentionTile(64, ANY, 64, 64, 4, since=90),
+        AttentionTile(32, 272, 64, 64, 4),  # whole rows of heads of 32 spill on sm_80, and blocks of 128 keys
         AttentionTile(64, 256, 32, 256, 8),
         AttentionTile(64, 272, 32, 256, 8, tail=16),
         AttentionTile(64, ANY, 64, 64, 4),  # 64 x 128 with 4 warps spills
