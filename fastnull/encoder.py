@@ -136,7 +136,7 @@ class FrozenEncoder:
                 return self._split.logits(tokens.to(self.dtype), self.site)
 
     def input_gradient(
-        self, tokens: Tensor, cotangent: Cotangent, *, by_image: bool = False, sum_batch: bool = False
+        self, tokens: Tensor, cotangent: Cotangent, *, by_image: bool = False, sum_every: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Logits, and the gradient of Σ logits · cotangent with respect to the tokens.
 
@@ -148,16 +148,17 @@ class FrozenEncoder:
                 which it must treat image by image. The fast backends then pass the batch through in parts and keep for
                 the backward what belongs to one part: on a CPU memory stays that of 8 images (more of small models).
                 A tensor always allows that.
-            sum_batch: return the gradient summed over the batch (in float32 or better), as one noise shared by all
-                images needs it.
+            sum_every: return the gradient summed over so many images each time (in float32 or better), as a noise that
+                these images share needs it: [B / sum_every, ...]. No gradient of all images lies in memory then.
 
         Returns:
-            logits [B, K] and the gradient in `dtype`, shaped as the tokens or, with `sum_batch`, without their batch
-            dimension.
+            logits [B, K] and the gradient in `dtype`, shaped as the tokens, or the sums.
 
-        Raises: as the call, and ValueError for a cotangent of another shape.
+        Raises: as the call, and ValueError for a cotangent of another shape or a batch that `sum_every` does not divide.
         """
         self._check_tokens(tokens)
+        if sum_every is not None and (sum_every < 1 or len(tokens) % sum_every):
+            raise ValueError(f"sum_every must divide the batch of {len(tokens)} images; got {sum_every}")
 
         def weights(logits: Tensor, images: slice) -> Tensor:
             if isinstance(cotangent, Tensor):
@@ -172,12 +173,11 @@ class FrozenEncoder:
             if self._explicit is not None:
                 parts = by_image or isinstance(cotangent, Tensor)
                 with torch.no_grad():
-                    logits, gradient = self._explicit.input_gradient(tokens.detach(), self.site, weights, parts)
-            else:
-                logits, gradient = self._by_autograd(tokens, lambda logits: weights(logits, slice(0, len(tokens))))
-        if sum_batch:
+                    return self._explicit.input_gradient(tokens.detach(), self.site, weights, parts, sum_every)
+            logits, gradient = self._by_autograd(tokens, lambda logits: weights(logits, slice(0, len(tokens))))
+        if sum_every is not None:
             wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-            gradient = gradient.sum(0, dtype=wide)
+            gradient = gradient.unflatten(0, (-1, sum_every)).sum(1, dtype=wide)
         return logits, gradient
 
     def memory(self) -> dict[str, int]:

@@ -124,14 +124,16 @@ def shared_gradient(
         return judged[-1].cotangent
 
     noisy = perturb(encoder, tokens, noise.unsqueeze(1))  # [M, B, ...]
-    _, gradient = encoder.input_gradient(noisy.flatten(0, 1), cotangent, by_image=True)
-    gradient = gradient.view(noisy.shape)
-    if encoder.site == "pixels":
+    pixels = encoder.site == "pixels"
+    sum_every = None if pixels else B
+    _, gradient = encoder.input_gradient(noisy.flatten(0, 1), cotangent, by_image=True, sum_every=sum_every)
+    if pixels:
         # a pixel at the border of [0, 1] does not move with the noise
-        gradient = gradient * (noisy == tokens + noise.unsqueeze(1))
+        moves = noisy == tokens + noise.unsqueeze(1)
+        gradient = (gradient.view(noisy.shape) * moves).sum(1, dtype=noise.dtype)
     loss = torch.cat([part.loss for part in judged]).view(M, B).mean(1)
     influence = torch.cat([part.influence for part in judged]).view(M, B).mean(1)
-    return loss, influence, gradient.sum(1, dtype=noise.dtype)
+    return loss, influence, gradient.to(noise.dtype)
 
 
 def own_gradients(

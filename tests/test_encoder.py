@@ -278,14 +278,25 @@ def test_cotangent_as_tensor_callable_and_tuple(vit: NormalizedModel, images: Te
         assert torch.equal(tupled, expected)
 
 
-def test_summed_gradient(vit: NormalizedModel, images: Tensor) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        frozen = FrozenEncoder(vit, dtype=dtype, backend="cpu")
-        tokens, cotangent = frozen.embed(images), torch.randn(8, 10)
-        each = frozen.input_gradient(tokens, cotangent)[1]
-        summed = frozen.input_gradient(tokens, cotangent, sum_batch=True)[1]
-        assert summed.dtype == torch.float32
-        torch.testing.assert_close(summed, each.float().sum(0))
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_summed_gradient(
+    vit: NormalizedModel, images: Tensor, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # parts of 3 images, so that some belong to two of the sums
+    monkeypatch.setattr("fastnull.explicit.encoder.CPU_IMAGES", 3)
+    monkeypatch.setattr("fastnull.explicit.encoder.CPU_BYTES", 1)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    frozen = FrozenEncoder(vit, dtype=dtype, backend=backend)
+    tokens, cotangent = frozen.embed(images), torch.randn(8, 10)
+    each = frozen.input_gradient(tokens, cotangent)[1].to(wide)
+    for every in (1, 4, 8):
+        summed = frozen.input_gradient(tokens, cotangent, sum_every=every)[1]
+        assert summed.dtype == wide
+        assert summed.shape == (8 // every, *tokens.shape[1:])
+        torch.testing.assert_close(summed, each.unflatten(0, (-1, every)).sum(1))
+    with pytest.raises(ValueError, match="sum_every must divide the batch of 8 images; got 3"):
+        frozen.input_gradient(tokens, cotangent, sum_every=3)
 
 
 def test_one_image_none_and_strided_ones(vit: NormalizedModel, images: Tensor) -> None:

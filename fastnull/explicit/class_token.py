@@ -78,7 +78,7 @@ class ClassTokenBlock:
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         da = self._over_tokens(ds, normed).transpose(0, 1)  # [H, B, D]
         p, ds = p.to(self.tokens), ds.to(self.tokens)
-        dnormed = torch.baddbmm(ds.transpose(1, 2) @ a, p.transpose(1, 2), c)  # [B, N, D]
+        dnormed = torch.bmm(ds.transpose(1, 2), a, out=normed).baddbmm_(p.transpose(1, 2), c)  # [B, N, D]
         dnormed[:, 0] += (da @ w_k.transpose(1, 2) @ w_q).sum(0)
         dx = layer_norm_dx(dnormed, x, mean, rstd, out=dnormed)
         dx[:, 0] += dmiddle

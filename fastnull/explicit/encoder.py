@@ -51,6 +51,9 @@ class ExplicitEncoder:
         self._part = max(CPU_IMAGES, round(CPU_BYTES / image)) if self.device.type == "cpu" else None
         self._capacity = 0
         self._saved: list[Saved] = []
+        self._scratch: Scratch
+        self._final: Tensor  # of the last block
+        self._gradient: Tensor
         self.sync()
 
     @property
@@ -83,7 +86,12 @@ class ExplicitEncoder:
         return torch.cat(logits) if logits else self._no_logits()
 
     def input_gradient(
-        self, tokens: Tensor, site: str, cotangent: Callable[[Tensor, slice], Tensor], by_image: bool
+        self,
+        tokens: Tensor,
+        site: str,
+        cotangent: Callable[[Tensor, slice], Tensor],
+        by_image: bool,
+        sum_every: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits and the gradient of Σ logits · cotangent at the site, both in memory of their own.
 
@@ -92,13 +100,21 @@ class ExplicitEncoder:
             site: which.
             cotangent: called with logits and the images they belong to.
             by_image: the images may come in several calls; what is kept for the backward is kept for those of one.
+            sum_every: sum the gradient over so many images each time, in float32 or better.
         """
         B = len(tokens)
-        gradient = empty(tokens.shape, dtype=self.dtype, device=self.device)
+        if sum_every is None:
+            gradient = empty(tokens.shape, dtype=self.dtype, device=self.device)
+        else:
+            gradient = torch.zeros(B // sum_every, *tokens.shape[1:], dtype=self.head.dtype, device=self.device)
         logits = []
         for images in self._parts(B) if by_image else [slice(0, B)] if B else []:
             logits.append(self._forward(tokens[images], site))
-            self._backward(cotangent(logits[-1], images), tokens[images], site, gradient[images])
+            given = self._backward(cotangent(logits[-1], images), tokens[images], site)
+            if sum_every is None:
+                gradient[images] = given
+            else:
+                _add_sums(gradient, given, images, sum_every)
         return torch.cat(logits) if logits else self._no_logits(), gradient
 
     def _forward(self, tokens: Tensor, site: str, forward_only: bool = False) -> Tensor:
@@ -117,8 +133,8 @@ class ExplicitEncoder:
         x = inputs[-1]
         return self.head.forward(x if self.last is None else self.last.forward(x).unsqueeze(1))
 
-    def _backward(self, cotangent: Tensor, tokens: Tensor, site: str, out: Tensor) -> None:
-        """Gradient of the logits [B, K] → of the tokens at the site, into out."""
+    def _backward(self, cotangent: Tensor, tokens: Tensor, site: str) -> Tensor:
+        """Gradient of the logits [B, K] → of the tokens at the site, in memory that the next pass overwrites."""
         B = len(cotangent)
         gradient = self._gradient[:B]  # [B, P + N, D]
         if self.last is not None:
@@ -132,10 +148,9 @@ class ExplicitEncoder:
                 rows = gradient[part].view(-1, self.width)
                 block.backward(saved, self._scratch, self._rows(part), part.stop - part.start, rows)
         if site == "block0":
-            out.copy_(gradient)
-            return
+            return gradient
         patches = self.stem.prepare_gradient(gradient.to(self.dtype))
-        out.copy_(patches if site == "patch" else self.stem.patches_gradient(patches, tokens))
+        return patches if site == "patch" else self.stem.patches_gradient(patches, tokens)
 
     def _enter(self, tokens: Tensor, site: str, x: Tensor) -> None:
         """Write the input of the first block into x [B, P + N, D]."""
@@ -173,10 +188,13 @@ class ExplicitEncoder:
                 return empty(shape, dtype=dtype or self.dtype, device=self.device)
 
             count = max(wanted, len(self._saved))
-            self._saved = []  # give the memory back before asking for more
+            if self._saved:  # give the memory back before asking for more
+                del self._saved, self._final, self._gradient, self._scratch
             self._saved = [Saved(self._capacity * N, block, new) for block in self.blocks[:count]]
             self._final = new(self._capacity, N, self.width)
-            self._gradient = new(self._capacity, N, self.width, dtype=self.compute)
+            # the output of the last block is read for the last time where its gradient is written
+            shared = self.compute == self.dtype
+            self._gradient = self._final if shared else new(self._capacity, N, self.width, dtype=self.compute)
             if self.blocks:
                 images = min(self._capacity, self._part or self._capacity)
                 self._scratch = Scratch(images * N, self.blocks[0], new)
@@ -188,9 +206,17 @@ class ExplicitEncoder:
             linears += block.linears()
         weights = [self.stem.weight, self.stem.bias, self.stem.prefix, self.stem.positions]
         weights += [tensor for linear in linears for tensor in linear.tensors()]
-        scratch = [self._final, self._gradient, *_tensors(self._scratch)] if self._saved else []
+        scratch = [self._final, *_tensors(self._scratch)] if self._saved else []
+        scratch += [self._gradient] if self._saved and self._gradient is not self._final else []
         kept = [tensor for saved in self._saved for tensor in _tensors(saved)]
         return {"weights": _bytes(weights), "kept": _bytes(kept), "scratch": _bytes(scratch)}
+
+
+def _add_sums(sums: Tensor, gradient: Tensor, images: slice, every: int) -> None:
+    """Add the gradient [b, ...] of a batch's `images` to the sums [B / every, ...] over `every` images each."""
+    for index in range(images.start // every, -(-images.stop // every)):
+        start, stop = max(images.start, index * every), min(images.stop, (index + 1) * every)
+        sums[index] += gradient[start - images.start : stop - images.start].sum(0, dtype=sums.dtype)
 
 
 def _tensors(holder: Any) -> list[Tensor]:
