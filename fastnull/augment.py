@@ -1,8 +1,10 @@
 """NullspaceAugment: noise that the model does not, or just does, see, added while it is finetuned.
 
-Two forms. `aug.loss(images, labels, criterion)` is the published one, CE(clean) + CE(noisy), with both views in one
-pass of the encoder and the patch embedding computed once. The hook form (`attach()`, `detach()`, `with aug:`) puts the
-noise into any training loop that calls the model. Noise is on in training mode only.
+Two forms. `aug.loss(images, labels, criterion)` is the published one, CE(clean) + CE(noisy). Noise that needs no clean
+logits (universal, random) takes both views through the encoder in one pass, with one patch embedding. Else the clean
+view goes first, and synthesis takes its logits: a forward pass less than if it made its own. The hook form
+(`attach()`, `detach()`, `with aug:`) puts the noise into any training loop that calls the model. Noise is on in
+training mode only.
 
     aug = NullspaceAugment(model, mode="boundary")
     for images, labels in loader:
@@ -108,14 +110,15 @@ class NullspaceAugment:
         self.stats: dict[str, Tensor] = {}
         self._bank: Noise | None = None
         self._attached = False
-        self._pairing = False
-        self._view: str | None = None
+        self._asked: str | None = None  # view of the running `views`: clean, noisy, or both in one pass
+        self._view: str | None = None  # of the running forward: noisy or both
+        self._clean: Tensor | None = None  # logits of the clean view, for the synthesis
         self._register()
 
     def loss(
         self, images: Tensor, labels: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """criterion(clean) + criterion(noisy), from one pass of the model over both views.
+        """criterion(clean) + criterion(noisy).
 
         Args:
             images: [B, C, H, W] as the model takes them.
@@ -135,24 +138,38 @@ class NullspaceAugment:
         return criterion(clean, labels) + criterion(noisy, labels), clean
 
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, K] of the clean and of the noisy view, from one pass with its graph. Raises as `loss`."""
+        """Logits [B, K] of the clean and of the noisy view, with their graph. Raises as `loss`."""
         if not self.encoder.vit.model.training:
             raise RuntimeError("noise is for training: call model.train() first")
         check_batch(self.encoder, images)
-        self._view = None
-        self._pairing = True
+        if self.mode in ("universal", "random"):
+            clean, noisy = self._forward(images, "both").chunk(2)
+            return clean, noisy
+        before = _random_state(images.device)
+        clean = self._forward(images, "clean")
+        if torch.equal(before, _random_state(images.device)):
+            self._clean = clean.detach().to(torch.promote_types(clean.dtype, torch.float32))
+        # else dropout was in it, which synthesis is to look through: it makes logits of its own
         try:
-            logits = self.model(torch.cat([images, images]) if self._doubled else images)
+            return clean, self._forward(images, "noisy")
         finally:
-            self._pairing = False
+            self._clean = None
+
+    def _forward(self, images: Tensor, view: str) -> Tensor:
+        """The model's logits [B, K] of a view, or [2 B, K] of both."""
+        self._view, self._asked = None, view
+        both = view == "both"
+        try:
+            logits = self.model(torch.cat([images, images]) if both and self._doubled else images)
+        finally:
+            self._asked = None
         logits = getattr(logits, "logits", logits)
-        if self._view != "pair" or len(logits) != 2 * len(images):
+        if (self._view or "clean") != view or len(logits) != (1 + both) * len(images):
             raise RuntimeError(
                 "the noise hooks did not run: the model was compiled and run before NullspaceAugment was created. "
                 "Create it first, or call torch._dynamo.reset()"
             )
-        clean, noisy = logits.chunk(2)
-        return clean, noisy
+        return logits  # type: ignore[no-any-return]
 
     def refresh(
         self,
@@ -270,7 +287,8 @@ class NullspaceAugment:
             return noise, torch.full((1,), float("nan"))
         self.encoder.sync_if_changed()
         inputs = tokens.to(self.encoder.dtype)
-        noise, seen, _ = self._solve(inputs, start, *size)
+        clean = self.encoder(inputs) if self._clean is None else self._clean
+        noise, seen, _ = self._solve(inputs, clean, start, *size)
         return noise, seen
 
     def _register(self) -> None:
@@ -283,9 +301,8 @@ class NullspaceAugment:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Start of a forward of the model: decide its view."""
-        self._view = None
-        if module.training:
-            self._view = "pair" if self._pairing else "replace" if self._attached and self.enabled else None
+        view = self._asked or ("noisy" if self._attached and self.enabled else "clean")
+        self._view = view if module.training and view != "clean" else None
         if self._view is None or self.config.site != "pixels":
             return None
         return (self._noisy(args[0]), *args[1:])
@@ -301,19 +318,24 @@ class NullspaceAugment:
             return None
         vit = self.encoder.vit
         tokens = vit.tokens_of(output)
-        if self._view == "pair" and self._doubled:
+        if self._view == "both" and self._doubled:
             tokens = tokens.chunk(2)[0]
         return vit.with_tokens(output, self._noisy(tokens))
 
     def _noisy(self, tokens: Tensor) -> Tensor:
         noisy = tokens + self.draw(tokens)
-        return torch.cat([tokens, noisy]) if self._view == "pair" else noisy
+        return torch.cat([tokens, noisy]) if self._view == "both" else noisy
 
 
 def _solver(encoder: FrozenEncoder, config: SynthesisConfig) -> Replay:
-    """(tokens, start) or (tokens, start, step size) → noise an image, influence, updates."""
+    """(tokens, clean logits, start) or (..., step size) → noise an image, influence, updates."""
     graph = use_graph(config.graph, encoder.device, encoder.backend)
-    return Replay(lambda tokens, start, *size: own_noise(encoder, tokens, start, config, *size), graph)
+    return Replay(lambda tokens, clean, start, *size: own_noise(encoder, tokens, clean, start, config, *size), graph)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """Of torch's generator for the device; on the host, so no device is waited for."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 class _Hook:

@@ -69,6 +69,9 @@ class FinetuneConfig:
     eps: float | None = option(None, "influence aimed at; none: the default of augmentation and site")
     limit: float | None = option(None, "the noise starts in U(-limit, limit), token units or pixels; none: default")
     noise_lr: float | None = option(None, "universal, per_image: learning rate of AdamW on the noise; none: default")
+    noise_step_size: float | None = option(
+        None, "boundary: length of an update, token units or pixels; none: 0.1 of the start's norm, 4/255 in pixels"
+    )
     noise_steps: int | None = option(None, "updates of the noise; none: default (universal: rounds x their batches)")
     rounds: int = option(3, "universal: rounds through the training batches in a refresh")
     image_ratio: float = option(0.1, "universal: share of the training batches that a round uses (0, 1]")
@@ -103,6 +106,7 @@ class FinetuneConfig:
     device: str | None = option(None, "torch device; none: cuda where there is one, else cpu")
     amp: str | None = option(None, "autocast dtype: bfloat16 or float16; none computes in the weights' own")
     channels_last: bool = option(False, "images and convolutions in torch's channels_last memory format")
+    shard: bool = option(False, "share weights, gradients and moments out over the processes (FSDP2), not only images")
     compile: bool = option(False, "train through torch.compile")
     seed: int = option(0, "of everything random but the held-out images")
     label: str | None = option(None, "what reports call the run; none: augmentation and site")
@@ -146,6 +150,8 @@ class FinetuneConfig:
             raise ValueError(f"min_lr must be <= lr ({self.lr:g}); got {self.min_lr:g}")
         if self.mixing and self.batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images; got {self.batch_size}")
+        if self.shard and self.channels_last:
+            raise ValueError("shard and channels_last do not go together: FSDP2 shards contiguous weights")
         if self.noise_preset is not None and self.augment != "universal":
             raise ValueError(f"noise_preset is for augment='universal'; got augment={self.augment!r}")
         if self.resume and self.overwrite:
@@ -203,7 +209,10 @@ class FinetuneConfig:
 
         if self.augment in ("none", *ATTACKS):
             return None
-        asked: dict[str, Any] = {"eps": self.eps, "limit": self.limit, "lr": self.noise_lr, "steps": self.noise_steps}
+        asked: dict[str, Any] = {
+            "eps": self.eps, "limit": self.limit, "lr": self.noise_lr, "steps": self.noise_steps,
+            "step_size": self.noise_step_size,
+        }  # fmt: skip
         asked = {name: value for name, value in asked.items() if value is not None}
         asked |= {"site": self.site, "rounds": self.rounds, "image_ratio": self.image_ratio, "seed": self.seed}
         if self.noise_preset is not None:
@@ -217,7 +226,7 @@ _RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
     # field, least, greatest, whether the least is excluded
     ("num_classes", 1, None, False), ("img_size", 1, None, False), ("epochs", 1, None, False),
     ("batch_size", 1, None, False), ("accumulate", 1, None, False),
-    ("noise_steps", 1, None, False), ("rounds", 1, None, False),
+    ("noise_steps", 1, None, False), ("noise_step_size", 0, None, True), ("rounds", 1, None, False),
     ("attack_steps", 1, None, False), ("trades_beta", 0, None, False),
     ("checkpoint_every", 1, None, False), ("keep_last", 1, None, False),
     ("log_every", 1, None, False), ("workers", 0, None, False), ("train_ratio", 0, 1, True),
@@ -257,9 +266,9 @@ class Plan:
 def step_cost(config: FinetuneConfig) -> int:
     """Forward passes that one image costs in one step.
 
-    A view costs 3 (forward, full backward), and every augmentation but `none` trains two. `boundary` and `per_image`
-    add the clean logits and a forward and an input gradient a step, and so does `trades`; `adversarial` adds the
-    latter alone.
+    A view costs 3 (forward, full backward), and every augmentation but `none` trains two. `boundary`, `per_image` and
+    `adversarial` add a forward and an input gradient a step of their search, `trades` the clean probabilities too.
+    With drop_path the clean view cannot give `boundary` and `per_image` their clean logits, so they make them.
     """
     view = FORWARD + FULL_BACKWARD
     if config.augment == "none":
@@ -269,7 +278,7 @@ def step_cost(config: FinetuneConfig) -> int:
     if config.augment in ATTACKS:
         return 2 * view + search * config.attack_steps + (FORWARD if config.augment == "trades" else 0)
     if config.augment in ("boundary", "per_image") and synthesis is not None and synthesis.steps is not None:
-        return 2 * view + FORWARD + search * synthesis.steps
+        return 2 * view + search * synthesis.steps + (FORWARD if config.drop_path else 0)
     return 2 * view
 
 

@@ -31,23 +31,34 @@ PER_IMAGE_STEPS = 30
 
 
 def own_noise(
-    encoder: FrozenEncoder, tokens: Tensor, start: Tensor, config: SynthesisConfig, step_size: Tensor | None = None
+    encoder: FrozenEncoder,
+    tokens: Tensor,
+    clean: Tensor,
+    start: Tensor,
+    config: SynthesisConfig,
+    step_size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One noise an image, by config.mode: `boundary_noise` or `optimized_noise`, and the updates each image got [B]."""
     if config.mode != "boundary":
-        return optimized_noise(encoder, tokens, start, config)
-    noise, seen = boundary_noise(encoder, tokens, start, config, step_size)
+        return optimized_noise(encoder, tokens, clean, start, config)
+    noise, seen = boundary_noise(encoder, tokens, clean, start, config, step_size)
     return noise, seen, torch.full((len(tokens),), config.steps or BOUNDARY_STEPS, device=tokens.device)
 
 
 def boundary_noise(
-    encoder: FrozenEncoder, tokens: Tensor, start: Tensor, config: SynthesisConfig, step_size: Tensor | None = None
+    encoder: FrozenEncoder,
+    tokens: Tensor,
+    clean: Tensor,
+    start: Tensor,
+    config: SynthesisConfig,
+    step_size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Drive one noise an image to influence = ε: against the gradient where it is above, along it where below.
 
     Args:
         encoder: at the site.
         tokens: at the site, without noise [B, ...].
+        clean: logits without noise [B, K].
         start: noise to start from [B, ...].
         config: eps, objective, steps and step_size are used.
         step_size: in place of `boundary_step_size` of the start, where that is a part of a larger batch.
@@ -55,7 +66,6 @@ def boundary_noise(
     Returns:
         the noise [B, ...] and the influence before the last step [B].
     """
-    clean = encoder(tokens)  # [B, K]
     pixels = encoder.site == "pixels"
     noise = valid_noise(tokens, start) if pixels else start.clone()
     size = boundary_step_size(start, config) if step_size is None else step_size
@@ -75,20 +85,20 @@ def boundary_step_size(start: Tensor, config: SynthesisConfig) -> float | Tensor
 
 
 def optimized_noise(
-    encoder: FrozenEncoder, tokens: Tensor, start: Tensor, config: SynthesisConfig
+    encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, start: Tensor, config: SynthesisConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Move one noise an image by AdamW until its own influence is below ε.
 
     Args:
         encoder: at the site.
         tokens: at the site, without noise [B, ...].
+        clean: logits without noise [B, K].
         start: noise to start from [B, ...].
         config: eps, objective, log_norm_weight, lr, weight_decay, steps and schedule are used.
 
     Returns:
         the noise [B, ...], the influence before the last step [B] and the updates each image got [B].
     """
-    clean = encoder(tokens)  # [B, K]
     pixels = encoder.site == "pixels"
     noise = valid_noise(tokens, start) if pixels else start.clone()
     state = AdamWState.zeros(noise)

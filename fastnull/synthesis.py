@@ -280,14 +280,14 @@ def _per_image(
     done = 0
     total = len(batches) if isinstance(batches, Sequence) else None
     graph = use_graph(config.graph, encoder.device, encoder.backend)
-    solve = Replay(lambda tokens, first: own_noise(encoder, tokens, first, config), graph)
+    solve = Replay(lambda tokens, clean, first: own_noise(encoder, tokens, clean, first, config), graph)
     bar = progress_bar(total, show=progress, desc="synthesize", unit=" batch")
     try:
         for index, batch in enumerate(as_batches(batches)):
             tokens, clean = embed_batch(encoder, batch)
             given = None if start is None else start[done : done + len(tokens)]
             first = _starts(tuple(tokens.shape), config, tokens, given, index)
-            noise, _, taken = solve(tokens, first)
+            noise, _, taken = solve(tokens, clean, first)
             if config.on_unmet == "scale":
                 noise = _each_scaled_to_eps(encoder, noise, tokens, clean, config)
             parts.append((noise.cpu(), influence(clean, encoder(perturb(encoder, tokens, noise))).cpu(), taken.cpu()))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnull.augment import MODES, NullspaceAugment
+from fastnull.encoder import FrozenEncoder
 from fastnull.objective import influence
 from fastnull.synthesis import SynthesisConfig
 from fastnull.vit import SITES, NormalizedModel
@@ -63,12 +64,39 @@ def test_gradients_are_those_of_two_separate_views(vit: NormalizedModel, images:
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_patch_embedding_runs_once_a_loss(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
-    aug = ready(vit, images, "boundary")
+def test_both_views_pass_at_once_where_nothing_needs_the_clean_one(
+    vit: NormalizedModel, images: Tensor, labels: Tensor
+) -> None:
+    aug = ready(vit, images, "random")
     calls = []
     vit.network.patch_embed.register_forward_hook(lambda *_: calls.append(1))
     aug.loss(images, labels, F.cross_entropy)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("mode", ["boundary", "per_image"])
+def test_synthesis_takes_the_clean_views_logits_unless_dropout_is_in_them(
+    vit: NormalizedModel, images: Tensor, labels: Tensor, mode: str, site: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    forward = FrozenEncoder.__call__
+    monkeypatch.setattr(FrozenEncoder, "__call__", lambda self, x: passes.append(1) or forward(self, x))
+    aug = ready(vit, images, mode, site)
+    torch.manual_seed(0)
+    aug.loss(images, labels, F.cross_entropy)
+    kept = aug.stats["norm"]
+    assert not passes
+    vit.network.blocks[0].attn.proj_drop.p = 1e-9  # draws random numbers, and drops nothing
+    aug.step = 0
+    aug.loss(images, labels, F.cross_entropy)
+    assert len(passes) == 1
+    torch.testing.assert_close(aug.stats["norm"], kept)
+    aug.step = 0
+    with aug:
+        vit(images)
+    assert len(passes) == 2, "the hook form has no clean view"
+    torch.testing.assert_close(aug.stats["norm"], kept)
 
 
 def test_boundary_views_are_nearer_to_eps_than_their_start(vit: NormalizedModel, images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""TRADES, against its formula; the other controls are tested by the runs that use them."""
+"""TRADES against its formula, and the attack of both controls; the rest is tested by the runs that use them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastnull.controls import Stopwatch, Trades
+from fastnull.controls import AdversarialTraining, Stopwatch, Trades
+from fastnull.rng import generator
+from fastnull.robustness import pgd
 from fastnull.vit import NormalizedModel
 
 EPS = 8 / 255
@@ -51,6 +53,18 @@ def test_attack_raises_the_divergence_within_the_ball(vit: NormalizedModel, imag
     random = (images + EPS * (2 * torch.rand(images.shape) - 1)).clamp(0, 1)
     assert (divergence(vit, images, attacked) > 2 * divergence(vit, images, random)).all()
     assert float(trades.stats["norm"]) == pytest.approx(float((attacked - images).flatten(1).norm(dim=1).mean()))
+
+
+@pytest.mark.parametrize(("steps", "step_size"), [(1, 10 / 255), (3, 1 / 255)])
+def test_attack_takes_the_steps_it_was_asked_for(
+    vit: NormalizedModel, images: Tensor, steps: int, step_size: float
+) -> None:
+    labels = torch.arange(8)
+    madry = AdversarialTraining(
+        vit, eps=EPS, steps=steps, step_size=step_size, seed=3, watch=Stopwatch(torch.device("cpu"))
+    )
+    expected = pgd(vit, images, labels, EPS, steps=steps, step_size=step_size, generator=generator(3, 0, 1))
+    assert torch.equal(madry.attack(images, labels), expected)
 
 
 def test_labels_take_no_part_in_the_attack(
