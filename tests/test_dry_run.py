@@ -24,7 +24,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, capsys: 
     # 1167 images: 36 batches an epoch; an image costs 6 for two views, 3 x 2 for the noise
     assert "steps      72 of 32 images in 2 epochs (1 processes x 2 parts of 16)" in text
     assert "synthesis  6 of 12 forward passes an image a step" in text
-    assert f"cost       {72 * 32 * 13:,} forward passes" in text
+    assert f"cost       {72 * 32 * 12:,} forward passes" in text
     assert "53,354 parameters" in text
     assert "| vit_digits |" in text  # the nullspace
     assert not out.exists()
