@@ -305,6 +305,8 @@ class NullspaceAugment:
         self._view = view if module.training and view != "clean" else None
         if self._view is None or self.config.site != "pixels":
             return None
+        if not args:
+            raise TypeError("at site 'pixels' the images must be the first positional argument of the model's call")
         return (self._noisy(args[0]), *args[1:])
 
     @property
@@ -371,3 +373,11 @@ def _is_compiled(model: nn.Module) -> bool:
     if inner is not model and hasattr(model, "_orig_mod"):
         return True
     return any(getattr(module, "_compiled_call_impl", None) is not None for module in inner.modules())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PixelNullspace":  # needs torchvision
+        from fastnull.pixel_nullspace import PixelNullspace
+
+        return PixelNullspace
+    raise AttributeError(f"module 'fastnull.augment' has no attribute {name!r}")

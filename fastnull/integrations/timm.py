@@ -1,0 +1,73 @@
+"""timm's TrainingTask with nullspace noise: CE(clean) + CE(noisy) where ClassificationTask has CE.
+
+task = NullspaceTask(NullspaceAugment(model, mode="boundary"))
+result = task(images, labels)
+result["loss"].backward()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fastnull.augment import NullspaceAugment
+from fastnull.compat import import_timm
+from fastnull.integrations.run import place_of
+
+import_timm()
+try:
+    from timm.task import ClassificationTask
+except ImportError as error:
+    raise ImportError(f"this needs a timm that has timm.task (pip install -U timm): {error}") from error
+
+
+class NullspaceTask(ClassificationTask):
+    """A classification task whose loss has both views. EMA, compile, DDP and evaluation are timm's own.
+
+    Checkpoints of `get_checkpoint_state` hold the augmentation under `task_state`, and `load_checkpoint_state` takes it
+    back. In universal mode call `task.augment.refresh(batches)` before every epoch.
+
+    Args:
+        augment: made of the model that is trained, on its device and before it is compiled.
+        criterion: (logits [B, K], labels) → scalar. None takes the one that timm makes from `criterion_kwargs`.
+        kwargs: of ClassificationTask: criterion_kwargs, device, dtype, verbose.
+    """
+
+    def __init__(
+        self,
+        augment: NullspaceAugment,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(augment.model, criterion, **kwargs)
+        self.augment = augment
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Loss of both views; in eval mode that of the clean one.
+
+        Args:
+            input: images [B, C, H, W] as the model takes them.
+            target: labels [B] or soft labels [B, K].
+
+        Returns:
+            `loss`, `output` (clean logits [B, K]) and, in training, the noise's `influence` and `norm`.
+        """
+        if not self.trainable_module.training:
+            return super().forward(input, target)
+        self.augment.model = self.trainable_module  # compile() and prepare_distributed() wrap it
+        self.augment.place = place_of(input)
+        loss, output = self.augment.loss(input, target, self.criterion)
+        return {"loss": loss, "output": output, **self.augment.stats}
+
+    def get_task_state(self, module: Any = None, ema: bool = False) -> dict[str, Any]:
+        """The augmentation's state; nothing for the EMA model, which never sees noise."""
+        return {} if ema else self.augment.state_dict()
+
+    def load_task_state(
+        self, state: dict[str, Any] | None, strict: bool = True, module: Any = None, ema: bool = False
+    ) -> None:
+        """Take over what `get_task_state` returned; a checkpoint of another task holds none."""
+        if state and not ema:
+            self.augment.load_state_dict(state)
