@@ -1,4 +1,4 @@
-"""The command line: `fastnull demo | compare | inspect | synthesize | finetune | evaluate | report | bench`.
+"""The command line: `fastnull demo | compare | inspect | analyze | tune | synthesize | finetune | evaluate | ...`.
 
 Errors that a user can mend are one line and exit code 2 (`--debug` shows the traceback); Ctrl-C is 130.
 """
@@ -94,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     _demo(command)
     _compare(command)
     _inspect(command)
+    _analyze(command)
+    _tune(command)
     _synthesize(command)
     _finetune(command)
     _evaluate(command)
@@ -162,6 +164,61 @@ def _inspect(command: Command) -> None:
     parser.add_argument(
         "--tolerance", type=number, metavar="NUMBER", help="singular values up to this share of the largest are zero"
     )
+
+
+def _analyze(command: Command) -> None:
+    from fastnull.analysis import ANALYSES, AnalysisSettings
+
+    parser = command(
+        "analyze",
+        commands.analyze,
+        "measure nullspaces: how exact, how approximate, what transfers",
+        "Write numbers (JSON, CSV) and figures of\n"
+        "  exact        dimensions over model families, energy of pictures in it, leak in each dtype\n"
+        "  approximate  learned, permuted and random noise over norm and over lambda; norm over training\n"
+        "  spectrum     singular values of the encoder's Jacobian at each depth\n"
+        "  transfer     noise made on one model, tried on others\n"
+        "Without --model a small ViT is trained on the embedded data first. Less than a minute each.",
+        "fastnull analyze exact spectrum --out runs/analysis",
+    )
+    parser.add_argument("what", nargs="+", choices=ANALYSES, metavar="WHAT", help=f"any of {', '.join(ANALYSES)}")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where it goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace analyses that are there")
+    parser.add_argument(
+        "--others", nargs="+", default=[], metavar="NAME|FILE", help="transfer: further models, as --model takes them"
+    )
+    _model_options(parser, required=False)
+    _data_options(parser)
+    parser.set_defaults(data="photos")
+    add_options(parser, AnalysisSettings, title="the analysis")
+
+
+def _tune(command: Command) -> None:
+    from fastnull import noise_tuning
+    from fastnull.vit import SITES
+
+    parser = command(
+        "tune",
+        commands.tune,
+        "try limits and eps of the noise on one batch, before a training run",
+        "Synthesise noise for every limit and eps on one batch, and print its norm, its influence (the mean over\n"
+        "images of the sum over classes of (p - p~)^2) and the share of predictions that stay. The lines without\n"
+        "synthesis are the random starts: limits whose start is far above or below eps ask for other settings.",
+        "fastnull tune --model runs/first/last.safetensors --data digits --site pixels --out runs/tune",
+    )
+    _model_options(parser)
+    _data_options(parser)
+    group = parser.add_argument_group("the noise")
+    group.add_argument("--mode", default="boundary", choices=noise_tuning.MODES, help="default: %(default)s")
+    group.add_argument("--site", default="patch", choices=SITES, help="default: %(default)s")
+    group.add_argument("--limits", nargs="+", type=float, metavar="L", help="default: around that of mode and site")
+    group.add_argument(
+        "--eps", nargs="+", type=float, default=noise_tuning.EPS, metavar="E", help="default: %(default)s"
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="of a synthesis (default: that of mode and site)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the starts")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="of the batch (default: %(default)s)")
+    parser.add_argument("--out", metavar="FOLDER", help="where tune.json and tune.png go; default: nowhere")
 
 
 def _synthesize(command: Command) -> None:
@@ -293,9 +350,11 @@ def _bench(command: Command) -> None:
     add_bench_options(parser)
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
+def _model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     group = parser.add_argument_group("the model")
-    group.add_argument("--model", required=True, metavar="NAME|FILE", help="timm model, or a file that finetune wrote")
+    group.add_argument(
+        "--model", required=required, metavar="NAME|FILE", help="timm model, or a file that finetune wrote"
+    )
     group.add_argument("--checkpoint", metavar="FILE", help="weights for a model given by name (.safetensors, .pth)")
     group.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
     group.add_argument("--num-classes", type=int, metavar="N", help="classes of the head (default: the model's own)")

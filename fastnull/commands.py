@@ -69,6 +69,46 @@ def inspect(args: argparse.Namespace) -> None:
     print(json.dumps(rows, indent=2) if args.json else format_table(rows).rstrip("\n"))
 
 
+def analyze(args: argparse.Namespace) -> None:
+    """Run analyses, print what they say and where their files are."""
+    from fastnull.analysis import AnalysisSettings
+    from fastnull.analysis import analyze as run
+    from fastnull.analysis.run import check_free, write_analysis
+
+    settings = from_options(AnalysisSettings(), args)
+    for name in args.what:
+        check_free(Path(args.out) / f"{name}.json", args.overwrite)
+    if args.others and args.model is None:
+        raise ValueError("--others needs --model: the small models that are trained here are others of each other")
+    if "transfer" in args.what and args.model is not None and not args.others:
+        raise ValueError("transfer with --model needs --others NAME|FILE ..., models for images of the same size")
+    args.images, args.seed = settings.images, settings.seed
+    label, model, others = _subjects(args)
+    train, test = _two_sets(args, model)
+    for name in args.what:
+        found = run(
+            name, model, train, test, settings, data=args.data, data_dir=args.data_dir, others=others, label=label
+        )
+        paths = write_analysis(found, args.out, overwrite=args.overwrite)
+        print(f"{name}: {' '.join(found.summary)}")
+        print(f"  {', '.join(map(str, paths))}")
+
+
+def _subjects(args: argparse.Namespace) -> tuple[str, nn.Module, dict[str, nn.Module]]:
+    """The model to analyse with its name, and further ones for `transfer`."""
+    if args.model is not None:
+        given = {name: argparse.Namespace(**{**vars(args), "model": name}) for name in args.others}
+        return args.model, open_model(args).eval(), {name: open_model(each).eval() for name, each in given.items()}
+    from fastnull.analysis.small import small_family, small_model
+
+    for option in ("checkpoint", "pretrained", "num_classes"):
+        if getattr(args, option):
+            raise ValueError(f"--{option.replace('_', '-')} needs --model")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = small_model(args.data, seed=args.seed, device=device)
+    return f"seed {args.seed}", model, small_family(args.data, model, args.seed) if "transfer" in args.what else {}
+
+
 def finetune(args: argparse.Namespace) -> None:
     """Finetune as the options say; the settings and weights lie in the output folder."""
     from fastnull.finetune import FinetuneConfig
@@ -164,6 +204,21 @@ def report(args: argparse.Namespace) -> None:
 
     page = write_report(args.sources, args.out, overwrite=args.overwrite)
     print(f"report: {page} (and {page.with_name('report.md').name} beside it)")
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Try settings of the noise on a batch of training images; print the table, draw it where a folder is given."""
+    from fastnull.noise_tuning import format_tried, try_settings, write_tried
+
+    check_number("images", args.images, 1)
+    model = open_model(args).eval()
+    images, _ = _two_sets(args, model)
+    about = {name: getattr(args, name) for name in ("mode", "site", "limits", "eps", "steps", "seed")}
+    rows = try_settings(model, images, progress=True, **about)
+    print(format_tried(rows, args.site), end="")
+    if args.out is not None:
+        about |= {"model": args.model, "data": args.data, "images": len(images)}
+        print(f"written: {', '.join(map(str, write_tried(rows, args.out, about, str(images.device))))}")
 
 
 def synthesize(args: argparse.Namespace) -> None:

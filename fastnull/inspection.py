@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastnull.checks import check_finite
 from fastnull.models import create_model, read_state_dict
 from fastnull.nullspace import PatchNullspace, patch_projection
+from fastnull.vit.base import NormalizedModel, SplitViT, as_split, unwrap
 
 _SEED = 0  # a random matrix has full rank with probability one; the seed only makes the singular values repeatable
 
@@ -72,6 +73,40 @@ def inspect_models(
     return [_inspect(name, pretrained, checkpoint, tolerance) for name in names]
 
 
+def inspect_model(
+    model: nn.Module | SplitViT, name: str | None = None, *, tolerance: float | None = None
+) -> dict[str, Any]:
+    """Measure the exact nullspace of a model as it is: of transformers, torchvision, open_clip, or behind an adapter.
+
+    Args:
+        model: any that `fastnull.vit.split` knows, or an adapter; in a NormalizedModel noise is in pixels of [0, 1].
+        name: of the row; None takes the network's class.
+        tolerance: see PatchNullspace.
+
+    Returns:
+        A row as of `inspect_models`, whose `weights` are `given`; `mean` 0 and `std` 1 where the model normalises
+        nothing, `image_size` and `tokens` None where it takes several sizes.
+
+    Raises:
+        TypeError: not a model.
+    """
+    whole = unwrap(model.model if isinstance(model, SplitViT) else model)
+    network = unwrap(whole.network) if isinstance(whole, NormalizedModel) else whole
+    mean, std = [0.0], [1.0]
+    if isinstance(whole, NormalizedModel):
+        mean, std = whole.mean.flatten().tolist(), whole.std.flatten().tolist()
+    try:
+        size = as_split(model).image_size
+    except ValueError:  # no adapter: the reason in the row says what is missing
+        size = None
+    row = _empty_row(name or type(network).__name__, "given", size, mean, std)
+    try:
+        space = PatchNullspace.from_model(model, tolerance=tolerance)
+    except ValueError as error:
+        return {**row, "reason": str(error)}
+    return row | _measured(space, size)
+
+
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of `inspect_models` as an aligned Markdown table; models without a nullspace to measure follow below it."""
     measured = [row for row in rows if row["reason"] is None]
@@ -95,19 +130,8 @@ def _inspect(
     with torch.device("cpu" if pretrained else "meta"):
         model = create_model(name, pretrained=pretrained)
     config = model.network.pretrained_cfg
-    size = config["input_size"][1:]
-    row: dict[str, Any] = {
-        "model": name,
-        "weights": str(checkpoint) if checkpoint is not None else "pretrained" if pretrained else "random",
-        "reason": None,
-        "mean": list(config["mean"]),
-        "std": list(config["std"]),
-        "image_size": tuple(size),
-        **dict.fromkeys(
-            ("patch", "tokens", "channels", "values", "width", "rank", "nullity", "share", "per_channel_nullity")
-        ),
-        **dict.fromkeys(("tolerance", "largest", "smallest_kept")),
-    }
+    weights = str(checkpoint) if checkpoint is not None else "pretrained" if pretrained else "random"
+    row = _empty_row(name, weights, config["input_size"][1:], config["mean"], config["std"])
     try:
         projection = patch_projection(model)
     except ValueError as error:
@@ -115,13 +139,36 @@ def _inspect(
     if not pretrained:
         _materialize(model.network, projection, checkpoint)
         model.mean, model.std = (torch.tensor(row[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-    space = PatchNullspace.from_model(model, tolerance=tolerance)
+    return row | _measured(PatchNullspace.from_model(model, tolerance=tolerance), row["image_size"])
+
+
+def _empty_row(
+    name: str, weights: str, size: Sequence[int] | None, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    return {
+        "model": name,
+        "weights": weights,
+        "reason": None,
+        "mean": list(mean),
+        "std": list(std),
+        "image_size": None if size is None else tuple(size),
+        **dict.fromkeys(
+            ("patch", "tokens", "channels", "values", "width", "rank", "nullity", "share", "per_channel_nullity")
+        ),
+        **dict.fromkeys(("tolerance", "largest", "smallest_kept")),
+    }
+
+
+def _measured(space: PatchNullspace, size: tuple[int, int] | None) -> dict[str, Any]:
+    """What of a row the patch embedding tells; `size` (height, width) gives the number of patches."""
     values = space.dim + space.rank
     kept = float(space.singular_values[space.rank - 1] / space.singular_values[0]) if space.rank else None
+    tokens = None
+    if size is not None:
+        tokens = math.prod(side // patch for side, patch in zip(size, space.patch_size, strict=True))
     return {
-        **row,
         "patch": space.patch_size,
-        "tokens": math.prod(side // patch for side, patch in zip(size, space.patch_size, strict=True)),
+        "tokens": tokens,
         "channels": space.channels,
         "values": values,
         "width": space.width,

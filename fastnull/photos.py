@@ -53,7 +53,7 @@ def photos(size: int | tuple[int, int] = 32, channels: int = 3) -> tuple[TensorD
         raise ValueError(f"channels must be 1 or 3; got {channels!r}")
     sets: dict[bool, tuple[list[Tensor], list[int]]] = {False: ([], []), True: ([], [])}
     for label, name in enumerate(PHOTOS):
-        picture = _picture(name)
+        picture = load_picture(name)
         for testing, (crops, labels) in sets.items():
             count = PHOTOS_TEST if testing else PHOTOS_TRAIN
             crops.append(_crops(picture, testing, count, generator(label, testing)))
@@ -62,7 +62,7 @@ def photos(size: int | tuple[int, int] = 32, channels: int = 3) -> tuple[TensorD
     return train, test
 
 
-def _picture(name: str) -> Tensor:
+def load_picture(name: str) -> Tensor:
     """[3, H, W] bytes."""
     try:
         from skimage import data

@@ -22,7 +22,7 @@ from fastnull.noise import Noise
 from fastnull.options import add_options, attribute_docs, from_options, number
 from fastnull.synthesis import SynthesisConfig, SynthesisInterrupted, synthesize
 
-COMMANDS = ("demo", "compare", "inspect", "synthesize", "finetune", "evaluate", "report")
+COMMANDS = ("demo", "compare", "inspect", "analyze", "tune", "synthesize", "finetune", "evaluate", "report")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastnull.photos import CROP, PHOTOS, PHOTOS_TEST, PHOTOS_TRAIN, TILE, _picture, photos
+from fastnull.photos import CROP, PHOTOS, PHOTOS_TEST, PHOTOS_TRAIN, TILE, load_picture, photos
 
 pytest.importorskip("skimage")
 
@@ -28,7 +28,7 @@ def test_training_and_test_share_no_pixel() -> None:
     """Find every crop again in its picture, and mark where it was."""
     train, test = photos(CROP)  # as they were cut
     for label, name in enumerate(PHOTOS):
-        picture = _picture(name)
+        picture = load_picture(name)
         if picture.shape[1] * picture.shape[2] > 600_000:
             continue  # the search is slow on the two large ones
         covered = []

@@ -50,9 +50,9 @@ def import_pyplot() -> ModuleType:
 def accuracy_over_eps(panels: Mapping[str, Series], norm: str, caption: str) -> Figure:
     """One panel an attack: accuracy in % over its radius, a line a method; whiskers are a standard deviation."""
     unit = "1/255 of the pixel range" if norm == "linf" else "L2 norm, pixels in [0, 1]"
-    with _canvas("accuracy_over_eps", 1, len(panels), width=10, height=4.6) as (axes, done):
+    with canvas("accuracy_over_eps", 1, len(panels), width=10, height=4.6) as (axes, done):
         for axis, (attack, series) in zip(axes, panels.items(), strict=True):
-            for style, (label, points) in zip(_styles(len(series)), series.items(), strict=True):
+            for style, (label, points) in zip(styles(len(series)), series.items(), strict=True):
                 x, mean, deviation = zip(*points, strict=True)
                 axis.errorbar(x, mean, yerr=deviation, label=label, capsize=2.5, elinewidth=1, **style)
             axis.set(title=attack, xlabel=f"radius ε of the attack [{unit}]", ylim=(0, 100))
@@ -72,9 +72,9 @@ def accuracy_over_eps(panels: Mapping[str, Series], norm: str, caption: str) -> 
 def corruption_bars(names: Sequence[str], values: Mapping[str, Sequence[tuple[float, float]]], caption: str) -> Figure:
     """A group of bars a corruption and a bar a method: (mean, standard deviation) of the accuracy in %."""
     width = 0.84 / max(1, len(values))
-    with _canvas("corruptions", 1, 1, width=10, height=4.6) as (axes, done):
+    with canvas("corruptions", 1, 1, width=10, height=4.6) as (axes, done):
         axis = axes[0]
-        for index, (style, (label, pairs)) in enumerate(zip(_styles(len(values)), values.items(), strict=True)):
+        for index, (style, (label, pairs)) in enumerate(zip(styles(len(values)), values.items(), strict=True)):
             x = [place + (index - (len(values) - 1) / 2) * width for place in range(len(names))]
             mean, deviation = zip(*pairs, strict=True)
             whiskers = {"elinewidth": 1, "ecolor": "#808080"}
@@ -89,7 +89,7 @@ def corruption_bars(names: Sequence[str], values: Mapping[str, Sequence[tuple[fl
 
 def influence_over_norm(curves: Mapping[str, Sequence[tuple[float, float]]], eps: float, caption: str) -> Figure:
     """Influence over the L2 norm of a noise in token units, for the learned noise and its permutations."""
-    with _canvas("influence", 1, 1, width=7, height=4.2) as (axes, done):
+    with canvas("influence", 1, 1, width=7, height=4.2) as (axes, done):
         axis = axes[0]
         for style, (label, points) in zip((STYLES[4], STYLES[5]), curves.items(), strict=False):
             norms, seen = zip(*points, strict=True)
@@ -106,7 +106,7 @@ def exact_noise(rows: Mapping[str, Tensor], titles: Mapping[str, Sequence[str]],
     """Pictures in rows: row label → images [B, C, H, W] in [0, 1], each under its title."""
     columns = max(len(images) for images in rows.values())
     size = {"width": 1.7 * columns + 1.4, "height": 2.0 * len(rows)}
-    with _canvas("exact_nullspace", len(rows), columns, **size) as (axes, done):
+    with canvas("exact_nullspace", len(rows), columns, **size) as (axes, done):
         for row, (label, images) in enumerate(rows.items()):
             for column, image in enumerate(images):
                 axis = axes[row * columns + column]
@@ -118,7 +118,7 @@ def exact_noise(rows: Mapping[str, Tensor], titles: Mapping[str, Sequence[str]],
 
 def token_noise(norms: Tensor, image: Tensor, noise: Tensor, noisy: Tensor, alt: str, caption: str) -> Figure:
     """A noise of the token site: its norm a token [rows, columns], and its pre-image on a picture (each [C, H, W])."""
-    with _canvas("token_noise", 1, 4, width=10, height=2.9) as (axes, done):
+    with canvas("token_noise", 1, 4, width=10, height=2.9) as (axes, done):
         shown = axes[0].imshow(norms.numpy(), cmap="cividis", interpolation="nearest")
         axes[0].set(xticks=[], yticks=[])
         axes[0].grid(visible=False)
@@ -145,7 +145,7 @@ def _picture(axis: Any, image: Tensor) -> None:
     axis.spines[:].set_visible(False)
 
 
-def _styles(count: int) -> list[dict[str, Any]]:
+def styles(count: int) -> list[dict[str, Any]]:
     return [dict(STYLES[index % len(STYLES)], markersize=5, linewidth=1.7) for index in range(count)]
 
 
@@ -155,7 +155,7 @@ def _legend_below(axis: Any) -> None:
 
 
 @contextmanager
-def _canvas(name: str, rows: int, columns: int, *, width: float, height: float) -> Iterator[tuple[list[Any], Any]]:
+def canvas(name: str, rows: int, columns: int, *, width: float, height: float) -> Iterator[tuple[list[Any], Any]]:
     """Axes to draw on, and a function (alt, caption) → Figure that renders them in both forms."""
     plt = import_pyplot()
     settings = {

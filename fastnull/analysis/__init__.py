@@ -1,0 +1,9 @@
+"""What is known of nullspaces, as numbers: how exact the exact one is, how approximate the other, and what transfers.
+
+Each module computes rows of plain numbers; `run` writes them with their protocol, and a figure (`fastnull analyze`).
+"""
+
+from fastnull.analysis.run import ANALYSES, Analysis, AnalysisSettings, analyze, write_analysis
+from fastnull.analysis.small import small_model
+
+__all__ = ["ANALYSES", "Analysis", "AnalysisSettings", "analyze", "small_model", "write_analysis"]

@@ -1,0 +1,254 @@
+"""The singular spectrum of the encoder's Jacobian along noise: which directions of token noise an encoder responds to.
+
+Noise v is shared by all images, so to first order it moves their outputs by J_i v, and E‖J_i v‖² = vᵀ (E J_iᵀ J_i) v.
+The singular values of the stacked A = [J_1; …; J_n] / √n are therefore the root mean square changes of the output along
+orthogonal directions of noise. Directions with small ones are the approximate nullspace near v = 0. A is never formed:
+a randomised range finder with power iterations (Halko, Martinsson and Tropp 2011) multiplies by it forwards (JVP) and
+backwards (VJP).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastnull.analysis.measure import Row, embedded_pairs, measured_row
+from fastnull.checks import check_choice, check_number
+from fastnull.encoder import FrozenEncoder
+from fastnull.rng import generator
+from fastnull.vit import SITES, frozen
+from fastnull.vit.base import SplitViT, as_split
+
+LOGITS = "logits"
+OVERSAMPLE = 8
+ITERATIONS = 2
+PROBES = 16
+"""Random directions that measure what lies outside the directions found."""
+MOST_IMAGES = 1024
+"""Images times directions in one pass."""
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The largest singular values of A at one depth.
+
+    Attributes:
+        depth: number of blocks behind it, or `logits`.
+        values: [k], largest first: root mean square change of the output for noise of norm 1 along each direction.
+        directions: [k, n], orthonormal, n the number of elements of the noise.
+        rest: root mean square of the other n − k singular values, estimated; 0 where there are none.
+        output: root mean square over images of ‖output‖ without noise.
+    """
+
+    depth: int | str
+    values: Tensor
+    directions: Tensor
+    rest: float
+    output: float
+
+
+def randomized_svd(
+    forward: Product,
+    adjoint: Product,
+    size: int,
+    rank: int,
+    source: torch.Generator,
+    *,
+    like: Tensor,
+    iterations: int = ITERATIONS,
+) -> tuple[Tensor, Tensor]:
+    """The largest singular values and right singular vectors of a matrix A [m, n] that is only known by its products.
+
+    Args:
+        forward: V [k, n] → V Aᵀ [k, m].
+        adjoint: U [k, m] → U A [k, n].
+        size: n.
+        rank: how many; all of them, exactly, where it is n.
+        source: of the random start.
+        like: gives dtype and device.
+        iterations: power iterations; they sharpen a spectrum that falls slowly.
+
+    Returns:
+        values [rank] and directions [rank, n]; fewer where A has fewer rows.
+    """
+    start = min(size, rank + OVERSAMPLE)
+    drawn = torch.randn(start, size, generator=source, dtype=torch.float64).to(like)
+    basis = _orthonormal(forward(drawn))  # [k, m]
+    for _ in range(iterations):
+        basis = _orthonormal(forward(_orthonormal(adjoint(basis))))
+    _, values, directions = torch.linalg.svd(adjoint(basis), full_matrices=False)
+    return values[:rank], directions[:rank]
+
+
+def jacobian_spectra(
+    model: nn.Module | SplitViT,
+    images: Tensor,
+    rank: int = 64,
+    *,
+    site: str = "patch",
+    depths: list[int | str] | None = None,
+    iterations: int = ITERATIONS,
+    seed: int = 0,
+) -> list[Spectrum]:
+    """The spectra of the Jacobian from noise at the site to the tokens behind each block, and to the logits.
+
+    Args:
+        model: a ViT, or an adapter; runs in eval mode in its own dtype, its weights get no gradient.
+        images: [n, C, H, W] as the model takes them; all of them are held in memory.
+        rank: singular values wanted; where it is at least the number of elements of the noise all are found.
+        site: patch, block0 or pixels.
+        depths: numbers of blocks, and `logits`; None takes every block and the logits.
+        iterations: power iterations.
+        seed: of the random start.
+
+    Raises:
+        ValueError: rank below 1, an unknown site or depth, or a model whose blocks are not found.
+    """
+    check_number("rank", rank, 1)
+    vit = as_split(model, check_choice("site", site, SITES))
+    blocks = blocks_of(vit)
+    allowed: list[int | str] = [*range(1, len(blocks) + 1), LOGITS]
+    for depth in depths or ():
+        if depth not in allowed:
+            raise ValueError(f"depths must be block numbers 1 to {len(blocks)} or {LOGITS!r}; got {depth!r}")
+    with frozen(vit.model), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+        with torch.no_grad():
+            clean = vit.embed(images, site)
+        return [
+            _spectrum(_behind(vit, blocks, clean, site, depth), clean, depth, rank, iterations, seed)
+            for depth in (allowed if depths is None else depths)
+        ]
+
+
+def spectrum_rows(spectra: list[Spectrum]) -> list[Row]:
+    """Rows with depth, index (from 1), value, relative (to the output's norm); one `rest` row a depth, index None."""
+    rows: list[Row] = []
+    for found in spectra:
+        pairs = [(index + 1, value) for index, value in enumerate(found.values.tolist())]
+        rows += [
+            {"depth": found.depth, "index": index, "value": value, "relative": value / found.output}
+            for index, value in [*pairs, (None, found.rest)]
+        ]
+    return rows
+
+
+def along(
+    encoder: FrozenEncoder,
+    spectrum: Spectrum,
+    images: Tensor,
+    norms: list[float],
+    *,
+    batch_size: int = 64,
+    seed: int = 0,
+    count: int = 3,
+) -> list[Row]:
+    """What noise within, at random to, and outside the directions of a spectrum really does, over its norm.
+
+    Returns:
+        Rows with kind (`strongest`: the first direction; `random`; `outside`: random, without the directions found),
+        norm, influence, agreement and predicted (rms change of the output by the Jacobian; None for `random`).
+    """
+    pairs = embedded_pairs(encoder, images, batch_size)
+    shape = pairs[0][0].shape[1:]
+    directions = spectrum.directions.to("cpu", torch.float64)
+    random = torch.randn(count, directions.shape[1], generator=generator(seed), dtype=torch.float64)
+    outside = random - (random @ directions.T) @ directions
+    kinds: dict[str, Tensor] = {"strongest": directions[:1], "random": random}
+    if len(directions) < directions.shape[1]:
+        kinds["outside"] = outside
+    slopes = {"strongest": float(spectrum.values[0]), "outside": spectrum.rest}
+    rows = []
+    for kind, flat in kinds.items():
+        unit = (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True)).float().view(-1, *shape)
+        for norm in norms:
+            row = measured_row(encoder, norm * unit, pairs, {"kind": kind})
+            rows.append({**row, "predicted": norm * slopes[kind] if kind in slopes else None})
+    return rows
+
+
+def blocks_of(vit: SplitViT) -> list[nn.Module]:
+    """The encoder's blocks: the longest chain of modules of one kind in the network.
+
+    Raises:
+        ValueError: there is none.
+    """
+    chains = [
+        list(module)
+        for module in vit.network.modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0
+    ]
+    chains = [chain for chain in chains if len({type(block) for block in chain}) == 1 and _is_deep(chain[0])]
+    if not chains:
+        raise ValueError(
+            f"the blocks of {type(vit.network).__name__} are not found: it holds no chain of equal modules"
+        )
+    return max(chains, key=len)
+
+
+def _is_deep(block: nn.Module) -> bool:
+    return any(True for _ in block.parameters()) and any(True for _ in block.children())
+
+
+def _behind(
+    vit: SplitViT, blocks: list[nn.Module], clean: Tensor, site: str, depth: int | str
+) -> Callable[[Tensor], Tensor]:
+    """Noise [...] shared by all images → what the model computes behind a depth [B, ...]."""
+
+    def run(noise: Tensor) -> Tensor:
+        if depth == LOGITS:
+            return vit.logits(clean + noise, site)
+        caught: list[Tensor] = []
+
+        def catch(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            caught.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = blocks[int(depth) - 1].register_forward_hook(catch)
+        try:
+            vit.logits(clean + noise, site)
+        finally:
+            handle.remove()
+        return caught[-1]
+
+    return run
+
+
+def _spectrum(
+    run: Callable[[Tensor], Tensor], clean: Tensor, depth: int | str, rank: int, iterations: int, seed: int
+) -> Spectrum:
+    images, shape = len(clean), clean.shape[1:]
+    size, chunk = shape.numel(), max(1, MOST_IMAGES // images)
+    zero = clean.new_zeros(shape)
+    output, pull = torch.func.vjp(run, zero)
+
+    def push(tangent: Tensor) -> Tensor:
+        return torch.func.jvp(run, (zero,), (tangent,))[1]
+
+    def forward(rows: Tensor) -> Tensor:
+        return torch.func.vmap(push, chunk_size=chunk)(rows.view(-1, *shape)).flatten(1) / math.sqrt(images)
+
+    def adjoint(rows: Tensor) -> Tensor:
+        cotangents = rows.view(-1, *output.shape)
+        return torch.func.vmap(lambda row: pull(row)[0], chunk_size=chunk)(cotangents).flatten(1) / math.sqrt(images)
+
+    source = generator(seed)
+    values, directions = randomized_svd(forward, adjoint, size, rank, source, like=zero, iterations=iterations)
+    rest = 0.0
+    if len(directions) < size:
+        probes = torch.randn(PROBES, size, generator=source, dtype=torch.float64).to(zero)
+        probes = probes - (probes @ directions.T) @ directions
+        # a Gaussian probe sees the sum of squares of all that is left
+        rest = math.sqrt(float(forward(probes).square().sum(1).mean()) / (size - len(directions)))
+    scale = float(output.detach().flatten(1).square().sum(1).mean().sqrt())
+    return Spectrum(depth, values.detach(), directions.detach(), rest, scale)
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Rows [k, m] that span the same, orthonormal; at most m of them."""
+    return torch.linalg.qr(rows.T)[0].T
