@@ -3,7 +3,7 @@
 #
 #   scripts/gpu_check.sh [--dry-run] [--only "PART ..."] OUT
 #
-# OUT gets at most eight files; a short table comes last. Every part has its own time limit and runs whatever the others
+# OUT gets at most ten files; a short table comes last. Every part has its own time limit and runs whatever the others
 # did; the exit status is the number of parts that failed. --dry-run does on a CPU what can be done there, tiny.
 # Needs python3 with torch, triton, timm, pytest and setuptools, and nvcc; downloads nothing. The GPU's settings are left
 # alone. PYTHON names another interpreter, COMPILE_MODE the mode of the torch.compile baseline (max-autotune takes
@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 99
 
-PARTS="build tests steps ops noise kernels cpp sanitizer" # the most wanted first; `tune` on request
+PARTS="build tests steps ops noise finetune kernels cpp sanitizer" # the most wanted first; `tune` on request
 TOTAL=${TOTAL:-525}                                   # seconds for all parts
 PYTHON=${PYTHON:-python3}
 DRY=0 OUT=
@@ -100,6 +100,16 @@ ops() {
     --models vit_small_patch16_224 vit_base_patch16_224
 }
 
+finetune() { # what augmentation costs a training step, and where its time goes
+  local size=(--batch 128)
+  if [ $DRY = 1 ]; then
+    size=(--model vit_digits --batch 2 --steps 1 --dtype float32)
+  else
+    bench finetune --only finetune --dtypes bfloat16 --batch 512 --seconds 1 --models vit_small_patch16_224
+  fi
+  "$PYTHON" -m benchmarks.profile_step "${size[@]}" --out "$OUT/profile.json"
+}
+
 noise() { "$PYTHON" scripts/gpu_noise.py "$OUT/noise.json"; }
 
 tune() {
@@ -115,7 +125,7 @@ failed=0
 for part in $PARTS; do
   declare -F "$part" >/dev/null || { echo "gpu_check.sh: no part is called $part" >&2 && exit 98; }
 done
-export -f build install tests kernels cpp sanitizer bench steps ops noise tune
+export -f build install tests kernels cpp sanitizer bench steps ops noise finetune tune
 export DRY OUT WORK PYTHON
 for part in $PARTS; do
   left=$((TOTAL - SECONDS)) limit=$(limit_of "$part") begin=$SECONDS

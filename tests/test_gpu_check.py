@@ -34,12 +34,23 @@ def test_the_dry_run_does_every_part(tmp_path: Path) -> None:
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["build.json", "log.txt", "noise.json", "ops.json", "steps.json", "summary.json", "table.txt"]
+    assert files == [
+        "build.json",
+        "log.txt",
+        "noise.json",
+        "ops.json",
+        "profile.json",
+        "steps.json",
+        "summary.json",
+        "table.txt",
+    ]
 
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {part["part"]: part["status"] for part in summary["parts"]} == dict.fromkeys(
-        ("build", "tests", "steps", "ops", "noise", "kernels", "cpp", "sanitizer"), 0
+        ("build", "tests", "steps", "ops", "noise", "finetune", "kernels", "cpp", "sanitizer"), 0
     )
+    profiled = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert all(seconds > 0 for seconds in profiled["phases"].values())
     (step,) = summary["steps"]
     assert step["model"] == "vit_digits"
     assert all(step[f"x {name}"] > 0 for name in ("frozen", "published"))
