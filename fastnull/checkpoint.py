@@ -3,6 +3,7 @@
 A state is one file: what torch.save writes, then a mark and the SHA-256 of all that. It is written beside and renamed,
 so a crash leaves the state before it; one that is damaged all the same is recognised, and the one before it is used.
 States hold tensors and plain values and are read with weights_only=True: a file with code in it is refused.
+What a sharded run has shared out lies in a folder beside the file, which has the checksums of the files there.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ import json
 import os
 import pickle
 import re
+import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastnull.logs import Log
 from fastnull.record import provenance, replacing, write_json
+from fastnull.sharded import whole_state_dict
+from fastnull.sharded_state import check_shares
 from fastnull.vit import NormalizedModel, unwrap
 
 MARK = b"fastnull-state-1"
@@ -31,7 +37,7 @@ _OWN_FILES = ("config.json", "metrics.jsonl", "best.safetensors", "last.safetens
 
 FREE_KEYS = frozenset(
     {"out", "overwrite", "resume", "checkpoint_every", "keep_last", "log_every", "progress", "workers", "device"}
-    | {"label", "log", "accumulate", "channels_last", "compile"}
+    | {"label", "log", "accumulate", "channels_last", "compile", "shard"}
 )
 """Settings that a resumed run may change: they say how it runs, not what it computes. (Another kind of device, other
 parts of a batch and a compiled model round differently: the run then goes on, but not bitwise.)"""
@@ -76,6 +82,11 @@ class RunFolder:
         for name in (*_OWN_FILES, "state-*.pt"):  # what a killed process had not renamed yet
             for half in self.path.glob(f".{name}.*.tmp"):
                 half.unlink()
+        for half in self.path.glob(".state-*.shares.tmp"):
+            shutil.rmtree(half)
+        for shares in self.path.glob("state-*.shares"):
+            if not shares.with_suffix(".pt").exists():  # written before it
+                shutil.rmtree(shares)
 
     def describe(self, config: dict[str, Any], device: torch.device | str, **extra: Any) -> None:
         """Write config.json: the resolved settings and where they came from. Kept as it is in a resumed run."""
@@ -103,10 +114,11 @@ class RunFolder:
 
     def save_state(self, state: dict[str, Any], step: int, keep: int) -> Path:
         """Write the training state of a step and remove all but the newest `keep`."""
-        path = self.path / f"state-{step:09d}.pt"
+        path = state_path(self.path, step)
         write_state(path, state)
         for old in self.states()[keep:]:
             old.unlink()
+            shutil.rmtree(old.with_suffix(".shares"), ignore_errors=True)
         return path
 
     def load_state(self) -> dict[str, Any] | None:
@@ -118,7 +130,10 @@ class RunFolder:
         problems = []
         for path in self.states():
             try:
-                return read_state(path)
+                state = read_state(path)
+                if "shares" in state:
+                    check_shares(path.with_suffix(".shares"), state["shares"])
+                return state
             except ValueError as error:
                 problems.append(str(error))
                 warnings.warn(f"{error}; using the state before it", stacklevel=2)
@@ -153,6 +168,11 @@ class RunFolder:
             raise ValueError(f"cannot resume {self.path} with other settings: {listed}")
 
 
+def state_path(folder: str | os.PathLike[str], step: int) -> Path:
+    """The file of a run's training state; shares of a sharded one lie in the folder of that name with .shares."""
+    return Path(folder) / f"state-{step:09d}.pt"
+
+
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write a training state with its checksum, whole or not at all."""
     buffer = io.BytesIO()
@@ -184,24 +204,54 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"training state {path} cannot be read: {error}") from error
 
 
-def save_weights(model: nn.Module, path: Path, **about: Any) -> None:
+def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The whole weights of a sharded model as `save_weights` takes them, in the first process; all call it."""
+    return whole_state_dict(_network(model))
+
+
+def save_weights(model: nn.Module, path: Path, weights: dict[str, Tensor] | None = None, **about: Any) -> None:
     """Write a model's weights as safetensors: with what rebuilds it where `create_model` made it, else alone.
 
-    The names are those of the network inside a NormalizedModel, as timm has them.
+    The names are those of the network inside a NormalizedModel, as timm has them. `weights` are written instead of the
+    model's own: those that `gathered_weights` gave.
     """
     model = unwrap(model)
-    if hasattr(model, "recipe"):
-        from fastnull.models import save_checkpoint
+    network = _network(model)
+    with _state_dict_is(network, weights):
+        if hasattr(model, "recipe"):
+            from fastnull.models import save_checkpoint
 
-        save_checkpoint(model, path, **about)
-        return
+            save_checkpoint(model, path, **about)
+        else:
+            _save_alone(network, path, about)
+
+
+@contextmanager
+def _state_dict_is(network: nn.Module, weights: dict[str, Tensor] | None) -> Iterator[None]:
+    """Inside, the network's state_dict has these tensors in place of its own."""
+
+    def put(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+        state.update(weights or {})
+
+    handle = network.register_state_dict_post_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _save_alone(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    network = model.network if isinstance(model, NormalizedModel) else model
     # clones: tied weights share memory, which the format does not allow
     weights = {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
     with replacing(path) as beside:
         save_file(weights, beside, metadata={"about": json.dumps(about)})
+
+
+def _network(model: nn.Module) -> nn.Module:
+    model = unwrap(model)
+    return unwrap(model.network) if isinstance(model, NormalizedModel) else model
 
 
 def _step_of(line: str) -> float:

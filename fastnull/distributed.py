@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -51,6 +51,8 @@ def join() -> None:
 def leave() -> None:
     """Leave the group, where there is one."""
     if distributed.is_available() and distributed.is_initialized():
+        # together: gloo's threads must be done with the last exchange before the interpreter ends
+        distributed.barrier()
         distributed.destroy_process_group()
 
 
@@ -112,6 +114,12 @@ class Processes:
                 model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
 
+    def spread(self, model: nn.Module) -> None:
+        """Give the model the first process's parameters and buffers, as `wrap` does too."""
+        with explained(self), torch.no_grad():
+            for value in (*model.parameters(), *model.buffers()):
+                distributed.broadcast(value, src=0)
+
     def mean(self, value: Tensor) -> Tensor:
         """Mean over the processes, bit for bit the same on all."""
         return value if self.alone else self._reduced(value, distributed.ReduceOp.SUM) / self.world
@@ -151,6 +159,15 @@ class Processes:
             raise PeerError(f"process 0 of {self.world} ended: {told[1]}")
         return cast("Value", told[0])
 
+    def gathered(self, value: Value) -> list[Value]:
+        """The values of all processes, in order."""
+        if self.alone:
+            return [value]
+        found: list[Any] = [None] * self.world
+        with explained(self):
+            distributed.all_gather_object(found, value)
+        return found
+
     def _reduced(self, value: Tensor, how: distributed.ReduceOp.RedOpType) -> Tensor:
         value = value.detach().clone()
         with explained(self):
@@ -163,7 +180,19 @@ def without_exchange(model: nn.Module) -> AbstractContextManager[None]:
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.no_sync()
+    if hasattr(model, "set_requires_gradient_sync"):
+        return _kept_whole(model)
     return nullcontext()
+
+
+@contextmanager
+def _kept_whole(model: Any) -> Iterator[None]:
+    """The gradients of a sharded model stay where they arise, whole, until the next backward pass outside."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 @contextmanager

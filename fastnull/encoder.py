@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -22,6 +23,7 @@ from fastnull.explicit import ExplicitEncoder
 from fastnull.explicit.products import products_dtype
 from fastnull.ops.attention import WIDEST_HEAD
 from fastnull.ops.common import NATIVE_DTYPES, switched_off, triton_problem
+from fastnull.sharded import Held, Units, is_sharded
 from fastnull.vit.base import SplitViT, as_split, check_site, frozen
 from fastnull.vit.parts import UnsupportedModelError, ViTParts
 
@@ -56,7 +58,7 @@ class FrozenEncoder:
         ValueError: unknown backend or site, a model that no adapter knows, or a forced backend that cannot run it: a
             model on another device or on several, a part without a hand-written form (UnsupportedModelError); for
             `cuda` also a GPU below sm_80, no Triton, float64, and heads wider than 128, which `auto` gives to torch's
-            own attention.
+            own attention. A model that is sharded already: see `sharding`.
     """
 
     def __init__(
@@ -69,6 +71,12 @@ class FrozenEncoder:
         check_choice("backend", backend, BACKENDS)
         self.site = check_site(site)
         self.vit = as_split(model, site)
+        self._units: Units | None = None
+        if any(is_sharded(parameter) for parameter in self.vit.model.parameters()):
+            raise ValueError(
+                "the model is sharded already: make the encoder (or NullspaceAugment) first, and call fully_shard "
+                "inside `with encoder.sharding():`"
+            )
         weight = self.vit.projection.weight
         self.dtype = dtype or weight.dtype
         self._device = weight.device
@@ -86,19 +94,49 @@ class FrozenEncoder:
         """Where the encoder's weights are."""
         return self._device
 
+    @contextmanager
+    def sharding(self) -> Iterator[None]:
+        """Around the calls of fully_shard: of the model's blocks, and then of the model.
+
+        From then on the encoder has whole weights of its own (the reference backend a copy of the model), every process
+        all of them, and `sync` gathers one unit of the model at a time: all processes call it together.
+
+        Raises:
+            ValueError: the model was not sharded inside.
+        """
+        if self._explicit is None and self._split is self.vit:
+            self._split = copy.deepcopy(self.vit)
+        held = Held(self.vit.model)
+        yield
+        self._units = Units(self.vit.model, held)
+        self._synced = self._versions()
+
     @torch.no_grad()
     def sync(self) -> None:
         """Take over the model's current weights, in place; bit for bit what a new encoder of the model has."""
         self._check_device()
         self._synced = self._versions()
-        if self._explicit is not None:
+        if self._explicit is not None and self._units is not None:
+            self._explicit.sync(self._units.gathered)
+        elif self._explicit is not None:
             self._explicit.sync()
         elif self._split is not self.vit:
-            mine, theirs = self._split.model, self.vit.model
+            self._copy_weights()
+
+    def _copy_weights(self) -> None:
+        mine, theirs = self._split.model, self.vit.model
+        if self._units is None:
             for target, source in zip(mine.parameters(), theirs.parameters(), strict=True):
                 target.copy_(source)
-            for target, source in zip(mine.buffers(), theirs.buffers(), strict=True):
-                target.copy_(source)
+        else:
+            copies = dict(zip(theirs.modules(), mine.modules(), strict=True))
+            for unit, members in self._units.members.items():
+                with self._units.gathered(unit):
+                    for member in members:
+                        for name, source in member.named_parameters(recurse=False):
+                            getattr(copies[member], name).copy_(source)
+        for target, source in zip(mine.buffers(), theirs.buffers(), strict=True):
+            target.copy_(source)
 
     def sync_if_changed(self) -> None:
         """`sync` where a parameter was replaced or written in place since the last one.
@@ -154,7 +192,7 @@ class FrozenEncoder:
         Returns:
             logits [B, K] and the gradient in `dtype`, shaped as the tokens, or the sums.
 
-        Raises: as the call, and ValueError for a cotangent of another shape or a batch that `sum_every` does not divide.
+        Raises: as the call, and ValueError for a cotangent of another shape, or a `sum_every` that does not divide B.
         """
         self._check_tokens(tokens)
         if sum_every is not None and (sum_every < 1 or len(tokens) % sum_every):
@@ -193,6 +231,9 @@ class FrozenEncoder:
         return logits.detach(), gradient
 
     def _versions(self) -> list[tuple[int, int]]:
+        if self._units is not None:
+            # alike in all processes, as `sync` must be; and in a forward the root's are not among model.parameters()
+            return [(0, parameter._version) for parameter in self._units.parameters]
         return [(parameter.data_ptr(), parameter._version) for parameter in self.vit.model.parameters()]
 
     def _check_device(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from fastnull.checkpoint import RunFolder, save_weights
+from fastnull.checkpoint import RunFolder, gathered_weights, save_weights, state_path
 from fastnull.checks import check_images, check_labels
 from fastnull.data import (
     EpochBatches,
@@ -36,11 +37,12 @@ from fastnull.data import (
     seed_everything,
     to_pixels,
 )
-from fastnull.distributed import Processes
+from fastnull.distributed import Processes, explained
 from fastnull.logs import Log
 from fastnull.progress import progress_bar
 from fastnull.recipe import FinetuneConfig, make_plan
 from fastnull.rng import preserved
+from fastnull.sharded_state import write_shares
 from fastnull.training import DivergenceError, FinetuneResult, Training
 from fastnull.view import View
 from fastnull.vit import NormalizedModel
@@ -67,7 +69,8 @@ def finetune(
 
     Where a torch.distributed group exists, every process calls this and they train together: each takes its rows of
     every batch, and noise, losses and weights are those of one process up to rounding (drop path apart, which each
-    draws for itself). The first one writes the files.
+    draws for itself). The first one writes the files. With config.shard the model, trained in place, is afterwards
+    sharded (torch's FSDP2), and `out` must be one folder for all processes.
 
     Args:
         config: the run.
@@ -85,6 +88,8 @@ def finetune(
     """
     processes = Processes()
     device = processes.device(config.device)
+    if config.shard and processes.alone:
+        warnings.warn("shard: there is one process, which holds everything; torchrun starts several", stacklevel=2)
     folder = processes.from_first(lambda: _folder(config))
     folder = folder if processes.first else None
     with ExitStack() as stack:
@@ -98,7 +103,8 @@ def finetune(
         training = Training(config, ready.model, plan, ready.num_classes, device, processes)
         state = processes.from_first(lambda: None if folder is None else _open(folder, config))
         if state is not None:
-            training.load_state_dict(state)
+            assert config.out is not None
+            training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shares"))
         if folder is not None:
             folder.rewind(training.step)
             if config.log is not None:
@@ -116,7 +122,8 @@ def finetune(
                 processes=processes.world,
             )
         stop = stack.enter_context(_StopRequest(processes))
-        _train(training, train, validation, ready.num_classes, folder, stop)
+        with explained(processes):
+            _train(training, train, validation, ready.num_classes, folder, stop)
     return training.result(*(None, None) if folder is None else folder.weights())
 
 
@@ -302,18 +309,23 @@ def _check_batch(images: Tensor, labels: Tensor, num_classes: int) -> None:
     check_labels(labels, num_classes, len(images))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference_mode: what FSDP2 gathers into would be of no use for training
 def _accuracy(training: Training, batches: DataLoader[Any], num_classes: int) -> float:
     """Top-1 accuracy in %, in eval mode."""
     model = training.evaluated
     model.eval()
     correct, total = torch.zeros((), dtype=torch.long, device=training.device), 0
+    # all gather the weights as often as the process with the most batches: there the last images count no more
+    more = training.processes.greatest(len(batches)) - len(batches) if training.sharded else 0
     for images, labels in batches:
         _check_batch(images, labels, num_classes)
         with training.autocast():
             logits = model(to_pixels(images, training.device))
         correct += (logits.argmax(1) == labels.to(training.device)).sum()
         total += len(labels)
+    for _ in range(more):
+        with training.autocast():
+            model(to_pixels(images, training.device))
     counts = training.processes.total(torch.stack([correct, torch.full_like(correct, total)]))
     return 100 * int(counts[0]) / int(counts[1])
 
@@ -413,12 +425,18 @@ def _save(training: Training, folder: RunFolder | None, *, best: bool = False) -
     if training.config.out is None:
         return
     training.check_finite()
-    state = training.state_dict()
-    if folder is None:  # the first process writes
-        return
+    weights = None
     try:
-        _write(training, folder, state, best=best)
+        state = training.state_dict()
+        if training.sharded:
+            shares = state_path(training.config.out, training.step).with_suffix(".shares")
+            state["shares"] = write_shares(shares, training.shares(), training.processes)
+            weights = gathered_weights(training.evaluated)
+        if folder is not None:  # the first process writes the rest
+            _write(training, folder, state, weights, best=best)
     except OSError as error:
+        if folder is None:
+            raise
         kept = folder.states()
         left = (
             f"the state of step {int(kept[0].stem[6:])} is whole: resume=True goes on from it"
@@ -428,9 +446,12 @@ def _save(training: Training, folder: RunFolder | None, *, best: bool = False) -
         raise OSError(error.errno, f"cannot save step {training.step}: {error.strerror or error}; {left}") from error
 
 
-def _write(training: Training, folder: RunFolder, state: dict[str, Any], *, best: bool) -> None:
+def _write(
+    training: Training, folder: RunFolder, state: dict[str, Any], weights: dict[str, Tensor] | None, *, best: bool
+) -> None:
     about = {"step": training.step, "epoch": training.epoch, "augment": training.config.augment}
     if best:
-        save_weights(training.evaluated, folder.path / "best.safetensors", **about, val_accuracy=training.best_accuracy)
-    save_weights(training.evaluated, folder.path / "last.safetensors", **about)
+        path = folder.path / "best.safetensors"
+        save_weights(training.evaluated, path, weights, **about, val_accuracy=training.best_accuracy)
+    save_weights(training.evaluated, folder.path / "last.safetensors", weights, **about)
     folder.save_state(state, training.step, training.config.keep_last)

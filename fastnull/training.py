@@ -22,6 +22,8 @@ from fastnull.data import seed_everything, to_pixels
 from fastnull.distributed import Processes, explained, without_exchange
 from fastnull.recipe import ATTACKS, REFRESH_COST, FinetuneConfig, Plan
 from fastnull.rng import Place, generator
+from fastnull.sharded import local, shard
+from fastnull.sharded_state import load_state_of, load_whole_state, state_of
 from fastnull.vit import NormalizedModel, unwrap
 
 STEP_KEY = 1
@@ -38,7 +40,8 @@ class FinetuneResult:
     """What a run gives back.
 
     Attributes:
-        model: with its last weights (the averaged ones with ema_decay), in eval mode.
+        model: with its last weights (the averaged ones with ema_decay), in eval mode. With `shard` every process holds
+            its share, and all call it together; the files hold whole weights.
         history: a record an epoch: epoch, step, loss (mean over the epoch), val_accuracy in %, and the seconds so far.
         best_epoch, best_accuracy: by the held-out images, in %; None without them.
         best_path, last_path: weights (.safetensors) of the best epoch and the last step; None where none were written.
@@ -72,10 +75,11 @@ class Training:
         step: steps taken.
         history: a record an epoch.
         best_epoch, best_accuracy: by the held-out images.
+        sharded: whether the model and its average are shared out over the processes.
 
     Raises:
-        ValueError: an optimiser that timm does not know, layer_decay for a model without layers that timm knows, or a
-            model that the augmentation cannot split.
+        ValueError: shard for a model without blocks, an optimiser that timm does not know, layer_decay for a model
+            without layers that timm knows, or a model that the augmentation cannot split.
     """
 
     def __init__(
@@ -90,18 +94,25 @@ class Training:
         self.config, self.model, self.plan, self.device, self.processes = config, model, plan, device, processes
         self._memory_format = torch.channels_last if config.channels_last else torch.preserve_format
         model.to(memory_format=self._memory_format)
+        self.sharded = config.shard and not processes.alone
         # both views go through it: what exchanges gradients is in its forward
-        self._called = processes.wrap(model)
+        if self.sharded:
+            processes.spread(model)
+            self._called = model
+        else:
+            self._called = processes.wrap(model)
         if config.compile:
             self._called = torch.compile(self._called)
         timm = import_timm()
         self.amp_dtype = getattr(torch, config.amp) if config.amp else None
         self.watch = Stopwatch(device)
         self.augment = _augment(config, self._called, self.amp_dtype, self.watch)
+        self.ema = timm.utils.ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
+        if self.sharded:
+            self._shard()
         self.optimizer = _optimizer(config, model)
         self.scheduler = _scheduler(config, plan, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
-        self.ema = timm.utils.ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.mixup = None
         if config.mixing:
             self.mixup = timm.data.Mixup(
@@ -121,6 +132,14 @@ class Training:
         self._bad_step = torch.full((), _NEVER, dtype=torch.long, device=device)
         self._stats: dict[str, Tensor] = {}
         self._places = processes.places(plan.batch_size, config.accumulate, pairs=config.mixing)
+
+    def _shard(self) -> None:
+        """Share out the model and its average. Whatever copies the model or knows its classes comes before."""
+        encoder = getattr(self.augment, "encoder", None)
+        with nullcontext() if encoder is None else encoder.sharding():
+            shard(self.model)
+        if self.ema is not None:
+            shard(self.ema.module)
 
     @property
     def epoch(self) -> int:
@@ -216,7 +235,11 @@ class Training:
         step = int(self.processes.least(self._bad_step))
         what = f"the loss is NaN or Inf at step {step}"
         if step == _NEVER:
-            broken = [name for name, value in self.model.named_parameters() if not bool(torch.isfinite(value).all())]
+            broken = [
+                name for name, value in self.model.named_parameters() if not bool(torch.isfinite(local(value)).all())
+            ]
+            if self.sharded:
+                broken = sorted({name for names in self.processes.gathered(broken) for name in names})
             if not broken:
                 return
             what = f"{len(broken)} weights ({broken[0]}, ...) hold NaN or Inf after step {self.step}"
@@ -268,13 +291,19 @@ class Training:
         return {"total": total, "synthesis": synthesis, "synthesis_share": synthesis / total}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on; tensors and plain values. All processes take part."""
+        """Everything that the next step depends on, but for `shares`; tensors and plain values. All take part."""
+        if self.sharded:
+            weights: dict[str, Any] = {"sharded": self._weights()[1]}
+        else:
+            weights = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
+            }
         return {
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **weights,
             "scaler": self.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
             "augment": self.augment.state_dict(),
             "loss_sum": self.processes.mean(self._loss_sum),
             "history": self.history,
@@ -283,17 +312,35 @@ class Training:
             "seconds": self.seconds(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned.
+    def shares(self) -> dict[str, Tensor]:
+        """What of a sharded run's state is shared out, by name."""
+        return self._weights()[0]
+
+    def _weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return state_of(self.model, None if self.ema is None else self.ema.module, self.optimizer)
+
+    def load_state_dict(self, state: dict[str, Any], shares: Path | None = None) -> None:
+        """Go on from what `state_dict` returned, of a sharded run or another, whatever this one is.
+
+        Args:
+            state: of `state_dict`.
+            shares: where `write_shares` put `shares`, if the run was sharded.
 
         Raises:
             ValueError: the state is of another model.
         """
+        average = None if self.ema is None else self.ema.module
         try:
-            self.model.load_state_dict(state["model"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            if "sharded" in state:
+                assert shares is not None
+                load_state_of(shares, state["sharded"], self.model, average, self.optimizer, self.processes)
+            elif self.sharded:
+                load_whole_state(state, self.model, average, self.optimizer)
+            else:
+                self.model.load_state_dict(state["model"])
+                if average is not None:
+                    average.load_state_dict(state["ema"])
+                self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"the training state is of another model or optimiser: {error}") from error
         self.scaler.load_state_dict(state["scaler"])

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastnull.explicit.block import Block, FoldedLinear, Saved, Scratch
 from fastnull.explicit.class_token import ClassTokenBlock
@@ -40,6 +41,7 @@ class ExplicitEncoder:
         normalized = vit.model if isinstance(vit.model, NormalizedModel) else None
         mean, std = (normalized.mean, normalized.std) if normalized else (None, None)
         self.dtype, self.compute = dtype, compute or dtype
+        self._model = vit.model
         self.stem = Stem(parts, mean, std, dtype)
         self.head = Head(parts, dtype)
         last = parts.blocks[-1]
@@ -62,12 +64,17 @@ class ExplicitEncoder:
         return self.stem.weight.device
 
     @torch.no_grad()
-    def sync(self) -> None:
-        """Cast and fold the model's current weights into the buffers, in place."""
-        self.stem.sync()
-        self.head.sync()
+    def sync(self, gathered: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext) -> None:
+        """Cast and fold the model's current weights into the buffers, in place.
+
+        `gathered` is what it takes to read the weights of a module: of the model for all that lies around its blocks.
+        """
+        with gathered(self._model):
+            self.stem.sync()
+            self.head.sync()
         for block in self._all_blocks():
-            block.sync()
+            with gathered(block.parts.norm1):
+                block.sync()
 
     def embed(self, images: Tensor, site: str) -> Tensor:
         """Images [B, C, H, W] → the tensor at the site, in memory of its own."""
