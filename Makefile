@@ -1,11 +1,12 @@
 # make demo   sets everything up in .venv, runs the main job and writes runs/demo/report/index.html
 # make test   sets everything up in .venv, then lints, type-checks and tests
+# make docs   builds the pages and the API reference as HTML: build/docs/index.html; a warning is an error
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench docs clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +31,11 @@ test: lint
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 	$(BIN)/python -m fastnull bench
+
+# -E reads every page anew, so that no warning hides behind a cache. Not `python -m sphinx`: that would put this folder
+# on the path, where transformers takes kernels/ for a package of that name.
+docs: setup
+	$(BIN)/sphinx-build -q -E -W --keep-going -b html docs build/docs
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

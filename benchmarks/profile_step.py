@@ -1,8 +1,8 @@
 """Where the time of a finetuning step goes: `python -m benchmarks.profile_step --model vit_small_patch16_224`.
 
 Prints each phase's share and the operators that take most, from torch.profiler, and how often a step makes the host
-wait for the device. The phases: `clean view` and `noisy view` are forward passes with their graph, `noise` the synthesis
-between them, `backward`, `optimizer`. On a GPU times are those of its kernels.
+wait for the device. The phases: `clean view` and `noisy view` are forward passes with their graph, `noise` the
+synthesis between them, `backward`, `optimizer`. On a GPU times are those of its kernels.
 """
 
 from __future__ import annotations

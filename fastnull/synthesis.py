@@ -1,11 +1,11 @@
 """Noise synthesis: universal banks, noise an image, and noise on the boundary of the approximate nullspace.
 
-universal   One noise is shared by all images: drawn from U(−limit, limit), moved by AdamW until the logits are those
-            without it, stopped at influence < ε (paper, Eq. 7 and 9, as its code does it). Here the influence is
-            judged on held-out images, the cosine decays over the steps that run, and an unmet ε is never silent.
-per_image   Every image has its own noise, which stops at its own ε (ours).
-boundary    Every image's noise is driven to influence = ε from either side in a few steps (ours; related: virtual
-            adversarial training, friendly adversarial training, level-set methods).
+- `universal`: one noise is shared by all images: drawn from U(−limit, limit), moved by AdamW until the logits are those
+  without it, stopped at influence < ε (paper, Eq. 7 and 9, as its code does it). Here the influence is judged on
+  held-out images, the cosine decays over the steps that run, and an unmet ε is never silent.
+- `per_image`: every image has its own noise, which stops at its own ε (ours).
+- `boundary`: every image's noise is driven to influence = ε from either side in a few steps (ours; related: virtual
+  adversarial training, friendly adversarial training, level-set methods).
 """
 
 from __future__ import annotations

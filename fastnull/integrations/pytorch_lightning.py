@@ -1,7 +1,9 @@
 """Lightning with nullspace noise, for `import pytorch_lightning`.
 
-noise = NullspaceCallback(lambda module: NullspaceAugment(module.vit, mode="boundary"))
-Trainer(callbacks=[noise]).fit(module, loader)
+Any LightningModule will do:
+
+    noise = NullspaceCallback(lambda module: NullspaceAugment(module.vit, mode="boundary"))
+    Trainer(callbacks=[noise]).fit(module, loader)
 """
 
 from __future__ import annotations

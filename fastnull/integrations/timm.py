@@ -1,8 +1,10 @@
 """timm's TrainingTask with nullspace noise: CE(clean) + CE(noisy) where ClassificationTask has CE.
 
-task = NullspaceTask(NullspaceAugment(model, mode="boundary"))
-result = task(images, labels)
-result["loss"].backward()
+A training step:
+
+    task = NullspaceTask(NullspaceAugment(model, mode="boundary"))
+    result = task(images, labels)
+    result["loss"].backward()
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Hugging Face's Trainer with nullspace noise: a Trainer with the two-view loss, and a callback for any Trainer.
 
-trainer = NullspaceTrainer(model, args, train_dataset=data, augment=NullspaceAugment)
-trainer.train()
+A Trainer, with one argument more:
+
+    trainer = NullspaceTrainer(model, args, train_dataset=data, augment=NullspaceAugment)
+    trainer.train()
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ backward has q, k and v; the MLP keeps the derivative of GELU alone, so there is
 
 Not used by the encoder until it is measured to be faster than the product followed by `layer_norm_dx`. In 16 bits dz is
 rounded before the sums and before the product alike, so c1 is that of the same dxhat; z is rounded for c2 alone, which
-then errs by eps |dz| |z|.
+then errs by `eps |dz| |z|`.
 """
 
 from __future__ import annotations

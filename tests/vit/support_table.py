@@ -39,8 +39,8 @@ TAIL = """
 In transformers the classifiers (`...ForImageClassification`) are meant; names before and after the renaming of
 release 5.9 are both known. Wrap them, `NormalizedModel(model, mean, std)`, with the mean and std of their image
 processor: then they take pixels in [0, 1] and return plain logits, as `finetune` and `evaluate` want it. Of an
-open_clip model pass `model.visual`. `fastnull inspect` and the other commands take timm's names; for any other model call
-`fastnull.inspection.inspect_model(model)`.
+open_clip model pass `model.visual`. `fastnull inspect` and the other commands take timm's names; for any other model
+call `fastnull.inspection.inspect_model(model)`.
 
 Another model: name its modules.
 
