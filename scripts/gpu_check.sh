@@ -46,7 +46,7 @@ tests() { # every op and the encoder on the GPU, against float64
 }
 
 cpp() { # the same tests on the CUDA C++ kernels, and their times beside Triton's in ops.json
-  if [ $DRY = 1 ]; then "${PYTEST[@]}" tests/cuda/test_choice.py && return; fi
+  if [ $DRY = 1 ]; then "${PYTEST[@]}" tests/cuda/test_choice.py; return; fi
   export FASTNULL_CUDA_OPS=all
   local status=0
   "${PYTEST[@]}" tests/gpu -m gpu || status=1
@@ -65,7 +65,7 @@ kernels() { # the kernels' own tests, bfloat16 included
 
 sanitizer() { # the first of each allocation would hide what lies beside it, so torch's cache is off
   local run=("$PYTHON" scripts/gpu_small_shapes.py)
-  if [ $DRY = 1 ]; then TRITON_INTERPRET=1 "${run[@]}" && return; fi
+  if [ $DRY = 1 ]; then TRITON_INTERPRET=1 "${run[@]}"; return; fi
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   "${run[@]}" || return 1 # compiled and right without it
   local status=0

@@ -496,6 +496,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(encoder, "triton_problem", lambda device: problems[str(device)])
     monkeypatch.setattr(encoder, "ExplicitEncoder", lambda vit, parts, dtype, compute: (parts, dtype, compute))
     monkeypatch.setattr(encoder, "_warned", set())
+    monkeypatch.setattr(common, "told", told := set[torch.device]())
+    monkeypatch.setattr(encoder, "told", told)
     return problems
 
 
@@ -533,6 +535,7 @@ def test_what_a_gpu_cannot_run_is_a_warning_once_or_an_error(
         results = [encoder._explicit(given, dtype, "auto") for _ in range(2)]
     assert results == [None, None]
     assert len(seen) == 1
+    assert (torch.device("cuda:0") in common.told) == bool(gpus["cuda:0"]), "the ops need not say it again"
     with pytest.raises(UnsupportedModelError, match=f"backend 'cuda' does not support .*{message}"):
         encoder._explicit(given, dtype, "cuda")
 
