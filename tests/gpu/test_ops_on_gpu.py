@@ -169,7 +169,7 @@ def test_opcheck() -> None:
     loss = torch.empty(2, device=DEVICE)
     half, row = x[0].bfloat16(), torch.ones(4, device=DEVICE)
     weight, hidden = randn(64, 64, dtype=torch.bfloat16), torch.empty_like(half)
-    every = {
+    for name, arguments in {
         "layer_norm_out": (x, None, None, 1e-6, torch.empty_like(x), stat, stat.clone()),
         "layer_norm_dx_out": (x, wide, stat.fill_(0), stat.clone().fill_(1), None, torch.empty_like(x)),
         "gelu_out": (x, None, False, torch.empty_like(x), code),
@@ -183,7 +183,5 @@ def test_opcheck() -> None:
         "linear_gelu_out": (half, weight, None, False, hidden, code),
         "linear_dgelu_out": (half, weight, code, hidden),
         "linear_layer_norm_dx_out": (half, weight, half, row, row, row, row, None, hidden),
-    }
-    for name, arguments in every.items():
+    }.items():
         testing.opcheck(name, arguments)
-    assert len(every) == 13
