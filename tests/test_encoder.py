@@ -21,6 +21,7 @@ from fastnull.explicit import encoder as explicit_encoder
 from fastnull.explicit.encoder import ExplicitEncoder
 from fastnull.objective import noise_objective
 from fastnull.ops import common
+from fastnull.synthesis import SynthesisConfig, synthesize
 from fastnull.vit import SITES, NormalizedModel, split
 from fastnull.vit.parts import UnsupportedModelError
 
@@ -357,6 +358,23 @@ def test_same_noise_from_both_backends(vit: NormalizedModel, images: Tensor) -> 
         aug = NullspaceAugment(vit, "boundary", backend=backend)
         drawn.append(aug.draw(aug.encoder.embed(images)))
     torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-3, atol=1e-5)
+
+
+def test_synthesis_computes_what_is_clean_once_a_batch_and_syncs_once(
+    vit: NormalizedModel, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = FrozenEncoder(vit, backend="cpu")
+    embedded, synced = [], []
+    embed, sync = frozen.embed, frozen._explicit.sync
+    monkeypatch.setattr(frozen, "embed", lambda x: embedded.append(len(x)) or embed(x))
+    monkeypatch.setattr(frozen._explicit, "sync", lambda *given: synced.append(1) or sync(*given))
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.01)
+    noise = synthesize(frozen, [images[:4], images[4:]], SynthesisConfig(steps=8, stop="never", image_ratio=1.0))
+    assert int(noise.steps.min()) >= 6
+    assert embedded == [4, 4], "two batches, however many steps"
+    assert synced == [1]
 
 
 def test_misuse_has_clear_errors(vit: NormalizedModel, images: Tensor) -> None:
