@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.attention import attention_by
 from fastnull.encoder import FrozenEncoder
 from fastnull.ops import AdamWState, adamw_step, descent_gate
 from fastnull.solvers import shared_gradient
@@ -60,11 +61,19 @@ def published_step(model: nn.Module, images: Tensor, start: Tensor, dtype: torch
 
 
 def frozen_step(
-    model: nn.Module, images: Tensor, start: Tensor, dtype: torch.dtype, *, compiled: str | None = None
+    model: nn.Module,
+    images: Tensor,
+    start: Tensor,
+    dtype: torch.dtype,
+    *,
+    compiled: str | None = None,
+    attention: str = "",
 ) -> Step:
     """The careful user's loop: weights frozen, clean tokens and logits computed once, input gradient by autograd.
 
-    With `compiled`, a mode of torch.compile, the encoder goes through it; arguments as for `published_step`.
+    Arguments as for `published_step`, and:
+        compiled: a mode of torch.compile, through which the encoder then goes.
+        attention: name of torch's implementation; "" leaves the choice to torch.
     """
     vit = in_dtype(model, dtype, trainable=False)
 
@@ -79,7 +88,8 @@ def frozen_step(
     optimizer = torch.optim.AdamW([noise], lr=LR, weight_decay=0.0)
 
     def step() -> Tensor:
-        noisy = encode((tokens + noise).to(dtype))
+        with attention_by(attention):
+            noisy = encode((tokens + noise).to(dtype))
         loss = (noisy - clean).float().norm(dim=1).mean()
         (gradient,) = torch.autograd.grad(loss, noise)
         noise.grad = gradient
@@ -169,12 +179,6 @@ class TwoCleanViews:
         """criterion(clean) + criterion(clean again), and the logits [B, K]."""
         first, second = self.model(torch.cat([images, images])).chunk(2)
         return criterion(first, labels) + criterion(second, labels), first
-
-
-def sdpa(qkv: Tensor) -> Tensor:
-    """torch's attention on packed qkv [B, N, 3, H, d] → [B, N, H, d]."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, d] each
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def compile_problem() -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from benchmarks.attention import fastest
 from benchmarks.baselines import block_products, compile_problem, fastnull_step, frozen_step, in_dtype, published_step
 from benchmarks.common import AGAIN, Case, Variant, dtypes, name_of, ratio
 from benchmarks.models import make_images, make_model, make_start
@@ -36,16 +37,19 @@ def _case(name: str, model: nn.Module, settings: BenchSettings, problem: str) ->
     B = settings.batch
     variants = []
     products: dict[str, str] = {}  # dtype of the encoder → of its products
+    cuda = torch.device(settings.device).type == "cuda"
     for dtype in dtypes(settings):
+        attention = fastest(_packed(shape, B, dtype, settings.device)) if cuda else ""
+        note = f"attention {attention}" if attention else ""
         encoder = FrozenEncoder(model, dtype=dtype)
         products[name_of(dtype)] = name_of(encoder.products)
         published = published_step(model, images, start, dtype)
-        frozen = frozen_step(model, images, start, dtype)
+        frozen = frozen_step(model, images, start, dtype, attention=attention)
         ours = fastnull_step(encoder, images, start)
         variants += [
             Variant("published", dtype, lambda i, step=published: step()),
-            Variant("frozen", dtype, lambda i, step=frozen: step(), library=True),
-            _compiled(model, images, start, dtype, settings, problem),
+            Variant("frozen", dtype, lambda i, step=frozen: step(), library=True, note=note),
+            _compiled(model, images, start, dtype, settings, problem, attention),
             Variant(
                 "fastnull",
                 dtype,
@@ -54,7 +58,7 @@ def _case(name: str, model: nn.Module, settings: BenchSettings, problem: str) ->
                 note=f"backend {encoder.backend}, products {products[name_of(dtype)]}",
             ),
         ]
-        if torch.device(settings.device).type == "cuda":
+        if cuda:
             graph = fastnull_step(encoder, images, start)
             variants.append(Variant(GRAPH, dtype, lambda i, step=graph: step(), graph=True, twice=True))
         work = Work(2 * shape.L * 24 * B * shape.N * shape.D**2)
@@ -70,13 +74,27 @@ def _case(name: str, model: nn.Module, settings: BenchSettings, problem: str) ->
 
 
 def _compiled(
-    model: nn.Module, images: Tensor, start: Tensor, dtype: torch.dtype, settings: BenchSettings, problem: str
+    model: nn.Module,
+    images: Tensor,
+    start: Tensor,
+    dtype: torch.dtype,
+    settings: BenchSettings,
+    problem: str,
+    attention: str,
 ) -> Variant:
     """The compile happens in the judging call, before anything is timed."""
     if problem:
         return Variant("compiled", dtype, skip=problem)
-    step = frozen_step(model, images, start, dtype, compiled=settings.compile_mode)
-    return Variant("compiled", dtype, lambda i: step(), note=f"mode {settings.compile_mode}")
+    step = frozen_step(model, images, start, dtype, compiled=settings.compile_mode, attention=attention)
+    note = f"mode {settings.compile_mode}" + (f", attention {attention}" if attention else "")
+    return Variant("compiled", dtype, lambda i: step(), note=note)
+
+
+def _packed(shape: ViTShape, B: int, dtype: torch.dtype, device: str) -> Tensor:
+    """A random packed qkv of the model's shape, [B, N, 3, H, d]."""
+    source = torch.Generator(device).manual_seed(0)
+    size = (B, shape.N, 3, shape.H, shape.D // shape.H)
+    return torch.randn(size, generator=source, device=device).to(dtype)
 
 
 def _reference(model: nn.Module, images: Tensor, start: Tensor) -> Tensor:

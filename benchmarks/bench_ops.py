@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.baselines import LR, sdpa
+from benchmarks.attention import attention_by, sdpa, usable
+from benchmarks.baselines import LR
 from benchmarks.common import Case, Variant, copies_for, dtypes
 from benchmarks.models import make_model
 from benchmarks.work import ViTShape, Work
@@ -29,6 +30,7 @@ def cases(settings: BenchSettings) -> Iterator[Case]:
             _dgelu_pass,
             _gelu,
             _dgelu,
+            _linear_layer_norm_dx,
             _attention,
             _attention_dqkv,
             _objective,
@@ -41,17 +43,27 @@ class _Inputs:
     """Random float64 inputs of one op, rounded to the narrowest dtype measured and handed out in any, `copies` sets."""
 
     def __init__(self, settings: BenchSettings, **shapes: tuple[int, ...]) -> None:
-        source = torch.Generator().manual_seed(settings.seed)
+        source = torch.Generator(settings.device).manual_seed(settings.seed)
         narrow = min(dtypes(settings), key=lambda dtype: dtype.itemsize)
         numbers = sum(torch.Size(shape).numel() for shape in shapes.values())
         self.copies = copies_for(4 * numbers, settings.device)
+        made = {"generator": source, "device": settings.device}
         self.sets = [
-            {k: torch.randn(s, generator=source).to(narrow).double().to(settings.device) for k, s in shapes.items()}
-            for _ in range(self.copies)
+            {k: torch.randn(s, **made).to(narrow).double() for k, s in shapes.items()} for _ in range(self.copies)
         ]
 
     def __call__(self, dtype: torch.dtype) -> list[dict[str, Tensor]]:
         return [{name: tensor.to(dtype) for name, tensor in one.items()} for one in self.sets]
+
+
+Make = Callable[[dict[str, Tensor]], Callable[[], Tensor]]
+"""Takes a set of inputs and returns the call."""
+FUSED = "fastnull, fused"
+
+
+def fused_kernels(device: str, dtype: torch.dtype) -> bool:
+    """Whether there are kernels that do a product and the pass after it at once."""
+    return torch.device(device).type == "cuda" and dtype.itemsize == 2
 
 
 def _case(
@@ -59,17 +71,27 @@ def _case(
     model: str,
     settings: BenchSettings,
     inputs: _Inputs,
-    ours: Callable[[dict[str, Tensor]], Callable[[], Tensor]],
-    torchs: Callable[[dict[str, Tensor]], Callable[[], Tensor]],
+    ours: Make,
+    torchs: Make,
     work: Callable[[int], Work],
+    *,
+    fused: Make | None = None,
+    others: Callable[[dict[str, Tensor]], dict[str, Make]] = lambda one: {},
 ) -> Case:
-    """`ours` and `torchs` take a set of inputs and return the call; torch's in float64 is the reference."""
+    """Torch's call in float64 is the reference. `fused` is ours in one kernel; `others` are more ways of torch's, by
+    name, of those that take these inputs."""
     variants = []
     for dtype in dtypes(settings):
         sets = inputs(dtype)
         mine, theirs = [ours(one) for one in sets], [torchs(one) for one in sets]
         variants.append(Variant("torch", dtype, lambda i, calls=theirs: calls[i](), library=True))
+        for name, other in others(sets[0]).items():
+            calls = [other(one) for one in sets]
+            variants.append(Variant(f"torch, {name}", dtype, lambda i, calls=calls: calls[i]()))
         variants.append(Variant("fastnull", dtype, lambda i, calls=mine: calls[i](), graph=True, twice=True))
+        if fused is not None and fused_kernels(settings.device, dtype):
+            calls = [fused(one) for one in sets]
+            variants.append(Variant(FUSED, dtype, lambda i, calls=calls: calls[i](), graph=True))
     sizes = ", ".join(f"{name} {list(t.shape)}" for name, t in inputs.sets[0].items())
     return Case(
         "ops", f"{op} {model}", "call", sizes.replace(" [", "["), variants, ("torch", dtypes(settings)[0]),
@@ -162,6 +184,16 @@ def _gelu(model: str, s: ViTShape, settings: BenchSettings) -> Case:
         w = t["w"] / D**0.5
         return lambda: ops.linear_gelu_derivative(t["x"], w, t["b"])[0]
 
+    def fused(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        w, h = t["w"] / D**0.5, t["x"].new_empty(M, 4 * D)
+        derivative = torch.empty_like(h, dtype=ops.derivative_dtype(h.dtype))
+
+        def call() -> Tensor:
+            torch.ops.fastnull.linear_gelu_out(t["x"], w, t["b"], False, h, derivative)
+            return h
+
+        return call
+
     def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
         w = t["w"] / D**0.5
         return lambda: F.gelu(F.linear(t["x"], w, t["b"]))
@@ -169,26 +201,76 @@ def _gelu(model: str, s: ViTShape, settings: BenchSettings) -> Case:
     inputs = _Inputs(settings, x=(M, D), w=(4 * D, D), b=(4 * D,))
     moved = 5 * M * D + 4 * D * D
     return _case(
-        "linear_gelu_derivative", model, settings, inputs, ours, torchs, lambda b: Work(8 * M * D * D, moved * b)
-    )
+        "linear_gelu_derivative", model, settings, inputs, ours, torchs,
+        lambda b: Work(8 * M * D * D, moved * b + 4 * M * D * (1 if b == 2 else b)), fused=fused,
+    )  # fmt: skip
 
 
 def _dgelu(model: str, s: ViTShape, settings: BenchSettings) -> Case:
     M, D = settings.batch * s.N, s.D
 
     def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
-        w = t["w"] / D**0.5
-        derivative = torch.empty_like(t["z"], dtype=ops.derivative_dtype(t["z"].dtype))
-        ops.gelu_(t["z"].clone(), derivative=derivative)
+        w, derivative = t["w"] / D**0.5, _derivative(t["z"])
         return lambda: ops.linear_dgelu(t["dy"], w, derivative)
+
+    def fused(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        w, derivative, dz = t["w"] / D**0.5, _derivative(t["z"]), torch.empty_like(t["z"])
+
+        def call() -> Tensor:
+            torch.ops.fastnull.linear_dgelu_out(t["dy"], w, derivative, dz)
+            return dz
+
+        return call
 
     def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
         w = t["w"] / D**0.5
         return lambda: torch.ops.aten.gelu_backward(t["dy"] @ w, t["z"])
 
     inputs = _Inputs(settings, dy=(M, D), z=(M, 4 * D), w=(D, 4 * D))
-    moved = 9 * M * D + 4 * D * D
-    return _case("linear_dgelu", model, settings, inputs, ours, torchs, lambda b: Work(8 * M * D * D, moved * b))
+    moved = 5 * M * D + 4 * D * D
+    return _case(
+        "linear_dgelu", model, settings, inputs, ours, torchs,
+        lambda b: Work(8 * M * D * D, moved * b + 4 * M * D * (1 if b == 2 else b)), fused=fused,
+    )  # fmt: skip
+
+
+def _derivative(z: Tensor) -> Tensor:
+    """gelu' of z, kept as the encoder keeps it."""
+    derivative = torch.empty_like(z, dtype=ops.derivative_dtype(z.dtype))
+    ops.gelu_(z.clone(), derivative=derivative)
+    return derivative
+
+
+def _linear_layer_norm_dx(model: str, s: ViTShape, settings: BenchSettings) -> Case:
+    """The input gradient of qkv and of the norm before it: a product and a pass, or (fused) a product whose row sums
+    are there already, as a backward of attention that made them would give them."""
+    M, D, K = settings.batch * s.N, s.D, 3 * s.D
+
+    def parts(t: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return t["w"] / D**0.5, *ops.layer_norm_stats(t["x"])[1:]
+
+    def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        (w, mean, rstd), dxhat = parts(t), torch.empty_like(t["x"])
+        return lambda: ops.layer_norm_dx(torch.mm(t["dz"], w, out=dxhat), t["x"], mean, rstd, t["dres"])
+
+    def fused(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        w, mean, rstd = parts(t)
+        dxhat = t["dz"].to(mean.dtype) @ w.to(mean.dtype)
+        xhat = (t["x"].to(mean.dtype) - mean.unsqueeze(1)) * rstd.unsqueeze(1)
+        c1, c2 = dxhat.sum(1), (dxhat * xhat).sum(1)
+        return lambda: ops.linear_layer_norm_dx(t["dz"], w, t["x"], mean, rstd, c1, c2, t["dres"])
+
+    def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        _, mean, rstd = torch.native_layer_norm(t["x"], (D,), None, None, 1e-6)
+        w, backward = t["w"] / D**0.5, torch.ops.aten.native_layer_norm_backward
+        none = (None, None, [True, False, False])
+        return lambda: t["dres"] + backward(t["dz"] @ w, t["x"], (D,), mean, rstd, *none)[0]
+
+    inputs = _Inputs(settings, dz=(M, K), w=(K, D), x=(M, D), dres=(M, D))
+    return _case(
+        "linear_layer_norm_dx", model, settings, inputs, ours, torchs,
+        lambda b: Work(2 * M * K * D, (M * K + K * D + 3 * M * D) * b), fused=fused,
+    )  # fmt: skip
 
 
 def _attention(model: str, s: ViTShape, settings: BenchSettings) -> Case:
@@ -197,13 +279,18 @@ def _attention(model: str, s: ViTShape, settings: BenchSettings) -> Case:
     def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
         return lambda: ops.attention(t["qkv"])
 
-    def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
-        return lambda: sdpa(t["qkv"]).contiguous()
+    def torchs(t: dict[str, Tensor], name: str = "") -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with attention_by(name):
+                return sdpa(t["qkv"]).contiguous()
+
+        return call
 
     inputs = _Inputs(settings, qkv=(B, N, 3, s.H, D // s.H))
     return _case(
-        "attention", model, settings, inputs, ours, torchs, lambda b: Work(4 * B * N * N * D, 4 * B * N * D * b)
-    )
+        "attention", model, settings, inputs, ours, torchs, lambda b: Work(4 * B * N * N * D, 4 * B * N * D * b),
+        others=lambda one: _implementations(one["qkv"], torchs),
+    )  # fmt: skip
 
 
 def _attention_dqkv(model: str, s: ViTShape, settings: BenchSettings) -> Case:
@@ -212,15 +299,23 @@ def _attention_dqkv(model: str, s: ViTShape, settings: BenchSettings) -> Case:
     def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
         return lambda: ops.attention_dqkv(t["qkv"], t["do"])
 
-    def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+    def torchs(t: dict[str, Tensor], name: str = "") -> Callable[[], Tensor]:
         leaf = t["qkv"].clone().requires_grad_(True)
-        out = sdpa(leaf)
+        with attention_by(name):
+            out = sdpa(leaf)
         return lambda: torch.autograd.grad(out, leaf, t["do"], retain_graph=True)[0]
 
     inputs = _Inputs(settings, qkv=(B, N, 3, s.H, D // s.H), do=(B, N, s.H, D // s.H))
     return _case(
-        "attention_dqkv", model, settings, inputs, ours, torchs, lambda b: Work(10 * B * N * N * D, 7 * B * N * D * b)
-    )
+        "attention_dqkv", model, settings, inputs, ours, torchs, lambda b: Work(10 * B * N * N * D, 7 * B * N * D * b),
+        others=lambda one: _implementations(one["qkv"], torchs),
+    )  # fmt: skip
+
+
+def _implementations(qkv: Tensor, make: Callable[..., Callable[[], Tensor]]) -> dict[str, Make]:
+    """torch's implementations of attention on a GPU, each by name; on a CPU there is one worth timing."""
+    names = usable(qkv) if qkv.is_cuda else []
+    return {name: lambda t, name=name: make(t, name) for name in names if name != "math"}
 
 
 def _objective(model: str, s: ViTShape, settings: BenchSettings) -> Case:

@@ -26,18 +26,17 @@ def cases(settings: BenchSettings) -> Iterator[Case]:
 
 def _case(patch: int, rank: int, settings: BenchSettings) -> Case:
     B, values = settings.projected, 3 * patch**2
-    source = torch.Generator().manual_seed(settings.seed)
-    noise64 = torch.randn(B, 3, SIZE, SIZE, generator=source, dtype=torch.float64)
-    basis64 = torch.linalg.qr(torch.randn(values, rank, generator=source, dtype=torch.float64)).Q.contiguous()
+    source = torch.Generator(settings.device).manual_seed(settings.seed)
+    made: dict[str, Any] = {"generator": source, "dtype": torch.float64, "device": settings.device}
+    noise64 = torch.randn(B, 3, SIZE, SIZE, **made)
+    basis64 = torch.linalg.qr(torch.randn(values, rank, **made)).Q.contiguous()
     rows = B * (SIZE // patch) ** 2
     narrow = min(dtypes(settings), key=lambda dtype: dtype.itemsize)
     noise64 = noise64.to(narrow).double()  # the noise is an input: its rounding is no error of the projection
     variants = []
     for dtype in dtypes(settings):
-        noise = noise64.to(settings.device, dtype)
-        basis = basis64.to(settings.device, torch.float32)
-        low = basis.to(dtype)
-        out, patches = torch.empty_like(noise), torch.randn(rows, values, generator=source).to(settings.device, dtype)
+        noise, basis, low = noise64.to(dtype), basis64.float(), basis64.to(dtype)
+        out, patches = torch.empty_like(noise), torch.randn(rows, values, **made).to(dtype)
         inner, outer = torch.empty(rows, rank).to(patches), torch.empty_like(patches)
 
         def products(

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,15 @@ from fastnull.testing import COSINE_MARGIN
 LIMIT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
 """The error that no variant may exceed, torch's own included: far above rounding, far below a wrong result."""
 AGAIN = " (again)"
+FAILED = "FAILED: "
 MAX_ROUNDS = 1000
 WARM_UP = 0.2
 """Seconds that a variant runs before it is timed, on a GPU; clocks and caches settle by time, not by count."""
+
+
+T = TypeVar("T")
+Prepared = tuple[Callable[[int], Any], int]
+"""What to time, by index of the inputs, and how many calls one run of it is."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,8 @@ class Ceilings:
 class CpuTimer:
     """Wall time."""
 
-    def prepare(self, variant: Variant, copies: int) -> tuple[Callable[[int], Any], int]:
-        """What to time, and how many calls one run of it is. Judging has called it already, unless by `check`."""
+    def prepare(self, variant: Variant, copies: int) -> Prepared:
+        """What to time. Judging has called it already, unless by `check`."""
         if variant.check is not None:
             variant.call(0)
         return variant.call, 1
@@ -133,8 +139,8 @@ class CudaTimer:
     def __init__(self, cuda: Any = torch.cuda) -> None:
         self._cuda = cuda  # tests give a fake
 
-    def prepare(self, variant: Variant, copies: int) -> tuple[Callable[[int], Any], int]:
-        """What to time, and how many calls one run of it is."""
+    def prepare(self, variant: Variant, copies: int) -> Prepared:
+        """What to time: the call, or a graph of all sets of inputs."""
         end = time.perf_counter() + WARM_UP
         while True:
             for index in range(copies):
@@ -169,16 +175,26 @@ def timer_for(device: str) -> CpuTimer | CudaTimer:
     return CudaTimer() if torch.device(device).type == "cuda" else CpuTimer()
 
 
+def attempt(work: Callable[[], T], device: str) -> tuple[T | None, str]:
+    """The result of `work`, or None and why it failed: one baseline out of memory must not take the others with it."""
+    try:
+        return work(), ""
+    except Exception as error:
+        problem = f"{FAILED}{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}"
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # here, where the traceback holds no tensor any more
+    return None, problem
+
+
 def interleaved(
-    variants: Sequence[Variant], copies: int, seconds: float, rounds: int, timer: CpuTimer | CudaTimer
+    prepared: Sequence[Prepared], copies: int, seconds: float, rounds: int, timer: CpuTimer | CudaTimer
 ) -> list[list[float]]:
-    """Milliseconds of each variant, round by round: every round runs all, beginning with another one."""
-    prepared = [timer.prepare(variant, copies) for variant in variants]
-    readers: list[list[Callable[[], float]]] = [[] for _ in variants]
+    """Milliseconds of each, round by round: every round runs all, beginning with another one."""
+    readers: list[list[Callable[[], float]]] = [[] for _ in prepared]
     begin, done = time.perf_counter(), 0
     while done < rounds or time.perf_counter() - begin < seconds:
-        for place in range(len(variants)):
-            chosen = (place + done) % len(variants)
+        for place in range(len(prepared)):
+            chosen = (place + done) % len(prepared)
             run, _ = prepared[chosen]
             readers[chosen].append(timer.start(lambda run=run, index=done % copies: run(index)))
         done += 1
@@ -189,15 +205,21 @@ def interleaved(
 
 def measure(case: Case, settings: BenchSettings, ceilings: Ceilings, about: Mapping[str, Any]) -> list[Row]:
     """Judge every variant, then time those that are right; a row each."""
-    verdicts = judged(case)
+    verdicts = judged(case, settings.device)
     right = [v for v in case.variants if not v.skip and not verdicts[v.backend, v.dtype][1]]
     twins = [replace(v, backend=v.backend + AGAIN) for v in right if v.twice]
-    timed = [*right, *twins]
+    ready: dict[tuple[str, torch.dtype], Prepared] = {}
+    unready: dict[tuple[str, torch.dtype], str] = {}
+    timer = timer_for(settings.device)
+    for v in [] if case.peaks else [*right, *twins]:
+        prepared, unready[v.backend, v.dtype] = attempt(lambda v=v: timer.prepare(v, case.copies), settings.device)
+        if prepared is not None:
+            ready[v.backend, v.dtype] = prepared
     times: dict[tuple[str, torch.dtype], list[float]] = {}
-    if not case.peaks and timed:
+    if ready:
         seconds, rounds = (settings.seconds, settings.rounds) if case.rounds is None else (0.0, case.rounds)
-        columns = interleaved(timed, case.copies, seconds, rounds, timer_for(settings.device))
-        times = {(v.backend, v.dtype): column for v, column in zip(timed, columns, strict=True)}
+        columns = interleaved([*ready.values()], case.copies, seconds, rounds, timer)
+        times = dict(zip(ready, columns, strict=True))
     where = {name: about[name] for name in ("date", "commit", "torch", "triton", "threads")}
     rows = []
     for v in [*case.variants, *twins]:
@@ -205,7 +227,7 @@ def measure(case: Case, settings: BenchSettings, ceilings: Ceilings, about: Mapp
         row = Row(
             **where, device=about["device_name"], suite=case.suite, op=case.op, backend=v.backend, mode=case.mode,
             dtype=name_of(v.dtype), shape=case.shape, max_err=error,
-            note=f"skipped: {v.skip}" if v.skip else f"WRONG: {wrong}" if wrong else v.note,
+            note=f"skipped: {v.skip}" if v.skip else wrong or unready.get((v.backend, v.dtype)) or v.note,
         )  # fmt: skip
         peak = case.peaks.get((v.backend, v.dtype))
         if peak is not None:
@@ -235,8 +257,8 @@ def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(times), fifths[3]
 
 
-def judged(case: Case) -> dict[tuple[str, torch.dtype], tuple[float | None, str]]:
-    """(backend, dtype) → the error, and what is wrong with the result (empty where nothing is).
+def judged(case: Case, device: str = "cpu") -> dict[tuple[str, torch.dtype], tuple[float | None, str]]:
+    """(backend, dtype) → the error, and what is wrong with the result, or why there is none (empty where all is well).
 
     Against float64 a variant may err twice as much as torch's own path in its dtype, plus a rounding, in its largest
     error; the cosine may be off four times as much (it goes with the square). Nothing may exceed LIMIT.
@@ -249,16 +271,22 @@ def judged(case: Case) -> dict[tuple[str, torch.dtype], tuple[float | None, str]
         found[key] = (None, "")
         if variant.skip:
             continue
-        result = variant.check() if variant.check is not None else variant.call(0)
-        if case.judge is not None and result is not None:
-            found[key] = case.judge(variant, result)
+        result, failure = attempt(variant.check or (lambda variant=variant: variant.call(0)), device)
+        if failure:
+            found[key] = (None, failure)
+        elif case.judge is not None and result is not None:
+            error_of, text = case.judge(variant, result)
+            found[key] = (error_of, text and f"WRONG: {text}")
         elif reference is not None and result is not None:
             error, off = deviation(result, reference)
             eps, margin = torch.finfo(variant.dtype).eps, COSINE_MARGIN[variant.dtype]
             allowed, allowed_off = budgets.get(variant.dtype, (LIMIT[variant.dtype], LIMIT[variant.dtype]))
             wrong = ""
             if not (error <= allowed and off <= allowed_off):
-                wrong = f"error {error:.3g} (allowed {allowed:.3g}), cosine 1 - {off:.3g} (allowed {allowed_off:.3g})"
+                wrong = (
+                    f"WRONG: error {error:.3g} (allowed {allowed:.3g}), "
+                    f"cosine 1 - {off:.3g} (allowed {allowed_off:.3g})"
+                )
             elif variant.library and variant.dtype not in budgets:
                 budgets[variant.dtype] = (min(allowed, 2 * (error + eps)), max(margin, 4 * off))
             found[key] = (error if error == error else None, wrong)  # NaN is no JSON
@@ -277,19 +305,23 @@ def deviation(result: Tensor, reference: Tensor) -> tuple[float, float]:
 def measure_ceilings(settings: BenchSettings) -> Ceilings:
     """Time a large product in each dtype and a large copy."""
     cuda = torch.device(settings.device).type == "cuda"
+    # on a GPU far more than its caches hold, however short the look
     side = 8192 if cuda else 2048 if settings.seconds >= 1 else 512
-    size = 2**28 if settings.seconds >= 1 else 2**24
+    size = 2**30 if cuda else 2**28 if settings.seconds >= 1 else 2**24
     kinds = dict.fromkeys([torch.float32, *dtypes(settings)])
-    source = torch.Generator().manual_seed(settings.seed)
+    source = torch.Generator(settings.device).manual_seed(settings.seed)
+    made = {"generator": source, "device": settings.device}
     variants = []
     for kind in kinds:
-        a, b = (torch.randn(side, side, generator=source).to(settings.device, kind) for _ in range(2))
+        a, b = (torch.randn(side, side, **made).to(kind) for _ in range(2))
         out = torch.empty_like(a)
         variants.append(Variant("gemm", kind, lambda index, a=a, b=b, out=out: torch.mm(a, b, out=out)))
-    x = torch.rand(size // 4, generator=source).to(settings.device)
+    x = torch.rand(size // 4, **made)
     y = torch.empty_like(x)
     variants.append(Variant("copy", torch.uint8, lambda index: y.copy_(x)))
-    columns = interleaved(variants, 1, min(settings.seconds, 10) / 4, settings.rounds, timer_for(settings.device))
+    timer = timer_for(settings.device)
+    prepared = [timer.prepare(variant, 1) for variant in variants]
+    columns = interleaved(prepared, 1, min(settings.seconds, 10) / 4, settings.rounds, timer)
     # the best and not the median: a ceiling is what the machine can do
     best = [min(column) / 1e3 for column in columns]
     return Ceilings({k: 2 * side**3 / t for k, t in zip(kinds, best, strict=False)}, 2 * size / best[-1])

@@ -53,10 +53,15 @@ def tune(out: str | Path) -> Path:
 
     capability = torch.cuda.get_device_capability()
     device = torch.cuda.get_device_name()
-    tables, lines = tuned(_tables(), 10 * capability[0] + capability[1], milliseconds)
     path = Path(out) / f"tiles-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
-    write_json(path, {"device": device, "tables": tables, "times": lines, "provenance": provenance("cuda")})
-    print(format_table([("table", "entry", "was ms", "is ms", "tile"), *lines]))
+    found: dict[str, list[dict[str, Any]]] = {}
+    times: list[tuple[str, ...]] = []
+    for name, entries, lines in tuned(_tables(), 10 * capability[0] + capability[1], milliseconds):
+        found[name] = entries
+        times += lines
+        # after each table, so that a run that is stopped keeps what it measured
+        write_json(path, {"device": device, "tables": found, "times": times, "provenance": provenance("cuda")})
+        print(format_table([("table", "entry", "was ms", "is ms", "tile"), *lines]), flush=True)
     return path
 
 
@@ -64,18 +69,17 @@ def tuned(
     tables: Iterable[tuple[ModuleType, str, Callable[[Tile], Problem]]],
     capability: int,
     milliseconds: Callable[[Callable[[], None]], float],
-) -> tuple[dict[str, list[dict[str, Any]]], list[tuple[str, ...]]]:
-    """The tables with their fastest tiles as JSON, and a line an entry.
+) -> Iterator[tuple[str, list[dict[str, Any]], list[tuple[str, ...]]]]:
+    """Of one table after the other its name, its entries with their fastest tiles as JSON, and a line an entry.
 
     Args:
         tables: module of kernels, name of its table, and entry → the problem to time it by.
         capability: 80, 90, ...: entries for newer GPUs are left as they are.
         milliseconds: times a call.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
-    lines: list[tuple[str, ...]] = []
     for module, attribute, problem_of in tables:
         name = f"{module.__name__.rsplit('.', 1)[-1]}.{attribute}"
+        lines: list[tuple[str, ...]] = []
         entries = list(getattr(module, attribute))
         for index, entry in enumerate(entries):
             if getattr(entry, "since", 0) > capability or _hidden(entries, index, capability):
@@ -84,8 +88,7 @@ def tuned(
             best = fastest(entry, times)
             entries[index] = best
             lines.append((name, str(index), f"{times[entry]:.4f}", f"{times[best]:.4f}", str(best)))
-        found[name] = [asdict(tile) for tile in entries]
-    return found, lines
+        yield name, [asdict(tile) for tile in entries], lines
 
 
 def _hidden(entries: Sequence[Tile], index: int, capability: int) -> bool:
@@ -169,15 +172,35 @@ def _gelu(tile: Tile) -> Problem:
 
     z, h = _randn(1, ROWS, 3072), _randn(1, ROWS, 3072)
     code, bias = torch.empty(ROWS, 3072, device="cuda", dtype=torch.uint8), _randn(3072, dtype=torch.float32)
-    return Problem(lambda: gelu.gelu_out(z, bias, False, h, code), [h, code])
+
+    def call() -> None:
+        gelu.gelu_out(z, bias, False, h, code)
+        gelu.dgelu_(h, code)
+
+    return Problem(call, [h, code])
 
 
 def _linear_gelu(tile: Tile) -> Problem:
     from fastnull.kernels import linear_gelu
 
     x, w, h = _randn(ROWS, 768), _randn(3072, 768) / 768**0.5, _randn(ROWS, 3072)
+    w2, dz = _randn(768, 3072) / 768**0.5, _randn(ROWS, 3072)
     code, bias = torch.empty(ROWS, 3072, device="cuda", dtype=torch.uint8), _randn(3072, dtype=torch.float32)
-    return Problem(lambda: linear_gelu.linear_gelu_out(x, w, bias, False, h, code), [h, code])
+
+    def call() -> None:
+        linear_gelu.linear_gelu_out(x, w, bias, False, h, code)
+        linear_gelu.linear_dgelu_out(x, w2, code, dz)
+
+    return Problem(call, [h, code, dz])
+
+
+def _linear_dx(tile: Tile) -> Problem:
+    """Of qkv: the inner size is three times the width."""
+    from fastnull.kernels import linear_dx
+
+    dz, w, x, dres, dx = _randn(ROWS, 2304), _randn(2304, 768) / 768**0.5, *(_randn(ROWS, 768) for _ in range(3))
+    mean, rstd, c1, c2 = (_randn(ROWS, dtype=torch.float32) for _ in range(4))
+    return Problem(lambda: linear_dx.linear_layer_norm_dx_out(dz, w, x, mean, rstd, c1, c2, dres, dx), [dx])
 
 
 def _attention(tile: Tile, backward: bool) -> Problem:
@@ -201,11 +224,12 @@ def _patch_project(tile: Tile) -> Problem:
 
 
 def _tables() -> Iterator[tuple[ModuleType, str, Callable[[Tile], Problem]]]:
-    from fastnull.kernels import attention, gelu, layer_norm, linear_gelu, patch_project
+    from fastnull.kernels import attention, gelu, layer_norm, linear_dx, linear_gelu, patch_project
 
     yield layer_norm, "TILES", _layer_norm
     yield gelu, "TILES", _gelu
     yield linear_gelu, "TILES", _linear_gelu
+    yield linear_dx, "TILES", _linear_dx
     yield attention, "FORWARD", lambda tile: _attention(tile, backward=False)
     yield attention, "QUERY_GRADIENT", lambda tile: _attention(tile, backward=True)
     yield attention, "KEY_GRADIENT", lambda tile: _attention(tile, backward=True)

@@ -22,7 +22,7 @@ from fastnull.checks import check_choice
 from fastnull.explicit import ExplicitEncoder
 from fastnull.explicit.products import products_dtype
 from fastnull.ops.attention import WIDEST_HEAD
-from fastnull.ops.common import NATIVE_DTYPES, switched_off, triton_problem
+from fastnull.ops.common import NATIVE_DTYPES, switched_off, told, triton_problem
 from fastnull.sharded import Held, Units, is_sharded
 from fastnull.vit.base import SplitViT, as_split, check_site, frozen
 from fastnull.vit.parts import UnsupportedModelError, ViTParts
@@ -305,6 +305,7 @@ def _checked_parts(vit: SplitViT, dtype: torch.dtype, device: torch.device, back
         # on their references, where the switch asks for them, the ops need neither this GPU nor Triton
         problem = "" if switched_off() else triton_problem(device)
         if problem:
+            told.add(device)  # by what becomes of this error
             raise UnsupportedModelError(f"{device} ({problem})")
         if dtype not in NATIVE_DTYPES["cuda"]:
             raise UnsupportedModelError(f"dtype {str(dtype)[6:]} (float32, bfloat16 or float16)")

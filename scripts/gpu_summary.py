@@ -1,6 +1,9 @@
-"""The last words of scripts/gpu_check.sh: summary.json and table.txt from the results in its folder.
+"""The last words of scripts/gpu_check.sh: summary.json and table.txt of what its parts gave.
 
-python3 scripts/gpu_summary.py PARTS OUT        PARTS: lines of part, exit status and seconds, tab-separated
+    python3 scripts/gpu_summary.py WORK OUT
+
+WORK has `parts` (lines of part, exit status and seconds, tab-separated) and, of those made, build.json, noise.json and
+profile.json, which go into the summary whole; OUT has the benchmarks' results steps.json, ops.json and cpp.json.
 """
 
 from __future__ import annotations
@@ -21,24 +24,38 @@ WANTED = {
     "vit_base_patch32_224": (7.0, 1.6, 1.25, 5.5),
     "vit_large_patch16_224": (105.0, 1.3, 1.15, 5.5),
 }
+AGAIN = "(again)"
 BASELINES = (("frozen", "bfloat16"), ("compiled", "bfloat16"), ("published", "float32"))
 
 
-def summarize(parts: Path, out: Path) -> dict[str, Any]:
-    """What each part gave: {"parts", "steps", "ops", "noise"}, of what is there."""
-    lines = [line.split("\t") for line in parts.read_text().splitlines()]
+def summarize(work: Path, out: Path) -> dict[str, Any]:
+    """What each part gave: {"parts", "steps", "ops", "build", "noise", "profile"}, of what is there."""
+    lines = [line.split("\t") for line in (work / "parts").read_text().splitlines()]
     found: dict[str, Any] = {"parts": [{"part": p, "status": int(s), "seconds": int(t)} for p, s, t in lines]}
     found["steps"] = [_step(name, rows) for name, rows in _by_op(out / "steps.json").items()]
     found["ops"] = [
-        {"op": f"{op}{label}", "dtype": row.dtype, "ms": row.ms_p50, "floor_share": row.floor_share, "note": row.note}
+        _op(f"{op}{label}", row, rows)
         for label, name in (("", "ops.json"), (", C++", "cpp.json"))
         for op, rows in _by_op(out / name).items()
         for row in rows
-        if row.backend == "fastnull"
+        if row.backend.startswith("fastnull") and not row.backend.endswith(AGAIN)
     ]
-    noise = out / "noise.json"
-    found["noise"] = json.loads(noise.read_text())["relative"] if noise.is_file() else None
+    for name in ("build", "noise", "profile"):
+        path = work / f"{name}.json"
+        found[name] = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else None
     return found
+
+
+def _op(name: str, mine: Row, rows: list[Row]) -> dict[str, Any]:
+    """A row of ours, and the fastest of the others in its dtype."""
+    others = [row for row in rows if row.dtype == mine.dtype and row.ms_p50 and not row.backend.startswith("fastnull")]
+    best = min(others, key=lambda row: row.ms_p50 or 0.0, default=None)
+    both = best is not None and mine.ms_p50
+    return {
+        "op": f"{name}{mine.backend.removeprefix('fastnull')}", "dtype": mine.dtype, "ms": mine.ms_p50,
+        "floor_share": mine.floor_share, "best other": None if best is None else best.backend,
+        "x best other": best.ms_p50 / mine.ms_p50 if both else None, "note": mine.note,  # type: ignore[union-attr, operator]
+    }  # fmt: skip
 
 
 def _by_op(path: Path) -> dict[str, list[Row]]:
@@ -52,7 +69,8 @@ def _by_op(path: Path) -> dict[str, list[Row]]:
 
 def _step(name: str, rows: list[Row]) -> dict[str, Any]:
     times = {(row.backend, row.dtype): row for row in rows}
-    mine = times.get(("fastnull, graph", "bfloat16")) or times.get(("fastnull", "bfloat16"))
+    ours = [times[key] for key in (("fastnull, graph", "bfloat16"), ("fastnull", "bfloat16")) if key in times]
+    mine = next((row for row in ours if row.ms_p50), ours[-1] if ours else None)
     step: dict[str, Any] = {"model": name, "ms": None, "floor_share": None, "note": "not measured"}
     if mine is not None:
         step |= {"ms": mine.ms_p50, "floor_share": mine.floor_share, "note": mine.note}
@@ -60,6 +78,11 @@ def _step(name: str, rows: list[Row]) -> dict[str, Any]:
         base = times.get(key)
         both = mine is not None and mine.ms_p50 and base is not None and base.ms_p50
         step[f"x {key[0]}"] = base.ms_p50 / mine.ms_p50 if both else None  # type: ignore[union-attr, operator]
+    notes = {"": step["note"], "frozen: ": "", "compiled: ": ""}
+    for name in ("frozen", "compiled"):
+        row = times.get((name, "bfloat16"))
+        notes[f"{name}: "] = row.note if row is not None else ""
+    step["note"] = "; ".join(label + note for label, note in notes.items() if note)
     return step
 
 
@@ -84,12 +107,13 @@ def table(found: dict[str, Any]) -> str:
             rows.append((step["model"], ms, f"{wanted[0]:g}" if wanted else "-", share, *ratios, step["note"]))
         blocks.append(format_table(rows))
     if found["ops"]:
-        lines = [("op", "dtype", "ms", "of floor", "note")]
+        rows = [("op", "dtype", "ms", "of floor", "x best other", "which", "note")]
         for op in found["ops"]:
-            lines.append((op["op"], op["dtype"], _text(op["ms"]), _text(op["floor_share"], 100, " %"), op["note"]))
-        blocks.append(format_table(lines))
+            share, ratio = _text(op["floor_share"], 100, " %"), _text(op["x best other"])
+            rows.append((op["op"], op["dtype"], _text(op["ms"]), share, ratio, op["best other"] or "-", op["note"]))
+        blocks.append(format_table(rows))
     if found["noise"]:
-        ends = ", ".join(f"{key} {100 * value:.2f} %" for key, value in found["noise"].items())
+        ends = ", ".join(f"{key} {100 * value:.2f} %" for key, value in found["noise"]["relative"].items())
         blocks.append(f"noise after bfloat16 steps, against float32: {ends} (wanted: 2 %)")
     return "\n\n".join(blocks)
 

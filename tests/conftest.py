@@ -21,16 +21,18 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def build_vit(**changes: Any) -> NormalizedModel:
-    """A timm ViT of digit size with random weights, loud enough that its blocks matter, in eval mode.
+def build_vit(*, distilled: bool = False, **changes: Any) -> NormalizedModel:
+    """A timm ViT of digit size with random weights, loud enough that its blocks matter, in eval mode; `distilled`: with
+    DeiT's second token and head.
 
     16x16 images, patches of 4: 16 patch tokens; width 32 < 48 pixel values a patch, so there is an exact nullspace.
     """
     import_timm()
+    from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import VisionTransformer
 
     settings = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
-    network = VisionTransformer(**{**settings, **changes})
+    network = (VisionTransformerDistilled if distilled else VisionTransformer)(**{**settings, **changes})
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             # timm's start is so quiet (0.02) that noise hardly moves the logits

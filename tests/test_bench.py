@@ -30,6 +30,8 @@ models: Any = bench._suite("models")
 work: Any = bench._suite("work")
 memory: Any = bench._suite("bench_memory")
 encoder_suite: Any = bench._suite("bench_encoder")
+ops_suite: Any = bench._suite("bench_ops")
+attention: Any = bench._suite("attention")
 finetune_suite: Any = bench._suite("bench_finetune")
 synthesis_suite: Any = bench._suite("bench_synthesis")
 
@@ -69,7 +71,7 @@ def test_a_suite_runs_and_every_result_is_right(suite: str, tmp_path: Path) -> N
     result = json.loads(path.read_text())
     rows = [Row(**entry) for entry in result["rows"]]
     assert rows
-    assert not [r for r in rows if r.note.startswith("WRONG")]
+    assert not [r for r in rows if r.note.startswith(("WRONG", common.FAILED))]
     for r in rows:
         if r.suite == "memory":
             assert r.mb is not None
@@ -224,13 +226,75 @@ def test_a_skipped_variant_says_why_and_is_not_run() -> None:
     assert [r.note for r in measured(given)] == ["", "skipped: no compiler"]
 
 
+def test_a_variant_that_fails_says_why_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A baseline out of memory where it is judged, and a call that no graph can hold, where it is prepared."""
+
+    class Timer(common.CpuTimer):  # type: ignore[name-defined, misc]
+        def prepare(self, variant: Any, copies: int) -> Any:
+            if variant.graph:
+                raise RuntimeError("operation not permitted when stream is capturing\nwith a second line")
+            return super().prepare(variant, copies)
+
+    def too_large(index: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(common, "timer_for", lambda device: Timer())
+    truth = torch.randn(64, dtype=torch.float64)
+    rows = measured(
+        case(
+            variant("torch", truth.float(), library=True),
+            common.Variant("published", torch.float32, too_large),
+            variant("fastnull, graph", truth.float(), graph=True, twice=True),
+            variant("fastnull", truth.float()),
+            reference=truth,
+        )
+    )
+    notes = {r.backend: r.note for r in rows}
+    assert notes["published"] == "FAILED: OutOfMemoryError: CUDA out of memory"
+    assert notes["fastnull, graph"] == notes["fastnull, graph (again)"]
+    assert notes["fastnull, graph"].endswith("not permitted when stream is capturing")
+    assert [r.backend for r in rows if r.ms_p50 is not None] == ["torch", "fastnull"]
+
+
+def test_torchs_attention_is_taken_by_name() -> None:
+    """Of this machine those that run it give one result; what torch refuses is not among them."""
+    qkv = torch.randn(2, 9, 3, 2, 8)
+    names = attention.usable(qkv)
+    assert "math" in names
+    assert "cudnn" not in names  # a GPU's
+    assert attention.fastest(qkv) in names
+    for name in names:
+        with attention.attention_by(name):
+            torch.testing.assert_close(attention.sdpa(qkv), attention.sdpa(qkv.double()).float())
+
+
+def test_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused products, torch's attentions by name, and the fastest of them in the baselines: here on the CPU."""
+    monkeypatch.setattr(ops_suite, "fused_kernels", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(ops_suite, "_implementations", lambda qkv, make: {"math": lambda t, make=make: make(t, "math")})
+    rows = [r for given in ops_suite.cases(TINY) for r in measured(given)]
+    assert not [r for r in rows if r.note]
+    fused = {r.op.split()[0] for r in rows if r.backend == ops_suite.FUSED}
+    assert fused == {"linear_gelu_derivative", "linear_dgelu", "linear_layer_norm_dx"}
+    named = {r.op.split()[0] for r in rows if r.backend == "torch, math"}
+    assert named == {"attention", "attention_dqkv"}
+
+    model = models.make_model("vit_digits", TINY)
+    images, start = models.make_images(model, 4, TINY), models.make_start(model, TINY)
+    plain, by_name = (
+        baselines.frozen_step(model, images, start, torch.float32, attention=name)() for name in ("", "math")
+    )
+    torch.testing.assert_close(by_name, plain, rtol=1e-4, atol=1e-6)
+
+
 def test_variants_are_interleaved_and_each_round_begins_with_another() -> None:
     order: list[tuple[str, int]] = []
 
     def named(name: str) -> Any:
         return common.Variant(name, torch.float32, lambda index: order.append((name, index)))
 
-    columns = common.interleaved([named("a"), named("b")], 2, 0.0, 3, common.CpuTimer())
+    timer = common.CpuTimer()
+    columns = common.interleaved([timer.prepare(named(name), 2) for name in "ab"], 2, 0.0, 3, timer)
     assert [len(column) for column in columns] == [3, 3]
     assert order == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 0), ("b", 0)]
 
@@ -295,7 +359,7 @@ def test_the_gpu_timer_reads_events_and_divides_a_replay_by_its_calls(monkeypatc
 
     plain = common.Variant("plain", torch.float32, call)
     graphed = common.Variant("graphed", torch.float32, call, graph=True)
-    columns = common.interleaved([plain, graphed], 4, 0.0, 2, timer)
+    columns = common.interleaved([timer.prepare(variant, 4) for variant in (plain, graphed)], 4, 0.0, 2, timer)
     assert columns == [[3.0, 3.0], [2.0, 2.0]]  # one call of 3 ms; a replay of 8 ms holds 4 calls
     assert cuda.captured == 1
 

@@ -83,6 +83,40 @@ def test_a_broken_library_is_reported_once_with_versions(tmp_path: Path, monkeyp
         assert not library.load()
 
 
+def built(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """setup.py's build of the native code into a folder, with nothing kept of earlier ones."""
+    words = ["setup.py", "--quiet", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
+    env = {**os.environ, "FASTNULL_BUILD_DIR": str(folder / "native"), **environment}
+    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("environment", "missing"),
+    [
+        ({"CXX": "no-compiler"}, "no C++ compiler ('no-compiler' is not on PATH; set CXX)"),
+        ({"FASTNULL_NATIVE": "0"}, "switched off by FASTNULL_NATIVE=0"),
+    ],
+)
+def test_without_a_compiler_one_line_says_what_is_missing(
+    tmp_path: Path, environment: dict[str, str], missing: str
+) -> None:
+    done = built(tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "fastnull" in line] == [
+        f"fastnull: native code is not built: {missing}. The package works without it, slower."
+    ]
+    assert json.loads((tmp_path / "fastnull" / "_build.json").read_text()) == {"missing": missing}
+    assert not list(tmp_path.glob("fastnull/*.so"))
+
+
+@pytest.mark.skipif(not Path("/usr/local/cuda/bin/nvcc").exists() and not shutil.which("nvcc"), reason="no nvcc")
+def test_an_unknown_architecture_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
+    done = built(tmp_path, TORCH_CUDA_ARCH_LIST="1.3")
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST: '1.3' is unknown to" in done.stderr
+    assert not list(tmp_path.rglob("*.o"))
+
+
 @needs_library
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
 def test_the_library_needs_the_stable_abi_alone() -> None:

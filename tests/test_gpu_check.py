@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastnull.bench import Row
+from fastnull.bench import SUITES, Row, add_bench_options
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
+WANTED = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_base_patch32_224", "vit_large_patch16_224")
 
 
 def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -34,28 +37,19 @@ def test_the_dry_run_does_every_part(tmp_path: Path) -> None:
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == [
-        "build.json",
-        "log.txt",
-        "noise.json",
-        "ops.json",
-        "profile.json",
-        "steps.json",
-        "summary.json",
-        "table.txt",
-    ]
+    assert files == ["log.txt", "ops.json", "steps.json", "summary.json", "table.txt"]
 
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {part["part"]: part["status"] for part in summary["parts"]} == dict.fromkeys(
         ("build", "tests", "steps", "ops", "noise", "finetune", "kernels", "cpp", "sanitizer"), 0
     )
-    profiled = json.loads((tmp_path / "out" / "profile.json").read_text())
-    assert all(seconds > 0 for seconds in profiled["phases"].values())
+    assert all(seconds > 0 for seconds in summary["profile"]["phases"].values())
+    assert summary["build"]["torch"] == torch.__version__
     (step,) = summary["steps"]
     assert step["model"] == "vit_digits"
     assert all(step[f"x {name}"] > 0 for name in ("frozen", "published"))
-    assert len({op["op"] for op in summary["ops"]}) == 12
-    assert summary["noise"].keys() == {"influence", "norm"}
+    assert len({op["op"] for op in summary["ops"]}) == 13
+    assert summary["noise"]["relative"].keys() == {"influence", "norm"}
     assert done.stdout.rstrip().endswith((tmp_path / "out" / "table.txt").read_text().rstrip())
 
 
@@ -88,6 +82,65 @@ def test_a_part_out_of_time_keeps_what_it_measured(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [part["status"] for part in summary["parts"]] == [124, 124]
     assert [step["ms"] for step in summary["steps"]] == [30.0]
+
+
+PRETENDED = """#!/bin/sh
+# python3 and compute-sanitizer of a GPU machine: notes what it is asked for, and leaves the files that it would leave
+echo "$(basename "$0") $*" >>"{calls}"
+for last; do :; done
+case "$*" in
+  *get_device_capability*) echo 9.0a ;;
+  *gpu_summary*) exec "{python}" "$@" ;;
+  *--tune*) echo '{{}}' >"$last/tiles-nvidia-h200.json" ;;
+  *"fastnull bench"*) mkdir -p "$last" && echo '{{"rows": []}}' >"$last/20260101T000000Z-x.json" ;;
+  *gpu_noise*) echo '{{"relative": {{"norm": 0.001}}}}' >"$last" ;;
+  *profile_step*) echo '{{"phases": {{}}}}' >"$last" ;;
+  *build_info*) echo "{{\\"archs\\": \\"$TORCH_CUDA_ARCH_LIST\\"}}" ;;
+esac
+"""
+
+
+def test_what_a_gpu_is_asked_for(tmp_path: Path) -> None:
+    """All parts on a pretended GPU: what comes back is at most eight files, and every benchmark's options are known."""
+    tools, out, calls = tmp_path / "tools", tmp_path / "out", tmp_path / "calls"
+    tools.mkdir()
+    for name in ("python3", "compute-sanitizer"):
+        (tools / name).write_text(PRETENDED.format(calls=calls, python=sys.executable))
+        (tools / name).chmod(0o755)
+    environment = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHON": str(tools / "python3")}
+    done = check("--only", "build tests steps ops noise sanitizer kernels cpp finetune tune", str(out), **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = sorted(path.name for path in out.iterdir())
+    assert files == [
+        "cpp.json", "finetune.json", "log.txt", "ops.json", "steps.json", "summary.json", "table.txt",
+        "tiles-nvidia-h200.json",
+    ]  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["build"] == {"archs": "9.0a"}, "nvcc compiles for the GPU that is there"
+    assert summary["noise"] == {"relative": {"norm": 0.001}}
+    lines = calls.read_text().splitlines()
+    assert [line.split()[2] for line in lines if line.startswith("compute-sanitizer")] == ["memcheck", "racecheck"]
+    parser = argparse.ArgumentParser()
+    add_bench_options(parser)
+    benches = [line.split("fastnull bench ")[1] for line in lines if "fastnull bench" in line]
+    assert len(benches) == 5
+    for words in benches:
+        asked = parser.parse_args(words.split())
+        assert set(asked.only or ()) <= set(SUITES)
+        assert set(asked.models or ()) <= set(WANTED)
+
+
+def test_the_last_part_has_all_the_time_that_is_left(tmp_path: Path) -> None:
+    done = check("--dry-run", "--only", "noise build", str(tmp_path / "out"), TOTAL="300", PYTHON="true")
+    limits = [int(line.split("at most ")[1].split()[0]) for line in done.stdout.splitlines() if line.startswith("==")]
+    assert limits[0] == 75
+    assert limits[1] >= 290
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = check(str(tmp_path / "out"), PYTHON="false")
+    assert done.returncode == 96
+    assert "torch sees no GPU; --dry-run" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -132,7 +185,7 @@ def test_the_table_holds_ratios_and_what_was_wanted(summary: Any, tmp_path: Path
     ]  # fmt: skip
     (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "parts").write_text("build\t0\t60\nsteps\t124\t260\nops\t1\t3\n")
-    found = summary.summarize(tmp_path / "parts", tmp_path)
+    found = summary.summarize(tmp_path, tmp_path)
     (step,) = found["steps"]
     assert (step["ms"], step["x frozen"], step["x compiled"], step["x published"]) == (30.0, 1.5, None, 6.0)
     text = summary.table(found)
@@ -147,7 +200,32 @@ def test_a_wrong_step_has_no_time_and_says_so(summary: Any, tmp_path: Path) -> N
     rows = [row("frozen", "bfloat16", 45.0), row("fastnull", "bfloat16", None, "WRONG: error 0.4")]
     (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "parts").write_text("")
-    (step,) = summary.summarize(tmp_path / "parts", tmp_path)["steps"]
+    (step,) = summary.summarize(tmp_path, tmp_path)["steps"]
     assert step["ms"] is None
     assert step["x frozen"] is None
     assert "WRONG" in step["note"]
+
+
+def test_a_step_that_no_graph_holds_is_the_eager_one(summary: Any, tmp_path: Path) -> None:
+    rows = [
+        row("frozen", "bfloat16", 45.0, "attention flash"), row("fastnull, graph", "bfloat16", None, "FAILED: capture"),
+        row("fastnull", "bfloat16", 30.0),
+    ]  # fmt: skip
+    (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "parts").write_text("")
+    (step,) = summary.summarize(tmp_path, tmp_path)["steps"]
+    assert step["ms"] == 30.0
+    assert step["note"] == "frozen: attention flash"
+
+
+def test_an_op_stands_beside_the_fastest_of_torchs(summary: Any, tmp_path: Path) -> None:
+    rows = [
+        row("torch", "bfloat16", 3.0), row("torch, flash", "bfloat16", 2.0), row("torch, cudnn", "bfloat16", None),
+        row("torch", "float32", 1.0), row("fastnull", "bfloat16", 1.0), row("fastnull, fused", "bfloat16", 0.5),
+        row("fastnull (again)", "bfloat16", 1.0),
+    ]  # fmt: skip
+    (tmp_path / "ops.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "parts").write_text("")
+    ours, fused = summary.summarize(tmp_path, tmp_path)["ops"]
+    assert (ours["best other"], ours["x best other"], fused["x best other"]) == ("torch, flash", 2.0, 4.0)
+    assert fused["op"] == "vit_base_patch16_224, fused"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,14 +64,36 @@ def test_the_fastest_right_tile_is_taken(kernels: ModuleType) -> None:
         call()
         return timer[kernels.TABLE[0].warps]
 
-    found, lines = tuner.tuned([(kernels, "TABLE", problem_of(kernels))], 90, milliseconds)
+    ((name, found, lines),) = tuner.tuned([(kernels, "TABLE", problem_of(kernels))], 90, milliseconds)
+    assert name == "pretend.TABLE"
     # entry 2 is for newer GPUs; entry 3 lies behind entry 1, for older ones: both stay
-    assert [entry["warps"] for entry in found["pretend.TABLE"]] == [2, 2, 4, 4]
+    assert [entry["warps"] for entry in found] == [2, 2, 4, 4]
     assert [line[:4] for line in lines] == [
         ("pretend.TABLE", "0", "1.0000", "0.5000"),
         ("pretend.TABLE", "1", "1.0000", "0.5000"),
     ]
     assert kernels.TABLE is before
+
+
+def test_a_run_that_is_stopped_keeps_the_tables_it_measured(
+    kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install fastnull[triton]")
+
+    def tables() -> Any:
+        yield kernels, "TABLE", problem_of(kernels)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+    monkeypatch.setattr(tuner, "provenance", lambda device: {})
+    monkeypatch.setattr("triton.testing.do_bench", lambda call, **options: 1.0)
+    monkeypatch.setattr(tuner, "_tables", tables)
+    with pytest.raises(KeyboardInterrupt):
+        tuner.tune(tmp_path)
+    written = json.loads((tmp_path / "tiles-nvidia-h200.json").read_text())
+    assert written["device"] == "NVIDIA H200"
+    assert [entry["warps"] for entry in written["tables"]["pretend.TABLE"]] == [4, 4, 4, 4]
 
 
 def test_a_gain_within_the_noise_changes_nothing() -> None:
@@ -126,6 +149,13 @@ def test_measured_tables_replace_those_they_name(tmp_path: Path) -> None:
 def test_a_wrong_file_is_told(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "tiles.json").write_text(text)
     assert message in loaded(tmp_path / "tiles.json").stderr
+
+
+def test_every_table_is_tuned() -> None:
+    sources = (path.read_text() for path in (Path(bench.ROOT) / "kernels").glob("*.py"))
+    named = {name for source in sources for name in re.findall(r'= table\(\s*"(\w+\.\w+)"', source)}
+    assert named == {f"{module.__name__.rsplit('.', 1)[-1]}.{attribute}" for module, attribute, _ in tuner._tables()}
+    assert len(named) == 8
 
 
 def test_every_candidate_fits_its_table() -> None:

@@ -38,6 +38,9 @@ NATIVE_DTYPES = {
 }
 OLDEST_GPU = (8, 0)  # older ones have no bfloat16 in their tensor cores
 
+told: set[torch.device] = set()
+"""GPUs of which a user knows already that the kernels do not run there."""
+
 _allocate = torch.empty  # fastnull.testing.poisoned swaps it
 
 
@@ -105,10 +108,11 @@ def _triton_serves(device: torch.device) -> bool:
     if switched_off():
         return False
     problem = triton_problem(device)
-    if problem.startswith("the kernels need Triton"):
+    if problem and device not in told:
+        install = "Install it with `pip install fastnull[triton]`, or set" if "need Triton" in problem else "Set"
         warnings.warn(
             f"fastnull runs its torch references on {device}, slower: {problem}. "
-            "Install it with `pip install fastnull[triton]`, or set FASTNULL_NATIVE=0 to silence this.",
+            f"{install} FASTNULL_NATIVE=0 to silence this.",
             RuntimeWarning,
             stacklevel=4,
         )

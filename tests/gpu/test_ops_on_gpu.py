@@ -72,6 +72,39 @@ def test_linear_gelu(dtype: torch.dtype, kind: str) -> None:
     testing.assert_gradient_close(dz, dy.double() @ w2.double() * kept, dy @ w2 * kept.to(dtype), "dz")
 
 
+@pytest.mark.parametrize("kind", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
+def test_products_with_a_pass_in_their_epilogue(dtype: torch.dtype, kind: str) -> None:
+    """linear + GELU, its input gradient, and LayerNorm's backward after qkv's: against the product and the pass."""
+    x, w, bias = randn(591, 384, dtype=dtype), randn(1536, 384, dtype=dtype, seed=1) / 20, randn(1536, seed=2)
+    dy, w2 = randn(591, 384, dtype=dtype, seed=3), randn(384, 1536, dtype=dtype, seed=4) / 20
+    h, dz = (torch.full((591, 1536), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
+    code = torch.zeros(591, 1536, dtype=torch.uint8, device=DEVICE)
+    torch.ops.fastnull.linear_gelu_out(x, w, bias, kind == "tanh", h, code)
+    exact, slope = gelu_ref(F.linear(x.double(), w.double(), bias.double()), None, kind)
+    testing.assert_within_budget(h, exact, F.gelu(F.linear(x, w, bias.to(dtype)), approximate=kind), "h")
+    kept = decode_derivative(code, torch.float64)
+    rounding = torch.finfo(dtype).eps * exact.abs().max().item()  # a reference's z is rounded
+    assert (kept - slope).abs().max() <= 0.0026 + 1.2 * rounding
+    torch.ops.fastnull.linear_dgelu_out(dy, w2, code, dz)
+    testing.assert_gradient_close(dz, dy.double() @ w2.double() * kept, dy @ w2 * kept.to(dtype), "dz")
+
+    dqkv, weight, dres = (
+        randn(591, 1152, dtype=dtype),
+        randn(1152, 384, dtype=dtype, seed=5) / 20,
+        randn(591, 384, dtype=dtype),
+    )
+    _, mean, rstd = ops.layer_norm_stats(x)
+    dxhat = dqkv.double() @ weight.double()
+    xhat = (x.double() - mean.double().unsqueeze(1)) * rstd.double().unsqueeze(1)
+    c1, c2 = dxhat.sum(1).float(), (dxhat * xhat).sum(1).float()
+    with testing.poisoned():
+        dx = ops.linear_layer_norm_dx(dqkv, weight, x, mean, rstd, c1, c2, dres)
+    two = dxhat - dxhat.mean(1, keepdim=True) - xhat * (dxhat * xhat).mean(1, keepdim=True)
+    truth = dres.double() + rstd.double().unsqueeze(1) * two
+    testing.assert_gradient_close(dx, truth, ops.layer_norm_dx(dqkv @ weight, x, mean, rstd, dres), "dx")
+
+
 @pytest.mark.parametrize("complement", [True, False])
 @pytest.mark.parametrize("patch", [16, 32])
 def test_patch_project(patch: int, complement: bool) -> None:
@@ -134,6 +167,8 @@ def test_opcheck() -> None:
     )
     images, basis = randn(1, 1, 4, 4), torch.linalg.qr(randn(4, 2)).Q.contiguous()
     loss = torch.empty(2, device=DEVICE)
+    half, row = x[0].bfloat16(), torch.ones(4, device=DEVICE)
+    weight, hidden = randn(64, 64, dtype=torch.bfloat16), torch.empty_like(half)
     for name, arguments in {
         "layer_norm_out": (x, None, None, 1e-6, torch.empty_like(x), stat, stat.clone()),
         "layer_norm_dx_out": (x, wide, stat.fill_(0), stat.clone().fill_(1), None, torch.empty_like(x)),
@@ -145,5 +180,8 @@ def test_opcheck() -> None:
         "noise_objective_out": (noise, noise.clone(), False, 1.0, loss, torch.empty_like(noise), loss.clone()),
         "adamw_step_": (noise, noise.clone(), noise.clone(), noise.abs(), steps, gate, lr, 0.9, 0.999, 1e-8, 0.0),
         "direct_step_": (noise, noise.clone(), gate, lr, True),
+        "linear_gelu_out": (half, weight, None, False, hidden, code),
+        "linear_dgelu_out": (half, weight, code, hidden),
+        "linear_layer_norm_dx_out": (half, weight, half, row, row, row, row, None, hidden),
     }.items():
         testing.opcheck(name, arguments)

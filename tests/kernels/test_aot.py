@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ahead_of_time import Launch, compile_for, launches_of  # noqa: E402
 
 from fastnull.kernels import LAUNCHERS  # noqa: E402
 from fastnull.kernels import attention as attention_kernels  # noqa: E402
+from fastnull.kernels import layer_norm as layer_norm_kernels  # noqa: E402
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -73,7 +75,7 @@ def noise() -> None:
     LAUNCHERS["direct_step_"](v, v, gate, lr, False)
 
 
-# Name: what to launch. float16 takes the tiles of bfloat16.
+# Name: what to launch. float16 takes the tiles of bfloat16: one case shows that it needs no more.
 CASES: dict[str, Callable[[], None]] = {
     **{f"layer_norm, width {w}": lambda w=w: layer_norm(w) for w in (384, 768, 1280, 3072, 16384)},
     "gelu, erf": lambda: gelu(False),
@@ -84,6 +86,7 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"attention, {n} tokens": lambda n=n: attention(n, 64) for n in (50, 65, 197, 257, 577)},
     **{f"attention, {n} tokens, heads of 32": lambda n=n: attention(n, 32) for n in (50, 65, 197, 257, 577)},
     "attention, 257 tokens, heads of 80": lambda: attention(257, 80),
+    "attention, 197 tokens, float16": lambda: attention(197, 64, torch.float16),
     "attention, 197 tokens, float32": lambda: attention(197, 64, F32),
     "attention, 257 tokens, heads of 80, float32": lambda: attention(257, 80, F32),
     "patch_project": patch_project,
@@ -113,6 +116,7 @@ REGISTERS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "attention, 257 tokens": ((168, 185, 219), (162, 128, 199), (182, 177, 152)),
     "attention, 577 tokens": ((242, 164, 177), (186, 128, 170), (182, 177, 152)),
     "attention, 257 tokens, heads of 80": ((192, 190, 200), (202, 145, 75), (176, 205, 128)),
+    "attention, 197 tokens, float16": ((162, 188, 192), (128, 128, 189), (182, 177, 152)),
     "attention, 197 tokens, float32": ((62, 66, 64), (68, 62, 62), (90, 80, 88)),
     "attention, 257 tokens, heads of 80, float32": ((64, 65, 66), (74, 56, 74), (64, 76, 74)),
     "patch_project": ((108, 106, 106), (130, 128, 128)),
@@ -151,6 +155,33 @@ def test_resources(case: str, capability: int) -> None:
             assert built.registers <= limit, f"{launch.name}: {built.registers} registers, recorded {limit}"
         if "float32" not in case and launch.name.startswith(("attention", "linear")):
             assert TENSOR_CORES[capability] in built.ptx, f"{launch.name} does not use the tensor cores"
+            # and no product of it falls back to Ampere's
+            assert capability != 90 or TENSOR_CORES[80] not in built.ptx, f"{launch.name} has products without wgmma"
+
+
+def test_every_tile_of_the_tables_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some case takes each entry on some GPU. The other tables have one entry, or none."""
+    taken: list[object] = []
+    of_attention, of_norm = attention_kernels._tile, layer_norm_kernels._tile
+
+    def attention_tile(*arguments: Any) -> Any:
+        taken.append(of_attention(*arguments))
+        return taken[-1]
+
+    def norm_tile(width: int) -> Any:
+        constants, tile = of_norm(width)
+        taken.append(tile)
+        return constants, tile
+
+    monkeypatch.setattr(attention_kernels, "_tile", attention_tile)
+    monkeypatch.setattr(layer_norm_kernels, "_tile", norm_tile)
+    for capability in SHARED:
+        for case in CASES:
+            launches_for(case, capability)
+    tables = (attention_kernels.FORWARD, attention_kernels.QUERY_GRADIENT, attention_kernels.KEY_GRADIENT)
+    for entries in (*tables, attention_kernels.FLOAT32, layer_norm_kernels.TILES):
+        for entry in entries:
+            assert any(entry is tile for tile in taken), f"no case compiles {entry}"
 
 
 def test_sizes_of_one_compile() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -83,7 +84,20 @@ def test_older_gpus_and_the_switch_take_the_reference(hopper: torch.Tensor, monk
     monkeypatch.delenv("FASTNULL_NATIVE")
     _forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert not common.use_native("layer_norm", hopper)
+    with pytest.warns(
+        RuntimeWarning, match="references on cuda:0, slower: .* at least sm_80, this one is sm_75"
+    ) as warned:
+        served = [common.use_native("layer_norm", hopper) for _ in range(2)]
+    assert served == [False, False]
+    assert len(warned) == 1
+
+
+def test_who_knows_of_an_older_gpu_is_not_told_again(hopper: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(common, "told", {hopper.device})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not common.use_native("layer_norm", hopper)
 
 
 def test_every_kernel_is_registered_for_cuda(hopper: torch.Tensor) -> None:
