@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastnull.checks import check_choice
+from fastnull.checks import check_choice, trusted_values
 from fastnull.compat import import_timm
 from fastnull.controls import AdversarialTraining, CleanOnly, Stopwatch, TimedAugment, Trades
 from fastnull.data import seed_everything, to_pixels
@@ -25,6 +25,7 @@ from fastnull.rng import Place, generator
 from fastnull.sharded import local, shard
 from fastnull.sharded_state import load_state_of, load_whole_state, state_of
 from fastnull.vit import NormalizedModel, unwrap
+from fastnull.vit.layers import Layered
 
 STEP_KEY = 1
 """With the seed and the step the key of a step's random numbers."""
@@ -78,8 +79,8 @@ class Training:
         sharded: whether the model and its average are shared out over the processes.
 
     Raises:
-        ValueError: shard for a model without blocks, an optimiser that timm does not know, layer_decay for a model
-            without layers that timm knows, or a model that the augmentation cannot split.
+        ValueError: shard or layer_decay for a model without blocks, an optimiser that timm does not know, or a model
+            that the augmentation cannot split.
     """
 
     def __init__(
@@ -219,7 +220,8 @@ class Training:
         """Add the gradients, loss and statistics of one part of a batch: the parts' means."""
         share = 1 / len(self._places)
         self.augment.step, self.augment.place = self.step, place
-        with self.autocast():
+        # they were checked on the host
+        with self.autocast(), trusted_values():
             loss, _ = self.augment.loss(images, labels, self._criterion)
         self.scaler.scale(loss * share).backward()
         self._loss += share * loss.detach()
@@ -398,11 +400,14 @@ def _optimizer(config: FinetuneConfig, model: nn.Module) -> torch.optim.Optimize
     check_choice("opt", config.opt, optim.list_optimizers())
     network = unwrap(model)
     network = network.network if isinstance(network, NormalizedModel) else network
-    if config.layer_decay is not None and not hasattr(network, "group_matcher"):
-        raise ValueError(f"layer_decay needs a timm model, which knows its layers; got {type(network).__name__}")
-    return optim.create_optimizer_v2(
-        network, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay
-    )
+    settings = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
+    if config.layer_decay is not None and not hasattr(network, "group_matcher"):  # no timm model
+        try:
+            groups = optim.param_groups_layer_decay(Layered(network), **settings)
+        except ValueError as error:
+            raise ValueError(f"layer_decay goes down from block to block, and {error}") from None
+        return optim.create_optimizer_v2(groups, opt=config.opt, lr=config.lr)
+    return optim.create_optimizer_v2(network, opt=config.opt, lr=config.lr, **settings)
 
 
 def _scheduler(config: FinetuneConfig, plan: Plan, optimizer: torch.optim.Optimizer) -> Any:

@@ -563,7 +563,7 @@ def test_settings_that_need_the_model(few):
         finetune(replace(SMALL, reprob=0.5))
     with pytest.raises(ValueError, match=r"opt must be one of .* Did you mean 'adamw'"):
         finetune(replace(SMALL, num_classes=10, opt="adamww"), train_data=few)
-    with pytest.raises(ValueError, match="layer_decay needs a timm model"):
+    with pytest.raises(ValueError, match="layer_decay goes down from block to block, and Broken has no list"):
         finetune(replace(SMALL, num_classes=10, layer_decay=0.5), Broken(), few)
     with pytest.raises(ValueError, match="no adapter splits Broken"):
         finetune(replace(SMALL, num_classes=10, augment="boundary"), Broken(), few)

