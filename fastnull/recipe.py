@@ -113,6 +113,7 @@ class FinetuneConfig:
     out: str | None = option(None, "folder for weights, metrics and training state; none writes nothing")
     overwrite: bool = option(False, "start over in a folder that holds a run")
     resume: bool = option(False, "go on with the run in the folder")
+    force: bool = option(False, "with resume: take over settings that differ from the run's")
     checkpoint_every: int | None = option(None, "steps between training states; none: one an epoch")
     keep_last: int = option(2, "training states that are kept")
     log_every: int = option(10, "steps between lines in metrics.jsonl")
@@ -156,6 +157,8 @@ class FinetuneConfig:
             raise ValueError(f"noise_preset is for augment='universal'; got augment={self.augment!r}")
         if self.resume and self.overwrite:
             raise ValueError("give either resume or overwrite, not both")
+        if self.force and not self.resume:
+            raise ValueError("force is for resume: the run goes on with other settings")
         if (self.resume or self.overwrite) and self.out is None:
             raise ValueError("resume and overwrite need a folder: give out")
 

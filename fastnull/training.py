@@ -152,6 +152,13 @@ class Training:
         """The model whose accuracy counts and whose weights are saved: the average, where there is one."""
         return self.model if self.ema is None else self.ema.module
 
+    @property
+    def lacks_bank(self) -> bool:
+        """Whether a universal bank is to be learned before the next step: in every epoch, and where there is none."""
+        if self.config.augment != "universal":
+            return False
+        return self.step % self.plan.steps_per_epoch == 0 or self.augment.state_dict()["bank"] is None
+
     def refresh(self, batches: Iterable[Tensor], check: list[Tensor]) -> dict[str, Any]:
         """Learn a universal bank from the current weights; its influence is judged on the `check` images.
 
@@ -324,6 +331,8 @@ class Training:
     def load_state_dict(self, state: dict[str, Any], shares: Path | None = None) -> None:
         """Go on from what `state_dict` returned, of a sharded run or another, whatever this one is.
 
+        Settings of the optimiser and of the noise are the state's, but with `force` in the configuration this run's.
+
         Args:
             state: of `state_dict`.
             shares: where `write_shares` put `shares`, if the run was sharded.
@@ -332,7 +341,10 @@ class Training:
             ValueError: the state is of another model.
         """
         average = None if self.ema is None else self.ema.module
+        fresh = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         try:
+            if "sharded" not in state and (average is None) != (state["ema"] is None):
+                raise ValueError("averaged weights are only here or only in the state")
             if "sharded" in state:
                 assert shares is not None
                 load_state_of(shares, state["sharded"], self.model, average, self.optimizer, self.processes)
@@ -345,13 +357,25 @@ class Training:
                 self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"the training state is of another model or optimiser: {error}") from error
-        self.scaler.load_state_dict(state["scaler"])
-        self.augment.load_state_dict(state["augment"])
+        if state["scaler"]:  # empty where nothing was scaled
+            self.scaler.load_state_dict(state["scaler"])
+        self._load_augment(state["augment"])
         self.step, self.history = state["step"], state["history"]
         self.best_epoch, self.best_accuracy = state["best"]
         self._loss_sum = state["loss_sum"].to(self.device)
         self._spent = state["spent"]
         self._seconds, self._synthesis_seconds = state["seconds"]["total"], state["seconds"]["synthesis"]
+        if self.config.force:
+            for group, settings in zip(self.optimizer.param_groups, fresh, strict=True):
+                group.update(settings)
+            self.scheduler.step_update(self.step)
+
+    def _load_augment(self, state: dict[str, Any]) -> None:
+        if self.config.force:
+            mine = self.augment.state_dict()
+            alike = [made.get("mode") and (made["mode"], made["config"]["site"]) for made in (mine, state)]
+            state = {**mine, "bank": state.get("bank")} if alike[0] == alike[1] else mine
+        self.augment.load_state_dict(state)
 
     def result(self, best_path: Path | None, last_path: Path | None) -> FinetuneResult:
         """What `finetune` returns."""

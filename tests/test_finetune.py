@@ -295,6 +295,44 @@ def test_finished_run_resumes_to_its_result(tmp_path, few):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["lr"] == 0.1
 
 
+@pytest.mark.filterwarnings("ignore:the universal noise")
+@pytest.mark.parametrize(
+    "changes", [{"limit": 0.1}, {"augment": "universal"}, {"layer_decay": 0.5, "amp": "bfloat16"}, {"batch_size": 8}]
+)
+def test_forced_settings_hold_from_the_resumed_step(tmp_path, few, monkeypatch, changes):
+    config = replace(
+        SMALL, augment="boundary", num_classes=10, ema_decay=0.9, layer_decay=0.8, out=str(tmp_path / "run")
+    )
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 6"):
+            finetune(config, train_data=few)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    other = replace(config, resume=True, lr=1e-4, weight_decay=0.01, epochs=4, **changes)
+    with pytest.raises(ValueError, match=r"cannot resume .*lr \(was 0.002, now 0.0001\).*force=True"):
+        finetune(other, train_data=few)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}, "nothing is lost"
+    finetune(replace(other, force=True), train_data=few)
+    lines = metrics(tmp_path / "run")
+    (noted,) = [line for line in lines if line["kind"] == "settings"]
+    assert noted["step"] == 3
+    assert noted["changed"].keys() == {"lr", "weight_decay", "epochs", *changes}
+    assert FinetuneConfig.from_dict(json.loads((tmp_path / "run" / "config.json").read_text())["config"]).lr == 1e-4
+    # cosine over the new run's steps, from the first one on
+    total = make_plan(other, 43).steps
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, total + 1))
+    for line in steps[3:]:
+        expected = 1e-4 * (1 + math.cos(math.pi * line["step"] / total)) / 2
+        assert line["lr"] == pytest.approx(expected, abs=1e-9)
+    state = read_state(sorted((tmp_path / "run").glob("state-*.pt"))[-1])
+    assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {0.0, 0.01}
+    scales = {group["lr_scale"] for group in state["optimizer"]["param_groups"]}
+    assert min(scales) == pytest.approx(other.layer_decay**5)
+    assert state["augment"]["config"]["limit"] == other.synthesis().limit
+    assert (state["augment"]["bank"] is not None) == (other.augment == "universal")
+
+
 def test_global_generators_are_left_alone(few):
     state = torch.get_rng_state(), numpy.random.get_state()[1].copy()
     finetune(replace(SMALL, epochs=1, num_classes=10, mixup=0.2), train_data=few)
@@ -541,6 +579,7 @@ BAD_SETTINGS = {
     "amp": ({"amp": "float8"}, "amp must be one of"),
     "preset": ({"noise_preset": "finetune"}, "noise_preset is for augment='universal'"),
     "both": ({"resume": True, "overwrite": True}, "either resume or overwrite"),
+    "force": ({"force": True}, "force is for resume"),
     "nowhere": ({"resume": True}, "give out"),
     "infinite": ({"compute_budget": math.inf}, "compute_budget must be > 0; got inf"),
 }
