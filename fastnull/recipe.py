@@ -105,7 +105,9 @@ class FinetuneConfig:
     # the run
     device: str | None = option(None, "torch device; none: cuda where there is one, else cpu")
     amp: str | None = option(None, "autocast dtype: bfloat16 or float16; none computes in the weights' own")
-    channels_last: bool = option(False, "images and convolutions in torch's channels_last memory format")
+    channels_last: bool = option(
+        False, "images, and (unless sharded) weights of convolutions, in torch's channels_last memory format"
+    )
     shard: bool = option(False, "share weights, gradients and moments out over the processes (FSDP2), not only images")
     compile: bool = option(False, "train through torch.compile")
     seed: int = option(0, "of everything random but the held-out images")
@@ -151,8 +153,6 @@ class FinetuneConfig:
             raise ValueError(f"min_lr must be <= lr ({self.lr:g}); got {self.min_lr:g}")
         if self.mixing and self.batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images; got {self.batch_size}")
-        if self.shard and self.channels_last:
-            raise ValueError("shard and channels_last do not go together: FSDP2 shards contiguous weights")
         if self.noise_preset is not None and self.augment != "universal":
             raise ValueError(f"noise_preset is for augment='universal'; got augment={self.augment!r}")
         if self.resume and self.overwrite:

@@ -94,8 +94,9 @@ class Training:
     ) -> None:
         self.config, self.model, self.plan, self.device, self.processes = config, model, plan, device, processes
         self._memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-        model.to(memory_format=self._memory_format)
         self.sharded = config.shard and not processes.alone
+        if not self.sharded:  # FSDP2 shards contiguous weights; a convolution takes the format of its images
+            model.to(memory_format=self._memory_format)
         # both views go through it: what exchanges gradients is in its forward
         if self.sharded:
             processes.spread(model)

@@ -150,7 +150,9 @@ def test_what_a_state_is_tied_to_cannot_be_forced(tmp_path, was, now):
     run = RunFolder(tmp_path, was)
     run.open()
     run.describe(was, "cpu")
-    with pytest.raises(ValueError, match=f"states are tied to {next(iter(was))} .*a new run can start from its weights"):
+    with pytest.raises(
+        ValueError, match=f"states are tied to {next(iter(was))} .*a new run can start from its weights"
+    ):
         RunFolder(tmp_path, now, resume=True, force=True)
 
 
