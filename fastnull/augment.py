@@ -29,7 +29,7 @@ from fastnull.batches import check_batch
 from fastnull.checks import check_choice, check_labels, trusted_values
 from fastnull.encoder import FrozenEncoder
 from fastnull.replay import Replay, use_graph
-from fastnull.rng import Place, generator, uniform
+from fastnull.rng import Place, carried, generator, uniform
 from fastnull.solvers import boundary_step_size, norms, own_noise, valid_noise
 from fastnull.synthesis import Noise, SynthesisConfig, synthesize
 from fastnull.vit.base import unwrap
@@ -278,7 +278,7 @@ class NullspaceAugment:
         rows = torch.randint(len(self._bank), (place.total if place else len(tokens),), generator=source)
         rows = rows[place.rows] if place else rows
         self.stats["influence"] = self._bank.influence.mean()
-        noise = self._bank.tokens[rows].to(tokens.device)
+        noise = carried(self._bank.tokens[rows], tokens.device)
         return valid_noise(tokens, noise) if self.config.site == "pixels" else noise
 
     def _start(self, tokens: Tensor, source: torch.Generator) -> tuple[Tensor, ...]:
@@ -289,8 +289,8 @@ class NullspaceAugment:
         # on the CPU, where it is drawn: only this part of it travels
         whole = uniform((place.total, *tokens.shape[1:]), config.limit, source, tokens.new_empty(0, device="cpu"))
         size = boundary_step_size(whole, config)
-        start = whole[place.rows].to(tokens.device)
-        return (start, size.to(tokens.device)) if isinstance(size, Tensor) else (start,)
+        start = carried(whole[place.rows], tokens.device)
+        return (start, carried(size, tokens.device)) if isinstance(size, Tensor) else (start,)
 
     def _synthesized(self, tokens: Tensor, start: Tensor, *size: Tensor) -> tuple[Tensor, Tensor]:
         if self.mode == "random":

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnull.augment import NullspaceAugment
 from fastnull.checks import trusted_values
@@ -33,6 +34,19 @@ def bank(shape: tuple[int, ...], site: str) -> Noise:
     )  # fmt: skip
 
 
+class NoWait(TorchDispatchMode):
+    """Refuses copies from the CPU for which a host would wait until the device has them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            copy = func is torch.ops.aten.copy_.default
+            source, waits = args[copy], not ((*args, False)[2] if copy else (kwargs or {}).get("non_blocking"))
+            # a single number travels with a kernel
+            assert not waits or source.device == result.device or source.numel() == 1, f"a copy of {source.shape}"
+        return result
+
+
 @pytest.fixture
 def _no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch has none for meta tensors, not even one that is off."""
@@ -49,8 +63,9 @@ def test_a_step_waits_for_no_device(vit: NormalizedModel, images: Tensor, augmen
     training = Training(config, vit.to(META).train(), make_plan(config, 8), 10, META, Processes())
     if augment == "universal":
         training.augment._bank = bank((16, 32) if site == "patch" else (3, 16, 16), site)
-    for _ in range(2):
-        training.train_step(images, torch.arange(8))
+    with NoWait():
+        for _ in range(2):
+            training.train_step(images, torch.arange(8))
     with pytest.raises(RuntimeError, match="meta"):
         training.step_record()  # the read-out
 
