@@ -17,6 +17,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
@@ -25,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.batches import check_batch
-from fastnull.checks import check_choice, check_labels
+from fastnull.checks import check_choice, check_labels, trusted_values
 from fastnull.encoder import FrozenEncoder
 from fastnull.replay import Replay, use_graph
-from fastnull.rng import Place, generator, uniform
+from fastnull.rng import Place, carried, generator, uniform
 from fastnull.solvers import boundary_step_size, norms, own_noise, valid_noise
 from fastnull.synthesis import Noise, SynthesisConfig, synthesize
 from fastnull.vit.base import unwrap
@@ -110,6 +111,7 @@ class NullspaceAugment:
         self.stats: dict[str, Tensor] = {}
         self._bank: Noise | None = None
         self._attached = False
+        self._looked = False  # at the values of a batch
         self._asked: str | None = None  # view of the running `views`: clean, noisy, or both in one pass
         self._view: str | None = None  # of the running forward: noisy or both
         self._clean: Tensor | None = None  # logits of the clean view, for the synthesis
@@ -131,17 +133,22 @@ class NullspaceAugment:
         Raises:
             RuntimeError: in eval mode, before `refresh` in universal mode, or where the hooks did not run (the model
                 was compiled and run before this augmentation was created).
-            ValueError, TypeError: bad images or labels.
+            ValueError, TypeError: bad images or labels. (On a GPU the first batch alone is searched for bad values: the
+                host would wait for it in every step.)
         """
+        trusting = self._trusting(images)
         clean, noisy = self.views(images)
-        check_labels(labels, clean.shape[-1], len(images))
+        with trusting:
+            check_labels(labels, clean.shape[-1], len(images))
         return criterion(clean, labels) + criterion(noisy, labels), clean
 
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K] of the clean and of the noisy view, with their graph. Raises as `loss`."""
         if not self.encoder.vit.model.training:
             raise RuntimeError("noise is for training: call model.train() first")
-        check_batch(self.encoder, images)
+        with self._trusting(images):
+            check_batch(self.encoder, images)
+        self._looked = True
         if self.mode in ("universal", "random"):
             clean, noisy = self._forward(images, "both").chunk(2)
             return clean, noisy
@@ -154,6 +161,10 @@ class NullspaceAugment:
             return clean, self._forward(images, "noisy")
         finally:
             self._clean = None
+
+    def _trusting(self, images: Tensor) -> AbstractContextManager[None]:
+        """Checks of a GPU's values after the first batch are left out inside."""
+        return trusted_values(self._looked and isinstance(images, Tensor) and images.device.type != "cpu")
 
     def _forward(self, images: Tensor, view: str) -> Tensor:
         """The model's logits [B, K] of a view, or [2 B, K] of both."""
@@ -267,7 +278,7 @@ class NullspaceAugment:
         rows = torch.randint(len(self._bank), (place.total if place else len(tokens),), generator=source)
         rows = rows[place.rows] if place else rows
         self.stats["influence"] = self._bank.influence.mean()
-        noise = self._bank.tokens[rows].to(tokens.device)
+        noise = carried(self._bank.tokens[rows], tokens.device)
         return valid_noise(tokens, noise) if self.config.site == "pixels" else noise
 
     def _start(self, tokens: Tensor, source: torch.Generator) -> tuple[Tensor, ...]:
@@ -278,8 +289,8 @@ class NullspaceAugment:
         # on the CPU, where it is drawn: only this part of it travels
         whole = uniform((place.total, *tokens.shape[1:]), config.limit, source, tokens.new_empty(0, device="cpu"))
         size = boundary_step_size(whole, config)
-        start = whole[place.rows].to(tokens.device)
-        return (start, size.to(tokens.device)) if isinstance(size, Tensor) else (start,)
+        start = carried(whole[place.rows], tokens.device)
+        return (start, carried(size, tokens.device)) if isinstance(size, Tensor) else (start,)
 
     def _synthesized(self, tokens: Tensor, start: Tensor, *size: Tensor) -> tuple[Tensor, Tensor]:
         if self.mode == "random":

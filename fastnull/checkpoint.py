@@ -37,10 +37,14 @@ _OWN_FILES = ("config.json", "metrics.jsonl", "best.safetensors", "last.safetens
 
 FREE_KEYS = frozenset(
     {"out", "overwrite", "resume", "checkpoint_every", "keep_last", "log_every", "progress", "workers", "device"}
-    | {"label", "log", "accumulate", "channels_last", "compile", "shard"}
+    | {"label", "log", "accumulate", "channels_last", "compile", "shard", "force"}
 )
 """Settings that a resumed run may change: they say how it runs, not what it computes. (Another kind of device, other
 parts of a batch and a compiled model round differently: the run then goes on, but not bitwise.)"""
+TIED_KEYS = frozenset({"model", "num_classes", "img_size", "opt"})
+"""Settings that a state is tied to: with another one it cannot be read, so `force` does not change them."""
+TIED_SWITCHES = frozenset({"ema_decay", "layer_decay", "weight_decay"})
+"""Settings that `force` may change, but not between on and off: a state then has other tensors, or other groups."""
 
 
 class RunFolder:
@@ -51,13 +55,24 @@ class RunFolder:
         config: JSON-able settings of the run.
         overwrite: remove the files of a run that is there. Nothing else in the folder is touched.
         resume: go on with the run that is there; a folder without one starts it.
+        force: with resume, settings may differ from those that the run had; `describe` writes down which.
+
+    Attributes:
+        changed: setting → `was` and `now`.
 
     Raises:
-        ValueError: the folder holds a run and neither is asked for, or a resumed run differs in a setting.
+        ValueError: the folder holds a run and neither is asked for; a resumed run differs in a setting without
+            `force`, or in one that its states are tied to.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], config: dict[str, Any], *, overwrite: bool = False, resume: bool = False
+        self,
+        path: str | os.PathLike[str],
+        config: dict[str, Any],
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        force: bool = False,
     ) -> None:
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
@@ -69,9 +84,10 @@ class RunFolder:
             raise ValueError(
                 f"out {self.path} holds a run already: resume=True goes on with it, overwrite=True starts over"
             )
+        self._overwrite, self._force = overwrite, force
+        self.changed: dict[str, dict[str, Any]] = {}
         if held and resume:
             self._compare(config)
-        self._overwrite = overwrite
         self._log: Log | None = None
 
     def open(self) -> None:
@@ -88,10 +104,34 @@ class RunFolder:
             if not shares.with_suffix(".pt").exists():  # written before it
                 shutil.rmtree(shares)
 
-    def describe(self, config: dict[str, Any], device: torch.device | str, **extra: Any) -> None:
-        """Write config.json: the resolved settings and where they came from. Kept as it is in a resumed run."""
-        if not self._config_file.exists():
-            write_json(self._config_file, {"config": config, **extra, "provenance": provenance(device)})
+    def describe(
+        self, config: dict[str, Any], device: torch.device | str, *, step: int = 0, data: Any = None, **extra: Any
+    ) -> None:
+        """Write config.json: the resolved settings and where they came from. A resumed run keeps it as it is.
+
+        Where settings have changed by `force`, the new ones go there, and what they were before under `changes`, with
+        the step from which the new ones hold; metrics.jsonl gets a line of it too.
+
+        Args:
+            config, device, extra: what is written.
+            step: that the run begins behind.
+            data: what the run learns from, as JSON: a resumed run has the same.
+
+        Raises:
+            ValueError: a resumed run has other data, without `force`.
+        """
+        before = self._written() if self._config_file.exists() else {}
+        if before.get("data", data) != data:
+            self.changed["data"] = {"was": before["data"], "now": data}
+            self._refuse()
+        if before and not self.changed:
+            return
+        about = {"config": config, "data": data, **extra, "provenance": provenance(device)}
+        if self.changed:
+            about["changes"] = [*before.get("changes", ()), {"step": step, "changed": self.changed}]
+        write_json(self._config_file, about)
+        if self.changed:
+            self.log({"kind": "settings", "step": step, "changed": self.changed})
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl, and send it where `log_to` says."""
@@ -153,19 +193,47 @@ class RunFolder:
     def _held(self) -> list[Path]:
         return [self.path / name for name in _OWN_FILES if (self.path / name).exists()] + self.states()
 
-    def _compare(self, config: dict[str, Any]) -> None:
-        if not self._config_file.exists():
-            return
+    def _written(self) -> dict[str, Any]:
         try:
-            before = json.loads(self._config_file.read_text(encoding="utf-8"))["config"]
+            written = json.loads(self._config_file.read_text(encoding="utf-8"))
+            if not isinstance(written["config"], dict):
+                raise TypeError("its config is no mapping")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{self._config_file} is no configuration of a run: {error}") from error
+        return written
+
+    def _compare(self, config: dict[str, Any]) -> None:
+        """Find what has changed; raise where it may not."""
+        if not self._config_file.exists():
+            return
+        before = self._written()["config"]
         now = json.loads(json.dumps(config))  # tuples become lists, as in the file
         keys = sorted((before.keys() | now.keys()) - FREE_KEYS)
-        changed = [key for key in keys if before.get(key) != now.get(key)]
-        if changed:
-            listed = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed)
-            raise ValueError(f"cannot resume {self.path} with other settings: {listed}")
+        pairs = {key: {"was": before.get(key), "now": now.get(key)} for key in keys}
+        self.changed = {key: pair for key, pair in pairs.items() if pair["was"] != pair["now"]}
+        self._refuse()
+
+    def _refuse(self) -> None:
+        """Raise where something has changed without force, or something that a state is tied to."""
+        tied = {
+            key: pair
+            for key, pair in self.changed.items()
+            if key in TIED_KEYS or (key in TIED_SWITCHES and bool(pair["was"]) != bool(pair["now"]))
+        }
+        if tied:
+            raise ValueError(
+                f"cannot resume {self.path}, whose states are tied to {_listed(tied)}: a new run can start from its "
+                "weights (checkpoint)"
+            )
+        if self.changed and not self._force:
+            raise ValueError(
+                f"cannot resume {self.path} with other settings: {_listed(self.changed)}. force=True goes on with the "
+                "new ones"
+            )
+
+
+def _listed(changed: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(f"{key} (was {pair['was']!r}, now {pair['now']!r})" for key, pair in changed.items())
 
 
 def state_path(folder: str | os.PathLike[str], step: int) -> Path:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         # the functions behind name their arguments, the user has options
-        text = re.sub(r"\b(resume|overwrite)=True\b", r"--\1", text)
+        text = re.sub(r"\b(resume|overwrite|force)=True\b", r"--\1", text)
         hint = " (--debug shows where)" if type(error) is RuntimeError else ""
         # torchrun mixes what its processes write
         rank = os.environ.get("RANK", "0")

@@ -121,7 +121,11 @@ def finetune(args: argparse.Namespace) -> None:
     if args.dry_run:
         from fastnull.dry_run import dry_run
 
-        print(dry_run(config), end="")
+        distributed.join()
+        described = dry_run(config)
+        if distributed.Processes().first:
+            print(described, end="")
+        distributed.leave()
         return
     if config.out is None:
         raise ValueError("finetune needs a folder for what it learns: give --out FOLDER")

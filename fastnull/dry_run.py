@@ -8,6 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastnull.data import to_pixels
 from fastnull.distributed import Processes
+from fastnull.encoder import FrozenEncoder
 from fastnull.finetune import Prepared, prepare
 from fastnull.inspection import format_table, inspect_models
 from fastnull.recipe import FinetuneConfig, make_plan
@@ -16,6 +17,8 @@ from fastnull.rng import preserved
 
 def dry_run(config: FinetuneConfig) -> str:
     """Lines for a person. Opens the data and makes the model on the CPU; trains and writes nothing.
+
+    Where a torch.distributed group exists, of a run of all its processes.
 
     Raises: as `finetune`, for everything that it would refuse before its first step.
     """
@@ -33,6 +36,8 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     copies = 4 + (config.ema_decay is not None)  # weights, gradients, two moments
+    shares = processes.world if config.shard else 1
+    encoder = _encoder(model, config, sharded=shares > 1)
     image = to_pixels(train[0][0].unsqueeze(0))
     # autocast keeps copies of the weights too, once: two images tell them from what an image takes
     once, twice = (_kept(model, image.expand(count, -1, -1, -1), config) for count in (1, 2))
@@ -47,8 +52,10 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
         f"cost       {plan.total_cost:,} forward passes of an image at most",
         f"synthesis  {synthesis} of {plan.step_cost} forward passes an image a step"
         + (f"; at most {plan.refresh_cost:,} an epoch for the universal noise" if plan.refresh_cost else ""),
-        f"memory     {_size(copies * held)} for weights, gradients, two moments{' and an average' * (copies > 4)}; "
-        f"{_size(kept)} kept for the backward pass (estimates, of one process)",
+        f"memory     {_size(copies * held // shares)} for weights, gradients, two moments"
+        f"{' and an average' * (copies > 4)}{f' (a share of {shares})' if shares > 1 else ''}; "
+        f"{_size(kept)} kept for the backward pass; {_size(encoder)} of weights in the synthesis's encoder "
+        "(estimates, of one process)",
         "",
     ]
     try:
@@ -56,6 +63,19 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
     except ValueError as error:
         table = f"nullspace: {error}"
     return "\n".join([*lines, table.rstrip("\n"), ""])
+
+
+def _encoder(model: nn.Module, config: FinetuneConfig, *, sharded: bool) -> int:
+    """Bytes of the weights that the synthesis has of its own; the reference backend copies a model only if it must."""
+    if config.augment not in ("boundary", "per_image", "universal"):
+        return 0
+    backend = "auto" if config.backend == "cuda" else config.backend  # here is the CPU
+    dtype = getattr(torch, config.amp) if config.amp else None
+    encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
+    copied = sharded or encoder.dtype != next(model.parameters()).dtype
+    if encoder.backend == "reference" and copied:
+        return sum(parameter.numel() for parameter in model.parameters()) * encoder.dtype.itemsize
+    return encoder.memory()["weights"]
 
 
 def _kept(model: nn.Module, images: Tensor, config: FinetuneConfig) -> int:

@@ -115,6 +115,7 @@ def finetune(
             folder.describe(
                 config.to_dict(),
                 device,
+                step=training.step,
                 plan=asdict(plan),
                 synthesis=None if synthesis is None else asdict(synthesis),
                 data={"train": len(train), "validation": 0 if validation is None else len(validation)},
@@ -175,7 +176,7 @@ def _train(
     with bar:
         while training.step < plan.steps:
             order.epoch, order.start = divmod(training.step, plan.steps_per_epoch)
-            if order.start == 0 and config.augment == "universal":
+            if training.lacks_bank:
                 refreshing = _RefreshBatches(train, training, stop)
                 _log(folder, training.refresh(refreshing, refreshing.check_images(held_out)))
             training.model.train()
@@ -204,7 +205,7 @@ def _train(
 def _folder(config: FinetuneConfig) -> RunFolder | None:
     if config.out is None:
         return None
-    return RunFolder(config.out, config.to_dict(), overwrite=config.overwrite, resume=config.resume)
+    return RunFolder(config.out, config.to_dict(), overwrite=config.overwrite, resume=config.resume, force=config.force)
 
 
 def _open(folder: RunFolder, config: FinetuneConfig) -> dict[str, Any] | None:

@@ -105,7 +105,9 @@ class FinetuneConfig:
     # the run
     device: str | None = option(None, "torch device; none: cuda where there is one, else cpu")
     amp: str | None = option(None, "autocast dtype: bfloat16 or float16; none computes in the weights' own")
-    channels_last: bool = option(False, "images and convolutions in torch's channels_last memory format")
+    channels_last: bool = option(
+        False, "images, and (unless sharded) weights of convolutions, in torch's channels_last memory format"
+    )
     shard: bool = option(False, "share weights, gradients and moments out over the processes (FSDP2), not only images")
     compile: bool = option(False, "train through torch.compile")
     seed: int = option(0, "of everything random but the held-out images")
@@ -113,6 +115,7 @@ class FinetuneConfig:
     out: str | None = option(None, "folder for weights, metrics and training state; none writes nothing")
     overwrite: bool = option(False, "start over in a folder that holds a run")
     resume: bool = option(False, "go on with the run in the folder")
+    force: bool = option(False, "with resume: take over settings that differ from the run's")
     checkpoint_every: int | None = option(None, "steps between training states; none: one an epoch")
     keep_last: int = option(2, "training states that are kept")
     log_every: int = option(10, "steps between lines in metrics.jsonl")
@@ -150,12 +153,12 @@ class FinetuneConfig:
             raise ValueError(f"min_lr must be <= lr ({self.lr:g}); got {self.min_lr:g}")
         if self.mixing and self.batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images; got {self.batch_size}")
-        if self.shard and self.channels_last:
-            raise ValueError("shard and channels_last do not go together: FSDP2 shards contiguous weights")
         if self.noise_preset is not None and self.augment != "universal":
             raise ValueError(f"noise_preset is for augment='universal'; got augment={self.augment!r}")
         if self.resume and self.overwrite:
             raise ValueError("give either resume or overwrite, not both")
+        if self.force and not self.resume:
+            raise ValueError("force is for resume: the run goes on with other settings")
         if (self.resume or self.overwrite) and self.out is None:
             raise ValueError("resume and overwrite need a folder: give out")
 

@@ -36,6 +36,13 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(state & 0x7FFFFFFFFFFFFFFF)
 
 
+def carried(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device; from pinned memory, so that the host does not wait until a GPU has it."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=device.type != "cpu")
+
+
 def uniform(shape: Sequence[int], limit: float, source: torch.Generator, like: Tensor) -> Tensor:
     """U(−limit, limit) of `shape`, drawn on the CPU so that every device gets the same noise, then moved.
 
@@ -43,7 +50,7 @@ def uniform(shape: Sequence[int], limit: float, source: torch.Generator, like: T
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     drawn = torch.rand(tuple(shape), generator=source, dtype=dtype)
-    return ((2 * drawn - 1) * limit).to(like.device)
+    return carried((2 * drawn - 1) * limit, like.device)
 
 
 @contextmanager

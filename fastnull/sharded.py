@@ -14,30 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fastnull.vit.layers import blocks_of
+
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model: members of a list of several modules of one class, in the innermost such lists.
-
-    Raises:
-        ValueError: there is no such list.
-    """
-    found: list[nn.Module] = []
-    for module in model.modules():
-        members = list(module.children()) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
-        alike = len(members) > 1 and len({type(member) for member in members}) == 1
-        if alike and next(members[0].children(), None) is not None:
-            found += members
-    listed = set(found)
-    blocks = [block for block in found if not any(part in listed for part in block.modules() if part is not block)]
-    if not blocks:
-        raise ValueError(
-            f"shard gathers a model block by block, and {type(model).__name__} has no list of several modules of one "
-            "class that would be its blocks; train it without shard"
-        )
-    return blocks
 
 
 def shard(model: nn.Module) -> None:
@@ -47,14 +27,18 @@ def shard(model: nn.Module) -> None:
     passes, whether the last one had a backward or not.
 
     Raises:
-        ValueError: as `blocks_of`.
+        ValueError: as `blocks_of`: sharding gathers a model block by block.
     """
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    try:
+        blocks = blocks_of(model)
+    except ValueError as error:
+        raise ValueError(f"shard gathers a model block by block, and {error}; train it without shard") from None
     mesh = init_device_mesh(next(model.parameters()).device.type, (distributed.get_world_size(),))
-    for unit in (*blocks_of(model), model):
+    for unit in (*blocks, model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastnull.checks import check_choice
+from fastnull.checks import check_choice, trusted_values
 from fastnull.compat import import_timm
 from fastnull.controls import AdversarialTraining, CleanOnly, Stopwatch, TimedAugment, Trades
 from fastnull.data import seed_everything, to_pixels
@@ -25,6 +25,7 @@ from fastnull.rng import Place, generator
 from fastnull.sharded import local, shard
 from fastnull.sharded_state import load_state_of, load_whole_state, state_of
 from fastnull.vit import NormalizedModel, unwrap
+from fastnull.vit.layers import Layered
 
 STEP_KEY = 1
 """With the seed and the step the key of a step's random numbers."""
@@ -78,8 +79,8 @@ class Training:
         sharded: whether the model and its average are shared out over the processes.
 
     Raises:
-        ValueError: shard for a model without blocks, an optimiser that timm does not know, layer_decay for a model
-            without layers that timm knows, or a model that the augmentation cannot split.
+        ValueError: shard or layer_decay for a model without blocks, an optimiser that timm does not know, or a model
+            that the augmentation cannot split.
     """
 
     def __init__(
@@ -93,8 +94,9 @@ class Training:
     ) -> None:
         self.config, self.model, self.plan, self.device, self.processes = config, model, plan, device, processes
         self._memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-        model.to(memory_format=self._memory_format)
         self.sharded = config.shard and not processes.alone
+        if not self.sharded:  # FSDP2 shards contiguous weights; a convolution takes the format of its images
+            model.to(memory_format=self._memory_format)
         # both views go through it: what exchanges gradients is in its forward
         if self.sharded:
             processes.spread(model)
@@ -150,6 +152,13 @@ class Training:
     def evaluated(self) -> nn.Module:
         """The model whose accuracy counts and whose weights are saved: the average, where there is one."""
         return self.model if self.ema is None else self.ema.module
+
+    @property
+    def lacks_bank(self) -> bool:
+        """Whether a universal bank is to be learned before the next step: in every epoch, and where there is none."""
+        if self.config.augment != "universal":
+            return False
+        return self.step % self.plan.steps_per_epoch == 0 or self.augment.state_dict()["bank"] is None
 
     def refresh(self, batches: Iterable[Tensor], check: list[Tensor]) -> dict[str, Any]:
         """Learn a universal bank from the current weights; its influence is judged on the `check` images.
@@ -219,7 +228,8 @@ class Training:
         """Add the gradients, loss and statistics of one part of a batch: the parts' means."""
         share = 1 / len(self._places)
         self.augment.step, self.augment.place = self.step, place
-        with self.autocast():
+        # they were checked on the host
+        with self.autocast(), trusted_values():
             loss, _ = self.augment.loss(images, labels, self._criterion)
         self.scaler.scale(loss * share).backward()
         self._loss += share * loss.detach()
@@ -322,6 +332,8 @@ class Training:
     def load_state_dict(self, state: dict[str, Any], shares: Path | None = None) -> None:
         """Go on from what `state_dict` returned, of a sharded run or another, whatever this one is.
 
+        Settings of the optimiser and of the noise are the state's, but with `force` in the configuration this run's.
+
         Args:
             state: of `state_dict`.
             shares: where `write_shares` put `shares`, if the run was sharded.
@@ -330,7 +342,10 @@ class Training:
             ValueError: the state is of another model.
         """
         average = None if self.ema is None else self.ema.module
+        fresh = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         try:
+            if "sharded" not in state and (average is None) != (state["ema"] is None):
+                raise ValueError("averaged weights are only here or only in the state")
             if "sharded" in state:
                 assert shares is not None
                 load_state_of(shares, state["sharded"], self.model, average, self.optimizer, self.processes)
@@ -343,13 +358,25 @@ class Training:
                 self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"the training state is of another model or optimiser: {error}") from error
-        self.scaler.load_state_dict(state["scaler"])
-        self.augment.load_state_dict(state["augment"])
+        if state["scaler"]:  # empty where nothing was scaled
+            self.scaler.load_state_dict(state["scaler"])
+        self._load_augment(state["augment"])
         self.step, self.history = state["step"], state["history"]
         self.best_epoch, self.best_accuracy = state["best"]
         self._loss_sum = state["loss_sum"].to(self.device)
         self._spent = state["spent"]
         self._seconds, self._synthesis_seconds = state["seconds"]["total"], state["seconds"]["synthesis"]
+        if self.config.force:
+            for group, settings in zip(self.optimizer.param_groups, fresh, strict=True):
+                group.update(settings)
+            self.scheduler.step_update(self.step)
+
+    def _load_augment(self, state: dict[str, Any]) -> None:
+        if self.config.force:
+            mine = self.augment.state_dict()
+            alike = [made.get("mode") and (made["mode"], made["config"]["site"]) for made in (mine, state)]
+            state = {**mine, "bank": state.get("bank")} if alike[0] == alike[1] else mine
+        self.augment.load_state_dict(state)
 
     def result(self, best_path: Path | None, last_path: Path | None) -> FinetuneResult:
         """What `finetune` returns."""
@@ -398,11 +425,14 @@ def _optimizer(config: FinetuneConfig, model: nn.Module) -> torch.optim.Optimize
     check_choice("opt", config.opt, optim.list_optimizers())
     network = unwrap(model)
     network = network.network if isinstance(network, NormalizedModel) else network
-    if config.layer_decay is not None and not hasattr(network, "group_matcher"):
-        raise ValueError(f"layer_decay needs a timm model, which knows its layers; got {type(network).__name__}")
-    return optim.create_optimizer_v2(
-        network, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay
-    )
+    settings = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
+    if config.layer_decay is not None and not hasattr(network, "group_matcher"):  # no timm model
+        try:
+            groups = optim.param_groups_layer_decay(Layered(network), **settings)
+        except ValueError as error:
+            raise ValueError(f"layer_decay goes down from block to block, and {error}") from None
+        return optim.create_optimizer_v2(groups, opt=config.opt, lr=config.lr)
+    return optim.create_optimizer_v2(network, opt=config.opt, lr=config.lr, **settings)
 
 
 def _scheduler(config: FinetuneConfig, plan: Plan, optimizer: torch.optim.Optimizer) -> Any:

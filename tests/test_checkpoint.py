@@ -119,11 +119,51 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
 def test_resume_with_other_settings_names_them(tmp_path):
     folder(tmp_path)
     RunFolder(tmp_path, {**CONFIG, "workers": 2}, resume=True)  # how it runs, not what it computes
-    with pytest.raises(ValueError, match=r"epochs \(was 2, now 3\), lr \(was 0.1, now 0.2\)"):
+    with pytest.raises(ValueError, match=r"epochs \(was 2, now 3\), lr \(was 0.1, now 0.2\). force=True goes on"):
         RunFolder(tmp_path, {**CONFIG, "lr": 0.2, "epochs": 3}, resume=True)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="no configuration of a run"):
         RunFolder(tmp_path, CONFIG, resume=True)
+
+
+def test_forced_settings_are_taken_over_and_written_down(tmp_path):
+    folder(tmp_path)
+    for step, lr in ((3, 0.2), (5, 0.3)):
+        run = RunFolder(tmp_path, {**CONFIG, "lr": lr}, resume=True, force=True)
+        run.describe({**CONFIG, "lr": lr}, "cpu", step=step)
+    RunFolder(tmp_path, {**CONFIG, "lr": 0.3}, resume=True)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["config"]["lr"] == 0.3
+    assert written["changes"] == [
+        {"step": 3, "changed": {"lr": {"was": 0.1, "now": 0.2}}},
+        {"step": 5, "changed": {"lr": {"was": 0.2, "now": 0.3}}},
+    ]
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("settings", 3), ("settings", 5)]
+
+
+@pytest.mark.parametrize(
+    ("was", "now"), [({"opt": "adamw"}, {"opt": "sgd"}), ({"num_classes": 10}, {"num_classes": 5}),
+                     ({"ema_decay": None}, {"ema_decay": 0.9}), ({"layer_decay": 0.8}, {"layer_decay": None})],
+)  # fmt: skip
+def test_what_a_state_is_tied_to_cannot_be_forced(tmp_path, was, now):
+    run = RunFolder(tmp_path, was)
+    run.open()
+    run.describe(was, "cpu")
+    with pytest.raises(
+        ValueError, match=f"states are tied to {next(iter(was))} .*a new run can start from its weights"
+    ):
+        RunFolder(tmp_path, now, resume=True, force=True)
+
+
+def test_resume_on_other_data_is_told(tmp_path):
+    run = RunFolder(tmp_path, CONFIG)
+    run.open()
+    run.describe(CONFIG, "cpu", data={"train": 43})
+    with pytest.raises(ValueError, match=r"data \(was {'train': 43}, now {'train': 44}\)"):
+        RunFolder(tmp_path, CONFIG, resume=True).describe(CONFIG, "cpu", step=2, data={"train": 44})
+    RunFolder(tmp_path, CONFIG, resume=True, force=True).describe(CONFIG, "cpu", step=2, data={"train": 44})
+    RunFolder(tmp_path, CONFIG, resume=True).describe(CONFIG, "cpu", step=2, data={"train": 44})
 
 
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path):

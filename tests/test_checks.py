@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastnull.checks import RANGE_TOLERANCE, check_choice, check_finite, check_images, check_labels, check_number
+from fastnull.checks import (
+    RANGE_TOLERANCE,
+    check_choice,
+    check_finite,
+    check_images,
+    check_labels,
+    check_number,
+    trusted_values,
+)
 
 
 def test_choice() -> None:
@@ -107,3 +115,15 @@ def test_labels_that_pass() -> None:
 def test_bad_labels(labels: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         check_labels(labels, 10, 3)
+
+
+def test_trusted_values_are_not_looked_at_and_shapes_are() -> None:
+    bad = torch.full((2, 3, 4, 4), torch.nan)
+    with trusted_values():
+        with trusted_values(False):
+            check_images(bad)
+        check_labels(torch.tensor([3, 99]), 10, 2)
+        with pytest.raises(ValueError, match="3 channels"):
+            check_images(bad[:, :1], channels=3)
+    with pytest.raises(ValueError, match="must be finite"), trusted_values(False):
+        check_images(bad)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastnull.cli import main
-from fastnull.dry_run import _kept, dry_run
+from fastnull.dry_run import _encoder, _kept, dry_run
 from fastnull.finetune import FinetuneConfig
+from fastnull.models import create_model
 from fastnull.options import from_file
 
 pytest.importorskip("sklearn")
@@ -26,8 +28,31 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, capsys: 
     assert "synthesis  6 of 12 forward passes an image a step" in text
     assert f"cost       {72 * 32 * 12:,} forward passes" in text
     assert "53,354 parameters" in text
+    assert "0.9 MB for weights, gradients, two moments; " in text  # 4 x 4 x 53,354 bytes
+    assert "of weights in the synthesis's encoder" in text
     assert "| vit_digits |" in text  # the nullspace
     assert not out.exists()
+
+
+def test_the_encoder_of_the_synthesis_counts() -> None:
+    model = create_model("vit_digits")
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    config = FinetuneConfig(augment="boundary", backend="reference")
+    assert _encoder(model, config, sharded=False) == 0  # the model's own
+    assert _encoder(model, config, sharded=True) == 4 * weights
+    assert _encoder(model, replace(config, amp="bfloat16"), sharded=False) == 2 * weights
+    assert _encoder(model, replace(config, augment="trades"), sharded=True) == 0
+    written_out = _encoder(model, replace(config, backend="cpu"), sharded=False)
+    assert 2 * weights < written_out < 12 * weights  # folded and packed
+
+
+def test_a_sharded_run_needs_a_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastnull.distributed.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("fastnull.distributed.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("fastnull.distributed.distributed.get_world_size", lambda: 4)
+    text = dry_run(FinetuneConfig(augment="none", shard=True, epochs=1))
+    assert "(4 processes x 1 parts of 16)" in text
+    assert "0.2 MB for weights, gradients, two moments (a share of 4); " in text
 
 
 def test_dry_run_refuses_what_the_run_would() -> None:

@@ -25,8 +25,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastnull.checkpoint import read_state
+from fastnull.compat import import_timm
 from fastnull.data import digits, evaluation_data
 from fastnull.finetune import DivergenceError, FinetuneConfig, finetune
+from fastnull.models import create_model
 from fastnull.recipe import AUGMENTS, make_plan
 from fastnull.training import Training
 
@@ -73,6 +75,8 @@ def assert_same_run(left: Path, right: Path) -> None:
     for part in ("model", "ema"):
         if one[part] is not None:
             assert all(torch.equal(value, other[part][key]) for key, value in one[part].items()), part
+    banks = [(state["augment"].get("bank") or {}).get("tokens") for state in (one, other)]
+    assert banks[0] is banks[1] is None or torch.equal(*banks)
     moments = [state["optimizer"]["state"] for state in (one, other)]
     assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[0])
     assert metrics(left) == metrics(right)
@@ -296,6 +300,67 @@ def test_finished_run_resumes_to_its_result(tmp_path, few):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["lr"] == 0.1
 
 
+def test_resume_with_another_model_is_told(tmp_path, few):
+    config = replace(SMALL, num_classes=10, epochs=1, out=str(tmp_path))
+    finetune(config, train_data=few)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for other, message in (
+        (create_model("vit_digits", num_classes=7), r"state is of another model or optimiser: .*head\.weight"),
+        (create_model("vit_digits", num_classes=10, depth=2), "state is of another model or optimiser: .*blocks"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            finetune(replace(config, epochs=1, resume=True), other, train_data=few)
+    with pytest.raises(ValueError, match="averaged weights are only here"):
+        finetune(_without_settings(replace(config, ema_decay=0.9, resume=True)), train_data=few)
+    assert before.items() - {path: path.read_bytes() for path in tmp_path.iterdir()}.items() == {
+        (tmp_path / "config.json", before[tmp_path / "config.json"])
+    }
+
+
+def _without_settings(config: FinetuneConfig) -> FinetuneConfig:
+    """The run without the file that would tell other settings first."""
+    (Path(config.out) / "config.json").unlink()
+    return config
+
+
+@pytest.mark.filterwarnings("ignore:the universal noise")
+@pytest.mark.parametrize(
+    "changes", [{"limit": 0.1}, {"augment": "universal"}, {"layer_decay": 0.5, "amp": "bfloat16"}, {"batch_size": 8}]
+)
+def test_forced_settings_hold_from_the_resumed_step(tmp_path, few, monkeypatch, changes):
+    config = replace(
+        SMALL, augment="boundary", num_classes=10, ema_decay=0.9, layer_decay=0.8, out=str(tmp_path / "run")
+    )
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 6"):
+            finetune(config, train_data=few)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    other = replace(config, resume=True, lr=1e-4, weight_decay=0.01, epochs=4, **changes)
+    with pytest.raises(ValueError, match=r"cannot resume .*lr \(was 0.002, now 0.0001\).*force=True"):
+        finetune(other, train_data=few)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}, "nothing is lost"
+    finetune(replace(other, force=True), train_data=few)
+    lines = metrics(tmp_path / "run")
+    (noted,) = [line for line in lines if line["kind"] == "settings"]
+    assert noted["step"] == 3
+    assert noted["changed"].keys() == {"lr", "weight_decay", "epochs", *changes}
+    assert FinetuneConfig.from_dict(json.loads((tmp_path / "run" / "config.json").read_text())["config"]).lr == 1e-4
+    # cosine over the new run's steps, from the first one on
+    total = make_plan(other, 43).steps
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, total + 1))
+    for line in steps[3:]:
+        expected = 1e-4 * (1 + math.cos(math.pi * line["step"] / total)) / 2
+        assert line["lr"] == pytest.approx(expected, abs=1e-9)
+    state = read_state(sorted((tmp_path / "run").glob("state-*.pt"))[-1])
+    assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {0.0, 0.01}
+    scales = {group["lr_scale"] for group in state["optimizer"]["param_groups"]}
+    assert min(scales) == pytest.approx(other.layer_decay**5)
+    assert state["augment"]["config"]["limit"] == other.synthesis().limit
+    assert (state["augment"]["bank"] is not None) == (other.augment == "universal")
+
+
 def test_global_generators_are_left_alone(few):
     state = torch.get_rng_state(), numpy.random.get_state()[1].copy()
     finetune(replace(SMALL, epochs=1, num_classes=10, mixup=0.2), train_data=few)
@@ -324,6 +389,18 @@ def test_files_of_a_run(tmp_path, few):
     assert torch.equal(weights[key], result.model.network.state_dict()[key])
     assert torch.equal(weights[key], state["ema"][f"network.{key}"])
     assert not torch.equal(weights[key], state["model"][f"network.{key}"])
+
+
+def test_weights_load_with_timms_own_loader(tmp_path, few):
+    """A plain safetensors file with timm's names, also of a model that the run did not make."""
+    timm = import_timm()
+    sizes = {"img_size": 16, "depth": 1, "num_classes": 10}
+    model = create_model("vit_tiny_patch16_224", patch_size=4, **sizes)
+    result = finetune(replace(SMALL, epochs=1, num_classes=10, out=str(tmp_path)), model, train_data=few)
+    loaded = timm.create_model("vit_tiny_patch16_224", patch_size=4, **sizes, checkpoint_path=str(result.last_path))
+    expected = result.model.network.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
 def test_best_weights_are_those_of_the_best_epoch(tmp_path, few, monkeypatch):
@@ -401,8 +478,6 @@ def test_the_counted_passes_are_the_passes_made(few, monkeypatch):
     """The accounting against the model itself: forwards of the first block, in images, over one step."""
     seen = []
     for augment in ("none", "random", "boundary", "per_image", "adversarial", "trades"):
-        from fastnull.models import create_model
-
         model = create_model("vit_digits", num_classes=10)
         passed: list[int] = []
         model.network.blocks[0].register_forward_pre_hook(lambda _, args, to=passed: to.append(len(args[0])))
@@ -542,6 +617,7 @@ BAD_SETTINGS = {
     "amp": ({"amp": "float8"}, "amp must be one of"),
     "preset": ({"noise_preset": "finetune"}, "noise_preset is for augment='universal'"),
     "both": ({"resume": True, "overwrite": True}, "either resume or overwrite"),
+    "force": ({"force": True}, "force is for resume"),
     "nowhere": ({"resume": True}, "give out"),
     "infinite": ({"compute_budget": math.inf}, "compute_budget must be > 0; got inf"),
 }
@@ -564,7 +640,7 @@ def test_settings_that_need_the_model(few):
         finetune(replace(SMALL, reprob=0.5))
     with pytest.raises(ValueError, match=r"opt must be one of .* Did you mean 'adamw'"):
         finetune(replace(SMALL, num_classes=10, opt="adamww"), train_data=few)
-    with pytest.raises(ValueError, match="layer_decay needs a timm model"):
+    with pytest.raises(ValueError, match="layer_decay goes down from block to block, and Broken has no list"):
         finetune(replace(SMALL, num_classes=10, layer_decay=0.5), Broken(), few)
     with pytest.raises(ValueError, match="no adapter splits Broken"):
         finetune(replace(SMALL, num_classes=10, augment="boundary"), Broken(), few)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnull.checks import check_choice, check_images, check_labels, check_number
+from fastnull.checks import check_choice, check_images, check_labels, check_number, values_are_trusted
+from fastnull.rng import carried
 from fastnull.robustness.keyed import KeyedRandom
 from fastnull.vit import frozen
 
@@ -46,7 +47,7 @@ def model_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 def check_logits(broken: Tensor) -> None:
     """Raise ValueError if the flag of `is_broken` is set; waits for the device."""
-    if bool(broken):
+    if not values_are_trusted() and bool(broken):
         raise ValueError("the model returned NaN or +Inf logits")
 
 
@@ -215,7 +216,8 @@ class Starts:
         elif len(indices) != len(clean):
             raise ValueError(f"indices must hold one entry per image ({len(clean)}); got {len(indices)}")
         self.indices = indices
-        self.keyed = KeyedRandom(seed, "attack", indices.to(clean.device))
+        if generator is None:
+            self.keyed = KeyedRandom(seed, "attack", indices.to(clean.device))
 
     def uniform(self) -> Tensor:
         """[B, C, H, W] within (-1, 1)."""
@@ -226,7 +228,7 @@ class Starts:
             values = torch.rand(shape, generator=self.generator, device=self.generator.device)[self.indices]
         else:
             values = torch.rand(self.clean.shape, generator=self.generator, device=self.generator.device)
-        return values.to(self.clean).mul_(2).sub_(1)
+        return carried(values, self.clean.device).to(self.clean.dtype).mul_(2).sub_(1)
 
     def point(self, eps: float, norm: str) -> Tensor:
         """Clean images plus uniform noise of the ball, in [0, 1]."""

@@ -1,0 +1,74 @@
+"""The depth of a model's parameters: which block each belongs to, for any model that has a list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model in order: members of a list of several modules of one class, in the innermost such lists.
+
+    Raises:
+        ValueError: there is no such list.
+    """
+    found: list[nn.Module] = []
+    for module in model.modules():
+        members = list(module.children()) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
+        alike = len(members) > 1 and len({type(member) for member in members}) == 1
+        if alike and next(members[0].children(), None) is not None:
+            found += members
+    listed = set(found)
+    blocks = [block for block in found if not any(part in listed for part in block.modules() if part is not block)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no list of several modules of one class that would be its blocks")
+    return blocks
+
+
+def layer_ids(model: nn.Module) -> dict[str, int]:
+    """Parameter name → depth, numbered as timm numbers a ViT's: 0 up to the first block, i + 1 in block i and behind it
+    up to the next (a final norm with the last one), and one more in the head.
+
+    The head is what comes after the last block in another child of the model than that block, and is more than a norm:
+    `classifier` in transformers, `heads` in torchvision. Order is that in which the model registers its parameters.
+
+    Raises:
+        ValueError: as `blocks_of`.
+    """
+    blocks = blocks_of(model)
+    owner = {name: index for index, block in enumerate(blocks) for name in _names_of(model, block)}
+    ids: dict[str, int] = {}
+    seen, trunk = 0, ""
+    for name, _ in model.named_parameters():
+        child = name.partition(".")[0]
+        if name in owner:
+            seen, trunk = owner[name] + 1, child
+        head = seen == len(blocks) and child != trunk and _is_more_than_a_norm(getattr(model, child))
+        ids[name] = len(blocks) + 1 if head else seen
+    return ids
+
+
+class Layered:
+    """A model's parameters with `layer_ids`, as timm's functions that group parameters look for them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._ids = layer_ids(model)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's."""
+        return self._model.named_parameters()
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Name → depth; there is no coarser grouping."""
+        return self._ids.__getitem__
+
+
+def _names_of(model: nn.Module, block: nn.Module) -> Iterator[str]:
+    ours = {id(parameter) for parameter in block.parameters()}
+    return (name for name, parameter in model.named_parameters() if id(parameter) in ours)
+
+
+def _is_more_than_a_norm(module: object) -> bool:
+    return isinstance(module, nn.Module) and any(parameter.ndim > 1 for parameter in module.parameters())
