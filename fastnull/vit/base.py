@@ -208,9 +208,9 @@ def split(model: nn.Module) -> SplitViT:
     raise ValueError(
         f"no adapter splits {type(network).__name__} into patch embedding, encoder and head. Known are timm's models "
         "with a patch_embed, transformers' image classifiers with patches, torchvision's vit_* and open_clip's vision "
-        "towers (model.visual). For another one name its modules, fastnull.vit.HookedViT(model, patch='...', block0='...'), or "
-        "implement fastnull.vit.SplitViT (patch, prepare, encode, head), and pass that instead of the model. Noise in "
-        "pixels (site='pixels') needs no adapter"
+        "towers (model.visual). For another one name its modules, fastnull.vit.HookedViT(model, patch='...', "
+        "block0='...'), or implement fastnull.vit.SplitViT (patch, prepare, encode, head), and pass that instead of "
+        "the model. Noise in pixels (site='pixels') needs no adapter"
     )
 
 

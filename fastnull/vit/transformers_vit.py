@@ -18,8 +18,8 @@ PATCH_NAMES = ("embeddings.patch_embeddings", "embeddings.patch_embedding")
 
 
 class TransformersViT(HookedViT):
-    """ViT, DeiT, DINOv2 (with registers), BEiT, CLIP, SigLIP, Swin and others `...ForImageClassification`; those without
-    such a class, DINOv3 among them, under a PooledClassifier.
+    """ViT, DeiT, DINOv2 (with registers), BEiT, CLIP, SigLIP, Swin and others `...ForImageClassification`; DINOv3 and
+    others without such a class under a PooledClassifier.
 
     `block0` is the output of `embeddings` or, with CLIP, of the norm after it.
     """

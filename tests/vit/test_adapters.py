@@ -16,6 +16,7 @@ from zoo import KINDS, Kind
 from fastnull import FrozenEncoder, PatchNullspace, SynthesisConfig, synthesize
 from fastnull.augment import NullspaceAugment
 from fastnull.finetune import FinetuneConfig, finetune
+from fastnull.inspection import inspect_model
 from fastnull.vit import HookedViT, NormalizedModel, split
 from fastnull.vit.base import as_split, logits_of
 from fastnull.vit.parts import LiveLinear, UnsupportedModelError
@@ -160,6 +161,16 @@ def test_it_finetunes(kind: Kind) -> None:
     assert all(math.isfinite(row["loss"]) for row in result.history)
     moved = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
     assert any("proj" in key or "conv" in key or "stem" in key for key in moved), moved  # down to its first layer
+
+
+def test_inspection_measures_it_or_says_why_not(kind: Kind) -> None:
+    found = inspect_model(kind.model(), kind.name)
+    if kind.name in ("XCiT", "ResNet"):
+        assert "Needed is" in found["reason"]
+        return
+    assert found["reason"] is None
+    assert found["rank"] + found["nullity"] == found["values"]
+    assert found["nullity"] == max(0, found["values"] - found["width"])
 
 
 def test_a_hugging_face_model_finetunes() -> None:

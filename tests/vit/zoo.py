@@ -65,7 +65,9 @@ def _transformers_vision(kind: str) -> Callable[[], nn.Module]:
 
 def _dinov3() -> nn.Module:
     transformers = importlib.import_module("transformers")
-    config = transformers.DINOv3ViTConfig(**SIZE, num_register_tokens=3, pos_embed_rescale=None)  # random while it trains
+    config = transformers.DINOv3ViTConfig(
+        **SIZE, num_register_tokens=3, pos_embed_rescale=None
+    )  # random while it trains
     return PooledClassifier(transformers.DINOv3ViTModel(config), 5)
 
 
