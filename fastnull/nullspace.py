@@ -10,6 +10,7 @@ weights.
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from fastnull.box_projection import box_projection
 from fastnull.checks import RANGE_TOLERANCE, check_finite, check_number
 from fastnull.ops.patch_project import patch_project
 from fastnull.vit.base import NormalizedModel, SplitViT, split, unwrap
+
+_NOTICED = 1e-3  # a part of the token noise, against all of it, whose loss is worth a warning
 
 
 class PatchNullspace:
@@ -170,8 +173,9 @@ class PatchNullspace:
         """The image noise whose tokens come closest to `token_noise`: v that minimises ‖W v − t‖, patch by patch.
 
         Without bounds it is the one of least norm, W⁺ t by the SVD. Where D > C·ph·pw most token noise has no image
-        behind it, and the residual says how much is missed. With bounds it is a box-constrained least-squares solution
-        by accelerated projected gradient steps, stopped by a duality gap (fastnull.box_least_squares).
+        behind it: a warning says so, and the residual how much is missed. With bounds it is a box-constrained
+        least-squares solution by accelerated projected gradient steps, stopped by a duality gap
+        (fastnull.box_least_squares).
 
         Args:
             token_noise: [..., N, D] at the output of the projection (where a norm follows inside the patch embedding,
@@ -196,6 +200,7 @@ class PatchNullspace:
         scales = self.singular_values[: self.rank].to(tokens.device)
         seen = tokens @ left  # [M, r]
         patches = (seen / scales) @ right.T  # [M, K]
+        self._warn_of_unreachable(tokens, seen)
         if bounds is not None:
             size = (*lead, self.channels, rows * self.patch_size[0], columns * self.patch_size[1])
             low, high = (self._bound(bound, size, tokens.device) for bound in bounds)
@@ -291,6 +296,19 @@ class PatchNullspace:
                 "Resize, crop or pad them first"
             )
         return height // ph, width // pw
+
+    def _warn_of_unreachable(self, tokens: Tensor, seen: Tensor) -> None:
+        """Warn where tokens have more values than patches and `tokens` [M, D] more than their part `seen` [M, r]."""
+        values = self.weight.shape[1]
+        whole, part = float(tokens.square().sum()), float(seen.square().sum())
+        if self.width > values and part < (1 - _NOTICED**2) * whole:
+            warnings.warn(
+                f"tokens of width {self.width} hold more than the {values} values of a patch: no image, whatever its "
+                f"pixels, comes nearer to this token noise than {100 * math.sqrt(1 - part / whole):.2g} % of its norm. "
+                f"The nearest is returned, with its residual; a width up to {values} reaches all of it",
+                RuntimeWarning,
+                stacklevel=4,  # past no_grad's wrapper
+            )
 
     def _check_kernel(self) -> None:
         if self.dim == 0:
