@@ -157,7 +157,12 @@ def _inspect(command: Command) -> None:
         "shows. Built from the configuration with random weights, so nothing is downloaded.",
         "fastnull inspect vit_small_patch16_224 vit_base_patch16_224 vit_base_patch32_224",
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="timm model name, or vit_digits")
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="timm model name, vit_digits, or torchvision:NAME, open_clip:NAME, transformers:FOLDER",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     parser.add_argument("--pretrained", action="store_true", help="measure timm's pretrained weights (downloads them)")
     parser.add_argument("--checkpoint", metavar="FILE", help="measure the weights in a file (one model)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Sequence
@@ -11,11 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.checks import check_finite
+from fastnull.compat import import_timm
 from fastnull.models import create_model, read_state_dict
 from fastnull.nullspace import PatchNullspace, patch_projection
 from fastnull.vit.base import NormalizedModel, SplitViT, as_split, unwrap
+from fastnull.vit.pooled import PooledClassifier
 
 _SEED = 0  # a random matrix has full rank with probability one; the seed only makes the singular values repeatable
+
+LIBRARIES = ("transformers", "torchvision", "open_clip")
+"""Whose models `inspect_models` takes by name too: `library:name`."""
 
 _COLUMNS = {
     "model": "model",
@@ -48,7 +54,8 @@ def inspect_models(
     that shows the nullity the shape guarantees, in a second or so for any size of model.
 
     Args:
-        names: as `create_model` takes them.
+        names: as `create_model` takes them; or `torchvision:vit_b_16`, `open_clip:ViT-B-32`, `transformers:FOLDER` with
+            a folder that holds a config.json (or a name of the hub), for noise in the values that the model takes.
         pretrained: measure timm's weights, which are downloaded.
         checkpoint: measure the weights in this local file; for one name.
         tolerance: see PatchNullspace.
@@ -64,7 +71,8 @@ def inspect_models(
 
     Raises:
         TypeError: names is a string.
-        ValueError: an unknown name, or a checkpoint for more than one name.
+        ValueError: an unknown name, a checkpoint for more than one name, or pretrained for a model that is not timm's.
+        ModuleNotFoundError: the library of a name is not installed.
     """
     if isinstance(names, str):
         raise TypeError(f"names must be a list of model names; got the string {names!r}")
@@ -127,6 +135,8 @@ def _inspect(
 ) -> dict[str, Any]:
     if pretrained and checkpoint is not None:
         raise ValueError("pretrained and checkpoint exclude each other: both bring weights")
+    if name.partition(":")[0] in LIBRARIES:
+        return _inspect_other(name, pretrained, checkpoint, tolerance)
     with torch.device("cpu" if pretrained else "meta"):
         model = create_model(name, pretrained=pretrained)
     config = model.network.pretrained_cfg
@@ -140,6 +150,58 @@ def _inspect(
         _materialize(model.network, projection, checkpoint)
         model.mean, model.std = (torch.tensor(row[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     return row | _measured(PatchNullspace.from_model(model, tolerance=tolerance), row["image_size"])
+
+
+def _inspect_other(
+    name: str, pretrained: bool, checkpoint: str | os.PathLike[str] | None, tolerance: float | None
+) -> dict[str, Any]:
+    library, _, rest = name.partition(":")
+    if pretrained:
+        raise ValueError(f"pretrained takes timm's weights; for {name} give a local file of weights as checkpoint")
+    import_timm()  # where torchvision does not match torch, none of the three can be imported without this
+    build = {"transformers": _transformers, "torchvision": _torchvision, "open_clip": _open_clip}[library]
+    with torch.device("meta"):
+        model = build(rest)
+    try:
+        projection = patch_projection(model)
+    except ValueError:
+        return inspect_model(model, name)  # says why
+    _materialize(model, projection, checkpoint)
+    weights = str(checkpoint) if checkpoint is not None else "random"
+    return {**inspect_model(model, name, tolerance=tolerance), "weights": weights}
+
+
+def _transformers(name: str) -> nn.Module:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"transformers reads no configuration from {name!r}: {reason}") from error
+    try:
+        return transformers.AutoModelForImageClassification.from_config(config)
+    except ValueError:  # a backbone without a classifier of its own
+        return PooledClassifier(transformers.AutoModel.from_config(config), num_classes=1)
+
+
+def _torchvision(name: str) -> nn.Module:
+    from torchvision.models import get_model, list_models
+
+    if name not in list_models():
+        raise ValueError(
+            f"torchvision knows no model named {name!r}; its ViTs are {', '.join(list_models(include='vit_*'))}"
+        )
+    return get_model(name, weights=None)
+
+
+def _open_clip(name: str) -> nn.Module:
+    import open_clip
+
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.0)
+        raise ValueError(f"open_clip knows no model named {name!r}; nearest are {', '.join(near)}")
+    return open_clip.create_model(name, pretrained=None, load_weights=False, device="meta").visual
 
 
 def _empty_row(

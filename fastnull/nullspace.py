@@ -10,6 +10,7 @@ weights.
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from fastnull.box_projection import box_projection
 from fastnull.checks import RANGE_TOLERANCE, check_finite, check_number
 from fastnull.ops.patch_project import patch_project
 from fastnull.vit.base import NormalizedModel, SplitViT, split, unwrap
+
+_NOTICED = 1e-3  # a part of the token noise, against all of it, whose loss is worth a warning
 
 
 class PatchNullspace:
@@ -170,8 +173,9 @@ class PatchNullspace:
         """The image noise whose tokens come closest to `token_noise`: v that minimises ‖W v − t‖, patch by patch.
 
         Without bounds it is the one of least norm, W⁺ t by the SVD. Where D > C·ph·pw most token noise has no image
-        behind it, and the residual says how much is missed. With bounds it is a box-constrained least-squares solution
-        by accelerated projected gradient steps, stopped by a duality gap (fastnull.box_least_squares).
+        behind it: a warning says so, and the residual how much is missed. With bounds it is a box-constrained
+        least-squares solution by accelerated projected gradient steps, stopped by a duality gap
+        (fastnull.box_least_squares).
 
         Args:
             token_noise: [..., N, D] at the output of the projection (where a norm follows inside the patch embedding,
@@ -196,6 +200,7 @@ class PatchNullspace:
         scales = self.singular_values[: self.rank].to(tokens.device)
         seen = tokens @ left  # [M, r]
         patches = (seen / scales) @ right.T  # [M, K]
+        self._warn_of_unreachable(tokens, seen)
         if bounds is not None:
             size = (*lead, self.channels, rows * self.patch_size[0], columns * self.patch_size[1])
             low, high = (self._bound(bound, size, tokens.device) for bound in bounds)
@@ -219,10 +224,10 @@ class PatchNullspace:
     ) -> Tensor:
         """The pictures that look most unlike `images`, or most like `target`, and give the same tokens.
 
-        Exact and convex towards a target: of all pictures within the bounds whose patch embedding is that of `images`
-        the one nearest to it, all patches at once (fastnull.box_projection). Without one the target of every pixel is
-        the bound that is further away, which stands in for the largest change: that problem itself is not convex, and
-        what is found is a large change, not provably the largest. Computed in float64. Ours.
+        Convex towards a target: of all pictures within the bounds whose patch embedding is that of `images` the one
+        nearest to it, to 0.25 % of its distance, all patches at once (fastnull.box_projection). Without one the target
+        of every pixel is the bound that is further away, which stands in for the largest change: that problem itself is
+        not convex, and what is found is a large change, not provably the largest. Computed in float64. Ours.
 
         Args:
             images: [B, C, H, W] within the bounds, H and W multiples of the patch.
@@ -255,7 +260,8 @@ class PatchNullspace:
             wanted = self._to_patches(self._like(target, images)).flatten(0, 2)
         # a pixel that is outside by a rounding error stays where it is
         room = ((low - patches).clamp(max=0), (high - patches).clamp(min=0))
-        change = box_projection(wanted - patches, self._rows.to(images.device), *room)
+        weights = (self.singular_values[: self.rank] / self._largest).to(images.device)
+        change = box_projection(wanted - patches, self._rows.to(images.device), *room, weights)
         changed = self._to_images((patches + change).clamp(low, high).unflatten(0, (-1, *grid)), grid)
         return changed.to(images.dtype)
 
@@ -290,6 +296,19 @@ class PatchNullspace:
                 "Resize, crop or pad them first"
             )
         return height // ph, width // pw
+
+    def _warn_of_unreachable(self, tokens: Tensor, seen: Tensor) -> None:
+        """Warn where tokens have more values than patches and `tokens` [M, D] more than their part `seen` [M, r]."""
+        values = self.weight.shape[1]
+        whole, part = float(tokens.square().sum()), float(seen.square().sum())
+        if self.width > values and part < (1 - _NOTICED**2) * whole:
+            warnings.warn(
+                f"tokens of width {self.width} hold more than the {values} values of a patch: no image, whatever its "
+                f"pixels, comes nearer to this token noise than {100 * math.sqrt(1 - part / whole):.2g} % of its norm. "
+                f"The nearest is returned, with its residual; a width up to {values} reaches all of it",
+                RuntimeWarning,
+                stacklevel=4,  # past no_grad's wrapper
+            )
 
     def _check_kernel(self) -> None:
         if self.dim == 0:

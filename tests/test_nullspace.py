@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -298,6 +299,24 @@ def test_bounded_preimage_agrees_with_scipy(width: int) -> None:
             best = optimize.lsq_linear(space.weight.numpy(), noise[i, n].numpy(), bounds, tol=1e-13)
             squares += 2 * best.cost
         assert abs(float(residual[i]) - math.sqrt(squares) / float(noise[i].norm())) <= 1e-4
+
+
+def test_tokens_wider_than_a_patch_are_warned_of() -> None:
+    space = random_space(60, 3, 4, 4)
+    noise = torch.randn(2, 4, 60)
+    with pytest.warns(
+        RuntimeWarning, match=r"tokens of width 60 hold more than the 48 values.* than 4\d % of its norm"
+    ):
+        _, residual = space.preimage(noise)
+    assert bool((residual > 0.3).all())
+    with pytest.warns(RuntimeWarning, match="tokens of width 60"):
+        space.preimage(noise, bounds=(-1.0, 1.0))
+    reachable = torch.randn(2, 4, 48) @ space.weight.float().T
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, residual = space.preimage(reachable)
+        random_space(40, 3, 4, 4).preimage(noise[..., :40])
+    assert bool((residual < 1e-5).all())
 
 
 def test_bounds_that_do_not_bind_change_nothing() -> None:

@@ -55,7 +55,7 @@ def _exact(tables: Tables, caption: str) -> Figure:
             xscale="log", yscale="log", xlabel="rms of the noise [pixels in 0 to 1]", ylabel="relative change of logits"
         )
         if leaks:
-            axes[2].legend(frameon=False, fontsize=7)
+            axes[2].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(0, 0.33))  # between the dtypes
         return done("Nullities of patch embeddings; share of image energy in the nullspace; leak of its noise", caption)
 
 

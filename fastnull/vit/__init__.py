@@ -2,5 +2,6 @@
 
 from fastnull.vit.base import SITES, NormalizedModel, SplitViT, frozen, split, unwrap
 from fastnull.vit.hooked import HookedViT
+from fastnull.vit.pooled import PooledClassifier
 
-__all__ = ["SITES", "HookedViT", "NormalizedModel", "SplitViT", "frozen", "split", "unwrap"]
+__all__ = ["SITES", "HookedViT", "NormalizedModel", "PooledClassifier", "SplitViT", "frozen", "split", "unwrap"]

@@ -172,7 +172,8 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the model must return logits [B, K] or an output with .logits; got {type(output).__name__}: a backbone "
-            "needs a classifier on top (in transformers, a class named ...ForImageClassification)"
+            "needs a classifier on top (in transformers, a class named ...ForImageClassification, or "
+            "fastnull.vit.PooledClassifier(backbone, num_classes))"
         )
     return logits
 
@@ -207,9 +208,9 @@ def split(model: nn.Module) -> SplitViT:
     raise ValueError(
         f"no adapter splits {type(network).__name__} into patch embedding, encoder and head. Known are timm's models "
         "with a patch_embed, transformers' image classifiers with patches, torchvision's vit_* and open_clip's vision "
-        "towers. For another one name its modules, fastnull.vit.HookedViT(model, patch='...', block0='...'), or "
-        "implement fastnull.vit.SplitViT (patch, prepare, encode, head), and pass that instead of the model. Noise in "
-        "pixels (site='pixels') needs no adapter"
+        "towers (model.visual). For another one name its modules, fastnull.vit.HookedViT(model, patch='...', "
+        "block0='...'), or implement fastnull.vit.SplitViT (patch, prepare, encode, head), and pass that instead of "
+        "the model. Noise in pixels (site='pixels') needs no adapter"
     )
 
 

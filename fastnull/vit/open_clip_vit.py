@@ -4,19 +4,42 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastnull.vit.base import NormalizedModel, SplitViT, split, unwrap
 from fastnull.vit.hooked import HookedViT
+
+TOWERS = ("VisionTransformer", "TimmModel")
+"""Classes of open_clip: its own tower, and timm's model under a projection (SigLIP)."""
 
 
 class OpenClipViT(HookedViT):
-    """`VisionTransformer` of open_clip. Of a whole CLIP model pass `model.visual`."""
+    """The tower `model.visual` of a CLIP model of open_clip.
+
+    Raises:
+        ValueError: a tower around a timm model without patch embedding, such as a ResNet.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model, "conv1", "ln_pre", num_prefix_tokens=1)
+        inner = unwrap(model)
+        network = unwrap(inner.network) if isinstance(inner, NormalizedModel) else inner
+        if not hasattr(network, "trunk"):
+            super().__init__(model, "conv1", "ln_pre", num_prefix_tokens=1)
+            return
+        trunk = split(network.trunk)
+        names = {module: name for name, module in network.named_modules()}
+        super().__init__(
+            model, names[trunk.patch_module], _block0_name(trunk, names), num_prefix_tokens=trunk.num_prefix_tokens
+        )
 
     @staticmethod
     def supports(network: nn.Module) -> bool:
         """Whether the network is a vision tower of open_clip."""
         return any(
-            kind.__module__.startswith("open_clip.") and kind.__name__ == "VisionTransformer"
-            for kind in type(network).__mro__
+            kind.__module__.startswith("open_clip.") and kind.__name__ in TOWERS for kind in type(network).__mro__
         )
+
+
+def _block0_name(trunk: SplitViT, names: dict[nn.Module, str]) -> str | None:
+    try:
+        return names[trunk.site_module("block0")]
+    except ValueError:
+        return None

@@ -41,6 +41,8 @@ def transformers_parts(
     """
     # a subclass may compute anything: the name alone says which forward it is
     kind = type(network).__name__
+    if kind == "PooledClassifier":
+        kind = f"{type(network.backbone).__name__} under a {kind}"
     need(kind in CLASSIFIERS, f"transformers' {kind}")
     need(image_size is not None and image_size[0] == image_size[1], "images that are not square")
     config: Any = getattr(network.config, "vision_config", network.config)

@@ -11,13 +11,15 @@ from torch import nn
 from fastnull.vit.base import NormalizedModel, unwrap
 from fastnull.vit.hooked import HookedViT
 from fastnull.vit.parts import ViTParts
+from fastnull.vit.pooled import PooledClassifier
 from fastnull.vit.transformers_parts import transformers_parts
 
 PATCH_NAMES = ("embeddings.patch_embeddings", "embeddings.patch_embedding")
 
 
 class TransformersViT(HookedViT):
-    """ViT, DeiT, DINOv2 (with registers), BEiT, CLIP, SigLIP, Swin and others `...ForImageClassification`.
+    """ViT, DeiT, DINOv2 (with registers), BEiT, CLIP, SigLIP, Swin and others `...ForImageClassification`; DINOv3 and
+    others without such a class under a PooledClassifier.
 
     `block0` is the output of `embeddings` or, with CLIP, of the norm after it.
     """
@@ -35,8 +37,9 @@ class TransformersViT(HookedViT):
 
     @staticmethod
     def supports(network: nn.Module) -> bool:
-        """Whether the network is a transformers model with patches."""
-        theirs = any(kind.__module__.startswith("transformers.") for kind in type(network).__mro__)
+        """Whether the network is a transformers model with patches, or one of them under a PooledClassifier."""
+        model = network.backbone if isinstance(network, PooledClassifier) else network
+        theirs = any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
         return theirs and _patch_name(network) is not None
 
     def parts(self) -> ViTParts:

@@ -490,10 +490,32 @@ def test_bad_images_and_labels(model: NormalizedModel, batch: tuple[Tensor, Tens
         attack(model, images.clone().index_fill_(0, torch.tensor([3]), math.nan), labels)
     with pytest.raises(ValueError, match="labels must lie in"):
         attack(model, images, labels - 1 - labels.min())
+    with pytest.raises(ValueError, match="labels must lie in"):
+        attack(model, images, labels + 10)
     with pytest.raises(ValueError, match="one entry per image"):
         attack(model, images, labels[:5])
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         attack(lambda x: x, images, labels)
+
+
+class Returning(nn.Module):
+    """A model whose output is no logits."""
+
+    def __init__(self, inner: nn.Module, change: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, images: Tensor) -> object:
+        return self.change(self.inner(images))
+
+
+@pytest.mark.parametrize("name", every_attack())
+def test_a_model_that_returns_no_logits(model: NormalizedModel, batch: tuple[Tensor, Tensor], name: str) -> None:
+    attack = every_attack()[name]
+    with pytest.raises(TypeError, match=r"model must return logits \[B, K\] or an output with \.logits; got tuple"):
+        attack(Returning(model, lambda logits: (logits, logits)), *batch)
+    with pytest.raises(ValueError, match=r"model must return logits \[\d+, K\]; got shape \[\d+, 7, 1\]"):
+        attack(Returning(model, lambda logits: logits[..., None]), *batch)
 
 
 @pytest.mark.parametrize("name", every_attack())

@@ -239,6 +239,19 @@ def test_nan_logits_name_the_suite(nan_after: int, where: str) -> None:
         evaluate(Counting(nan_after=nan_after), make_data(), **QUICK)
 
 
+def test_a_model_that_returns_no_logits() -> None:
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_model()
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"features": self.inner(images)}
+
+    with pytest.raises(TypeError, match=r"model must return logits \[B, K\] or an output with \.logits; got dict"):
+        evaluate(Features(), make_data(), **QUICK)
+
+
 def test_bad_data(net: nn.Module) -> None:
     images, labels = make_data()
     with pytest.raises(ValueError, match="at least one image"):

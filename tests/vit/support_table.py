@@ -38,9 +38,12 @@ each and tries; a test compares.
 TAIL = """
 In transformers the classifiers (`...ForImageClassification`) are meant; names before and after the renaming of
 release 5.9 are both known. Wrap them, `NormalizedModel(model, mean, std)`, with the mean and std of their image
-processor: then they take pixels in [0, 1] and return plain logits, as `finetune` and `evaluate` want it. Of an
-open_clip model pass `model.visual`. `fastnull inspect` and the other commands take timm's names; for any other model
-call `fastnull.inspection.inspect_model(model)`.
+processor: then they take pixels in [0, 1] and return plain logits, as `finetune` and `evaluate` want it. A backbone
+without a classifier of its own, such as `DINOv3ViTModel`, goes into `fastnull.vit.PooledClassifier(backbone, classes)`.
+Of an open_clip model pass `model.visual`.
+
+Commands take timm's names. `fastnull inspect` takes the others too, `torchvision:vit_b_16`, `open_clip:ViT-B-32` and
+`transformers:FOLDER` (with its config.json); in Python it is `fastnull.inspection.inspect_model(model)`.
 
 Another model: name its modules.
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastnull.compat import import_timm
+from fastnull.vit import PooledClassifier
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
         "image_size": 16, "patch_size": 4}  # fmt: skip
@@ -62,6 +63,14 @@ def _transformers_vision(kind: str) -> Callable[[], nn.Module]:
     return build
 
 
+def _dinov3() -> nn.Module:
+    transformers = importlib.import_module("transformers")
+    config = transformers.DINOv3ViTConfig(
+        **SIZE, num_register_tokens=3, pos_embed_rescale=None
+    )  # random while it trains
+    return PooledClassifier(transformers.DINOv3ViTModel(config), 5)
+
+
 def _torchvision() -> nn.Module:
     vision = importlib.import_module("torchvision.models")
     return vision.VisionTransformer(
@@ -74,6 +83,11 @@ def _open_clip() -> nn.Module:
     return tower.VisionTransformer(
         image_size=16, patch_size=4, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=5
     )
+
+
+def _open_clip_timm() -> nn.Module:
+    tower = importlib.import_module("open_clip.timm_model")
+    return tower.TimmModel("test_vit", embed_dim=5, image_size=160, pool="avg", proj="linear")
 
 
 _VIT: dict[str, Any] = {"depth": 2, "embed_dim": 64, "num_heads": 2}
@@ -100,6 +114,7 @@ KINDS = [
     Kind("transformers", "DINOv2", _transformers("Dinov2ForImageClassification")),
     Kind("transformers", "DINOv2, registers",
          _transformers("Dinov2WithRegistersForImageClassification", num_register_tokens=3)),
+    Kind("transformers", "DINOv3", _dinov3),
     Kind("transformers", "CLIP", _transformers_vision("CLIP")),
     Kind("transformers", "SigLIP", _transformers_vision("Siglip")),
     Kind("transformers", "BEiT", _transformers("BeitForImageClassification", drop_path_rate=0.0)),
@@ -108,4 +123,5 @@ KINDS = [
                        num_heads=[2, 2], window_size=4, drop_path_rate=0.0)),
     Kind("torchvision", "ViT", _torchvision),
     Kind("open_clip", "vision tower", _open_clip),
+    Kind("open_clip", "vision tower of timm", _open_clip_timm),
 ]  # fmt: skip
