@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from place import DEVICE, DTYPES, GPU, needs_gpu
 from test_encoder import FEATURES, cosines, exact, loud, relative
 
+from fastnull import replay
 from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
 from fastnull.ops import references
+from fastnull.replay import conditional_nodes
 from fastnull.synthesis import SynthesisConfig, measure_influence, synthesize
 from fastnull.vit import SITES, NormalizedModel
 
@@ -81,6 +84,38 @@ def test_a_step_is_captured_and_replayed(make_vit: Factory) -> None:
     graph.replay()
     for mine, eager in zip(captured, expected, strict=True):
         torch.testing.assert_close(mine, eager, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs")
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_run_in_a_graph_is_the_eager_run(
+    make_vit: Factory, conditional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with steps in vain at its end: masked ones, and ones that the device leaves out."""
+    if conditional and not conditional_nodes(torch.device(DEVICE, torch.cuda.current_device())):
+        pytest.skip(f"torch {torch.__version__} has no conditional nodes on this GPU")
+    monkeypatch.setattr(replay, "conditional_nodes", lambda device: conditional)
+    encoder = FrozenEncoder(make_vit(depth=3).to(DEVICE), dtype=torch.bfloat16)
+    images = [torch.rand(16, 3, 16, 16, device=DEVICE) for _ in range(3)]
+    config = SynthesisConfig(limit=0.5, lr=0.01, steps=12, stop="never", schedule="constant", graph=False)
+    eps = 1.05 * min(record["influence"] for record in synthesize(encoder, images, config).history)
+    config = replace(config, steps=40, stop="batch", eps=eps)
+    eager, replayed = (synthesize(encoder, images, replace(config, graph=graph)) for graph in (False, True))
+    assert replayed.tokens.equal(eager.tokens)
+    assert replayed.steps.equal(eager.steps)
+    assert len(replayed.history) > len(eager.history)
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs")
+def test_memory_is_fixed_after_the_first_steps(make_vit: Factory) -> None:
+    encoder = FrozenEncoder(make_vit().to(DEVICE), dtype=torch.bfloat16)
+    images = [torch.rand(8, 3, 16, 16, device=DEVICE)]
+    peaks = []
+    for steps in (100, 10_000):
+        torch.cuda.reset_peak_memory_stats()
+        synthesize(encoder, images, SynthesisConfig(steps=steps, stop="never", limit=1.0), check=images)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] - peaks[0] <= 10_000 * 32, "the records and rates of 10,000 steps, and nothing a step"
 
 
 @pytest.mark.skipif(not GPU, reason="reads torch's CUDA allocator")
