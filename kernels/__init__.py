@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastnull.kernels import attention, choice, gelu, layer_norm, linear_dx, linear_gelu, noise, patch_project
+from fastnull.kernels import (
+    attention,
+    choice,
+    gelu,
+    layer_norm,
+    linear_dx,
+    linear_gelu,
+    noise,
+    patch_project,
+    quantize_rows,
+)
 from fastnull.ops.common import LIBRARY
 
 LAUNCHERS: dict[str, Callable[..., None]] = {
@@ -22,6 +32,7 @@ LAUNCHERS: dict[str, Callable[..., None]] = {
     "attention_out": attention.attention_out,
     "attention_dqkv_out": attention.attention_dqkv_out,
     "patch_project_out": patch_project.patch_project_out,
+    "quantize_rows_out": quantize_rows.quantize_rows_out,
     "noise_objective_out": noise.noise_objective_out,
     "adamw_step_": noise.adamw_step_,
     "direct_step_": noise.direct_step_,

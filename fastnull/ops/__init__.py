@@ -29,6 +29,7 @@ from fastnull.ops.noise_step import (
     sign_step,
 )
 from fastnull.ops.patch_project import patch_project
+from fastnull.ops.quantize_rows import quantize_rows
 
 __all__ = [
     "OPS",
@@ -54,6 +55,7 @@ __all__ = [
     "noise_objective",
     "normalized_step",
     "patch_project",
+    "quantize_rows",
     "references",
     "sign_step",
 ]
