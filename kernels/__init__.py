@@ -6,6 +6,7 @@ writes into the tensors it is given. fastnull.ops imports this package at the fi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from fastnull.kernels import (
@@ -20,6 +21,7 @@ from fastnull.kernels import (
     quantize_rows,
 )
 from fastnull.ops.common import LIBRARY
+from fastnull.ops.noise_objective import means_after
 
 LAUNCHERS: dict[str, Callable[..., None]] = {
     "layer_norm_out": layer_norm.layer_norm_out,
@@ -34,6 +36,7 @@ LAUNCHERS: dict[str, Callable[..., None]] = {
     "patch_project_out": patch_project.patch_project_out,
     "quantize_rows_out": quantize_rows.quantize_rows_out,
     "noise_objective_out": noise.noise_objective_out,
+    "noise_objective_means_out": functools.partial(means_after, noise.noise_objective_out),
     "adamw_step_": noise.adamw_step_,
     "direct_step_": noise.direct_step_,
 }

@@ -23,7 +23,7 @@ NAMESPACE = "fastnull_cuda"  # of csrc/cuda/binding.cpp
 OPS = {
     "attention": ("attention_out", "attention_dqkv_out"),
     "patch_project": ("patch_project_out",),
-    "noise_objective": ("noise_objective_out",),
+    "noise_objective": ("noise_objective_out", "noise_objective_means_out"),
     "noise_step": ("adamw_step_", "direct_step_"),
 }
 """Ops that have a C++ kernel, and the launchers of each."""

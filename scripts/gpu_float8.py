@@ -3,8 +3,8 @@
     python3 scripts/gpu_float8.py OUT.json [--models NAME ...] [--batch B] [--steps N] [--seconds S]
 
 The gradient is that of one noise shared by the images, and each image's own, against the model's in float64; the noises
-are judged in float32. `digits` is the digits ViT, trained for this. On a machine without a GPU the products are computed
-on the CPU: as exact, but the times say nothing, and by default the model is tiny.
+are judged in float32. `digits` is the digits ViT, trained for this. Without a GPU the CPU computes the products: as
+exact, but the times say nothing, and by default the model is tiny.
 """
 
 from __future__ import annotations

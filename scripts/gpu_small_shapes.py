@@ -58,6 +58,11 @@ def launches() -> list[tuple[str, tuple[object, ...], list[Tensor]]]:
     add("patch_project_out", images, randn(48, 13, dtype=f32), 4, True, images, out, fills=[out])
     rows = [nan(5, dtype=f32), nan(5, 10, dtype=f32), nan(5, dtype=f32)]
     add("noise_objective_out", randn(5, 10), randn(5, 10), False, 0.2, *rows, fills=rows)
+    rows = [nan(6, dtype=f32), nan(6, 10, dtype=f32), nan(6, dtype=f32), nan(2, dtype=f32), nan(2, dtype=f32)]
+    add("noise_objective_means_out", randn(3, 10), randn(6, 10), False, 0.2, *rows, fills=rows)
+    if not GPU or torch.cuda.get_device_capability() >= (8, 9):
+        q, scale = torch.zeros(9, 40, dtype=torch.float8_e4m3fn, device=DEVICE), nan(9, dtype=f32)
+        add("quantize_rows_out", randn(1, 9, 40), q, scale, fills=[q, scale])
     v, g, gate = randn(2, 1030, dtype=f32), randn(2, 1030, dtype=f32), torch.tensor([1.0, 0.0], device=DEVICE)
     lr, steps = (
         torch.full((2,), 0.1, dtype=torch.float64, device=DEVICE),
