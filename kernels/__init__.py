@@ -21,6 +21,7 @@ from fastnull.kernels import (
     quantize_rows,
 )
 from fastnull.ops.common import LIBRARY
+from fastnull.ops.linear_gelu_aux import linear_dgelu_aux_ref, linear_gelu_aux_ref
 from fastnull.ops.noise_objective import means_after
 
 LAUNCHERS: dict[str, Callable[..., None]] = {
@@ -30,6 +31,9 @@ LAUNCHERS: dict[str, Callable[..., None]] = {
     "dgelu_": gelu.dgelu_,
     "linear_gelu_out": linear_gelu.linear_gelu_out,
     "linear_dgelu_out": linear_gelu.linear_dgelu_out,
+    # torch's own product and pass: Triton has no kernel that keeps z
+    "linear_gelu_aux_out": linear_gelu_aux_ref,
+    "linear_dgelu_aux_out": linear_dgelu_aux_ref,
     "linear_layer_norm_dx_out": linear_dx.linear_layer_norm_dx_out,
     "attention_out": attention.attention_out,
     "attention_dqkv_out": attention.attention_dqkv_out,

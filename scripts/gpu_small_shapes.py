@@ -48,6 +48,9 @@ def launches() -> list[tuple[str, tuple[object, ...], list[Tensor]]]:
     code = torch.zeros(130, 140, dtype=torch.uint8, device=DEVICE)
     add("linear_gelu_out", x, w, randn(140, dtype=f32), True, h, code, fills=[h])
     add("linear_dgelu_out", randn(130, 140), w, torch.zeros_like(dz, dtype=torch.uint8), dz, fills=[dz])
+    h, z, dz = nan(130, 144), nan(130, 144), nan(130, 144)
+    add("linear_gelu_aux_out", x, randn(144, 96), randn(144), h, z, fills=[h, z])
+    add("linear_dgelu_aux_out", x, randn(96, 144), randn(130, 144), dz, fills=[dz])
     row, dx = randn(130, dtype=f32), nan(130, 140)
     add("linear_layer_norm_dx_out", x, w.t(), randn(130, 140), row, row, row, row, None, dx, fills=[dx])
     for tokens, width in ((1, 32), (50, 64), (65, 32), (197, 64), (257, 32), (300, 64)):

@@ -25,7 +25,7 @@ BASELINES = (("frozen", "bfloat16"), ("compiled", "bfloat16"), ("published", "fl
 
 
 def summarize(parts: Path, out: Path) -> dict[str, Any]:
-    """What each part gave: {"parts", "steps", "ops", "noise"}, of what is there."""
+    """What each part gave: {"parts", "steps", "ops", "noise", "float8"}, of what is there."""
     lines = [line.split("\t") for line in parts.read_text().splitlines()]
     found: dict[str, Any] = {"parts": [{"part": p, "status": int(s), "seconds": int(t)} for p, s, t in lines]}
     found["steps"] = [_step(name, rows) for name, rows in _by_op(out / "steps.json").items()]
@@ -36,9 +36,13 @@ def summarize(parts: Path, out: Path) -> dict[str, Any]:
         for row in rows
         if row.backend == "fastnull"
     ]
-    noise = out / "noise.json"
-    found["noise"] = json.loads(noise.read_text())["relative"] if noise.is_file() else None
+    found["noise"] = _loaded(out / "noise.json").get("relative")
+    found["float8"] = _loaded(out / "float8.json").get("rows", [])
     return found
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _by_op(path: Path) -> dict[str, list[Row]]:
@@ -91,7 +95,21 @@ def table(found: dict[str, Any]) -> str:
     if found["noise"]:
         ends = ", ".join(f"{key} {100 * value:.2f} %" for key, value in found["noise"].items())
         blocks.append(f"noise after bfloat16 steps, against float32: {ends} (wanted: 2 %)")
+    if found["float8"]:
+        head = ("8-bit MLP", "ms without", "ms with", "gain (10 %)", "cosine with (without)", "noise, off float32's by")
+        blocks.append(format_table([head, *(_float8(row) for row in found["float8"])]))
     return "\n\n".join(blocks)
+
+
+def _float8(row: dict[str, Any]) -> tuple[str, ...]:
+    if "skipped" in row:
+        return (row["model"], "-", "-", "-", "-", row["skipped"])
+    times, cosines = row.get("ms", {}), row["cosines"]
+    shared = f"{cosines['float8 MLP']['shared']:.5f} ({cosines['bfloat16']['shared']:.5f})"
+    ends = row.get("relative", {}).get("float8 MLP", {})
+    note = ", ".join(f"{key} {100 * value:.2f} %" for key, value in ends.items())
+    gain = _text(row.get("gain"), 100, " %")
+    return (row["model"], _text(times.get("bfloat16")), _text(times.get("float8 MLP")), gain, shared, note)
 
 
 def _text(value: float | None, factor: float = 1, unit: str = "") -> str:

@@ -89,7 +89,7 @@ define(
 
 
 def _objective_fwd(clean: Tensor, noisy: Tensor, kind: str, scale: float, groups: int = 0) -> tuple[Tensor, ...]:
-    """loss [B], cotangent [B, K], influence [B], and where there are groups the means of loss and influence [groups]."""
+    """loss [B], cotangent [B, K], influence [B]; with groups also the means of loss and influence [groups]."""
     dtype = compute_dtype(torch.promote_types(clean.dtype, noisy.dtype))
     B, K = noisy.shape
     shapes = [(B,), (B, K), (B,), *([(groups,)] * 2 if groups else [])]
