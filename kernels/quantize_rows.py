@@ -1,34 +1,17 @@
 """Rows in eight bits with a scale each (formulas: ops/quantize_rows).
 
-A program holds whole rows in registers, so x is read once: 3 bytes an element from 16 bits, 5 from 32.
+A program holds whole rows in registers, in LayerNorm's tiles, so x is read once: 3 bytes an element from 16 bits, 5
+from 32.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastnull.kernels.common import COMPILE, check_dense, check_dtypes, on_device_of
-from fastnull.kernels.tiles import table
-
-
-@dataclass(frozen=True)
-class RowTile:
-    """Rows of a program, for widths up to `width` (padded to a power of two)."""
-
-    width: int
-    rows: int
-    warps: int
-
-
-# Untuned. A lane holds 16 values, 32 in the widest rows.
-TILES = table(
-    "quantize_rows.TILES",
-    (RowTile(512, 4, 4), RowTile(1024, 2, 4), RowTile(2048, 1, 4), RowTile(4096, 1, 8), RowTile(16384, 1, 16)),
-)
+from fastnull.kernels.layer_norm import row_tile
 
 
 @triton.jit
@@ -68,11 +51,9 @@ def quantize_rows_out(x: Tensor, q: Tensor, scale: Tensor) -> None:
     check_dense(q=q, scale=scale)
     if not x.numel():
         return
-    tile = next((t for t in TILES if t.width >= D), None)
-    if tile is None:
-        raise ValueError(f"the last dimension of x must be at most {TILES[-1].width} for the kernel; got {D}")
-    M, width = outer * inner, max(triton.next_power_of_2(D), 16)
+    M = outer * inner
+    constants, tile = row_tile(D)
     with on_device_of(x):
         quantize_rows_kernel[(triton.cdiv(M, tile.rows),)](
-            x, q, scale, M, inner, D, *x.stride()[:2], tile.rows, width, num_warps=tile.warps, **COMPILE
+            x, q, scale, M, inner, D, *x.stride()[:2], **constants, **COMPILE
         )

@@ -108,29 +108,28 @@ void run(const Tensor& a, const Tensor& weight, bool transposed, lt::Epilogue ep
         "cublasLtMatmul");
 }
 
-void linear_gelu_aux_out(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& h, const Tensor& z) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "fastnull: x and weight must be matrices");
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
-  const ScalarType type = x.scalar_type();
-  check_matrix(x, M, K, type, "x");
-  check_matrix(weight, N, K, type, "weight");
-  check_matrix(h, M, N, type, "h");
+// The matrices of both products, N the columns of z: a [M, K], W [N, K] or [K, N], out and z [M, N].
+void check_matrices(const Tensor& a, const Tensor& weight, bool transposed, const Tensor& z, const Tensor& out) {
+  STD_TORCH_CHECK(a.dim() == 2 && z.dim() == 2, "fastnull: the operands must be matrices");
+  const int64_t M = a.size(0), K = a.size(1), N = z.size(1);
+  const ScalarType type = a.scalar_type();
+  check_matrix(a, M, K, type, transposed ? "x" : "dy");
+  check_matrix(weight, transposed ? N : K, transposed ? K : N, type, "weight");
   check_matrix(z, M, N, type, "z");
-  STD_TORCH_CHECK(bias.scalar_type() == type && bias.dim() == 1 && bias.size(0) == N && bias.is_contiguous() &&
-                      uintptr_t(bias.data_ptr()) % 16 == 0,
-                  "fastnull: bias must have shape [", N, "], the dtype of x and a 16-byte aligned address");
-  if (M > 0) run(x, weight, true, lt::GELU_AUX_BIAS, bias.data_ptr(), z, h);
+  check_matrix(out, M, N, type, transposed ? "h" : "dz");
+}
+
+void linear_gelu_aux_out(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& h, const Tensor& z) {
+  check_matrices(x, weight, true, z, h);
+  STD_TORCH_CHECK(bias.scalar_type() == x.scalar_type() && bias.dim() == 1 && bias.size(0) == z.size(1) &&
+                      bias.is_contiguous() && uintptr_t(bias.data_ptr()) % 16 == 0,
+                  "fastnull: bias must have shape [", z.size(1), "], the dtype of x and a 16-byte aligned address");
+  if (x.size(0) > 0) run(x, weight, true, lt::GELU_AUX_BIAS, bias.data_ptr(), z, h);
 }
 
 void linear_dgelu_aux_out(const Tensor& dy, const Tensor& weight, const Tensor& z, const Tensor& dz) {
-  STD_TORCH_CHECK(dy.dim() == 2 && weight.dim() == 2, "fastnull: dy and weight must be matrices");
-  const int64_t M = dy.size(0), K = dy.size(1), N = weight.size(1);
-  const ScalarType type = dy.scalar_type();
-  check_matrix(dy, M, K, type, "dy");
-  check_matrix(weight, K, N, type, "weight");
-  check_matrix(z, M, N, type, "z");
-  check_matrix(dz, M, N, type, "dz");
-  if (M > 0) run(dy, weight, false, lt::DGELU, nullptr, z, dz);
+  check_matrices(dy, weight, false, z, dz);
+  if (dy.size(0) > 0) run(dy, weight, false, lt::DGELU, nullptr, z, dz);
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ def test_nothing_to_do_and_bad_input(kernels: torch._ops._OpNamespace) -> None:
     kernels.linear_gelu_aux_out(x[:0], weight, bias, h[:0], h[:0])
     with pytest.raises(RuntimeError, match=r"z must be dense and have shape \[3, 16\]"):
         kernels.linear_gelu_aux_out(x, weight, bias, h, h[:2])
-    with pytest.raises(RuntimeError, match=r"weight must be dense and have shape \[8, 4\]"):
+    with pytest.raises(RuntimeError, match=r"weight must be dense and have shape \[8, 16\]"):
         kernels.linear_dgelu_aux_out(x, torch.zeros(4, 8, dtype=HALF).t(), h, h)
     with pytest.raises(RuntimeError, match="x must be bfloat16 or float16"):
         kernels.linear_gelu_aux_out(x.float(), weight.float(), bias.float(), h.float(), h.float())
