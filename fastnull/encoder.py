@@ -285,6 +285,7 @@ def _explicit(
 def _written_out(
     vit: SplitViT, dtype: torch.dtype, backend: str, mlp_dtype: torch.dtype | None
 ) -> ExplicitEncoder | None:
+    """`_explicit`, which may be None whatever the MLP was to have."""
     device = vit.projection.weight.device
     if backend == "reference" or (backend == "auto" and device.type not in NATIVE_DTYPES):
         return None

@@ -51,7 +51,7 @@ CHOICES = (
     Choice("noise_step", "any", ANY, "triton", "unmeasured"),
 )
 
-# What csrc/cuda/attention.cu takes.
+# What csrc/cuda/attention.cu takes, and of dtypes linear_gelu.cpp.
 LARGEST_TOKENS, HEADS, DTYPES = 272, (32, 64), (torch.bfloat16, torch.float16)
 
 
@@ -80,6 +80,8 @@ def _reads_in_16_bytes(x: Tensor) -> bool:
 
 def _served(op: str, tensors: list[Tensor]) -> bool:
     """True if the C++ kernel takes these tensors, the launcher's in their order."""
+    if op == "linear_gelu":
+        return all(x.dtype in DTYPES and x.is_contiguous() and _reads_in_16_bytes(x) for x in tensors)
     if op != "attention":
         return True
     qkv = tensors[0]

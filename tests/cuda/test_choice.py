@@ -121,3 +121,8 @@ def test_products_with_gelu_run_on_what_was_chosen(built: None, monkeypatch: pyt
         choice.launcher("linear_gelu_aux_out", LAUNCHERS["linear_gelu_aux_out"])(x, weight, bias, h, z)
         results.append(h)
     torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+    launch = choice.launcher("linear_gelu_aux_out", triton)
+    with pytest.raises(LookupError):  # of a width or a dtype that cublasLt's epilogues do not take
+        launch(x[:, :4].contiguous(), weight[:, :4].contiguous(), bias, h, z)
+    with pytest.raises(LookupError):
+        launch(*(value.float() for value in (x, weight, bias, h, z)))
