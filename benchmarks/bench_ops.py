@@ -31,6 +31,8 @@ def cases(settings: BenchSettings) -> Iterator[Case]:
             _gelu,
             _dgelu,
             _linear_layer_norm_dx,
+            _gelu_aux,
+            _dgelu_aux,
             _attention,
             _attention_dqkv,
             _objective,
@@ -271,6 +273,40 @@ def _linear_layer_norm_dx(model: str, s: ViTShape, settings: BenchSettings) -> C
         "linear_layer_norm_dx", model, settings, inputs, ours, torchs,
         lambda b: Work(2 * M * K * D, (M * K + K * D + 3 * M * D) * b), fused=fused,
     )  # fmt: skip
+
+
+def _gelu_aux(model: str, s: ViTShape, settings: BenchSettings) -> Case:
+    """The tanh form; z is kept in place of the derivative."""
+    M, D = settings.batch * s.N, s.D
+
+    def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        w = t["w"] / D**0.5
+        h, z = (torch.empty(M, 4 * D, dtype=w.dtype, device=w.device) for _ in range(2))
+        return lambda: ops.linear_gelu_aux(t["x"], w, t["b"], h=h, z=z)
+
+    def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        w = t["w"] / D**0.5
+        return lambda: F.gelu(F.linear(t["x"], w, t["b"]), approximate="tanh")
+
+    inputs = _Inputs(settings, x=(M, D), w=(4 * D, D), b=(4 * D,))
+    moved = 9 * M * D + 4 * D * D
+    return _case("linear_gelu_aux", model, settings, inputs, ours, torchs, lambda b: Work(8 * M * D * D, moved * b))
+
+
+def _dgelu_aux(model: str, s: ViTShape, settings: BenchSettings) -> Case:
+    M, D = settings.batch * s.N, s.D
+
+    def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        w, dz = t["w"] / D**0.5, torch.empty_like(t["z"])
+        return lambda: ops.linear_dgelu_aux(t["dy"], w, t["z"], out=dz)
+
+    def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        w = t["w"] / D**0.5
+        return lambda: torch.ops.aten.gelu_backward(t["dy"] @ w, t["z"], approximate="tanh")
+
+    inputs = _Inputs(settings, dy=(M, D), z=(M, 4 * D), w=(D, 4 * D))
+    moved = 9 * M * D + 4 * D * D
+    return _case("linear_dgelu_aux", model, settings, inputs, ours, torchs, lambda b: Work(8 * M * D * D, moved * b))
 
 
 def _attention(model: str, s: ViTShape, settings: BenchSettings) -> Case:

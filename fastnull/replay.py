@@ -2,10 +2,15 @@
 
 A synthesis step is hundreds of short kernels: launched one by one from Python they leave a GPU waiting. The function
 must work on tensors alone, read nothing back from the device, and keep its state in tensors that it changes in place.
+
+What the host has to know of the device it gets by a `Report`, one look late: it never waits for what it has just
+launched. Steps that turn out to be in vain until then are left out by the device itself (`when`), where torch has
+conditional nodes.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -40,10 +45,14 @@ class Replay:
         function: of tensors, to a tuple of tensors.
         graph: capture and replay; needs CUDA.
         state: tensors that the function changes in place; a capture leaves them as they were.
+        when: a bool scalar on the device, worked out by each replay: where it is False the function would change
+            nothing, and a graph with conditional nodes leaves it out. Its results, floating, are then NaN.
     """
 
-    def __init__(self, function: Function, graph: bool, state: Sequence[Tensor] = ()) -> None:
-        self._function, self._graph, self._state = function, graph, state
+    def __init__(
+        self, function: Function, graph: bool, state: Sequence[Tensor] = (), when: Callable[[], Tensor] | None = None
+    ) -> None:
+        self._function, self._graph, self._state, self._when = function, graph, state, when
         self._captured: dict[tuple[tuple[torch.Size, torch.dtype], ...], _Captured] = {}
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -55,19 +64,27 @@ class Replay:
             if len(self._captured) == 1:
                 shapes = ", ".join(str(list(value.shape)) for value in inputs)
                 warnings.warn(f"fastnull: inputs of another shape ({shapes}): captured in one more graph", stacklevel=2)
-            self._captured[key] = _Captured(self._function, inputs, self._state)
+            self._captured[key] = _Captured(self._function, inputs, self._state, self._when)
         return self._captured[key](*inputs)
 
 
 class _Captured:
     """One graph, with the inputs it reads and the results it writes."""
 
-    def __init__(self, function: Function, inputs: Sequence[Tensor], state: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        function: Function,
+        inputs: Sequence[Tensor],
+        state: Sequence[Tensor],
+        when: Callable[[], Tensor] | None,
+    ) -> None:
         self._inputs = [value.clone() for value in inputs]
         before = [value.clone() for value in state]
-        _warm_up(function, self._inputs)
+        results = _warm_up(function, self._inputs)
         for value, kept in zip(state, before, strict=True):
             value.copy_(kept)
+        if when is not None and conditional_nodes(inputs[0].device):
+            function = _skippable(function, when, results)
         self._replay, self._results = _capture(function, self._inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -77,13 +94,15 @@ class _Captured:
         return tuple(result.clone() for result in self._results)  # the next replay overwrites them
 
 
-def _warm_up(function: Function, inputs: Sequence[Tensor]) -> None:
+def _warm_up(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results of the last of the calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
-            function(*inputs)
+            results = function(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
+    return results
 
 
 def _capture(function: Function, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
@@ -93,3 +112,84 @@ def _capture(function: Function, inputs: Sequence[Tensor]) -> tuple[Callable[[],
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = function(*inputs)
     return graph.replay, results
+
+
+def _skippable(function: Function, when: Callable[[], Tensor], results: tuple[Tensor, ...]) -> Function:
+    """The function in a conditional node; into `results`, which are there whether it runs or not."""
+
+    def skippable(*inputs: Tensor) -> tuple[Tensor, ...]:
+        for result in results:
+            result.fill_(torch.nan)
+
+        def body() -> None:
+            for result, made in zip(results, function(*inputs), strict=True):
+                result.copy_(made)
+
+        _run_if(when(), body)
+        return results
+
+    return skippable
+
+
+def _run_if(runs: Tensor, body: Callable[[], object]) -> None:
+    """Inside a capture: the body as a conditional node, which a replay runs where the bool scalar `runs` is True."""
+    graph = torch.cuda.CUDAGraph.get_currently_capturing_graph()  # type: ignore[no-untyped-call]
+    graph.begin_capture_to_if_node(runs)
+    try:
+        body()
+    finally:
+        graph.end_capture_to_conditional_node()
+
+
+@functools.cache
+def conditional_nodes(device: torch.device) -> bool:
+    """Whether a graph on this device can leave out a part of itself (torch >= 2.13, CUDA >= 12.4); found by trying."""
+    if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
+        return False
+    ones, total = (torch.full((16, 16), value, device=device) for value in (1.0, 0.0))
+    runs = torch.tensor(False, device=device)
+
+    def trial(a: Tensor) -> tuple[Tensor]:
+        _run_if(runs, lambda: total.addmm_(a, a))
+        return (total,)
+
+    try:
+        _warm_up(lambda a: (a @ a,), [ones])
+        replay, _ = _capture(trial, [ones])
+        replay()
+        runs.fill_(True)
+        replay()
+        return bool((total == 16).all())
+    except RuntimeError:
+        return False
+
+
+class Report:
+    """Numbers from the device that the host reads one look late.
+
+    `send` copies them into pinned memory behind what has been launched so far; `read` at the next look waits, if at
+    all, for that copy, while the device has all the work since then to go on with.
+
+    Args:
+        like: what will be sent.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._host = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+        self._event = torch.cuda.Event(blocking=True) if like.is_cuda else None
+        self._sent = False
+
+    def send(self, values: Tensor) -> None:
+        """Have these values ready for `read`; what was sent before must have been read."""
+        self._host.copy_(values, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+        self._sent = True
+
+    def read(self) -> list[float] | None:
+        """What was sent last; None before the first `send`."""
+        if not self._sent:
+            return None
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()  # type: ignore[no-any-return]

@@ -130,7 +130,9 @@ def shared_gradient(
     rows = clean.repeat(M, 1)  # [M·B, K]
 
     def cotangent(logits: Tensor, images: slice) -> Tensor:
-        judged.append(noise_objective(rows[images], logits, objective, batch=B))
+        # all at once, as on a GPU: then the objective's own means are those of the noises
+        groups = M if len(logits) == M * B else 1
+        judged.append(noise_objective(rows[images], logits, objective, groups=groups, batch=B))
         return judged[-1].cotangent
 
     noisy = perturb(encoder, tokens, noise.unsqueeze(1))  # [M, B, ...]
@@ -141,6 +143,8 @@ def shared_gradient(
         # a pixel at the border of [0, 1] does not move with the noise
         moves = noisy == tokens + noise.unsqueeze(1)
         gradient = (gradient.view(noisy.shape) * moves).sum(1, dtype=noise.dtype)
+    if len(judged) == 1:
+        return judged[0].mean_loss, judged[0].mean_influence, gradient.to(noise.dtype)
     loss = torch.cat([part.loss for part in judged]).view(M, B).mean(1)
     influence = torch.cat([part.influence for part in judged]).view(M, B).mean(1)
     return loss, influence, gradient.to(noise.dtype)

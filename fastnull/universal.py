@@ -1,8 +1,8 @@
 """Universal synthesis: M noises shared by all images, moved together, each with a stop of its own.
 
 A step takes one batch: gradients of all noises in one pass of the encoder, one AdamW step of those that move. A noise
-whose influence on the batch is below ε is marked on the device. The host looks at the marks (in a graph now and then,
-because a look waits for the device) and ends a noise where its stop rule says so.
+whose influence on the batch is below ε is marked on the device. The host looks at the marks and ends a noise where its
+stop rule says so: in each step, or in a graph now and then, at the marks of the look before (see replay.Report).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastnull.batches import Batches, Pair
 from fastnull.encoder import FrozenEncoder
 from fastnull.objective import influence
 from fastnull.ops import AdamWState, adamw_step
-from fastnull.replay import Replay, use_graph
+from fastnull.replay import Replay, Report, use_graph
 from fastnull.solvers import learning_rate, log_norm_gradient, norms, perturb, shared_gradient
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ BISECTIONS = 20
 LARGEST_SCALE = 4.0
 LOOK_EVERY = 8
 """Steps of a graph from one look to the next."""
+COLUMNS = ("loss", "influence", "norm")
+"""Of the record of a step."""
 FIRST_SHARE = 8
 """A growing batch starts as an eighth of itself."""
 MOST_IMAGES = 512
@@ -62,15 +64,17 @@ class UniversalRun:
         self._state = AdamWState.zeros(start)
         self._active = torch.ones(len(start), dtype=torch.bool, device=start.device)
         self._marked = torch.zeros_like(self._active)
+        self._left = set(range(len(start)))  # the active ones, as the host knows them
         self._share = FIRST_SHARE if config.growing else 1
-        self._records = torch.empty(0, 3, device=start.device)
+        self._records = torch.full((1, 3), math.nan, device=start.device)
         self._done = 0
         graph = mean is None and use_graph(config.graph, encoder.device, encoder.backend)
         self._look_every = LOOK_EVERY if graph else 1
+        self._report = Report(self._seen()) if graph else None
         # what a graph runs is fixed, so there all noises take part; elsewhere those that still move
         self._all = graph
         changed = (self.noise, self._state.exp_avg, self._state.exp_avg_sq, self._state.steps, self._marked)
-        self._step = Replay(self._one_step, graph, changed)
+        self._step = Replay(self._one_step, graph, changed, when=lambda: self._moving().any())
 
     @property
     def taken(self) -> Tensor:
@@ -80,33 +84,30 @@ class UniversalRun:
     @property
     def history(self) -> list[dict[str, float]]:
         """A record per step."""
-        columns = ("loss", "influence", "norm")
         rows = self._records[: self._done].tolist()
-        return [{"step": step, **dict(zip(columns, row, strict=True))} for step, row in enumerate(rows)]
+        return [{"step": step, **dict(zip(COLUMNS, row, strict=True))} for step, row in enumerate(rows)]
 
     def run(self, total: int, bar: Any) -> None:
         """Take up to `total` steps; `bar` is a tqdm bar."""
         config, data = self._config, self._data
         period = config.rounds * data.batches if config.schedule == "published" else total
         self._records = self._records.new_empty(total, 3)
+        rates = [learning_rate(config, step, period) for step in range(total)]
+        # all at once: a copy to the device in each step would wait for the step before
+        lr = torch.tensor(rates, dtype=torch.float64).to(self._records.device)
         for step, pair in zip(range(total), data.stream(), strict=False):
             tokens, clean = self._part(pair)
-            lr = torch.tensor(learning_rate(config, step, period), dtype=torch.float64)
-            (record,) = self._step(tokens, clean, lr.to(tokens.device))
+            (record,) = self._step(tokens, clean, lr[step])
             self._records[step] = record
             self._done = step + 1
             bar.update()
-            if (step + 1) % self._look_every == 0 or step + 1 == total:
-                self._show(bar)
-                if self._look():
-                    break
+            if ((step + 1) % self._look_every == 0 or step + 1 == total) and self._look(bar):
+                break
 
     def _one_step(self, tokens: Tensor, clean: Tensor, lr: Tensor) -> tuple[Tensor]:
         """One step of all noises that move; the record of it [3]."""
         config = self._config
-        # the published rule tests before it updates; by the check images, a noise goes on until the host has looked
-        holds = config.stop == "batch"
-        moving = self._active & ~self._marked if holds else self._active.clone()
+        holds, moving = config.stop == "batch", self._moving()
         rows = torch.arange(len(moving), device=moving.device) if self._all else moving.nonzero().flatten()
         gradient = torch.zeros_like(self.noise)
         losses, seen = (torch.full((len(moving),), math.nan, device=moving.device) for _ in range(2))
@@ -125,31 +126,47 @@ class UniversalRun:
         adamw_step(self.noise, gradient, self._state, gate.float(), lr=lr, weight_decay=config.weight_decay)
         return (record,)
 
+    def _moving(self) -> Tensor:
+        """Which noises [M] a step moves, if they are not below ε on its batch."""
+        # the published rule tests before it updates; by the check images, a noise goes on until the host has looked
+        return self._active & ~self._marked if self._config.stop == "batch" else self._active.clone()
+
     def _part(self, pair: Pair) -> Pair:
         """What of a batch a step uses."""
         count = -(-len(pair[0]) // self._share)
         return pair[0][:count], pair[1][:count]
 
-    def _look(self) -> bool:
-        """Grow the batch, or end noises; True where none is left."""
-        config, marked = self._config, self._marked & self._active
+    def _seen(self) -> Tensor:
+        """What a look is at: the last record, and 1 for each marked noise [3 + M]."""
+        return torch.cat([self._records[max(self._done - 1, 0)], (self._marked & self._active).float()])
+
+    def _look(self, bar: Any) -> bool:
+        """Show how far it is, and grow the batch or end noises; True where none is left."""
+        seen = self._seen().tolist() if self._report is None else self._report.read()
+        if seen is not None:
+            columns = zip(COLUMNS, seen, strict=False)
+            bar.set_postfix({name: f"{value:.3g}" for name, value in columns}, refresh=False)
+            self._act([m for m, mark in enumerate(seen[3:]) if mark])
+        if self._report is not None:
+            self._report.send(self._seen())
+        return not self._left
+
+    def _act(self, marked: list[int]) -> None:
+        """Grow the batch where all noises that are left are marked, or end the marked ones."""
+        config = self._config
         if self._share > 1:
-            if bool((marked | ~self._active).all()):
+            if self._left <= set(marked):
                 self._share //= 2
                 self._marked.zero_()
         elif config.stop != "never":
-            for m in marked.nonzero().flatten().tolist():
+            for m in marked:
                 if config.stop == "batch" or bool(self._judged(m) < config.eps):
                     self._active[m] = False
-            self._marked.zero_()
-        return not bool(self._active.any())
+                    self._left.discard(m)
+                self._marked[m] = False
 
     def _judged(self, m: int) -> Tensor:
         return judge(self._encoder, self.noise[m], self._data.check, self._mean)
-
-    def _show(self, bar: Any) -> None:
-        loss, seen, norm = self._records[self._done - 1].tolist()
-        bar.set_postfix({"loss": f"{loss:.3g}", "influence": f"{seen:.3g}", "norm": f"{norm:.3g}"}, refresh=False)
 
 
 def judge(encoder: FrozenEncoder, noise: Tensor, pairs: list[Pair], mean: Mean | None = None) -> Tensor:

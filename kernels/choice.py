@@ -21,9 +21,10 @@ VARIABLE = "FASTNULL_CUDA_OPS"
 NAMESPACE = "fastnull_cuda"  # of csrc/cuda/binding.cpp
 
 OPS = {
+    "linear_gelu": ("linear_gelu_aux_out", "linear_dgelu_aux_out"),
     "attention": ("attention_out", "attention_dqkv_out"),
     "patch_project": ("patch_project_out",),
-    "noise_objective": ("noise_objective_out",),
+    "noise_objective": ("noise_objective_out", "noise_objective_means_out"),
     "noise_step": ("adamw_step_", "direct_step_"),
 }
 """Ops that have a C++ kernel, and the launchers of each."""
@@ -43,13 +44,14 @@ class Choice:
 
 
 CHOICES = (
+    Choice("linear_gelu", "any", ANY, "triton", "unmeasured"),  # cublasLt's epilogues, models with the tanh form alone
     Choice("attention", "any", ANY, "triton", "unmeasured"),
     Choice("patch_project", "any", ANY, "triton", "unmeasured"),
     Choice("noise_objective", "any", ANY, "triton", "unmeasured"),
     Choice("noise_step", "any", ANY, "triton", "unmeasured"),
 )
 
-# What csrc/cuda/attention.cu takes.
+# What csrc/cuda/attention.cu takes, and of dtypes linear_gelu.cpp.
 LARGEST_TOKENS, HEADS, DTYPES = 272, (32, 64), (torch.bfloat16, torch.float16)
 
 
@@ -78,6 +80,8 @@ def _reads_in_16_bytes(x: Tensor) -> bool:
 
 def _served(op: str, tensors: list[Tensor]) -> bool:
     """True if the C++ kernel takes these tensors, the launcher's in their order."""
+    if op == "linear_gelu":
+        return all(x.dtype in DTYPES and x.is_contiguous() and _reads_in_16_bytes(x) for x in tensors)
     if op != "attention":
         return True
     qkv = tensors[0]
@@ -89,9 +93,15 @@ def _served(op: str, tensors: list[Tensor]) -> bool:
     )
 
 
-def _chosen(op: str, first: Tensor) -> str:
-    tokens = first.shape[1] if op == "attention" else 0
-    return next(c.kernel for c in CHOICES if c.op == op and c.gpu in ("any", _gpu(first.device)) and tokens <= c.tokens)
+def _chosen(op: str, device: torch.device, tokens: int = 0) -> str:
+    return next(c.kernel for c in CHOICES if c.op == op and c.gpu in ("any", _gpu(device)) and tokens <= c.tokens)
+
+
+def served_by_cuda(op: str, device: torch.device) -> bool:
+    """Whether the C++ kernels of an op are chosen on a GPU and there, for callers that prepare something for them."""
+    named = asked()
+    wanted = op in named if named is not None else _chosen(op, device) == "cuda"
+    return wanted and _C.cuda.load()
 
 
 def launcher(name: str, triton: Callable[..., None]) -> Callable[..., None]:
@@ -112,7 +122,8 @@ def launcher(name: str, triton: Callable[..., None]) -> Callable[..., None]:
 
     def launch(*args: object) -> None:
         tensors = [x for x in args if isinstance(x, Tensor)]
-        takes = (named is not None or _chosen(op, tensors[0]) == "cuda") and _served(op, tensors)
+        tokens = tensors[0].shape[1] if op == "attention" else 0
+        takes = (named is not None or _chosen(op, tensors[0].device, tokens) == "cuda") and _served(op, tensors)
         (cuda if takes else triton)(*args)
 
     return launch

@@ -118,7 +118,12 @@ def layer_norm_dx_kernel(
     tl.store(_row_pointers(dx, outer, within, dx_outer, dx_inner) + column, result, valid)
 
 
-def _tile(D: int) -> tuple[dict[str, int], RowTile]:
+def row_tile(D: int) -> tuple[dict[str, int], RowTile]:
+    """The launch constants of kernels that hold whole rows of D values, and the tile.
+
+    Raises:
+        ValueError: the rows are too wide.
+    """
     tile = next((t for t in TILES if t.width >= D), None)
     if tile is None:
         raise ValueError(f"the last dimension of x must be at most {TILES[-1].width} for the kernel; got {D}")
@@ -136,7 +141,7 @@ def layer_norm_out(
     if not x.numel():
         return
     M = outer * inner
-    constants, tile = _tile(D)
+    constants, tile = row_tile(D)
     with on_device_of(x):
         layer_norm_kernel[(triton.cdiv(M, tile.rows),)](
             x, weight, bias, y, mean, rstd, M, inner, D, *x.stride()[:2], *y.stride()[:2], eps, **constants, **COMPILE
@@ -151,7 +156,7 @@ def layer_norm_dx_out(dxhat: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dres
     if not x.numel():
         return
     M = outer * inner
-    constants, tile = _tile(D)
+    constants, tile = row_tile(D)
     strides = [s for t in (dxhat, x, dx if dres is None else dres, dx) for s in t.stride()[:2]]
     with on_device_of(x):
         layer_norm_dx_kernel[(triton.cdiv(M, tile.rows),)](

@@ -8,9 +8,11 @@ Both noises are judged by the float32 encoder. On a machine without a GPU: a tin
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fastnull.bench import ROOT, BenchSettings
 from fastnull.encoder import FrozenEncoder
@@ -22,6 +24,26 @@ from benchmarks.models import make_images, make_model
 
 ALLOWED = 0.02
 
+Ends = dict[str, dict[str, float]]
+
+
+def ends(
+    model: nn.Module, encoders: Mapping[str, FrozenEncoder], batches: Sequence[Tensor], config: SynthesisConfig
+) -> Ends:
+    """Influence and norm of the noise that each encoder ends with, from one start, judged in float32."""
+    judge = FrozenEncoder(model, dtype=torch.float32)
+    found: Ends = {}
+    for name, encoder in encoders.items():
+        noise = synthesize(encoder, batches, config)
+        influence = float(measure_influence(judge, noise, batches).mean())
+        found[name] = {"influence": influence, "norm": float(noise.tokens.float().norm())}
+    return found
+
+
+def relative(mine: Mapping[str, float], exact: Mapping[str, float]) -> dict[str, float]:
+    """Relative difference of each number."""
+    return {key: abs(mine[key] - exact[key]) / exact[key] for key in exact}
+
 
 def main(out: str) -> int:
     """Measure, write the JSON; 1 if a relative difference is above ALLOWED on a GPU, else 0."""
@@ -31,14 +53,9 @@ def main(out: str) -> int:
     model: Any = make_model(name, settings)
     batches = [make_images(model, batch, settings, key) for key in range(2)]
     config = SynthesisConfig(limit=1.0, lr=0.02, eps=1e-9, steps=steps, stop="never", image_ratio=1.0)
-    judge = FrozenEncoder(model, dtype=torch.float32)
-    found: dict[str, dict[str, float]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        noise = synthesize(FrozenEncoder(model, dtype=dtype), batches, config)
-        influence = float(measure_influence(judge, noise, batches).mean())
-        found[str(dtype)[6:]] = {"influence": influence, "norm": float(noise.tokens.float().norm())}
-    exact, low = found["float32"], found["bfloat16"]
-    differences = {key: abs(low[key] - exact[key]) / exact[key] for key in exact}
+    encoders = {str(dtype)[6:]: FrozenEncoder(model, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    found = ends(model, encoders, batches, config)
+    differences = relative(found["bfloat16"], found["float32"])
     about = provenance(device, model=name, batch=batch, steps=steps)
     write_json(out, {"provenance": about, "ends": found, "relative": differences, "allowed": ALLOWED})
     print(f"{name}, {steps} steps: {found}; relative differences {differences}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastnull import batches, synthesis, universal
+from fastnull import batches, replay, synthesis, universal
 from fastnull.encoder import FrozenEncoder
 from fastnull.solvers import shared_gradient
 from fastnull.synthesis import SynthesisConfig, SynthesisOutOfMemoryError, measure_influence, synthesize
@@ -79,23 +81,30 @@ def test_final_scale_meets_eps_from_both_sides(vit: NormalizedModel, loader: lis
         torch.testing.assert_close(scaled.influence, measure_influence(vit, scaled, loader))
 
 
+def in_a_graph(monkeypatch: pytest.MonkeyPatch, *, conditional: bool) -> list[str]:
+    """Let synthesis run in the stand-in for graphs; returns what happens."""
+    states: list[Tensor] = []
+    events = pretend_graphs(monkeypatch, states, conditional=conditional)
+    monkeypatch.setattr(universal, "use_graph", lambda *_: True)
+    given = universal.Replay
+
+    def replay(function: Any, graph: bool, state: tuple[Tensor, ...], when: Any) -> Any:
+        states[:] = state
+        return given(function, graph, state, when)
+
+    monkeypatch.setattr(universal, "Replay", replay)
+    return events
+
+
+@pytest.mark.parametrize("conditional", [False, True])
 @pytest.mark.parametrize("stop", ["never", "batch", "check"])
 def test_a_graph_gives_the_same_noise(
-    vit: NormalizedModel, loader: list[Tensor], stop: str, monkeypatch: pytest.MonkeyPatch
+    vit: NormalizedModel, loader: list[Tensor], stop: str, conditional: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, where no noise ends early: a graph looks at the device every eighth step only."""
     config = SynthesisConfig(count=3, steps=20, limit=1.0, stop=stop, eps=1e-9)
     eager = synthesize(vit, loader, config)
-    states: list[Tensor] = []
-    events = pretend_graphs(monkeypatch, states)
-    monkeypatch.setattr(universal, "use_graph", lambda *_: True)
-    given = universal.Replay
-
-    def replay(function: Any, graph: bool, state: tuple[Tensor, ...]) -> Any:
-        states[:] = state
-        return given(function, graph, state)
-
-    monkeypatch.setattr(universal, "Replay", replay)
+    events = in_a_graph(monkeypatch, conditional=conditional)
     replayed = synthesize(vit, loader, config)
     assert events == ["warm up", "capture"] + ["replay"] * 20
     assert torch.equal(replayed.tokens, eager.tokens)
@@ -103,13 +112,50 @@ def test_a_graph_gives_the_same_noise(
     assert torch.equal(replayed.steps, eager.steps)
 
 
+def quiet(vit: NormalizedModel, loader: list[Tensor], steps: int) -> float:
+    """An ε that two noises meet at different steps, well before so many."""
+    free = synthesize(vit, loader, SynthesisConfig(count=2, steps=steps, limit=1.0, stop="never"))
+    return min(record["influence"] for record in free.history[:8]) * 1.05
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_graph_ends_as_the_published_rule_does_and_looks_one_look_late(
+    vit: NormalizedModel, loader: list[Tensor], conditional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit also where noises end: those that met ε wait for the host without moving."""
+    eps = quiet(vit, loader, 20)
+    config = SynthesisConfig(count=2, steps=60, limit=1.0, stop="batch", eps=eps)
+    eager = synthesize(vit, loader, config)
+    last = len(eager.history)
+    assert 8 < last < 40
+    events = in_a_graph(monkeypatch, conditional=conditional)
+    replayed = synthesize(vit, loader, config)
+    assert torch.equal(replayed.tokens, eager.tokens)
+    assert torch.equal(replayed.steps, eager.steps)
+    launched = events.count("replay")
+    assert launched % universal.LOOK_EVERY == 0
+    assert last + universal.LOOK_EVERY <= launched < last + 2 * universal.LOOK_EVERY
+    assert events.count("left out") == (launched - last if conditional else 0)
+
+
+def test_by_the_check_images_a_graph_ends_too(
+    vit: NormalizedModel, loader: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = synthesize(vit, loader, SynthesisConfig(steps=1, limit=1.0, lr=1e-30, stop="never"))
+    eps = 0.5 * start.influence.item()
+    events = in_a_graph(monkeypatch, conditional=True)
+    with pytest.warns(UserWarning, match="captured in one more graph"):
+        noise = synthesize(vit, loader, SynthesisConfig(steps=300, limit=1.0, lr=0.05, eps=eps, growing=True))
+    assert noise.converged.all()
+    assert events.count("replay") < 300
+    assert events.count("capture") > 1, "the batch has grown"
+
+
 def test_in_a_graph_a_held_noise_stays_held(
     vit: NormalizedModel, loader: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The published rule between two looks: a noise that met ε is not moved any more, the others are."""
-    free = synthesize(vit, loader, SynthesisConfig(count=2, steps=20, limit=1.0, stop="never"))
-    eps = min(record["influence"] for record in free.history[:8]) * 1.05
-    config = SynthesisConfig(count=2, steps=20, limit=1.0, stop="batch", eps=eps)
+    config = SynthesisConfig(count=2, steps=20, limit=1.0, stop="batch", eps=quiet(vit, loader, 20))
     eager = synthesize(vit, loader, config)
     assert (eager.steps < 20).any()
     run = universal.UniversalRun.__init__
@@ -122,6 +168,55 @@ def test_in_a_graph_a_held_noise_stays_held(
     seldom = synthesize(vit, loader, config)
     assert torch.equal(seldom.tokens, eager.tokens)
     assert torch.equal(seldom.steps, eager.steps)
+
+
+class Bar:
+    """Stands in for tqdm; tells how many values the tensors made since hold, after each step."""
+
+    def __init__(self) -> None:
+        self.made: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self.held: list[int] = []
+
+    def update(self) -> None:
+        self.held.append(sum(tensor.numel() for tensor in self.made.values()))
+
+    def set_postfix(self, *args: Any, **kwargs: Any) -> None:
+        """Shows nothing."""
+
+
+class Made(TorchDispatchMode):
+    """Tells a bar of every tensor that an operation makes."""
+
+    def __init__(self, bar: Bar) -> None:
+        super().__init__()
+        self._bar = bar
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self._bar.made[id(value)] = value
+        return result
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_memory_is_fixed_after_the_first_step(
+    vit: NormalizedModel, loader: list[Tensor], graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10,000 steps of a graph hold what one holds; a step itself (replays here do nothing) is tried 50 times."""
+    config, total = SynthesisConfig(count=2, limit=1.0, stop="never"), 10_000 if graph else 50
+    if graph:
+        in_a_graph(monkeypatch, conditional=False)
+        monkeypatch.setattr(replay, "_capture", lambda function, inputs: (lambda: None, function(*inputs)))
+    encoder = FrozenEncoder(vit)
+    data = batches.Batches(encoder, loader, loader[:1], config)
+    start = torch.rand(2, *data.shape)
+    run, bar = universal.UniversalRun(encoder, data, config, start), Bar()
+    with Made(bar):
+        run.run(total, bar)
+    assert len(bar.held) == total
+    settled = 2 * universal.LOOK_EVERY  # by then every batch has been kept, and the first look been taken
+    assert set(bar.held[settled:]) == {bar.held[settled]}
 
 
 def test_out_of_memory_keeps_the_noise(

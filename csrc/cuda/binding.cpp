@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <optional>
 
 #include "cuda/device.h"
@@ -182,19 +183,24 @@ void noise_objective_out(const Tensor& clean, const Tensor& noisy, bool squared,
   run_objective(clean, noisy, squared, scale, loss, cotangent, influence, {});
 }
 
-// noise_objective_out, and in the same launch the means over the rows of each group. tickets [groups] (int32) must be 0
-// and are so afterwards: they can be kept for the next call.
+// noise_objective_out, and in the same launch the means over the rows of each group.
 void noise_objective_means_out(const Tensor& clean, const Tensor& noisy, bool squared, double scale,
                                const Tensor& loss, const Tensor& cotangent, const Tensor& influence,
-                               const Tensor& mean_loss, const Tensor& mean_influence, const Tensor& tickets) {
+                               const Tensor& mean_loss, const Tensor& mean_influence) {
   const int64_t groups = mean_loss.numel();
+  if (noisy.size(0) == 0) {  // no mean of nothing
+    torch::stable::fill_(mean_loss, NAN);
+    torch::stable::fill_(mean_influence, NAN);
+    return;
+  }
   STD_TORCH_CHECK(groups > 0 && loss.numel() % groups == 0, "fastnull: mean_loss has ", groups,
                   " elements, which must divide the ", loss.numel(), " rows of noisy");
   ObjectiveArgs args{};
   args.groups = int(groups);
   args.mean_loss = dense<float>(mean_loss, ScalarType::Float, groups, "mean_loss");
   args.mean_influence = dense<float>(mean_influence, ScalarType::Float, groups, "mean_influence");
-  args.tickets = dense<unsigned>(tickets, ScalarType::Int, groups, "tickets");
+  const Tensor tickets = torch::stable::new_empty(loss, {groups}, ScalarType::Int);  // held until the launch
+  args.tickets = static_cast<unsigned*>(tickets.data_ptr());
   run_objective(clean, noisy, squared, scale, loss, cotangent, influence, args);
 }
 
@@ -263,7 +269,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTNULL_CUDA_LIBRARY, m) {
       "cotangent, Tensor(c!) influence) -> ()");
   m.def(
       "noise_objective_means_out(Tensor clean, Tensor noisy, bool squared, float scale, Tensor(a!) loss, Tensor(b!) "
-      "cotangent, Tensor(c!) influence, Tensor(d!) mean_loss, Tensor(e!) mean_influence, Tensor(f!) tickets) -> ()");
+      "cotangent, Tensor(c!) influence, Tensor(d!) mean_loss, Tensor(e!) mean_influence) -> ()");
   m.def(
       "adamw_step_(Tensor(a!) noise, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) steps, Tensor "
       "gate, Tensor lr, float beta1, float beta2, float eps, float weight_decay) -> ()");

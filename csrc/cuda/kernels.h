@@ -66,7 +66,7 @@ struct ObjectiveArgs {
   int groups;
   float* mean_loss;       // [groups]
   float* mean_influence;  // [groups]
-  unsigned* tickets;      // [groups], 0 before and after
+  unsigned* tickets;      // [groups], scratch
 };
 cudaError_t noise_objective(const ObjectiveArgs&, cudaStream_t);
 

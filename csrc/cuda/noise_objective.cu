@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(THREADS) objective_kernel(const ObjectiveArgs 
   __shared__ bool last;
   if (threadIdx.x == 0) {
     __threadfence();  // the row's results are there before the ticket says so
-    last = atomicInc(args.tickets + group, rows - 1) == unsigned(rows - 1);  // and back to 0
+    last = atomicInc(args.tickets + group, rows - 1) == unsigned(rows - 1);
   }
   __syncthreads();
   if (!last) return;
@@ -78,6 +78,10 @@ cudaError_t launch_objective(const ObjectiveArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t noise_objective(const ObjectiveArgs& args, cudaStream_t stream) {
+  if (args.mean_loss != nullptr) {
+    const cudaError_t refused = cudaMemsetAsync(args.tickets, 0, args.groups * sizeof(unsigned), stream);
+    if (refused != cudaSuccess) return refused;
+  }
   if (args.clean_dtype == Dtype::f32) return launch_objective<float>(args, stream);
   if (args.clean_dtype == Dtype::bf16) return launch_objective<Bf16>(args, stream);
   return launch_objective<Fp16>(args, stream);

@@ -20,9 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastnull.explicit.products import PackedProduct, packs
+from fastnull.explicit.float8 import Float8Linear
+from fastnull.explicit.folded import FoldedLinear
+from fastnull.explicit.products import packs
 from fastnull.ops import (
     attention,
     attention_dqkv,
@@ -31,76 +33,11 @@ from fastnull.ops import (
     gelu_,
     layer_norm_dx,
     layer_norm_stats,
+    linear_dgelu_aux,
+    linear_gelu_aux,
 )
+from fastnull.ops.linear_gelu_aux import keeps_z
 from fastnull.vit.parts import BlockParts
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """float32, or float64 where the tensor is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-class FoldedLinear:
-    """A linear whose weight [out, in] and bias [out] are buffers that `sync` fills from live parameters.
-
-    Where `packed`, the weight lies in the library's own order, once for each direction (see products.py). Such products
-    give their results in memory of their own, so `out` is room that a result may be written to, and what is returned is
-    where it is.
-    """
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, packed: bool = False) -> None:
-        self._linear = linear
-        self.weight = torch.empty_like(linear.weight, dtype=dtype, requires_grad=False)
-        self.bias = torch.zeros(len(linear.weight), dtype=dtype, device=linear.weight.device)
-        self._packed = packed
-        self._product: PackedProduct | None = None
-        self._transposed: PackedProduct | None = None
-
-    def sync(self, *, before: nn.LayerNorm | None = None, rows: Tensor | None = None) -> None:
-        """Cast and fold: `before` is the norm whose affine goes in, `rows` [out] scales the output."""
-        weight = wide(self._linear.weight)
-        bias = wide(self._linear.bias) if self._linear.bias is not None else torch.zeros_like(weight[:, 0])
-        if before is not None and before.bias is not None:
-            bias = bias + weight @ wide(before.bias)
-        if before is not None and before.weight is not None:
-            weight = weight * wide(before.weight)
-        if rows is not None:
-            weight, bias = weight * wide(rows).unsqueeze(1), bias * wide(rows)
-        self.bias.copy_(bias)
-        if self._packed:
-            cast = weight.to(self.bias.dtype)
-            self._product, self._transposed = PackedProduct(cast), PackedProduct(cast.t())
-            self.weight = cast.new_empty(0)
-        else:
-            self.weight.copy_(weight)
-
-    def tensors(self) -> list[Tensor]:
-        """All that is held."""
-        packed = [product.weight for product in (self._product, self._transposed) if product is not None]
-        return [self.weight, self.bias, *packed]
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x [M, in] → [M, out]."""
-        if self._product is not None:
-            return self._product(x, self.bias)
-        return torch.addmm(self.bias, x, self.weight.t(), out=out)  # type: ignore[call-overload]
-
-    def without_bias(self, x: Tensor, out: Tensor) -> Tensor:
-        """x [M, in] → [M, out]."""
-        return self._product(x) if self._product is not None else torch.mm(x, self.weight.t(), out=out)
-
-    def add_to(self, residual: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        """residual [M, out] + linear(x) → [M, out]."""
-        if self._product is not None:
-            return self._product(x, self.bias, residual)
-        torch.add(residual, self.bias, out=out)
-        return out.addmm_(x, self.weight.t())
-
-    def input_gradient(self, dy: Tensor, out: Tensor | None = None) -> Tensor:
-        """dy [M, out] → dx [M, in]."""
-        if self._transposed is not None:
-            return self._transposed(dy)
-        return torch.mm(dy, self.weight, out=out)  # type: ignore[call-overload]
 
 
 class Saved:
@@ -110,7 +47,9 @@ class Saved:
         self.x = new(rows, block.width)
         self.middle = new(rows, block.width)
         self.qkv = new(rows, 3 * block.inner)
-        self.derivative = new(rows, block.hidden, dtype=derivative_dtype(block.dtype))
+        # of GELU; or its argument z, where the products have GELU in their epilogues
+        kept = block.dtype if block.keeps_z else derivative_dtype(block.dtype)
+        self.derivative = new(rows, block.hidden, dtype=kept)
         stat = torch.float64 if block.dtype == torch.float64 else torch.float32
         self.stats = [new(rows, dtype=stat) for _ in range(4)]  # mean and 1/std of norm1, then of norm2
 
@@ -137,9 +76,12 @@ class Block:
         parts: the live modules.
         dtype: of what is kept for the backward and of the block's input and output.
         compute: of weights and of everything else; None is `dtype`.
+        float8: whether the products of the MLP's two linears are 8-bit ones (see float8.py).
     """
 
-    def __init__(self, parts: BlockParts, dtype: torch.dtype, compute: torch.dtype | None = None) -> None:
+    def __init__(
+        self, parts: BlockParts, dtype: torch.dtype, compute: torch.dtype | None = None, float8: bool = False
+    ) -> None:
         self.parts, self.dtype, self.compute = parts, dtype, compute or dtype
         self.width = parts.qkv.in_features
         self.inner = parts.proj.in_features  # H·d
@@ -147,9 +89,12 @@ class Block:
         self.heads, self.head_dim = parts.heads, parts.proj.in_features // parts.heads
         self.qk_norm = parts.q_norm is not None or parts.k_norm is not None
         packed = packs(self.compute, parts.qkv.weight.device)
-        self.qkv, self.proj, self.fc1, self.fc2 = (
-            FoldedLinear(linear, self.compute, packed) for linear in (parts.qkv, parts.proj, parts.fc1, parts.fc2)
+        self.qkv, self.proj = (FoldedLinear(linear, self.compute, packed) for linear in (parts.qkv, parts.proj))
+        self.fc1, self.fc2 = (
+            Float8Linear(linear, self.compute) if float8 else FoldedLinear(linear, self.compute, packed)
+            for linear in (parts.fc1, parts.fc2)
         )
+        self.keeps_z = not float8 and keeps_z(parts.gelu, self.compute, parts.fc1.weight.device)
         # the affine that turns normalised q and k into what the scores take, [2, 1, d]: scale, shift
         device = parts.qkv.weight.device
         self.qk_scale = torch.ones(2, 1, self.head_dim, dtype=self.compute, device=device)
@@ -191,8 +136,11 @@ class Block:
         middle = self.proj.add_to(x, heads, out=_room(saved.middle[rows], scratch.middle))
         _keep(middle, saved.middle[rows])
         layer_norm_stats(middle, eps=self.parts.norm2.eps, out=(normed, mean2, rstd2))
-        hidden = self.fc1.without_bias(normed, out=hidden)
-        gelu_(hidden, self.fc1.bias, self.parts.gelu, derivative=saved.derivative[rows])
+        if self.keeps_z:
+            linear_gelu_aux(normed, self.fc1.weight, self.fc1.bias, h=hidden, z=saved.derivative[rows])
+        else:
+            hidden = self.fc1.without_bias(normed, out=hidden)
+            gelu_(hidden, self.fc1.bias, self.parts.gelu, derivative=saved.derivative[rows])
         _keep(self.fc2.add_to(middle, hidden, out=_room(out[rows], scratch.x)), out[rows])
 
     def backward(self, saved: Saved, scratch: Scratch, rows: slice, images: int, gradient: Tensor) -> None:
@@ -200,7 +148,10 @@ class Block:
         m = len(gradient)
         mean1, rstd1, mean2, rstd2 = (stat[rows] for stat in saved.stats)
         normed, heads, dz = scratch.normed[:m], scratch.heads[:m], scratch.hidden[: m * self.hidden].view(m, -1)
-        dz = dgelu_(self.fc2.input_gradient(gradient, out=dz), saved.derivative[rows])
+        if self.keeps_z:
+            linear_dgelu_aux(gradient, self.fc2.weight, saved.derivative[rows], out=dz)
+        else:
+            dz = dgelu_(self.fc2.input_gradient(gradient, out=dz), saved.derivative[rows])
         normed = self.fc1.input_gradient(dz, out=normed)
         layer_norm_dx(normed, _widened(saved.middle[rows], scratch.middle), mean2, rstd2, gradient, out=gradient)
         heads = self.proj.input_gradient(gradient, out=heads)

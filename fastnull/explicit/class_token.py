@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastnull.explicit.block import FoldedLinear
+from fastnull.explicit.folded import FoldedLinear
 from fastnull.ops import layer_norm_dx, layer_norm_stats, linear_dgelu, linear_gelu_derivative
 from fastnull.vit.parts import BlockParts
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.explicit.block import Block, FoldedLinear, Saved, Scratch
+from fastnull.explicit.block import Block, Saved, Scratch
 from fastnull.explicit.class_token import ClassTokenBlock
+from fastnull.explicit.float8 import check_float8
+from fastnull.explicit.folded import FoldedLinear
 from fastnull.explicit.stem_and_head import Head, Stem
 from fastnull.ops.common import empty
 from fastnull.vit.base import NormalizedModel, SplitViT
@@ -35,9 +37,22 @@ class ExplicitEncoder:
         dtype: of what is kept and handed out; norms' statistics, the last block of a class-token model and the head
             have at least float32.
         compute: of weights and products, see block.py; None is `dtype`.
+        mlp_dtype: float8_e4m3fn for 8-bit products in the MLP of every block that runs over all tokens, see float8.py.
+
+    Raises:
+        ValueError: there are no products in `mlp_dtype` for this dtype, device or model.
     """
 
-    def __init__(self, vit: SplitViT, parts: ViTParts, dtype: torch.dtype, compute: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        vit: SplitViT,
+        parts: ViTParts,
+        dtype: torch.dtype,
+        compute: torch.dtype | None = None,
+        mlp_dtype: torch.dtype | None = None,
+    ) -> None:
+        if mlp_dtype is not None:
+            check_float8(mlp_dtype, dtype, parts.projection.weight.device)
         normalized = vit.model if isinstance(vit.model, NormalizedModel) else None
         mean, std = (normalized.mean, normalized.std) if normalized else (None, None)
         self.dtype, self.compute = dtype, compute or dtype
@@ -47,7 +62,8 @@ class ExplicitEncoder:
         last = parts.blocks[-1]
         absorbed = self.head.reads_class_token_alone and last.q_norm is None and last.k_norm is None
         self.last = ClassTokenBlock(last, dtype) if absorbed else None
-        self.blocks = [Block(block, dtype, self.compute) for block in (parts.blocks[:-1] if absorbed else parts.blocks)]
+        whole = parts.blocks[:-1] if absorbed else parts.blocks
+        self.blocks = [Block(block, dtype, self.compute, mlp_dtype is not None) for block in whole]
         self.width = parts.projection.out_channels
         image = self.stem.tokens * parts.blocks[0].fc1.out_features * self.compute.itemsize
         self._part = max(CPU_IMAGES, round(CPU_BYTES / image)) if self.device.type == "cpu" else None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastnull.explicit.block import FoldedLinear, wide
+from fastnull.explicit.folded import FoldedLinear, wide
 from fastnull.ops import layer_norm_dx, layer_norm_stats
 from fastnull.vit.parts import ViTParts
 

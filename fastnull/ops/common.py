@@ -27,6 +27,7 @@ OPS = (
     "noise_objective",
     "noise_step",
     "patch_project",
+    "quantize_rows",
 )
 """Names of the ops: of their files."""
 

@@ -10,6 +10,8 @@ The gradient needs no graph: it is an output, the cotangent that the encoder's b
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -68,25 +70,47 @@ define(
 )
 
 
-def _objective_fwd(clean: Tensor, noisy: Tensor, kind: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def means_after(
+    rows: Callable[..., None], clean: Tensor, noisy: Tensor, squared: bool, scale: float, *outputs: Tensor
+) -> None:
+    """The means of `noise_objective_means_out`, which two launches of torch take of what `rows` wrote."""
+    loss, cotangent, influence, mean_loss, mean_influence = outputs
+    rows(clean, noisy, squared, scale, loss, cotangent, influence)
+    for each, mean in ((loss, mean_loss), (influence, mean_influence)):
+        torch.mean(each.view(len(mean), -1), 1, out=mean)
+
+
+# Rows and means in one launch, where there is such a kernel (csrc/cuda); elsewhere the rows' own, then the means.
+define(
+    "noise_objective_means_out(Tensor clean, Tensor noisy, bool squared, float scale, Tensor(a!) loss, Tensor(b!)"
+    " cotangent, Tensor(c!) influence, Tensor(d!) mean_loss, Tensor(e!) mean_influence) -> ()",
+    functools.partial(means_after, torch.ops.fastnull.noise_objective_out),
+)
+
+
+def _objective_fwd(clean: Tensor, noisy: Tensor, kind: str, scale: float, groups: int = 0) -> tuple[Tensor, ...]:
+    """loss [B], cotangent [B, K], influence [B]; with groups also the means of loss and influence [groups]."""
     dtype = compute_dtype(torch.promote_types(clean.dtype, noisy.dtype))
     B, K = noisy.shape
-    loss = empty((B,), dtype=dtype, device=noisy.device)
-    cotangent = empty((B, K), dtype=dtype, device=noisy.device)
-    influence = empty((B,), dtype=dtype, device=noisy.device)
+    shapes = [(B,), (B, K), (B,), *([(groups,)] * 2 if groups else [])]
+    outputs = tuple(empty(shape, dtype=dtype, device=noisy.device) for shape in shapes)
+    arguments = (kind == "l2_squared", scale, *outputs)
     if use_native("noise_objective", clean, noisy):
         clean = clean if clean.stride(1) == 1 else clean.contiguous()
         noisy = noisy if noisy.stride(1) == 1 else noisy.contiguous()
-        torch.ops.fastnull.noise_objective_out(clean, noisy, kind == "l2_squared", scale, loss, cotangent, influence)
+        native = torch.ops.fastnull
+        (native.noise_objective_means_out if groups else native.noise_objective_out)(clean, noisy, *arguments)
+    elif groups:
+        means_after(_noise_objective_out_ref, clean, noisy, *arguments)
     else:
-        _noise_objective_out_ref(clean, noisy, kind == "l2_squared", scale, loss, cotangent, influence)
-    return loss, cotangent, influence
+        _noise_objective_out_ref(clean, noisy, *arguments)
+    return outputs
 
 
 class _NoiseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, clean: Tensor, noisy: Tensor, kind: str) -> Tensor:
-        loss, cotangent, _ = _objective_fwd(clean, noisy, kind, 1.0)
+        loss, cotangent = _objective_fwd(clean, noisy, kind, 1.0)[:2]
         ctx.save_for_backward(cotangent)
         ctx.dtype = noisy.dtype
         return loss
@@ -136,10 +160,7 @@ def noise_objective(
     check_choice("reduction", reduction, REDUCTIONS)
     rows = noisy_logits.shape[0] // groups
     scale = 1.0 / (batch or rows) if reduction == "mean" and rows else 1.0
-    loss, cotangent, influence = _objective_fwd(clean_logits.detach(), noisy_logits.detach(), kind, scale)
-    return NoiseObjective(
-        loss, cotangent, influence, loss.view(groups, rows).mean(1), influence.view(groups, rows).mean(1)
-    )
+    return NoiseObjective(*_objective_fwd(clean_logits.detach(), noisy_logits.detach(), kind, scale, groups))
 
 
 def noise_loss(clean_logits: Tensor, noisy_logits: Tensor, kind: str = "l2") -> Tensor:

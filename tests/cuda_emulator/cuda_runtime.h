@@ -238,6 +238,10 @@ inline cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, std::funct
 #define gridDim (emulator::device.grid)
 
 inline const char* cudaGetErrorString(cudaError_t) { return emulator::device.message.c_str(); }
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
 inline void __syncthreads() { emulator::wait(emulator::device.block_barrier); }
 inline void __threadfence() {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from place import DEVICE, DTYPES, GPU, needs_gpu
 from test_encoder import FEATURES, cosines, exact, loud, relative
 
+from fastnull import replay
 from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
 from fastnull.ops import references
+from fastnull.replay import conditional_nodes
 from fastnull.synthesis import SynthesisConfig, measure_influence, synthesize
 from fastnull.vit import SITES, NormalizedModel
 
@@ -53,6 +56,24 @@ def test_token_counts_of_real_models(make_vit: Factory, grid: int) -> None:
         assert cosines(got[1], gradient).min() > (1 - 1e-9 if dtype == torch.float32 else 0.999)
 
 
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability() < (9, 0), reason="float8 from sm_90 on")
+@pytest.mark.parametrize("settings", [{}, {"global_pool": "avg"}])
+def test_mlps_in_eight_bits(make_vit: Factory, settings: dict[str, Any]) -> None:
+    """The gradient keeps its direction, and a graph of it replays what is launched."""
+    model = loud(make_vit(depth=3, **settings))
+    images, cotangent = torch.rand(4, 3, 16, 16), torch.randn(4, 10)
+    tokens, logits, gradient = (value.to(DEVICE) for value in exact(model, images, cotangent, "patch"))
+    model = model.to(DEVICE)
+    frozen = FrozenEncoder(model, dtype=torch.bfloat16, mlp_dtype=torch.float8_e4m3fn)
+    assert frozen.backend == DEVICE
+    got_logits, got_gradient = frozen.input_gradient(tokens.bfloat16(), cotangent.to(DEVICE))
+    assert relative(got_logits, logits) < 0.1
+    assert cosines(got_gradient, gradient).min() > 0.98
+    config = SynthesisConfig(limit=0.5, lr=0.01, steps=10, stop="never")
+    noises = [synthesize(frozen, images.to(DEVICE), replace(config, graph=graph)).tokens for graph in (True, False)]
+    assert noises[0].equal(noises[1])
+
+
 def test_auto_takes_the_backend_and_the_switch_replaces_its_kernels(make_vit: Factory) -> None:
     model, images = make_vit().to(DEVICE), torch.rand(4, 3, 16, 16, device=DEVICE)
     frozen = FrozenEncoder(model)
@@ -81,6 +102,38 @@ def test_a_step_is_captured_and_replayed(make_vit: Factory) -> None:
     graph.replay()
     for mine, eager in zip(captured, expected, strict=True):
         torch.testing.assert_close(mine, eager, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs")
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_run_in_a_graph_is_the_eager_run(
+    make_vit: Factory, conditional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with steps in vain at its end: masked ones, and ones that the device leaves out."""
+    if conditional and not conditional_nodes(torch.device(DEVICE, torch.cuda.current_device())):
+        pytest.skip(f"torch {torch.__version__} has no conditional nodes on this GPU")
+    monkeypatch.setattr(replay, "conditional_nodes", lambda device: conditional)
+    encoder = FrozenEncoder(make_vit(depth=3).to(DEVICE), dtype=torch.bfloat16)
+    images = [torch.rand(16, 3, 16, 16, device=DEVICE) for _ in range(3)]
+    config = SynthesisConfig(limit=0.5, lr=0.01, steps=12, stop="never", schedule="constant", graph=False)
+    eps = 1.05 * min(record["influence"] for record in synthesize(encoder, images, config).history)
+    config = replace(config, steps=40, stop="batch", eps=eps)
+    eager, replayed = (synthesize(encoder, images, replace(config, graph=graph)) for graph in (False, True))
+    assert replayed.tokens.equal(eager.tokens)
+    assert replayed.steps.equal(eager.steps)
+    assert len(replayed.history) > len(eager.history)
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs")
+def test_memory_is_fixed_after_the_first_steps(make_vit: Factory) -> None:
+    encoder = FrozenEncoder(make_vit().to(DEVICE), dtype=torch.bfloat16)
+    images = [torch.rand(8, 3, 16, 16, device=DEVICE)]
+    peaks = []
+    for steps in (100, 10_000):
+        torch.cuda.reset_peak_memory_stats()
+        synthesize(encoder, images, SynthesisConfig(steps=steps, stop="never", limit=1.0), check=images)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] - peaks[0] <= 10_000 * 32, "the records and rates of 10,000 steps, and nothing a step"
 
 
 @pytest.mark.skipif(not GPU, reason="reads torch's CUDA allocator")

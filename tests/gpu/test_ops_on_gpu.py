@@ -8,9 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from place import DEVICE, DTYPES, needs_gpu, randn
+from place import DEVICE, DTYPES, GPU, needs_gpu, randn
 
 from fastnull import ops, testing
+from fastnull.explicit.float8 import Float8Linear
 from fastnull.ops.attention import attention_dqkv_ref, attention_dqkv_sdpa, attention_ref, attention_sdpa
 from fastnull.ops.linear_gelu import decode_derivative, encode_derivative, gelu_ref
 from fastnull.ops.patch_project import patch_project_ref
@@ -103,6 +104,46 @@ def test_products_with_a_pass_in_their_epilogue(dtype: torch.dtype, kind: str) -
     two = dxhat - dxhat.mean(1, keepdim=True) - xhat * (dxhat * xhat).mean(1, keepdim=True)
     truth = dres.double() + rstd.double().unsqueeze(1) * two
     testing.assert_gradient_close(dx, truth, ops.layer_norm_dx(dqkv @ weight, x, mean, rstd, dres), "dx")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16] + ([torch.float16] if GPU else []))
+def test_linear_gelu_that_keeps_z(dtype: torch.dtype) -> None:
+    """On cublasLt where FASTNULL_CUDA_OPS asks for it; `scripts/gpu_check.sh`, part cpp, does."""
+    x, w, bias = randn(591, 384, dtype=dtype), randn(1536, 384, dtype=dtype, seed=1) / 20, randn(1536, seed=2)
+    dy, w2 = randn(591, 384, dtype=dtype, seed=3), randn(384, 1536, dtype=dtype, seed=4) / 20
+    h, z, dz = (torch.full((591, 1536), float("nan"), dtype=dtype, device=DEVICE) for _ in range(3))
+    bias = bias.to(dtype)
+    ops.linear_gelu_aux(x, w, bias, h=h, z=z)
+    ops.linear_dgelu_aux(dy, w2, z, out=dz)
+    exact, torchs = F.linear(x.double(), w.double(), bias.double()), F.linear(x, w, bias)
+    testing.assert_within_budget(z, exact, torchs, "z")
+    testing.assert_within_budget(h, gelu_ref(exact, None, "tanh")[0], F.gelu(torchs, approximate="tanh"), "h")
+    slope = gelu_ref(z.double(), None, "tanh")[1]
+    torchs = torch.ops.aten.gelu_backward(dy @ w2, z, approximate="tanh")
+    testing.assert_gradient_close(dz, dy.double() @ w2.double() * slope, torchs, "dz")
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability() < (9, 0), reason="float8 from sm_90 on")
+def test_float8_products() -> None:
+    """Of the rounded operands, with bias and residual, against float64; float32 sums of few digits are allowed for."""
+    linear = torch.nn.Linear(384, 1536, device=DEVICE).requires_grad_(False)
+    mine = Float8Linear(linear, torch.bfloat16)
+    mine.sync()
+    x, dy, residual = (randn(591, size, dtype=torch.bfloat16, seed=size) for size in (384, 1536, 1536))
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        q, scale = ops.quantize_rows(values)
+        return q.double() * scale.double()
+
+    forward = rounded(x) @ rounded(linear.weight).t() + linear.bias.bfloat16().double()
+    backward = rounded(dy) @ rounded(linear.weight.t().contiguous()).t()
+    added = mine.add_to(residual, x, torch.empty_like(residual))
+    for got, exact in (
+        (mine(x), forward),
+        (added, forward + residual.double()),
+        (mine.input_gradient(dy), backward),
+    ):
+        assert (got.double() - exact).norm() / exact.norm() < 6e-3
 
 
 @pytest.mark.parametrize("complement", [True, False])

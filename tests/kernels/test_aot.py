@@ -25,7 +25,7 @@ from fastnull.kernels import layer_norm as layer_norm_kernels  # noqa: E402
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 ROWS = 256 * 197
-F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+F32, BF16, U8, F8 = torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn
 
 
 def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -67,6 +67,12 @@ def patch_project() -> None:
     LAUNCHERS["patch_project_out"](images, meta(768, 384, dtype=F32), 16, True, images, images)
 
 
+def quantize_rows() -> None:
+    """Of both widths of an MLP."""
+    for width in (768, 3072):
+        LAUNCHERS["quantize_rows_out"](meta(1, ROWS, width), meta(ROWS, width, dtype=F8), meta(ROWS, dtype=F32))
+
+
 def noise() -> None:
     logits, per_image = meta(256, 1000), meta(256, dtype=F32)
     LAUNCHERS["noise_objective_out"](logits, logits, False, 0.1, per_image, meta(256, 1000, dtype=F32), per_image)
@@ -91,6 +97,7 @@ CASES: dict[str, Callable[[], None]] = {
     "attention, 257 tokens, heads of 80, float32": lambda: attention(257, 80, F32),
     "patch_project": patch_project,
     "noise": noise,
+    "quantize_rows": quantize_rows,
 }
 RECORDED_WITH = "3.9.0"
 # Case: of each kernel in order of launch, registers a thread on sm_80, sm_90, sm_100.
@@ -120,6 +127,7 @@ REGISTERS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "attention, 197 tokens, float32": ((62, 66, 64), (68, 62, 62), (90, 80, 88)),
     "attention, 257 tokens, heads of 80, float32": ((64, 65, 66), (74, 56, 74), (64, 76, 74)),
     "patch_project": ((108, 106, 106), (130, 128, 128)),
+    "quantize_rows": ((0, 32, 35), (0, 32, 32)),
     "noise": ((80, 84, 88), (61, 61, 61), (17, 17, 17), (28, 27, 27)),
 }
 
@@ -145,6 +153,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 )
 @pytest.mark.parametrize("case", CASES)
 def test_resources(case: str, capability: int) -> None:
+    if case == "quantize_rows" and capability == 80:
+        pytest.skip("sm_80 has no float8")
     launches = launches_for(case, capability)
     for launch, recorded in zip(launches, REGISTERS[case], strict=True):
         built, limit = compile_for(launch, capability), recorded[(80, 90, 100).index(capability)]
@@ -197,6 +207,7 @@ def test_sizes_of_one_compile() -> None:
         LAUNCHERS["linear_gelu_out"](x[0], x[0], None, False, x[0], None)
         LAUNCHERS["linear_dgelu_out"](x[0], x[0], code, x[0])
         LAUNCHERS["linear_layer_norm_dx_out"](x[0], x[0], x[0], per_row, per_row, per_row, per_row, None, x[0])
+        LAUNCHERS["quantize_rows_out"](x, meta(1, 1, dtype=F8), per_row)
         LAUNCHERS["attention_out"](meta(1, 1, 3, 1, 1), 0.125, meta(1, 1, 1, 1))
         LAUNCHERS["attention_dqkv_out"](meta(1, 1, 3, 1, 1), meta(1, 1, 1, 1), 0.125, meta(1, 1, 3, 1, 1))
         LAUNCHERS["patch_project_out"](meta(1, 1, 1, 1), v, 1, False, None, meta(1, 1, 1, 1))
