@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fastnull.augment import NullspaceAugment
+from fastnull.augment import DEFAULTS, NullspaceAugment
 from fastnull.models import create_model
 from fastnull.recipe import FinetuneConfig
 from fastnull.rng import Place, generator, uniform
-from fastnull.starts import GRIDS, start_noise
+from fastnull.starts import GRIDS, start_noise, step_sizes
 from fastnull.synthesis import SynthesisConfig, synthesize
 
 SHAPE = (400, 3, 16, 16)
@@ -84,17 +85,65 @@ def test_synthesis_starts_there_too() -> None:
     assert float(noise.diff(dim=3).abs().amax()) < 0.25  # neighbours hardly differ
 
 
+def test_steps_are_spread_over_the_images_and_parts_get_those_of_the_whole() -> None:
+    torch.manual_seed(0)
+    model = create_model("vit_digits").train()
+    images = torch.full((200, 3, 16, 16), 0.5)
+    config = SynthesisConfig(
+        mode="boundary", site="pixels", limit=0.0, steps=1, step_size=0.1, step_spread=0.8, objective="prediction"
+    )
+
+    def draw(rows: torch.Tensor | None) -> torch.Tensor:
+        augment = NullspaceAugment(model, config=config)
+        if rows is None:
+            return augment.draw(images)
+        augment.place = Place(rows, len(images))
+        return augment.draw(images[rows])
+
+    # the loss of the prediction has a gradient at the image itself, where a distance has none: no start is needed
+    whole = draw(None)
+    lengths = whole.abs().flatten(1).amax(1)
+    assert 0.02 <= float(lengths.min()) < 0.03
+    assert 0.09 < float(lengths.max()) <= 0.1
+    rows = torch.tensor([3, 150])
+    torch.testing.assert_close(draw(rows), whole[rows])
+    assert step_sizes(images, replace(config, step_spread=0.0), generator(0)) == 0.1  # one for all
+
+
+@torch.no_grad()
+def test_noise_along_the_predictions_loss_moves_the_prediction_most() -> None:
+    torch.manual_seed(0)
+    model = create_model("vit_digits").eval()
+    images = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    clean = model(images)
+    predicted = clean.argmax(1)
+
+    def loss(objective: str) -> float:
+        config = SynthesisConfig(
+            mode="boundary", site="pixels", limit=2 / 255, steps=1, step_size=8 / 255, eps=1.9, objective=objective
+        )
+        noise = synthesize(model, images, config).tokens
+        return float(F.cross_entropy(model(images + noise), predicted))
+
+    assert loss("prediction") > max(loss("l2"), float(F.cross_entropy(clean, predicted)))
+
+
 def test_settings_reach_the_synthesis() -> None:
-    config = FinetuneConfig(augment="random", site="pixels", limit=0.1, limit_spread=0.5, smooth_limit=0.2)
-    synthesis = config.synthesis()
+    asked = {"limit": 0.1, "limit_spread": 0.5, "smooth_limit": 0.2, "objective": "l2_squared"}
+    synthesis = FinetuneConfig(augment="boundary", site="pixels", noise_step_spread=0.25, **asked).synthesis()
     assert synthesis is not None
-    assert (synthesis.limit, synthesis.limit_spread, synthesis.smooth_limit) == (0.1, 0.5, 0.2)
+    assert {name: getattr(synthesis, name) for name in asked} == asked
+    assert synthesis.step_spread == 0.25
+    # what is not asked for is the default of mode and site
+    assert synthesis.step_size == DEFAULTS["boundary", True]["step_size"]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"limit_spread": 1.5}, "limit_spread must be"),
+        ({"step_spread": -0.5}, "step_spread must be"),
+        ({"objective": "prediction", "mode": "universal"}, "for mode 'boundary'; got mode='universal'"),
         ({"smooth_limit": -0.1, "site": "pixels"}, "smooth_limit must be"),
         ({"smooth_limit": 0.1, "site": "patch"}, "smooth_limit is for site 'pixels'; got site='patch'"),
     ],
