@@ -79,7 +79,7 @@ class FinetuneConfig:
     )
     noise_lr: float | None = option(None, "universal, per_image: learning rate of AdamW on the noise; none: default")
     noise_step_size: float | None = option(
-        None, "boundary: length of an update, token units or pixels; none: 0.1 of the start's norm, 4/255 in pixels"
+        None, "boundary: length of an update, token units or pixels; none: 0.1 of the start's norm, 12/255 in pixels"
     )
     noise_step_spread: float | None = option(
         None, "boundary: each image's step is drawn from U((1 - spread) step, step); none: default [0, 1]"
