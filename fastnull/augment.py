@@ -29,8 +29,9 @@ from fastnull.batches import check_batch
 from fastnull.checks import check_choice, check_labels, trusted_values
 from fastnull.encoder import FrozenEncoder
 from fastnull.replay import Replay, use_graph
-from fastnull.rng import Place, carried, generator, uniform
-from fastnull.solvers import boundary_step_size, norms, own_noise, valid_noise
+from fastnull.rng import Place, carried, generator
+from fastnull.solvers import norms, own_noise, valid_noise
+from fastnull.starts import start_noise, step_sizes
 from fastnull.synthesis import Noise, SynthesisConfig, synthesize
 from fastnull.vit.base import unwrap
 
@@ -39,7 +40,14 @@ MODES = ("boundary", "per_image", "universal", "random")
 DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
     # (mode, in pixels): limits in token units or pixels in [0, 1]
     ("boundary", False): {"eps": 0.1, "limit": 0.25, "steps": 3},
-    ("boundary", True): {"eps": 0.1, "limit": 8 / 255, "steps": 3},
+    ("boundary", True): {
+        "eps": 0.6,
+        "limit": 8 / 255,
+        "steps": 1,
+        "step_size": 12 / 255,
+        "step_spread": 1.0,
+        "objective": "prediction",
+    },
     ("per_image", False): {"eps": 0.03, "limit": 1.0, "steps": 3},
     ("per_image", True): {"eps": 0.03, "limit": 8 / 255, "steps": 3, "lr": 2 / 255},
     ("universal", False): {"eps": 0.03, "limit": 3.0},
@@ -47,7 +55,8 @@ DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
     ("random", False): {"limit": 0.5},
     ("random", True): {"limit": 8 / 255},
 }
-"""What eps, limit, steps and lr are where the caller names none."""
+"""What eps, limit, steps and other settings are where the caller names none. Those of boundary noise in pixels won the
+search in docs/recipe.md."""
 
 
 class NullspaceAugment:
@@ -282,15 +291,19 @@ class NullspaceAugment:
         return valid_noise(tokens, noise) if self.config.site == "pixels" else noise
 
     def _start(self, tokens: Tensor, source: torch.Generator) -> tuple[Tensor, ...]:
-        """The noise that synthesis starts from [B, ...], and, for a part of a batch, the step size of the whole."""
+        """The noise that synthesis starts from [B, ...], and its step size where that is a tensor, [] or [B]."""
         config, place = self.config, self.place
         if place is None:
-            return (uniform(tokens.shape, config.limit, source, tokens),)
-        # on the CPU, where it is drawn: only this part of it travels
-        whole = uniform((place.total, *tokens.shape[1:]), config.limit, source, tokens.new_empty(0, device="cpu"))
-        size = boundary_step_size(whole, config)
-        start = carried(whole[place.rows], tokens.device)
-        return (start, carried(size, tokens.device)) if isinstance(size, Tensor) else (start,)
+            start = start_noise(tokens.shape, config, source, tokens)
+            size = step_sizes(start, config, source)
+        else:
+            # on the CPU, where it is drawn: only this part of it travels
+            whole = start_noise((place.total, *tokens.shape[1:]), config, source, tokens.new_empty(0, device="cpu"))
+            size = step_sizes(whole, config, source)
+            start = carried(whole[place.rows], tokens.device)
+            if isinstance(size, Tensor):
+                size = carried(size[place.rows] if size.ndim else size, tokens.device)
+        return (start, size) if isinstance(size, Tensor) else (start,)
 
     def _synthesized(self, tokens: Tensor, start: Tensor, *size: Tensor) -> tuple[Tensor, Tensor]:
         if self.mode == "random":

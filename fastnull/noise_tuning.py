@@ -26,8 +26,9 @@ from fastnull.encoder import FrozenEncoder
 from fastnull.objective import influence
 from fastnull.progress import progress_bar
 from fastnull.record import provenance, replacing, write_json
-from fastnull.rng import generator, uniform
+from fastnull.rng import generator
 from fastnull.solvers import norms, perturb
+from fastnull.starts import start_noise
 from fastnull.synthesis import SynthesisConfig, synthesize
 
 MODES = ("boundary", "per_image", "universal")
@@ -103,14 +104,16 @@ def try_settings(
     if mode == "universal" and len(images) < 2:
         raise ValueError(f"images must be at least 2 in universal mode; got {len(images)}")
     steps = steps or defaults.get("steps", UNIVERSAL_STEPS)
-    base = SynthesisConfig(mode=mode, site=encoder.site, steps=steps, seed=seed, **_optional(defaults, "lr"))
+    others = {name: value for name, value in defaults.items() if name not in ("eps", "limit", "steps")}
+    base = SynthesisConfig(mode=mode, site=encoder.site, steps=steps, seed=seed, **others)
     learned, judged = images.chunk(2) if mode == "universal" else (images, images)
     pair = embed_batch(encoder, judged)
     rows = []
     with progress_bar(len(limits) * (1 + len(eps)), show=progress, desc="tune", unit=" setting") as bar:
         for limit in limits:
-            start = uniform(pair[0].shape[mode == "universal" :], limit, generator(seed), pair[0])
-            rows.append(_tried(encoder, start if mode != "universal" else start[None], pair, limit))
+            shape = (1, *pair[0].shape[1:]) if mode == "universal" else pair[0].shape
+            start = start_noise(shape, replace(base, limit=limit), generator(seed), pair[0])
+            rows.append(_tried(encoder, start, pair, limit))
             bar.update()
             for value in eps:
                 begin = time.perf_counter()
@@ -121,10 +124,6 @@ def try_settings(
                 rows.append(replace(_tried(encoder, noise.tokens, pair, limit), eps=value, **about))
                 bar.update()
     return rows
-
-
-def _optional(values: dict[str, Any], name: str) -> dict[str, Any]:
-    return {name: values[name]} if name in values else {}
 
 
 def _tried(encoder: FrozenEncoder, noise: Tensor, pair: tuple[Tensor, Tensor], limit: float) -> Tried:

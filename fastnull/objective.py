@@ -1,7 +1,10 @@
 """What synthesis judges noise by: distances between the logits of two views, and the influence.
 
 The distances with their gradients are the op `noise_objective`; the paper's two are its kinds `l2`, ‖Δlogits‖₂ (the
-first code release), and `l2_squared`, ‖Δlogits‖₂² (the recipe behind the published tables).
+first code release), and `l2_squared`, ‖Δlogits‖₂² (the recipe behind the published tables). Ours is `prediction`, for
+noise of one image: the cross entropy of the noisy logits against the class that the model predicts without noise. The
+distances rise in a direction that a random start decides; the prediction's loss rises straight towards another class,
+and like them it needs no labels.
 """
 
 from __future__ import annotations
@@ -11,9 +14,25 @@ from torch import Tensor
 
 from fastnull.ops.noise_objective import KINDS, noise_loss, noise_objective
 
-__all__ = ["OBJECTIVES", "influence", "noise_loss", "noise_objective"]
+__all__ = ["OBJECTIVES", "PREDICTION", "influence", "noise_loss", "noise_objective", "prediction_gradient"]
 
-OBJECTIVES = KINDS
+PREDICTION = "prediction"
+OBJECTIVES = (*KINDS, PREDICTION)
+
+
+def prediction_gradient(clean: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of each image's cross entropy against its class without noise, and the influence.
+
+    Args:
+        clean, noisy: logits [B, K] without and with the noise.
+
+    Returns:
+        the gradient with respect to `noisy` [B, K] and the influence [B], both in float32 (float64 for float64 logits).
+        Source: ours; predicted classes in place of labels after Kurakin et al. 2017.
+    """
+    gradient = _wide(noisy).softmax(-1)
+    gradient.scatter_add_(-1, clean.argmax(-1, keepdim=True), -torch.ones_like(gradient[..., :1]))
+    return gradient, influence(clean, noisy)
 
 
 def influence(clean: Tensor, noisy: Tensor) -> Tensor:

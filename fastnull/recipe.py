@@ -67,10 +67,22 @@ class FinetuneConfig:
     augment: str = option("boundary", f"one of {', '.join(AUGMENTS)}")
     site: str = option("patch", "where noise is added: patch, block0 or pixels")
     eps: float | None = option(None, "influence aimed at; none: the default of augmentation and site")
+    objective: str | None = option(
+        None, "what the noise keeps (or boundary: moves) of the logits: l2, l2_squared or prediction; none: default"
+    )
     limit: float | None = option(None, "the noise starts in U(-limit, limit), token units or pixels; none: default")
+    limit_spread: float | None = option(
+        None, "each image's limit is drawn from U((1 - spread) limit, limit); none: default [0, 1]"
+    )
+    smooth_limit: float | None = option(
+        None, "site pixels: strength of a smooth field added to each image's starting noise, in pixels; none: default"
+    )
     noise_lr: float | None = option(None, "universal, per_image: learning rate of AdamW on the noise; none: default")
     noise_step_size: float | None = option(
-        None, "boundary: length of an update, token units or pixels; none: 0.1 of the start's norm, 4/255 in pixels"
+        None, "boundary: length of an update, token units or pixels; none: 0.1 of the start's norm, 12/255 in pixels"
+    )
+    noise_step_spread: float | None = option(
+        None, "boundary: each image's step is drawn from U((1 - spread) step, step); none: default [0, 1]"
     )
     noise_steps: int | None = option(None, "updates of the noise; none: default (universal: rounds x their batches)")
     rounds: int = option(3, "universal: rounds through the training batches in a refresh")
@@ -214,13 +226,14 @@ class FinetuneConfig:
             return None
         asked: dict[str, Any] = {
             "eps": self.eps, "limit": self.limit, "lr": self.noise_lr, "steps": self.noise_steps,
-            "step_size": self.noise_step_size,
+            "step_size": self.noise_step_size, "step_spread": self.noise_step_spread, "limit_spread": self.limit_spread,
+            "objective": self.objective, "smooth_limit": self.smooth_limit,
         }  # fmt: skip
         asked = {name: value for name, value in asked.items() if value is not None}
         asked |= {"site": self.site, "rounds": self.rounds, "image_ratio": self.image_ratio, "seed": self.seed}
         if self.noise_preset is not None:
             return SynthesisConfig.published(self.noise_preset, **asked)
-        # `random` is no synthesis: only its limit is used
+        # `random` is no synthesis: only its limits are used
         mode = "boundary" if self.augment == "random" else self.augment
         return SynthesisConfig(mode=mode, **{**DEFAULTS[self.augment, self.site == "pixels"], **asked})
 
@@ -234,7 +247,9 @@ _RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
     ("checkpoint_every", 1, None, False), ("keep_last", 1, None, False),
     ("log_every", 1, None, False), ("workers", 0, None, False), ("train_ratio", 0, 1, True),
     ("crop_scale", 0, 1, True), ("hflip", 0, 1, False), ("color_jitter", 0, None, False), ("reprob", 0, 1, False),
-    ("eps", 0, 2, True), ("limit", 0, None, False), ("noise_lr", 0, None, True), ("image_ratio", 0, 1, True),
+    ("eps", 0, 2, True), ("limit", 0, None, False), ("image_ratio", 0, 1, True),
+    ("limit_spread", 0, 1, False), ("noise_step_spread", 0, 1, False), ("smooth_limit", 0, None, False),
+    ("noise_lr", 0, None, True),
     ("attack_eps", 0, 1, True), ("attack_step_size", 0, 1, True), ("mixup", 0, None, False),
     ("cutmix", 0, None, False), ("compute_budget", 0, None, True), ("lr", 0, None, True), ("min_lr", 0, None, False),
     ("weight_decay", 0, None, False), ("warmup_epochs", 0, None, False), ("layer_decay", 0, 1, True),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnull.encoder import FrozenEncoder
+from fastnull.objective import PREDICTION, prediction_gradient
 from fastnull.ops import (
     AdamWState,
     NoiseObjective,
@@ -61,7 +62,7 @@ def boundary_noise(
         clean: logits without noise [B, K].
         start: noise to start from [B, ...].
         config: eps, objective, steps and step_size are used.
-        step_size: in place of `boundary_step_size` of the start, where that is a part of a larger batch.
+        step_size: [] or [B], in place of `boundary_step_size` of the start.
 
     Returns:
         the noise [B, ...] and the influence before the last step [B].
@@ -153,15 +154,20 @@ def shared_gradient(
 def own_gradients(
     encoder: FrozenEncoder, tokens: Tensor, noise: Tensor, clean: Tensor, objective: str
 ) -> tuple[Tensor, Tensor]:
-    """Influence [B] and the gradient [B, ...] of each image's distance with respect to its own noise."""
-    judged: list[NoiseObjective] = []
+    """Influence [B] and the gradient [B, ...] of each image's objective with respect to its own noise."""
+    seen: list[Tensor] = []
 
     def cotangent(logits: Tensor, images: slice) -> Tensor:
-        judged.append(noise_objective(clean[images], logits, objective, reduction="none"))
-        return judged[-1].cotangent
+        if objective == PREDICTION:
+            gradient, influence = prediction_gradient(clean[images], logits)
+        else:
+            judged = noise_objective(clean[images], logits, objective, reduction="none")
+            gradient, influence = judged.cotangent, judged.influence
+        seen.append(influence)
+        return gradient
 
     _, gradient = encoder.input_gradient(perturb(encoder, tokens, noise), cotangent, by_image=True)
-    return torch.cat([part.influence for part in judged]), gradient
+    return torch.cat(seen), gradient
 
 
 def learning_rate(config: SynthesisConfig, step: int, period: int) -> float:

@@ -21,11 +21,12 @@ from fastnull.batches import Batches, as_batches, embed_batch
 from fastnull.checks import check_choice, check_finite, check_number
 from fastnull.encoder import FrozenEncoder
 from fastnull.noise import Noise
-from fastnull.objective import OBJECTIVES, influence
+from fastnull.objective import OBJECTIVES, PREDICTION, influence
 from fastnull.progress import progress_bar
 from fastnull.replay import Replay, use_graph
-from fastnull.rng import generator, preserved, uniform
+from fastnull.rng import generator, preserved
 from fastnull.solvers import norms, own_noise, perturb, spread
+from fastnull.starts import start_noise, step_sizes
 from fastnull.universal import BISECTIONS, Mean, UniversalRun, judge, scaled_to_eps
 from fastnull.vit.base import SITES, SplitViT
 
@@ -44,8 +45,11 @@ class SynthesisConfig:
         site: `patch`, `block0` or `pixels`.
         count: universal: number M of noises in the bank.
         limit: the start is drawn from U(−limit, limit).
+        limit_spread: each start has a limit of its own, drawn from U((1 − spread)·limit, limit).
+        smooth_limit: in pixels: a smooth field of up to this strength is added to each start, see fastnull.starts.
         eps: the influence that a noise may have.
-        objective: `l2` or `l2_squared` distance between logits.
+        objective: `l2` or `l2_squared` distance between logits, or (boundary) `prediction`: the cross entropy against
+            the class predicted without noise.
         log_norm_weight: λ of the objective's −λ·log‖v‖ (paper, Eq. 6); 0 leaves it out.
         lr, weight_decay: of AdamW on the noise (universal, per_image).
         steps: most updates a noise gets; None is rounds × the batches of a round (universal) or 30 (others).
@@ -57,6 +61,7 @@ class SynthesisConfig:
             current minibatch is (published), `never` runs all steps.
         on_unmet: what happens to a noise that never met ε: `keep` reports it, `scale` bisects its scale to ε, `raise`.
         step_size: boundary: of one step; None is 0.1 × the mean norm of the start at the token sites, 4/255 in pixels.
+        step_spread: boundary: each noise has a step of its own, drawn from U((1 − spread)·step_size, step_size).
         growing: universal: start with an eighth of each batch, and double it whenever all noises meet ε on theirs.
         final_scale: universal: afterwards scale each noise, up or down, until its influence on the check images is just
             below ε.
@@ -69,6 +74,8 @@ class SynthesisConfig:
     site: str = "patch"
     count: int = 1
     limit: float = 3.0
+    limit_spread: float = 0.0
+    smooth_limit: float = 0.0
     eps: float = 0.03
     objective: str = "l2"
     log_norm_weight: float = 0.0
@@ -81,6 +88,7 @@ class SynthesisConfig:
     stop: str = "check"
     on_unmet: str = "keep"
     step_size: float | None = None
+    step_spread: float = 0.0
     growing: bool = False
     final_scale: bool = False
     graph: bool | None = None
@@ -97,7 +105,14 @@ class SynthesisConfig:
         ):
             check_choice(name, getattr(self, name), allowed)
         check_number("eps", self.eps, 0, 2, exclusive=True)
-        check_number("limit", self.limit, 0)
+        for name in ("limit", "smooth_limit"):
+            check_number(name, getattr(self, name), 0)
+        if self.smooth_limit and self.site != "pixels":
+            raise ValueError(f"smooth_limit is for site 'pixels'; got site={self.site!r}")
+        if self.objective == PREDICTION and self.mode != "boundary":
+            raise ValueError(f"objective {PREDICTION!r} is for mode 'boundary'; got mode={self.mode!r}")
+        for name in ("limit_spread", "step_spread"):
+            check_number(name, getattr(self, name), 0, 1)
         check_number("lr", self.lr, 0, exclusive=True)
         check_number("image_ratio", self.image_ratio, 0, 1, exclusive=True)
         for name in ("weight_decay", "log_norm_weight"):
@@ -280,14 +295,15 @@ def _per_image(
     done = 0
     total = len(batches) if isinstance(batches, Sequence) else None
     graph = use_graph(config.graph, encoder.device, encoder.backend)
-    solve = Replay(lambda tokens, clean, first: own_noise(encoder, tokens, clean, first, config), graph)
+    solve = Replay(lambda tokens, clean, first, *size: own_noise(encoder, tokens, clean, first, config, *size), graph)
     bar = progress_bar(total, show=progress, desc="synthesize", unit=" batch")
     try:
         for index, batch in enumerate(as_batches(batches)):
             tokens, clean = embed_batch(encoder, batch)
             given = None if start is None else start[done : done + len(tokens)]
             first = _starts(tuple(tokens.shape), config, tokens, given, index)
-            noise, _, taken = solve(tokens, clean, first)
+            size = step_sizes(first, config, generator(config.seed, index, 1))
+            noise, _, taken = solve(tokens, clean, first, *([size] if isinstance(size, Tensor) else []))
             if config.on_unmet == "scale":
                 noise = _each_scaled_to_eps(encoder, noise, tokens, clean, config)
             parts.append((noise.cpu(), influence(clean, encoder(perturb(encoder, tokens, noise))).cpu(), taken.cpu()))
@@ -341,8 +357,7 @@ def _starts(
 ) -> Tensor:
     if given is None:
         source = generator(config.seed, index)
-        rows = [uniform(shape[1:], config.limit, source, like) for _ in range(shape[0])]
-        return torch.stack(rows)
+        return torch.cat([start_noise((1, *shape[1:]), config, source, like) for _ in range(shape[0])])
     if tuple(given.shape) != shape:
         raise ValueError(f"start must have shape {list(shape)}; got {list(given.shape)}")
     check_finite("start", given)

@@ -13,15 +13,17 @@ import torch
 
 import fastnull.compare
 from fastnull.cli import main
-from fastnull.compare import RECIPES, CompareSettings, limit_of_norm, run_compare
+from fastnull.compare import RECIPES, CompareSettings, run_compare, scale_of_norm
 from fastnull.data import embedded
 from fastnull.models import load_model
 from fastnull.recipe import FinetuneConfig, step_cost
 from fastnull.report.claims import compare
 from fastnull.report.comparison import format_comparison, summarize_runs
 from fastnull.report.runs import Run
-from fastnull.rng import generator, uniform
+from fastnull.rng import generator
 from fastnull.solvers import norms, valid_noise
+from fastnull.starts import start_noise
+from fastnull.synthesis import SynthesisConfig
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -85,15 +87,18 @@ def test_random_noise_has_the_norm_of_the_other(done: Path) -> None:
     assert limits[0] != limits[1]
 
 
-@pytest.mark.parametrize("site", ["patch", "pixels"])
-def test_limit_of_norm(site: str) -> None:
+@pytest.mark.parametrize(("site", "smooth"), [("patch", 0.0), ("pixels", 0.0), ("pixels", 0.3)])
+def test_scale_of_norm(site: str, smooth: float) -> None:
     inputs = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)).round()  # half of all noise is cut
-    limit = limit_of_norm(2.0, inputs, site)
-    noise = uniform(inputs.shape, limit, generator(5), inputs)
+    start = SynthesisConfig(mode="boundary", site=site, limit=0.1, limit_spread=0.5, smooth_limit=smooth)
+    scale = scale_of_norm(2.0, inputs, start)
+    scaled = replace(start, limit=scale * 0.1, smooth_limit=scale * smooth)
+    noise = start_noise(inputs.shape, scaled, generator(5), inputs)
     noise = valid_noise(inputs, noise) if site == "pixels" else noise
-    assert float(norms(noise).mean()) == pytest.approx(2.0, rel=0.02)
-    with pytest.raises(ValueError, match="no uniform noise in pixels"):
-        limit_of_norm(1e3, inputs, "pixels")
+    assert float(norms(noise).mean()) == pytest.approx(2.0, rel=0.05)
+    if site == "pixels":
+        with pytest.raises(ValueError, match="no such noise in pixels"):
+            scale_of_norm(1e3, inputs, start)
 
 
 def test_resume_does_only_what_is_missing(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +186,7 @@ def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:
         ({"methods": ("x",), "recipes": {"x": {"augment": "boundary", "eps": -1}}}, "recipe of x: eps must be"),
         (
             {"methods": ("universal", "x"), "recipes": {"x": {"augment": "none", "norm_of": "universal"}}},
-            "sets the limit",
+            "scales the limits of random noise",
         ),
         ({"methods": ("universal", "universal")}, "methods must differ"),
         ({"methods": ()}, "at least one"),

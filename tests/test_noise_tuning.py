@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnull.augment import DEFAULTS
 from fastnull.cli import main
 from fastnull.encoder import FrozenEncoder
 from fastnull.noise_tuning import MODES, format_tried, try_settings
@@ -23,8 +24,8 @@ def test_rows_are_what_synthesis_gives(vit: NormalizedModel, images: Tensor, mod
     by = {(row.limit, row.eps): row for row in rows}
     assert by[0.05, None].norm > 3 * by[0.01, None].norm
     learned, judged = images.chunk(2) if mode == "universal" else (images, images)
-    lr = {"lr": 2 / 255} if site == "pixels" and mode != "boundary" else {}
-    config = SynthesisConfig(mode=mode, site=site, limit=0.05, eps=0.1, steps=4, seed=3, **lr)
+    asked = {"limit": 0.05, "eps": 0.1, "steps": 4}
+    config = SynthesisConfig(mode=mode, site=site, seed=3, **{**DEFAULTS[mode, site == "pixels"], **asked})
     noise = synthesize(vit, [learned], config, check=judged if mode == "universal" else None)
     row = by[0.05, 0.1]
     assert row.norm == pytest.approx(float(noise.norm.mean()))

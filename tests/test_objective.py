@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from fastnull.objective import OBJECTIVES, influence, noise_loss, noise_objective
+from fastnull.objective import influence, noise_loss, noise_objective, prediction_gradient
+from fastnull.ops.noise_objective import KINDS
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradient_is_autograds(kind: str) -> None:
     clean = torch.randn(5, 7, dtype=torch.float64)
     noisy = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
@@ -19,6 +20,17 @@ def test_gradient_is_autograds(kind: str) -> None:
     judged = noise_objective(clean, noisy, kind, reduction="none")
     torch.testing.assert_close(judged.cotangent, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(judged.influence, influence(clean, noisy.detach()), rtol=1e-12, atol=0)
+
+
+def test_gradient_of_the_prediction_is_autograds() -> None:
+    clean = torch.randn(5, 7, dtype=torch.float64)
+    noisy = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    loss = torch.nn.functional.cross_entropy(noisy, clean.argmax(1), reduction="sum")
+    (expected,) = torch.autograd.grad(loss, noisy)
+    gradient, seen = prediction_gradient(clean, noisy.detach())
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(seen, influence(clean, noisy.detach()), rtol=0, atol=0)
+    assert prediction_gradient(clean.bfloat16(), noisy.detach().bfloat16())[0].dtype == torch.float32
 
 
 def test_values_by_hand() -> None:
@@ -31,7 +43,7 @@ def test_values_by_hand() -> None:
 
 def test_no_difference_has_no_gradient() -> None:
     logits = torch.randn(3, 4)
-    for kind in OBJECTIVES:
+    for kind in KINDS:
         judged = noise_objective(logits, logits, kind)
         assert not judged.loss.any()
         assert not judged.cotangent.any()

@@ -15,6 +15,7 @@ from fastnull.recipe import FinetuneConfig
 from fastnull.report import compose, write_report
 from fastnull.report.claims import Claim, Comparison, compare, make_claims, sentences
 from fastnull.report.document import Bullets, Details, Figure, Heading, Paragraph, Table, to_html, to_markdown
+from fastnull.report.page import _noise_settings
 from fastnull.report.runs import load_runs
 
 pytest.importorskip("matplotlib")
@@ -273,3 +274,12 @@ def test_svg_is_well_formed_and_follows_the_page(runs: Path) -> None:
         assert "#010203" not in figure.svg
         assert "<metadata" not in figure.svg
         assert figure.png.startswith(b"\x89PNG")
+
+
+def test_settings_of_boundary_noise_are_told() -> None:
+    noise = {"limit": 64 / 255, "eps": 0.6, "steps": 1, "step_size": 16 / 255, "step_spread": 1.0, "limit_spread": 1.0}
+    told = _noise_settings({**noise, "smooth_limit": 32 / 255}, "boundary", "pixels")
+    assert told == "start up to ±64/255, smooth field up to ±32/255, ε 0.6, 1 step of up to 16/255"
+    assert _noise_settings(noise, "random", "pixels") == "start up to ±64/255"
+    plain = {"limit": 0.25, "eps": 0.6, "steps": 3, "step_size": None, "step_spread": 0.0, "limit_spread": 0.0}
+    assert _noise_settings(plain, "boundary", "patch") == "start ±0.25, ε 0.6, 3 steps"

@@ -297,7 +297,7 @@ def _provenance(
     if demo:
         yield Paragraph(
             "The last weights are evaluated; no test image, and no held-out image, chooses among epochs or settings "
-            "within this run. The settings themselves were chosen beforehand in trials on the same data."
+            "within this run. The settings themselves were chosen beforehand: docs/recipe.md says how."
         )
         yield Heading("The same again", 3)
         yield Code(demo["command"])
@@ -316,12 +316,7 @@ def _settings_table(trained: Mapping[str, Run]) -> Table:
         elif config["augment"] == "none":
             how = "none"
         else:
-            limit = _in_255(noise["limit"]) if config["site"] == "pixels" else f"{noise['limit']:g}"
-            how = f"start ±{limit}"
-            if config["augment"] != "random":
-                how += f", ε {noise['eps']:g}"
-            if noise.get("steps") and config["augment"] != "random":
-                how += f", {noise['steps']} steps"
+            how = _noise_settings(noise, config["augment"], config["site"])
         seen = f"{run.spent['influence']:.2g}" if "influence" in run.spent else "–"
         cost, epochs = str(plan.get("step_cost", "–")), str(plan.get("epochs", config["epochs"]))
         optimiser = f"{config['opt']}, {config['lr']:g}, batch {plan.get('batch_size', config['batch_size'])}"
@@ -333,6 +328,24 @@ def _settings_table(trained: Mapping[str, Run]) -> Table:
         "step: in forward passes for each of its images, without what a universal noise takes once an epoch.",
         text_columns=2,
     )
+
+
+def _noise_settings(noise: Mapping[str, Any], augment: str, site: str) -> str:
+    def length(name: str) -> str:
+        return _in_255(noise[name]) if site == "pixels" else f"{noise[name]:g}"
+
+    # a run of an earlier version has no spreads and no smooth field
+    how = f"start {'up to ' if noise.get('limit_spread') else ''}±{length('limit')}"
+    if noise.get("smooth_limit"):
+        how += f", smooth field up to ±{length('smooth_limit')}"
+    if augment == "random":
+        return how
+    how += f", ε {noise['eps']:g}"
+    if noise.get("steps"):
+        how += f", {noise['steps']} step{'s' if noise['steps'] > 1 else ''}"
+        if noise.get("step_size"):
+            how += f" of {'up to ' if noise.get('step_spread') else ''}{length('step_size')}"
+    return how
 
 
 def _demo_of(sources: Sequence[str | os.PathLike[str]]) -> dict[str, Any] | None:

@@ -1,0 +1,73 @@
+"""What noise starts from, and how far its steps go: the random numbers of a synthesis.
+
+A start is uniform numbers, or such with a strength of its own for each image, or with a smooth field on it. Steps are
+of one length, or each image has its own.
+
+The uniform start is the published one; the other two are ours. An image that is given noise of any strength up to the
+limit, and not of one length only, is trained on what lies near it too. A smooth field (white noise on a coarse grid,
+drawn out to the image's size) has the low frequencies that blurs, fog, and changes of brightness and contrast have, and
+that no uniform start has; it is in the spirit of training on noise with the spectrum of natural images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastnull.rng import carried, uniform
+from fastnull.solvers import boundary_step_size
+
+if TYPE_CHECKING:
+    from fastnull.synthesis import SynthesisConfig
+
+GRIDS = (1, 2, 4, 8)
+"""Cells across an image of the grids that smooth fields are drawn on; each image gets one of them."""
+
+
+def start_noise(shape: Sequence[int], config: SynthesisConfig, source: torch.Generator, like: Tensor) -> Tensor:
+    """Noise to start synthesis from, [B, ...]; drawn on the CPU, so that every device gets the same.
+
+    Args:
+        shape: of the result; [B, C, H, W] in pixels.
+        config: limit, limit_spread and smooth_limit are used.
+        source: of the random numbers.
+        like: a tensor whose device, and float64 if it has it, the result takes; else it is float32.
+    """
+    noise = uniform(shape, config.limit, source, like)
+    if config.limit_spread:
+        noise *= 1 - config.limit_spread * _strengths(noise, source)
+    if config.smooth_limit:
+        noise += config.smooth_limit * _strengths(noise, source) * _smooth(noise, source)
+    return noise
+
+
+def step_sizes(start: Tensor, config: SynthesisConfig, source: torch.Generator) -> float | Tensor:
+    """Length of a boundary step from a start [B, ...]: one for all (a number or []), or with step_spread [B]."""
+    size = boundary_step_size(start, config)
+    if config.step_spread:
+        return size * (1 - config.step_spread * _strengths(start, source).flatten())
+    return size
+
+
+def _strengths(noise: Tensor, source: torch.Generator) -> Tensor:
+    """U(0, 1) for each image, [B, 1, ...]."""
+    drawn = torch.rand((len(noise), *[1] * (noise.ndim - 1)), generator=source)
+    return carried(drawn, noise.device).to(noise.dtype)
+
+
+def _smooth(noise: Tensor, source: torch.Generator) -> Tensor:
+    """A field for each image [B, 1, H, W]: U(−1, 1) in every cell of a grid, interpolated bilinearly. It has no colour:
+    fields that had one cost much accuracy on photographs."""
+    B, _, H, W = noise.shape
+    field = torch.empty(B, 1, H, W)
+    grids = torch.randint(len(GRIDS), (B,), generator=source)
+    for index, cells in enumerate(GRIDS):
+        rows = (grids == index).nonzero().flatten()
+        if len(rows):
+            coarse = 2 * torch.rand((len(rows), 1, cells, cells), generator=source) - 1
+            field[rows] = F.interpolate(coarse, size=(H, W), mode="bilinear", align_corners=False)
+    return carried(field, noise.device).to(noise.dtype)
