@@ -172,7 +172,7 @@ def test_resources(case: str, capability: int) -> None:
 def test_every_tile_of_the_tables_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some case takes each entry on some GPU. The other tables have one entry, or none."""
     taken: list[object] = []
-    of_attention, of_norm = attention_kernels._tile, layer_norm_kernels._tile
+    of_attention, of_norm = attention_kernels._tile, layer_norm_kernels.row_tile
 
     def attention_tile(*arguments: Any) -> Any:
         taken.append(of_attention(*arguments))
@@ -184,7 +184,7 @@ def test_every_tile_of_the_tables_is_compiled(monkeypatch: pytest.MonkeyPatch) -
         return constants, tile
 
     monkeypatch.setattr(attention_kernels, "_tile", attention_tile)
-    monkeypatch.setattr(layer_norm_kernels, "_tile", norm_tile)
+    monkeypatch.setattr(layer_norm_kernels, "row_tile", norm_tile)
     for capability in SHARED:
         for case in CASES:
             launches_for(case, capability)
