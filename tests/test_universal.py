@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnull import batches, replay, synthesis, universal
 from fastnull.encoder import FrozenEncoder
-from fastnull.solvers import shared_gradient
+from fastnull.solvers import own_noise, shared_gradient
 from fastnull.synthesis import SynthesisConfig, SynthesisOutOfMemoryError, measure_influence, synthesize
 from fastnull.vit import SITES, NormalizedModel
 from tests.test_replay import pretend_graphs
@@ -217,6 +217,37 @@ def test_memory_is_fixed_after_the_first_step(
     assert len(bar.held) == total
     settled = 2 * universal.LOOK_EVERY  # by then every batch has been kept, and the first look been taken
     assert set(bar.held[settled:]) == {bar.held[settled]}
+
+
+class NothingWaits(TorchDispatchMode):
+    """Fails where the host would read a value of the device, or send it one: neither can be in a graph."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        assert func not in (aten._local_scalar_dense.default, aten.nonzero.default, aten.lift_fresh.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("mode", synthesis.MODES)
+def test_what_a_graph_holds_waits_for_nothing(
+    vit: NormalizedModel, loader: list[Tensor], mode: str, site: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(universal, "use_graph", lambda *_: True)
+    config = SynthesisConfig(mode=mode, site=site, count=2, limit=0.5, steps=3, stop="batch", log_norm_weight=0.1)
+    encoder = FrozenEncoder(vit, site=site)
+    data = batches.Batches(encoder, loader, loader[:1], config)
+    tokens, clean = data.check[0]
+    start, lr = torch.rand(2 if mode == "universal" else len(tokens), *data.shape), torch.tensor(0.1).double()
+    run = universal.UniversalRun(encoder, data, config, start)
+    with NothingWaits():
+        if mode == "universal":
+            run._one_step(tokens, clean, lr)
+            assert run._moving().any().shape == ()
+        else:
+            own_noise(encoder, tokens, clean, start, config)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingWaits():
+        run._seen()[0].item()  # the guard sees what it is there for
 
 
 def test_out_of_memory_keeps_the_noise(

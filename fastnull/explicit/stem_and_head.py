@@ -123,7 +123,10 @@ class Head:
         self._parts = parts
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.linears = [FoldedLinear(linear, self.dtype) for _, linear in parts.heads]
-        self._tokens = [token for token, _ in parts.heads]
+        # a slice: the device would have to be sent a list of indices, which a graph cannot hold
+        first = parts.heads[0][0]
+        self._tokens = slice(first, first + len(parts.heads))
+        assert [token for token, _ in parts.heads] == list(range(first, first + len(parts.heads)))
         device = parts.projection.weight.device
         self._norm = Norm(parts.norm, self.dtype, device) if parts.norm is not None else None
         self._fc_norm = Norm(parts.fc_norm, self.dtype, device) if parts.fc_norm is not None else None
@@ -131,7 +134,7 @@ class Head:
     @property
     def reads_class_token_alone(self) -> bool:
         """Whether the logits depend on token 0 only."""
-        return self._parts.pool == "token" and self._tokens == [0]
+        return self._parts.pool == "token" and self._tokens == slice(0, 1)
 
     def sync(self) -> None:
         """Take over the current weights, in place."""
