@@ -210,7 +210,7 @@ def scaled_to_eps(
         else:
             high = scale
         if last[1] > 0 < seen != last[1]:
-            power = min(max(math.log(seen / last[1]) / math.log(scale / last[0]), 1.0), 16.0)
+            power = min(max(math.log(seen / last[1]) / math.log(scale / last[0]), 0.25), 16.0)
         last = scale, seen
         guess = scale * (eps * (1 + CLOSE) / 2 / seen) ** (1 / power) if seen > 0 else math.nan
         top = min(high, 2 * scale, largest)
