@@ -32,7 +32,7 @@ from fastnull.replay import Replay, use_graph
 from fastnull.rng import Place, carried, generator
 from fastnull.solvers import norms, own_noise, valid_noise
 from fastnull.starts import start_noise, step_sizes
-from fastnull.synthesis import Noise, SynthesisConfig, synthesize
+from fastnull.synthesis import Noise, SynthesisConfig, synthesize, warm_start
 from fastnull.vit.base import unwrap
 
 MODES = ("boundary", "per_image", "universal", "random")
@@ -201,6 +201,8 @@ class NullspaceAugment:
     ) -> Noise | None:
         """Universal mode: learn the bank anew from the model's current weights. Nothing to do in the other modes.
 
+        It starts from fresh noise, or in part from the last bank (SynthesisConfig.warm).
+
         Args:
             batches, check, progress, mean: see fastnull.synthesis.synthesize.
 
@@ -211,7 +213,8 @@ class NullspaceAugment:
             return None
         seed = int(torch.randint(2**31, (), generator=generator(self.config.seed, self.step)))
         config = replace(self.config, seed=seed)
-        self._bank = synthesize(self.encoder, batches, config, check=check, progress=progress, mean=mean)
+        start = warm_start(config, self._bank.tokens) if config.warm and self._bank else None
+        self._bank = synthesize(self.encoder, batches, config, check=check, start=start, progress=progress, mean=mean)
         return self._bank
 
     @property

@@ -25,7 +25,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Batches:
-    """Images for universal synthesis: clean tokens and logits kept for sequences that fit, made anew for loaders."""
+    """Images for universal synthesis, with clean tokens and logits: kept as config.keep says, else made anew."""
 
     def __init__(
         self,
@@ -35,17 +35,17 @@ class Batches:
         config: SynthesisConfig,
     ) -> None:
         self._encoder = encoder
-        self._kept: dict[int, Pair] = {}
-        self._keeps: bool | None = None
+        self._kept: list[Pair] = []
         source, held_out, self.check_origin = hold_out(source, check, config)
         self._source = source
+        self._keeps = isinstance(source, Sequence) if config.keep is None else config.keep
         self.batches = _length(source)
         if not self.batches:
             raise ValueError("batches must hold at least one batch of images; it is empty")
         # the published int(); but a round has at least one batch
         self.per_round = max(1, int(config.image_ratio * self.batches))
         if held_out is None:  # published: nothing is held out, the training images are judged
-            self.check = [pair for pair, _ in zip(self._round(), range(self.per_round), strict=False)]
+            self.check = list(self._round())
         else:
             self.check = [embed_batch(encoder, batch) for batch in held_out]
         if not self.check:
@@ -57,33 +57,38 @@ class Batches:
         """Clean tokens and logits, round after round without end."""
         while True:
             empty = True
-            for pair, _ in zip(self._round(), range(self.per_round), strict=False):
+            for pair in self._round():
                 empty = False
                 yield pair
             if empty:
                 raise ValueError("batches gave no images in a later round: give a sequence or a re-iterable loader")
 
     def _round(self) -> Iterator[Pair]:
-        for index, batch in enumerate(self._source):
-            pair = self._kept.get(index) or embed_batch(self._encoder, batch)
-            if self._keeps is None:
-                self._keeps = isinstance(self._source, Sequence) and self._fit(pair)
+        if len(self._kept) == self.per_round:
+            yield from self._kept
+            return
+        self._kept.clear()  # of a round that was left early
+        for index, batch in zip(range(self.per_round), self._source, strict=False):
+            pair = embed_batch(self._encoder, batch)
+            if index == 0 and self._keeps:
+                self._keeps = self._fit(pair)
             if self._keeps:
-                self._kept[index] = pair
+                self._kept.append(pair)
             yield pair
 
     def _fit(self, pair: Pair) -> bool:
-        """Whether all batches can stay on the device, as large as this one."""
+        """Whether the batches of a round can stay on the device, all as large as this one."""
         device = pair[0].device
         if device.type != "cuda":
             return True
-        needed = self.batches * sum(value.numel() * value.element_size() for value in pair)
+        needed = self.per_round * sum(value.numel() * value.element_size() for value in pair)
         free, _ = torch.cuda.mem_get_info(device)
         if needed <= KEPT_SHARE * free:
             return True
         warnings.warn(
-            f"fastnull: the clean tokens of {self.batches} batches take {needed / 1e9:.1f} GB, {device} has "
-            f"{free / 1e9:.1f} GB free: they are computed anew in every round",
+            f"fastnull: the clean tokens of {self.per_round} batches take {needed / 1e9:.1f} GB, {device} has "
+            f"{free / 1e9:.1f} GB free: they are computed anew in every round. Fewer images, a smaller image_ratio or "
+            "a 16-bit encoder lets them stay",
             stacklevel=2,
         )
         return False

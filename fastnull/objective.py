@@ -14,7 +14,15 @@ from torch import Tensor
 
 from fastnull.ops.noise_objective import KINDS, noise_loss, noise_objective
 
-__all__ = ["OBJECTIVES", "PREDICTION", "influence", "noise_loss", "noise_objective", "prediction_gradient"]
+__all__ = [
+    "OBJECTIVES",
+    "PREDICTION",
+    "influence",
+    "noise_loss",
+    "noise_objective",
+    "prediction_gradient",
+    "probability_change",
+]
 
 PREDICTION = "prediction"
 OBJECTIVES = (*KINDS, PREDICTION)
@@ -45,6 +53,22 @@ def influence(clean: Tensor, noisy: Tensor) -> Tensor:
         [...] in float32 (float64 for float64 logits), between 0 and 2. Source: the published code's stop test.
     """
     return (_wide(clean).softmax(-1) - _wide(noisy).softmax(-1)).square().sum(-1)
+
+
+def probability_change(clean: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
+    """‖p̃ − p‖ of each image, whose square is its influence, and the gradient with respect to the noisy logits.
+
+    Args:
+        clean, noisy: logits [B, K].
+
+    Returns:
+        [B] and [B, K] in float32 (float64 for float64 logits). Source: ours.
+    """
+    p = _wide(noisy).softmax(-1)
+    gap = p - _wide(clean).softmax(-1)
+    change = torch.linalg.vector_norm(gap, dim=-1)
+    direction = gap * torch.where(change == 0, 0.0, 1 / change).unsqueeze(-1)
+    return change, p * (direction - (p * direction).sum(-1, keepdim=True))
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnull.encoder import FrozenEncoder
-from fastnull.objective import PREDICTION, prediction_gradient
+from fastnull.objective import PREDICTION, prediction_gradient, probability_change
 from fastnull.ops import (
     AdamWState,
     NoiseObjective,
@@ -141,14 +141,36 @@ def shared_gradient(
     sum_every = None if pixels else B
     _, gradient = encoder.input_gradient(noisy.flatten(0, 1), cotangent, by_image=True, sum_every=sum_every)
     if pixels:
-        # a pixel at the border of [0, 1] does not move with the noise
-        moves = noisy == tokens + noise.unsqueeze(1)
-        gradient = (gradient.view(noisy.shape) * moves).sum(1, dtype=noise.dtype)
+        gradient = (gradient.view(noisy.shape) * _moves(noisy, tokens, noise)).sum(1, dtype=noise.dtype)
     if len(judged) == 1:
         return judged[0].mean_loss, judged[0].mean_influence, gradient.to(noise.dtype)
     loss = torch.cat([part.loss for part in judged]).view(M, B).mean(1)
     influence = torch.cat([part.influence for part in judged]).view(M, B).mean(1)
     return loss, influence, gradient.to(noise.dtype)
+
+
+def shared_rows(encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Change of each image's probabilities [M, B], and the gradient of each [M, B, ...], for noises [M, ...] that the
+    batch [B, ...] shares, all in one pass."""
+    changes: list[Tensor] = []
+    rows = clean.repeat(len(noise), 1)  # [M·B, K]
+
+    def cotangent(logits: Tensor, images: slice) -> Tensor:
+        change, direction = probability_change(rows[images], logits)
+        changes.append(change)
+        return direction
+
+    noisy = perturb(encoder, tokens, noise.unsqueeze(1))  # [M, B, ...]
+    _, gradient = encoder.input_gradient(noisy.flatten(0, 1), cotangent, by_image=True)
+    gradient = gradient.view(noisy.shape)
+    if encoder.site == "pixels":
+        gradient = gradient * _moves(noisy, tokens, noise)
+    return torch.cat(changes).view(noisy.shape[:2]).to(noise.dtype), gradient.to(noise.dtype)
+
+
+def _moves(noisy: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
+    """Where pixels [M, B, ...] move with the noise: not at the border of [0, 1]."""
+    return noisy == tokens + noise.unsqueeze(1)
 
 
 def own_gradients(
@@ -171,10 +193,10 @@ def own_gradients(
 
 
 def learning_rate(config: SynthesisConfig, step: int, period: int) -> float:
-    """Step size of AdamW: constant, or a cosine from lr to 0 over the period."""
+    """lr of AdamW or radius of Gauss-Newton: constant, or a cosine from there to 0 over the period."""
     if config.schedule == "constant":
-        return config.lr
-    return config.lr * (1 + math.cos(math.pi * step / period)) / 2
+        return config.rate
+    return config.rate * (1 + math.cos(math.pi * step / period)) / 2
 
 
 def log_norm_gradient(noise: Tensor, weight: float) -> Tensor | float:

@@ -1,8 +1,9 @@
 """Noise synthesis: universal banks, noise an image, and noise on the boundary of the approximate nullspace.
 
-- `universal`: one noise is shared by all images: drawn from U(−limit, limit), moved by AdamW until the logits are those
-  without it, stopped at influence < ε (paper, Eq. 7 and 9, as its code does it). Here the influence is judged on
-  held-out images, the cosine decays over the steps that run, and an unmet ε is never silent.
+- `universal`: one noise is shared by all images: drawn from U(−limit, limit), moved until the outputs are those without
+  it, stopped at influence < ε (paper, Eq. 7 and 9; by AdamW on the logits as its code does it, or faster by
+  Gauss-Newton). Here the influence is judged on held-out images, the cosine decays over the steps that run, and an
+  unmet ε is never silent.
 - `per_image`: every image has its own noise, which stops at its own ε (ours).
 - `boundary`: every image's noise is driven to influence = ε from either side in a few steps (ours; related: virtual
   adversarial training, friendly adversarial training, level-set methods).
@@ -27,12 +28,15 @@ from fastnull.replay import Replay, use_graph
 from fastnull.rng import generator, preserved
 from fastnull.solvers import norms, own_noise, perturb, spread
 from fastnull.starts import start_noise, step_sizes
-from fastnull.universal import BISECTIONS, Mean, UniversalRun, judge, scaled_to_eps
+from fastnull.universal import Mean, UniversalRun, judge, scaled_to_eps
 from fastnull.vit.base import SITES, SplitViT
 
 MODES = ("universal", "per_image", "boundary")
+BISECTIONS = 20
 ON_UNMET = ("keep", "scale", "raise")
 SCHEDULES = ("cosine", "constant", "published")
+SOLVERS = ("gauss_newton", "adamw")
+LR = 0.1
 STOPS = ("check", "batch", "never")
 
 
@@ -48,20 +52,28 @@ class SynthesisConfig:
         limit_spread: each start has a limit of its own, drawn from U((1 − spread)·limit, limit).
         smooth_limit: in pixels: a smooth field of up to this strength is added to each start, see fastnull.starts.
         eps: the influence that a noise may have.
-        objective: `l2` or `l2_squared` distance between logits, or (boundary) `prediction`: the cross entropy against
-            the class predicted without noise.
+        solver: universal: `gauss_newton` takes the change of every image's probabilities for itself, see
+            fastnull.gauss_newton; `adamw` follows the gradient of the mean distance between logits (published). None is
+            adamw where one of its settings is given (lr, weight_decay, another objective than l2), else gauss_newton.
+        radius: gauss_newton: longest step, as a share of the noise's norm.
+        objective: `l2` or `l2_squared` distance between logits (adamw; in the other modes too), or (boundary)
+            `prediction`: the cross entropy against the class predicted without noise.
         log_norm_weight: λ of the objective's −λ·log‖v‖ (paper, Eq. 6); 0 leaves it out.
-        lr, weight_decay: of AdamW on the noise (universal, per_image).
+        lr, weight_decay: of AdamW on the noise (universal, per_image); lr None is 0.1.
         steps: most updates a noise gets; None is rounds × the batches of a round (universal) or 30 (others).
         rounds: universal: how often the batches are gone through.
         image_ratio: universal: share of the batches that a round uses.
-        schedule: of lr. `cosine` decays over the steps that run; `published` has the published code's period,
+        schedule: of lr or radius. `cosine` decays over the steps that run; `published` has the published code's period,
             rounds × all batches, of which only image_ratio runs (so it barely decays); or `constant`.
         stop: universal: `check` stops where the influence on the check images is below ε, `batch` where that on the
             current minibatch is (published), `never` runs all steps.
         on_unmet: what happens to a noise that never met ε: `keep` reports it, `scale` bisects its scale to ε, `raise`.
         step_size: boundary: of one step; None is 0.1 × the mean norm of the start at the token sites, 4/255 in pixels.
         step_spread: boundary: each noise has a step of its own, drawn from U((1 − spread)·step_size, step_size).
+        keep: universal: keep clean tokens and logits of the first round on the device for the later ones, where half of
+            a GPU's free memory holds them (else a warning). None does so for sequences, True for what a loader gave too
+            (the later rounds then see the images of the first, in its order), False never.
+        warm: universal: share of the last bank in the start of NullspaceAugment.refresh; the rest is fresh.
         growing: universal: start with an eighth of each batch, and double it whenever all noises meet ε on theirs.
         final_scale: universal: afterwards scale each noise, up or down, until its influence on the check images is just
             below ε.
@@ -79,7 +91,9 @@ class SynthesisConfig:
     eps: float = 0.03
     objective: str = "l2"
     log_norm_weight: float = 0.0
-    lr: float = 0.1
+    solver: str | None = None
+    radius: float = 0.1
+    lr: float | None = None
     weight_decay: float = 0.0
     steps: int | None = None
     rounds: int = 3
@@ -89,6 +103,8 @@ class SynthesisConfig:
     on_unmet: str = "keep"
     step_size: float | None = None
     step_spread: float = 0.0
+    keep: bool | None = None
+    warm: float = 0.0
     growing: bool = False
     final_scale: bool = False
     graph: bool | None = None
@@ -113,7 +129,10 @@ class SynthesisConfig:
             raise ValueError(f"objective {PREDICTION!r} is for mode 'boundary'; got mode={self.mode!r}")
         for name in ("limit_spread", "step_spread"):
             check_number(name, getattr(self, name), 0, 1)
-        check_number("lr", self.lr, 0, exclusive=True)
+        check_number("warm", self.warm, 0, 1)
+        check_number("radius", self.radius, 0, exclusive=True)
+        if self.lr is not None:
+            check_number("lr", self.lr, 0, exclusive=True)
         check_number("image_ratio", self.image_ratio, 0, 1, exclusive=True)
         for name in ("weight_decay", "log_norm_weight"):
             check_number(name, getattr(self, name), 0)
@@ -123,6 +142,26 @@ class SynthesisConfig:
             check_number("steps", self.steps, 1)
         if self.step_size is not None:
             check_number("step_size", self.step_size, 0, exclusive=True)
+        if self.solver is not None:
+            check_choice("solver", self.solver, SOLVERS)
+        if self.solver == "gauss_newton" and self._asks_for_adamw:
+            raise ValueError("lr, weight_decay and objective are settings of solver 'adamw'; 'gauss_newton' has radius")
+
+    @property
+    def _asks_for_adamw(self) -> bool:
+        return self.lr is not None or self.weight_decay > 0 or self.objective != "l2"
+
+    @property
+    def rule(self) -> str:
+        """The solver in use: `gauss_newton` or `adamw`."""
+        if self.mode != "universal":
+            return "adamw"
+        return self.solver or ("adamw" if self._asks_for_adamw else "gauss_newton")
+
+    @property
+    def rate(self) -> float:
+        """What the schedule starts from: lr of adamw, radius of gauss_newton."""
+        return self.radius if self.rule == "gauss_newton" else self.lr or LR
 
     @classmethod
     def published(cls, name: str = "finetune", **changes: Any) -> SynthesisConfig:
@@ -362,6 +401,18 @@ def _starts(
         raise ValueError(f"start must have shape {list(shape)}; got {list(given.shape)}")
     check_finite("start", given)
     return given.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32, copy=True)
+
+
+def warm_start(config: SynthesisConfig, last: Tensor) -> Tensor:
+    """What `synthesize` draws for config.seed, mixed with the last bank [M, ...]; each noise as long as the fresh one.
+
+    Directions are mixed, share config.warm of the last: noise that has shrunk in its synthesis counts as much.
+    """
+    fresh = _starts(tuple(last.shape), config, last, None)
+    length = spread(norms(fresh), fresh)
+    old = last * (length / spread(norms(last), last).clamp_min(1e-30))
+    mixed = config.warm * old + (1 - config.warm) * fresh
+    return mixed * (length / spread(norms(mixed), mixed).clamp_min(1e-30))
 
 
 def _each_scaled_to_eps(

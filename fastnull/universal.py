@@ -1,8 +1,9 @@
 """Universal synthesis: M noises shared by all images, moved together, each with a stop of its own.
 
-A step takes one batch: gradients of all noises in one pass of the encoder, one AdamW step of those that move. A noise
-whose influence on the batch is below ε is marked on the device. The host looks at the marks and ends a noise where its
-stop rule says so: in each step, or in a graph now and then, at the marks of the look before (see replay.Report).
+A step takes one batch: gradients of all noises in one pass of the encoder, one Gauss-Newton or AdamW step of those that
+move. A noise whose influence on the batch is below ε is marked on the device. The host looks at the marks and ends a
+noise where its stop rule says so: in each step, or in a graph now and then, at the marks of the look before (see
+replay.Report).
 """
 
 from __future__ import annotations
@@ -16,15 +17,28 @@ from torch import Tensor
 
 from fastnull.batches import Batches, Pair
 from fastnull.encoder import FrozenEncoder
+from fastnull.gauss_newton import gauss_newton_step
 from fastnull.objective import influence
 from fastnull.ops import AdamWState, adamw_step
 from fastnull.replay import Replay, Report, use_graph
-from fastnull.solvers import learning_rate, log_norm_gradient, norms, perturb, shared_gradient
+from fastnull.solvers import (
+    learning_rate,
+    log_norm_gradient,
+    norms,
+    perturb,
+    shared_gradient,
+    shared_rows,
+    spread,
+)
 
 if TYPE_CHECKING:
     from fastnull.synthesis import SynthesisConfig
 
-BISECTIONS = 20
+SEARCHES = 20
+CLOSE = 0.985
+"""Least share of ε that a noise scaled to ε has."""
+MARGIN = 0.05
+"""Share of its bracket that a scale keeps from both ends."""
 LARGEST_SCALE = 4.0
 LOOK_EVERY = 8
 """Steps of a graph from one look to the next."""
@@ -52,7 +66,7 @@ class UniversalRun:
 
     Attributes:
         noise: [M, ...], as far as it has come.
-        taken: updates of each [M].
+        taken: updates of each [M], int64.
         history: a record per step: step, loss, influence, norm; means over the noises that took part.
     """
 
@@ -61,7 +75,8 @@ class UniversalRun:
     ) -> None:
         self._encoder, self._data, self._config, self._mean = encoder, data, config, mean
         self.noise = start
-        self._state = AdamWState.zeros(start)
+        self._adamw = AdamWState.zeros(start) if config.rule == "adamw" else None
+        self.taken = torch.zeros(len(start), dtype=torch.int64, device=start.device)
         self._active = torch.ones(len(start), dtype=torch.bool, device=start.device)
         self._marked = torch.zeros_like(self._active)
         self._left = set(range(len(start)))  # the active ones, as the host knows them
@@ -73,13 +88,9 @@ class UniversalRun:
         self._report = Report(self._seen()) if graph else None
         # what a graph runs is fixed, so there all noises take part; elsewhere those that still move
         self._all = graph
-        changed = (self.noise, self._state.exp_avg, self._state.exp_avg_sq, self._state.steps, self._marked)
+        moments = () if self._adamw is None else (self._adamw.exp_avg, self._adamw.exp_avg_sq, self._adamw.steps)
+        changed = (self.noise, self.taken, self._marked, *moments)
         self._step = Replay(self._one_step, graph, changed, when=lambda: self._moving().any())
-
-    @property
-    def taken(self) -> Tensor:
-        """Updates of each noise [M]."""
-        return self._state.steps
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -109,27 +120,41 @@ class UniversalRun:
         config = self._config
         holds, moving = config.stop == "batch", self._moving()
         rows = torch.arange(len(moving), device=moving.device) if self._all else moving.nonzero().flatten()
-        gradient = torch.zeros_like(self.noise)
+        change = torch.zeros_like(self.noise)
         losses, seen = (torch.full((len(moving),), math.nan, device=moving.device) for _ in range(2))
         for part in rows.split(max(1, MOST_IMAGES // len(tokens))) if len(rows) else ():
-            loss, influences, gradient[part] = shared_gradient(
-                self._encoder, tokens, clean, self.noise[part], config.objective
-            )
-            if self._mean is not None:
-                loss, influences, gradient[part] = map(self._mean, (loss, influences, gradient[part]))
+            loss, influences, change[part] = self._judged_and_moved(tokens, clean, self.noise[part], lr)
             losses[part], seen[part] = loss.float(), influences.float()
         losses, seen = torch.where(moving, losses, math.nan), torch.where(moving, seen, math.nan)
         record = torch.stack([losses.nanmean(), seen.nanmean(), norms(self.noise).mean().float()])
         self._marked |= seen < config.eps
         gate = moving & ~self._marked if holds else moving
-        gradient = gradient - log_norm_gradient(self.noise, config.log_norm_weight)
-        adamw_step(self.noise, gradient, self._state, gate.float(), lr=lr, weight_decay=config.weight_decay)
+        if self._adamw is None:
+            self.noise.copy_(torch.where(spread(gate, change), self.noise + change, self.noise))
+        else:
+            adamw_step(self.noise, change, self._adamw, gate.float(), lr=lr, weight_decay=config.weight_decay)
+        self.taken += gate
         return (record,)
 
     def _moving(self) -> Tensor:
         """Which noises [M] a step moves, if they are not below ε on its batch."""
         # the published rule tests before it updates; by the check images, a noise goes on until the host has looked
         return self._active & ~self._marked if self._config.stop == "batch" else self._active.clone()
+
+    def _judged_and_moved(
+        self, tokens: Tensor, clean: Tensor, noise: Tensor, lr: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean distance [m] and influence [m] of noises [m, ...] on a batch, and the gradient for AdamW or the step."""
+        config, mean = self._config, self._mean
+        pull = log_norm_gradient(noise, config.log_norm_weight)
+        if self._adamw is None:
+            changes, rows = shared_rows(self._encoder, tokens, clean, noise)
+            loss, seen = changes.mean(1), changes.square().mean(1)
+            change = gauss_newton_step(noise, changes, rows, lr.to(noise.dtype), pull, mean)
+        else:
+            loss, seen, gradient = shared_gradient(self._encoder, tokens, clean, noise, config.objective)
+            change = (gradient if mean is None else mean(gradient)) - pull
+        return (loss, seen, change) if mean is None else (mean(loss), mean(seen), change)
 
     def _part(self, pair: Pair) -> Pair:
         """What of a batch a step uses."""
@@ -187,23 +212,27 @@ def scaled_to_eps(
     larger: bool = False,
     mean: Mean | None = None,
 ) -> Tensor:
-    """The noise at the largest scale that bisection finds below ε: at most 1, with `larger` at most LARGEST_SCALE.
+    """The noise at the largest scale found at which its influence is below ε: at most 1, with `larger` LARGEST_SCALE.
 
-    A bisection: where the influence is no monotone function of the scale it finds one of the borders.
+    A search in a bracket, by the power law through the last two scales, until the influence is within CLOSE of ε: three
+    to six passes over the images. Where the influence is no monotone function of the scale it finds one of the borders.
     """
-
-    def below(scale: float) -> bool:
-        return bool(judge(encoder, noise * scale, pairs, mean) < eps)
-
-    low, high = 0.0, 1.0
-    if below(1.0):
-        low = 1.0
-        while larger and low < LARGEST_SCALE and below(2 * low):
-            low *= 2
-        high = 2 * low
-        if not larger or low >= LARGEST_SCALE:
-            return noise * low
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if below(middle) else (low, middle)
+    low, high, largest = 0.0, math.inf, LARGEST_SCALE if larger else 1.0
+    scale, power, last = 1.0, 2.0, (0.0, 0.0)
+    for _ in range(SEARCHES):
+        seen = float(judge(encoder, noise * scale, pairs, mean))
+        if seen < eps:
+            low = scale
+            if seen >= CLOSE * eps or scale >= largest:
+                break
+        else:
+            high = scale
+        if last[1] > 0 < seen != last[1]:
+            power = min(max(math.log(seen / last[1]) / math.log(scale / last[0]), 0.25), 16.0)
+        last = scale, seen
+        guess = scale * (eps * (1 + CLOSE) / 2 / seen) ** (1 / power) if seen > 0 else math.nan
+        top = min(high, 2 * scale, largest)
+        edge = MARGIN * (top - low) if high < math.inf else 0.0
+        # a NaN compares with nothing: the middle then
+        scale = min(max(guess, low + edge), top - edge) if math.isfinite(guess) else (low + top) / 2
     return noise * low
