@@ -62,7 +62,9 @@ def measure(name: str, settings: BenchSettings, steps: int) -> dict[str, Any]:
         graph = settings.device == "cuda"
         runs = {kind: fastnull_step(encoder, images[0], start) for kind, encoder in encoders.items()}
         variants = [Variant(kind, torch.bfloat16, lambda i, run=run: run(), graph=graph) for kind, run in runs.items()]
-        columns = interleaved(variants, 1, settings.seconds, settings.rounds, timer_for(settings.device))
+        timer = timer_for(settings.device)
+        prepared = [timer.prepare(variant, 1) for variant in variants]
+        columns = interleaved(prepared, 1, settings.seconds, settings.rounds, timer)
         found["ms"] = {kind: statistics.median(column) for kind, column in zip(runs, columns, strict=True)}
         found["gain"] = 1 - found["ms"][EIGHT] / found["ms"][SIXTEEN]
     return found

@@ -208,7 +208,7 @@ def test_the_table_tells_what_eight_bits_gain(summary: Any, tmp_path: Path) -> N
     rows = [measured, {"model": "vit_large_patch16_224", "skipped": "needs a GPU of at least sm_90"}]
     (tmp_path / "float8.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "parts").write_text("float8\t0\t3\n")
-    lines = summary.table(summary.summarize(tmp_path / "parts", tmp_path)).splitlines()
+    lines = summary.table(summary.summarize(tmp_path, tmp_path)).splitlines()
     (first,) = [line.split() for line in lines if "vit_base" in line]
     assert first[:8] == ["vit_base_patch16_224", "30", "24", "20", "%", "0.99800", "(0.99990)", "influence"]
     assert any("needs a GPU of at least sm_90" in line for line in lines)

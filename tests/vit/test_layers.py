@@ -59,7 +59,7 @@ def test_depths_go_from_the_patches_to_the_classes(kind: Kind) -> None:
     for depth, block in enumerate(blocks_of(model), 1):
         theirs = {id(parameter) for parameter in block.parameters()}
         assert {ids[name] for name, parameter in model.named_parameters() if id(parameter) in theirs} == {depth}
-    norms = [name for name in of[deepest - 1] if name.split(".")[-2] in ("layernorm", "post_layernorm", "ln")]
+    norms = [name for name in of[deepest - 1] if name.split(".")[-2] in ("layernorm", "post_layernorm", "ln", "norm")]
     assert norms or kind.name in ("BEiT",)  # the final norm goes with the last block; BEiT's is in its pooler
 
 
