@@ -117,14 +117,11 @@ def test_default_is_a_plain_loop_of_dense_steps(vit: NormalizedModel) -> None:
     assert ours.steps.tolist() == [7]
 
 
-def test_it_needs_a_third_of_the_updates_of_adamw(vit: NormalizedModel) -> None:
+def test_it_gets_further_than_adamw_in_as_many_updates(vit: NormalizedModel) -> None:
     batches = list(torch.rand(8, 16, 3, 16, 16))
-    limits: dict[str, Any] = {"limit": 1.0, "eps": 0.05, "steps": 400}
-    ours = synthesize(vit, batches, SynthesisConfig(**limits))
-    theirs = synthesize(vit, batches, SynthesisConfig(solver="adamw", **limits))
-    assert ours.converged.item()
-    assert theirs.converged.item()
-    assert 0 < 3 * ours.steps.item() <= theirs.steps.item()
+    settings: dict[str, Any] = {"limit": 1.0, "stop": "never", "schedule": "constant", "steps": 8}
+    ours, theirs = (synthesize(vit, batches, SynthesisConfig(solver=s, **settings)) for s in ("gauss_newton", "adamw"))
+    assert ours.influence.item() < 0.85 * theirs.influence.item()
 
 
 def test_solver_follows_from_the_settings() -> None:
