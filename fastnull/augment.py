@@ -55,8 +55,8 @@ DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
     ("random", False): {"limit": 0.5},
     ("random", True): {"limit": 8 / 255},
 }
-"""What eps, limit, steps and other settings are where the caller names none. Those of boundary noise in pixels won the
-search in docs/recipe.md."""
+"""What eps, limit, steps and other settings are where the caller names none. Those of boundary noise in pixels come
+from the search in docs/recipe.md."""
 
 
 class NullspaceAugment:
