@@ -146,7 +146,10 @@ def _picture(axis: Any, image: Tensor) -> None:
 
 
 def styles(count: int) -> list[dict[str, Any]]:
-    return [dict(STYLES[index % len(STYLES)], markersize=5, linewidth=1.7) for index in range(count)]
+    styles = [dict(STYLES[index % len(STYLES)], markersize=5, linewidth=1.7) for index in range(count)]
+    for again in styles[len(STYLES) :]:
+        again |= {"markerfacecolor": "white", "linestyle": (0, (1, 1))}
+    return styles
 
 
 def _legend_below(axis: Any) -> None:
