@@ -28,6 +28,8 @@ from fastnull.synthesis import SynthesisConfig, synthesize
 from fastnull.universal import judge, scaled_to_eps
 
 SHARE, STEPS, BATCHES = 0.1, 40, 2
+BANK = "fastnull, one bank"
+"""All starts in one synthesis, as a bank of noises is made; the other variants take them one after the other."""
 DIGITS_EPS, DIGITS_STEPS, DIGITS_BATCH, DIGITS_STARTS = 0.03, 400, 64, 3
 
 
@@ -93,10 +95,18 @@ def _case(task: Task, settings: BenchSettings) -> Case:
             task.made["fastnull", dtype] = [int(noise.steps) for noise in ends], noises
             return noises
 
+        def bank(index: int, encoder: FrozenEncoder = encoder, dtype: torch.dtype = dtype) -> Tensor:
+            together = replace(config, count=len(task.starts))
+            noise = synthesize(encoder, task.batches, together, check=task.check, start=task.starts)
+            task.made[BANK, dtype] = noise.steps.tolist(), noise.tokens
+            return noise.tokens
+
         note = f"backend {encoder.backend}, products {str(encoder.products)[6:]}"
         variants.append(Variant("fastnull", dtype, ours, note=note))
+        if len(task.starts) > 1:
+            variants.append(Variant(BANK, dtype, bank, note=note))
     S, N, D = task.starts.shape
-    sizes = f"batch {len(task.batches[0])}, {N} noisy tokens, width {D}, {S} noises one by one"
+    sizes = f"batch {len(task.batches[0])}, {N} noisy tokens, width {D}, {S} noises"
     return Case(
         "synthesis", task.name, f"to ε = {task.eps:.3g}", sizes, variants, ("published", torch.float32),
         judge=_judge(task), summary=lambda rows: _summary(task, rows), rounds=1 if task.steps == STEPS else None,

@@ -257,6 +257,8 @@ def synthesize(args: argparse.Namespace) -> None:
         how = f"go on from it with --start {beside}" if config.mode == "universal" else "it has the images done so far"
         raise InterruptedWork(f"the noise so far is in {beside}; {how}") from None
     except (EpsilonNotMetError, SynthesisOutOfMemoryError) as error:
+        if error.noise is None:
+            raise
         what = "unmet" if isinstance(error, EpsilonNotMetError) else "partial"
         beside = out.with_name(f"{out.stem}.{what}{out.suffix}")
         error.noise.save(beside)

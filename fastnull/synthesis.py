@@ -192,9 +192,10 @@ class EpsilonNotMetError(RuntimeError):
 
 
 class SynthesisOutOfMemoryError(RuntimeError):
-    """The device ran out of memory. The noise so far is in `noise`, its influence unknown (NaN): no work is lost."""
+    """The device ran out of memory. No work is lost: the noise so far is in `noise`, in universal mode with an unknown
+    influence (NaN), else that of the images before; None where there is none yet."""
 
-    def __init__(self, message: str, noise: Noise) -> None:
+    def __init__(self, message: str, noise: Noise | None) -> None:
         super().__init__(message)
         self.noise = noise
 
@@ -240,7 +241,7 @@ def synthesize(
     Raises:
         ValueError, TypeError: bad configuration, empty or bad images, start of another shape.
         EpsilonNotMetError: with on_unmet="raise".
-        SynthesisOutOfMemoryError: universal: the device ran out of memory.
+        SynthesisOutOfMemoryError: the device ran out of memory.
         SynthesisInterrupted: on Ctrl-C.
     """
     config = config or SynthesisConfig()
@@ -352,6 +353,12 @@ def _per_image(
         if parts:
             raise SynthesisInterrupted(_per_image_result(encoder, parts, config)) from None
         raise
+    except torch.OutOfMemoryError as error:
+        raise SynthesisOutOfMemoryError(
+            f"{encoder.device} ran out of memory after {done} images: give smaller batches, or use a 16-bit encoder. "
+            f"{error}",
+            _per_image_result(encoder, parts, config) if parts else None,
+        ) from error
     finally:
         bar.close()
     if not parts:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnull import synthesis
 from fastnull.encoder import FrozenEncoder
 from fastnull.objective import influence
 from fastnull.synthesis import (
@@ -19,6 +20,7 @@ from fastnull.synthesis import (
     EpsilonNotMetError,
     SynthesisConfig,
     SynthesisInterrupted,
+    SynthesisOutOfMemoryError,
     measure_influence,
     synthesize,
 )
@@ -251,6 +253,30 @@ class _Interrupting(nn.Module):
         if self.calls == 0:
             raise KeyboardInterrupt
         return self.module(x)
+
+
+@pytest.mark.parametrize("good", [0, 2])
+def test_out_of_memory_keeps_the_images_that_are_done(
+    vit: NormalizedModel, images: Tensor, good: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = synthesis.own_noise, iter(range(9))
+
+    def failing(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if next(calls) == good:
+            raise torch.OutOfMemoryError("tried to allocate 1 PiB")
+        return real(*args)
+
+    monkeypatch.setattr(synthesis, "own_noise", failing)
+    config = SynthesisConfig(mode="boundary", limit=0.25)
+    with pytest.raises(
+        SynthesisOutOfMemoryError, match=rf"after {2 * good} images: give smaller batches.*1 PiB"
+    ) as error:
+        synthesize(vit, images.split(2), config)
+    monkeypatch.setattr(synthesis, "own_noise", real)
+    kept = error.value.noise
+    assert (kept is None) == (good == 0)
+    if kept is not None:
+        assert torch.equal(kept.tokens, synthesize(vit, images[:4].split(2), config).tokens)
 
 
 def test_interrupt_carries_the_noise_so_far(vit: NormalizedModel, images: Tensor) -> None:

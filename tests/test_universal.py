@@ -284,6 +284,7 @@ def test_out_of_memory_keeps_the_noise(
         SynthesisOutOfMemoryError, match=r"after 3 steps: lower the images of a batch \(8\).*1 PiB"
     ) as error:
         synthesize(vit, loader, SynthesisConfig(steps=10, stop="never", solver=solver))
+    assert error.value.noise is not None
     assert error.value.noise.steps.tolist() == [3]
     assert error.value.noise.influence.isnan().all()
     assert not error.value.noise.converged.any()
