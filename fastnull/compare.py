@@ -95,8 +95,8 @@ class CompareSettings:
         split: test, or held-out: a fifth of the training images, kept out of training, to choose settings on.
         pretrain_epochs: of clean training from random weights.
         pretrain_lr: its highest learning rate.
-        budget: of each finetuning, in forward passes for each training image; 156 are 12 epochs of boundary noise in
-            three steps, or 52 clean ones.
+        budget: of each finetuning, in forward passes for each training image; 156 are 52 clean epochs, or 19.5 of
+            boundary noise in one step.
         lr: highest learning rate of each finetuning.
         batch_size: of all training.
         eps: radii of the attacks in 1/255 of the pixel range.
