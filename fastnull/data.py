@@ -252,14 +252,23 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 def hold_out(data: Dataset[Any], fraction: float, seed: int) -> tuple[Subset[Any], Subset[Any] | None]:
-    """Split off a random share for validation; (train, validation). A share of 0 gives None."""
+    """Split off a random share for validation; (train, validation). A share of 0 gives None.
+
+    Images that share pixels stay together: where the data has `groups` [n] (photos.Crops), whole groups are drawn
+    until there are enough.
+    """
     total = len(data)  # type: ignore[arg-type]
     count = round(fraction * total)
-    if fraction and not 0 < count < total:
+    _, group, sizes = torch.unique(
+        getattr(data, "groups", torch.arange(total)), return_inverse=True, return_counts=True
+    )
+    order = torch.randperm(len(sizes), generator=generator(seed))
+    before = sizes[order].cumsum(0) - sizes[order]  # images of the groups in front of each
+    held = torch.isin(group, order[before < count])  # [n]
+    if fraction and not 0 < held.sum() < total:
         raise ValueError(f"val_fraction {fraction:g} of {total} training images leaves one of both parts empty")
-    order = torch.randperm(total, generator=generator(seed)).tolist()
-    kept, held = sorted(order[count:]), sorted(order[:count])
-    return Subset(data, kept), Subset(data, held) if held else None
+    rest, chosen = ((held == part).nonzero().flatten().tolist() for part in (False, True))
+    return Subset(data, rest), Subset(data, chosen) if chosen else None
 
 
 def seed_everything(*key: int) -> None:

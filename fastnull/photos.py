@@ -24,6 +24,20 @@ PHOTOS = (
 )  # fmt: skip
 """The classes, by the names that scikit-image has for the pictures; camera, brick, coins, grass and gravel are grey."""
 
+
+class Crops(TensorDataset):
+    """Images and labels.
+
+    Attributes:
+        groups: number of the tile that each image was cut from [n], over all pictures. Crops of one tile may overlap,
+            so whoever splits the set has to keep a tile's crops together, as fastnull.data.hold_out does.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, groups: Tensor) -> None:
+        super().__init__(images, labels)
+        self.groups = groups
+
+
 PHOTOS_TRAIN, PHOTOS_TEST = 120, 40
 """Images of each class."""
 
@@ -31,7 +45,7 @@ TILE, CROP = 64, 48
 """Sides in pixels of the pictures; a crop is resized to the size that is asked for."""
 
 
-def photos(size: int | tuple[int, int] = 32, channels: int = 3) -> tuple[TensorDataset, TensorDataset]:
+def photos(size: int | tuple[int, int] = 32, channels: int = 3) -> tuple[Crops, Crops]:
     """Crops of 13 photographs as (train, test) with 1560 and 520 images, the same number of each class.
 
     Args:
@@ -40,7 +54,8 @@ def photos(size: int | tuple[int, int] = 32, channels: int = 3) -> tuple[TensorD
         channels: 3, or 1 for the mean of the colours.
 
     Returns:
-        Two datasets of image [channels, H, W] (float32 in [0, 1]) and label; always the same.
+        Two datasets of image [channels, H, W] (float32 in [0, 1]) and label, with the tile of each image in `groups`;
+        always the same.
 
     Raises:
         ImportError: scikit-image is not installed.
@@ -51,13 +66,16 @@ def photos(size: int | tuple[int, int] = 32, channels: int = 3) -> tuple[TensorD
         check_number("size", side, 16, 64)
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3; got {channels!r}")
-    sets: dict[bool, tuple[list[Tensor], list[int]]] = {False: ([], []), True: ([], [])}
+    sets: dict[bool, tuple[list[Tensor], list[int], list[int]]] = {False: ([], [], []), True: ([], [], [])}
     for label, name in enumerate(PHOTOS):
         picture = load_picture(name)
-        for testing, (crops, labels) in sets.items():
+        for testing, (crops, labels, groups) in sets.items():
             count = PHOTOS_TEST if testing else PHOTOS_TRAIN
-            crops.append(_crops(picture, testing, count, generator(label, testing)))
+            cut, tiles = _crops(picture, testing, count, generator(label, testing))
+            crops.append(cut)
             labels += [label] * count
+            first = max(groups, default=-1) + 1
+            groups += [first + tile for tile in tiles]
     train, test = (_dataset(*sets[testing], (height, width), channels) for testing in (False, True))
     return train, test
 
@@ -76,24 +94,26 @@ def load_picture(name: str) -> Tensor:
     return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
 
 
-def _crops(picture: Tensor, testing: bool, count: int, source: torch.Generator) -> Tensor:
-    """[count, 3, CROP, CROP] at random places within the tiles of one set; as many from each tile, or nearly."""
+def _crops(picture: Tensor, testing: bool, count: int, source: torch.Generator) -> tuple[Tensor, list[int]]:
+    """[count, 3, CROP, CROP] at random places within the tiles of one set, as many from each tile, or nearly; and the
+    number of each one's tile."""
     rows, columns = (side // TILE for side in picture.shape[1:])
     tiles = [(row, column) for row in range(rows) for column in range(columns) if ((row + column) % 3 == 0) == testing]
     places = torch.randint(TILE - CROP + 1, (count, 2), generator=source).tolist()
     # spread over the picture where there are more tiles than crops
-    chosen = [tiles[k * len(tiles) // count] if len(tiles) > count else tiles[k % len(tiles)] for k in range(count)]
+    chosen = [k * len(tiles) // count if len(tiles) > count else k % len(tiles) for k in range(count)]
     crops = []
-    for (row, column), (down, right) in zip(chosen, places, strict=True):
+    for tile, (down, right) in zip(chosen, places, strict=True):
+        row, column = tiles[tile]
         top, left = row * TILE + down, column * TILE + right
         crops.append(picture[:, top : top + CROP, left : left + CROP])
-    return torch.stack(crops)
+    return torch.stack(crops), chosen
 
 
-def _dataset(crops: list[Tensor], labels: list[int], size: tuple[int, int], channels: int) -> TensorDataset:
+def _dataset(crops: list[Tensor], labels: list[int], groups: list[int], size: tuple[int, int], channels: int) -> Crops:
     images = torch.cat(crops).float() / 255  # [n, 3, CROP, CROP]
     if size != (CROP, CROP):
         images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
     if channels == 1:
         images = images.mean(1, keepdim=True)
-    return TensorDataset(images.clamp(0, 1), torch.tensor(labels))
+    return Crops(images.clamp(0, 1), torch.tensor(labels), torch.tensor(groups))

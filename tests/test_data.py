@@ -23,6 +23,7 @@ from fastnull.data import (
     to_pixels,
 )
 from fastnull.finetune import FinetuneConfig
+from fastnull.photos import Crops
 from fastnull.view import View
 
 
@@ -241,6 +242,21 @@ def test_hold_out():
     assert hold_out(data, 0.0, seed=0)[1] is None
     with pytest.raises(ValueError, match="leaves one of both parts empty"):
         hold_out(data, 0.01, seed=0)
+
+
+def test_hold_out_keeps_groups_together():
+    groups = torch.tensor([3, 0, 0, 7, 7, 7, 9, 9, 3, 0])
+    data = Crops(torch.zeros(10, 3, 2, 2), torch.zeros(10), groups)
+    seen = set()
+    for seed in range(8):
+        train, held = hold_out(data, 0.3, seed)
+        assert sorted(train.indices + held.indices) == list(range(10))
+        assert not set(groups[train.indices].tolist()) & set(groups[held.indices].tolist())
+        assert 3 <= len(held) <= 5  # enough, and no group more than that takes
+        seen.add(tuple(held.indices))
+    assert len(seen) > 1
+    with pytest.raises(ValueError, match="leaves one of both parts empty"):
+        hold_out(Crops(torch.zeros(4, 3, 2, 2), torch.zeros(4), torch.zeros(4)), 0.5, seed=0)
 
 
 def test_to_pixels():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastnull.data import hold_out
 from fastnull.photos import CROP, PHOTOS, PHOTOS_TEST, PHOTOS_TRAIN, TILE, load_picture, photos
 
 pytest.importorskip("skimage")
@@ -52,6 +53,18 @@ def test_training_and_test_share_no_pixel() -> None:
                     mask[row : row + CROP, column : column + CROP] = True
             covered.append(mask)
         assert not (covered[0] & covered[1]).any(), name
+
+
+def test_a_held_out_share_shares_no_tile_with_the_rest() -> None:
+    train = photos(CROP)[0]
+    kept, held = hold_out(train, 0.2, seed=0)
+    assert held is not None
+    assert 0.2 * len(train) <= len(held) < 0.22 * len(train)
+    assert not torch.isin(train.groups[kept.indices], train.groups[held.indices]).any()
+    # groups are tiles: crops of one are alike in place, and no tile has crops of two pictures
+    labels = train.tensors[1]
+    assert all(len(labels[train.groups == group].unique()) == 1 for group in train.groups.unique())
+    assert torch.bincount(labels[held.indices], minlength=len(PHOTOS)).min() > 0
 
 
 def test_sizes_and_channels() -> None:
