@@ -1,6 +1,7 @@
 """NullspaceAugment: noise that the model does not, or just does, see, added while it is finetuned.
 
-Two forms. `aug.loss(images, labels, criterion)` is the published one, CE(clean) + CE(noisy). Noise that needs no clean
+Two forms. `aug.loss(images, labels, criterion)` is the published one, CE(clean) + CE(noisy); with `share` each image
+has one view, which is noisy for that share of them. Noise that needs no clean
 logits (universal, random) takes both views through the encoder in one pass, with one patch embedding. Else the clean
 view goes first, and synthesis takes its logits: a forward pass less than if it made its own. The hook form
 (`attach()`, `detach()`, `with aug:`) puts the noise into any training loop that calls the model. Noise is on in
@@ -26,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.batches import check_batch
-from fastnull.checks import check_choice, check_labels, trusted_values
+from fastnull.checks import check_choice, check_labels, check_number, trusted_values
 from fastnull.encoder import FrozenEncoder
 from fastnull.replay import Replay, use_graph
-from fastnull.rng import Place, carried, generator
+from fastnull.rng import Place, carried, generator, share_of
 from fastnull.solvers import norms, own_noise, valid_noise
 from fastnull.starts import start_noise, step_sizes
 from fastnull.synthesis import Noise, SynthesisConfig, synthesize, warm_start
@@ -74,6 +75,9 @@ class NullspaceAugment:
         site: `patch`, `block0` or `pixels`.
         count: universal: noises in the bank; every image of a batch gets one of them.
         seed: with `step` the key of all random numbers: the same (seed, step) gives the same noise.
+        share: None: `loss` sees every image clean and noisy. A number in (0, 1]: it sees every image once, and that
+            share of a batch, spread evenly over it, is noisy; so is the share in the hook form. (Ours: steps that
+            cost half as much are twice as many.)
         backend, dtype: of the FrozenEncoder that synthesis runs on.
         config: every setting of the synthesis at once, instead of eps, limit, steps and count.
 
@@ -97,6 +101,7 @@ class NullspaceAugment:
         site: str = "patch",
         count: int = 1,
         seed: int = 0,
+        share: float | None = None,
         backend: str = "auto",
         dtype: torch.dtype | None = None,
         config: SynthesisConfig | None = None,
@@ -110,7 +115,9 @@ class NullspaceAugment:
             raise ValueError("give either config or eps, limit and steps, not both")
         elif mode not in (config.mode, "random"):
             raise ValueError(f"config.mode must be mode, {mode!r}; got {config.mode!r}")
-        self.config = config
+        if share is not None:
+            check_number("share", share, 0, 1, exclusive=True)
+        self.config, self.share = config, share
         self.encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
         self.model = model
         self._solve = _solver(self.encoder, config)
@@ -129,7 +136,7 @@ class NullspaceAugment:
     def loss(
         self, images: Tensor, labels: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """criterion(clean) + criterion(noisy).
+        """criterion(clean) + criterion(noisy); with `share` the criterion of the one view.
 
         Args:
             images: [B, C, H, W] as the model takes them.
@@ -137,7 +144,7 @@ class NullspaceAugment:
             criterion: (logits [B, K], labels) → scalar.
 
         Returns:
-            the loss with its graph, and the clean view's logits [B, K].
+            the loss with its graph, and the clean view's logits [B, K]; with `share` those of the one view.
 
         Raises:
             RuntimeError: in eval mode, before `refresh` in universal mode, or where the hooks did not run (the model
@@ -146,18 +153,23 @@ class NullspaceAugment:
                 host would wait for it in every step.)
         """
         trusting = self._trusting(images)
+        if self.share is not None:
+            self._check(images)
+            logits = self._forward(images, "noisy")
+            with trusting:
+                check_labels(labels, logits.shape[-1], len(images))
+            return criterion(logits, labels), logits
         clean, noisy = self.views(images)
         with trusting:
             check_labels(labels, clean.shape[-1], len(images))
         return criterion(clean, labels) + criterion(noisy, labels), clean
 
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, K] of the clean and of the noisy view, with their graph. Raises as `loss`."""
-        if not self.encoder.vit.model.training:
-            raise RuntimeError("noise is for training: call model.train() first")
-        with self._trusting(images):
-            check_batch(self.encoder, images)
-        self._looked = True
+        """Logits [B, K] of the clean and of the noisy view, with their graph. Raises as `loss`.
+
+        With `share` that share of the noisy view has noise.
+        """
+        self._check(images)
         if self.mode in ("universal", "random"):
             clean, noisy = self._forward(images, "both").chunk(2)
             return clean, noisy
@@ -170,6 +182,13 @@ class NullspaceAugment:
             return clean, self._forward(images, "noisy")
         finally:
             self._clean = None
+
+    def _check(self, images: Tensor) -> None:
+        if not self.encoder.vit.model.training:
+            raise RuntimeError("noise is for training: call model.train() first")
+        with self._trusting(images):
+            check_batch(self.encoder, images)
+        self._looked = True
 
     def _trusting(self, images: Tensor) -> AbstractContextManager[None]:
         """Checks of a GPU's values after the first batch are left out inside."""
@@ -268,34 +287,41 @@ class NullspaceAugment:
         self._bank = None if state["bank"] is None else Noise(**state["bank"], site=self.config.site)
 
     def draw(self, tokens: Tensor) -> Tensor:
-        """Noise for a batch at the site [B, ...], made with the current weights; no gradient.
+        """Noise for a batch at the site [B, ...], made with the current weights; no gradient. 0 for the images that
+        `share` leaves clean.
 
-        Advances `step` and fills `stats`.
+        Advances `step` and fills `stats`, which are means over the noisy images.
         """
         tokens = tokens.detach()
         source = generator(self.config.seed, self.step, 1)
         self.step += 1
+        if self.share is None:
+            return self._drawn(tokens, source, self.place)
+        positions, place = share_of(self.place or Place(torch.arange(len(tokens)), len(tokens)), self.share)
+        positions = carried(positions, tokens.device)
+        return torch.zeros_like(tokens).index_copy(0, positions, self._drawn(tokens[positions], source, place))
+
+    def _drawn(self, tokens: Tensor, source: torch.Generator, place: Place | None) -> Tensor:
         if self.mode == "universal":
-            noise = self._from_bank(tokens, source)
+            noise = self._from_bank(tokens, source, place)
         else:
-            noise, seen = self._synthesized(tokens, *self._start(tokens, source))
+            noise, seen = self._synthesized(tokens, *self._start(tokens, source, place))
             self.stats["influence"] = seen.mean()
         self.stats["norm"] = norms(noise).mean()
         return noise.to(tokens.dtype)
 
-    def _from_bank(self, tokens: Tensor, source: torch.Generator) -> Tensor:
+    def _from_bank(self, tokens: Tensor, source: torch.Generator, place: Place | None) -> Tensor:
         if self._bank is None:
             raise RuntimeError("universal mode has no noise yet: call refresh(batches) first")
-        place = self.place
         rows = torch.randint(len(self._bank), (place.total if place else len(tokens),), generator=source)
         rows = rows[place.rows] if place else rows
         self.stats["influence"] = self._bank.influence.mean()
         noise = carried(self._bank.tokens[rows], tokens.device)
         return valid_noise(tokens, noise) if self.config.site == "pixels" else noise
 
-    def _start(self, tokens: Tensor, source: torch.Generator) -> tuple[Tensor, ...]:
+    def _start(self, tokens: Tensor, source: torch.Generator, place: Place | None) -> tuple[Tensor, ...]:
         """The noise that synthesis starts from [B, ...], and its step size where that is a tensor, [] or [B]."""
-        config, place = self.config, self.place
+        config = self.config
         if place is None:
             start = start_noise(tokens.shape, config, source, tokens)
             size = step_sizes(start, config, source)

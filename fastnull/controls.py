@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastnull.augment import NullspaceAugment
-from fastnull.rng import Place, generator
+from fastnull.rng import Place, carried, generator, share_of
 from fastnull.vit import frozen, unwrap
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -100,26 +100,47 @@ class AdversarialTraining(CleanOnly):
         eps, step_size: of PGD in the L-infinity norm, in pixels; steps: of it, from a random start.
         seed: with `step` the key of the start.
         watch: measures the attack.
+        share: None: every image is seen clean and attacked; else once, that share of them attacked, as
+            NullspaceAugment does it.
     """
 
     def __init__(
-        self, model: nn.Module, *, eps: float, steps: int, step_size: float, seed: int, watch: Stopwatch
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        steps: int,
+        step_size: float,
+        seed: int,
+        watch: Stopwatch,
+        share: float | None = None,
     ) -> None:
         super().__init__(model)
         self.eps, self.steps, self.step_size, self.seed, self.watch = eps, steps, step_size, seed, watch
+        self.share = share
 
     def loss(self, images: Tensor, labels: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
-        """The loss with its graph and the clean view's logits [B, K]."""
+        """The loss with its graph and the logits [B, K] of the clean view, or of the one view."""
+        if self.share is not None:
+            logits = self.model(self._one_view(images, labels, self.share))
+            return criterion(logits, labels), logits
         with self.watch:
-            attacked = self.attack(images, labels)
+            attacked = self.attack(images, labels, self.place)
         clean, noisy = self.model(torch.cat([images, attacked])).chunk(2)
         return criterion(clean, labels) + criterion(noisy, labels), clean
 
-    def attack(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _one_view(self, images: Tensor, labels: Tensor, share: float) -> Tensor:
+        """The images, a share of them attacked."""
+        positions, place = share_of(self.place or Place(torch.arange(len(images)), len(images)), share)
+        positions = carried(positions, images.device)
+        with self.watch:
+            attacked = self.attack(images[positions], labels[positions], place)
+        return images.index_copy(0, positions, attacked)
+
+    def attack(self, images: Tensor, labels: Tensor, place: Place | None = None) -> Tensor:
         """PGD in eval mode from a random start, against classes [B] or soft labels [B, K]; fills `stats`."""
         from fastnull.robustness.attacks.gradient import pgd
 
-        place = self.place
         attacked = pgd(
             # DDP's wrapper would wait for a backward pass of the weights after each forward one
             unwrap(self.model),
@@ -154,7 +175,7 @@ class Trades(AdversarialTraining):
         """The loss with its graph and the clean view's logits [B, K]. The labels take no part in the attack."""
         with self.watch:
             # against soft labels the cross entropy is the divergence and a constant: they have one gradient
-            attacked = self.attack(images, self._probabilities(images))
+            attacked = self.attack(images, self._probabilities(images), self.place)
         clean, noisy = self.model(torch.cat([images, attacked])).chunk(2)
         divergence = F.kl_div(
             noisy.float().log_softmax(1), clean.float().log_softmax(1), reduction="batchmean", log_target=True

@@ -11,7 +11,7 @@ from fastnull.distributed import Processes
 from fastnull.encoder import FrozenEncoder
 from fastnull.finetune import Prepared, prepare
 from fastnull.inspection import format_table, inspect_models
-from fastnull.recipe import FinetuneConfig, make_plan
+from fastnull.recipe import FinetuneConfig, make_plan, views_of
 from fastnull.rng import preserved
 
 
@@ -31,7 +31,7 @@ def dry_run(config: FinetuneConfig) -> str:
 def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes) -> str:
     model, train = prepared.model, prepared.train
     plan = make_plan(config, len(train), processes.world)
-    views = 1 if config.augment == "none" else 2
+    views = views_of(config)
     images = plan.batch_size // (processes.world * config.accumulate)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

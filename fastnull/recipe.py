@@ -66,6 +66,9 @@ class FinetuneConfig:
     # the augmentation
     augment: str = option("boundary", f"one of {', '.join(AUGMENTS)}")
     site: str = option("patch", "where noise is added: patch, block0 or pixels")
+    noise_share: float | None = option(
+        None, "share of a batch that is noisy (or attacked), every image seen once; none: each seen clean and noisy"
+    )
     eps: float | None = option(None, "influence aimed at; none: the default of augmentation and site")
     objective: str | None = option(
         None, "what the noise keeps (or boundary: moves) of the logits: l2, l2_squared or prediction; none: default"
@@ -167,6 +170,11 @@ class FinetuneConfig:
             raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images; got {self.batch_size}")
         if self.noise_preset is not None and self.augment != "universal":
             raise ValueError(f"noise_preset is for augment='universal'; got augment={self.augment!r}")
+        if self.noise_share is not None and self.augment in ("none", "trades"):
+            raise ValueError(
+                f"noise_share is for augmentations of one view: {self.augment!r} "
+                + ("has no noise" if self.augment == "none" else "compares two")
+            )
         if self.resume and self.overwrite:
             raise ValueError("give either resume or overwrite, not both")
         if self.force and not self.resume:
@@ -247,7 +255,7 @@ _RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
     ("checkpoint_every", 1, None, False), ("keep_last", 1, None, False),
     ("log_every", 1, None, False), ("workers", 0, None, False), ("train_ratio", 0, 1, True),
     ("crop_scale", 0, 1, True), ("hflip", 0, 1, False), ("color_jitter", 0, None, False), ("reprob", 0, 1, False),
-    ("eps", 0, 2, True), ("limit", 0, None, False), ("image_ratio", 0, 1, True),
+    ("noise_share", 0, 1, True), ("eps", 0, 2, True), ("limit", 0, None, False), ("image_ratio", 0, 1, True),
     ("limit_spread", 0, 1, False), ("noise_step_spread", 0, 1, False), ("smooth_limit", 0, None, False),
     ("noise_lr", 0, None, True),
     ("attack_eps", 0, 1, True), ("attack_step_size", 0, 1, True), ("mixup", 0, None, False),
@@ -265,7 +273,7 @@ class Plan:
     Attributes:
         steps, steps_per_epoch, epochs: the last epoch may be a part of one.
         batch_size: of every step: the configuration's, or all images of an epoch where they are fewer.
-        step_cost: of one image in one step, synthesis in it included.
+        step_cost: of one image in one step, synthesis in it included; the mean over a batch.
         refresh_cost: of learning a universal bank once, at most (it stops where ε is met).
         total_cost: of the run.
         budget: what compute_budget allows for the run, where it set the steps; else None.
@@ -275,29 +283,35 @@ class Plan:
     steps_per_epoch: int
     epochs: int
     batch_size: int
-    step_cost: int
+    step_cost: float
     refresh_cost: int
-    total_cost: int
+    total_cost: float
     budget: float | None
 
 
-def step_cost(config: FinetuneConfig) -> int:
-    """Forward passes that one image costs in one step.
+def step_cost(config: FinetuneConfig) -> float:
+    """Forward passes that one image costs in one step; the mean over a batch.
 
-    A view costs 3 (forward, full backward), and every augmentation but `none` trains two. `boundary`, `per_image` and
-    `adversarial` add a forward and an input gradient a step of their search, `trades` the clean probabilities too.
-    With drop_path the clean view cannot give `boundary` and `per_image` their clean logits, so they make them.
+    A view costs 3 (forward, full backward); `none` and `noise_share` train one, all else two. `boundary`, `per_image`
+    and `adversarial` add a forward and an input gradient a step of their search, `trades` the clean probabilities too.
+    Where no clean view gives `boundary` and `per_image` their clean logits (there is none, or it has drop_path in it),
+    they make them. With `noise_share` its share of the images pays for the search.
     """
     view = FORWARD + FULL_BACKWARD
-    if config.augment == "none":
-        return view
+    views = views_of(config)
     search = FORWARD + INPUT_BACKWARD
     synthesis = config.synthesis()
+    made = 0
     if config.augment in ATTACKS:
-        return 2 * view + search * config.attack_steps + (FORWARD if config.augment == "trades" else 0)
-    if config.augment in ("boundary", "per_image") and synthesis is not None and synthesis.steps is not None:
-        return 2 * view + search * synthesis.steps + (FORWARD if config.drop_path else 0)
-    return 2 * view
+        made = search * config.attack_steps + (FORWARD if config.augment == "trades" else 0)
+    elif config.augment in ("boundary", "per_image") and synthesis is not None and synthesis.steps is not None:
+        made = search * synthesis.steps + (FORWARD if config.drop_path or views == 1 else 0)
+    return views * view + (made if config.noise_share is None else config.noise_share * made)
+
+
+def views_of(config: FinetuneConfig) -> int:
+    """How often a step sees an image."""
+    return 1 if config.augment == "none" or config.noise_share is not None else 2
 
 
 def refresh_cost(config: FinetuneConfig, images: int, batch_size: int) -> int:

@@ -24,6 +24,18 @@ class Place(NamedTuple):
     """Images of the larger batch."""
 
 
+def share_of(place: Place, share: float) -> tuple[Tensor, Place]:
+    """Which of the images at a place a share of the larger batch is: spread evenly over it, whoever holds them.
+
+    Returns:
+        positions among the images at the place [k], and the place of those.
+    """
+    rows = place.rows.double()
+    chosen = ((rows + 1) * share).floor() > (rows * share).floor()
+    positions = chosen.nonzero().flatten()
+    return positions, Place(place.rows[positions], place.total)
+
+
 def generator(*key: int) -> torch.Generator:
     """A CPU generator keyed by integers such as (seed, step); nearby keys give unrelated streams."""
     state = 0

@@ -403,7 +403,10 @@ def _augment(
 ) -> TimedAugment | CleanOnly:
     synthesis = config.synthesis()
     if synthesis is not None:
-        augment = TimedAugment(model, config.augment, backend=config.backend, dtype=dtype, config=synthesis)
+        share = config.noise_share
+        augment = TimedAugment(
+            model, config.augment, share=share, backend=config.backend, dtype=dtype, config=synthesis
+        )
         augment.watch = watch
         return augment
     if config.augment in ATTACKS:
@@ -416,7 +419,7 @@ def _augment(
         }
         if config.augment == "trades":
             return Trades(model, beta=config.trades_beta, **attack)
-        return AdversarialTraining(model, **attack)
+        return AdversarialTraining(model, share=config.noise_share, **attack)
     return CleanOnly(model)
 
 

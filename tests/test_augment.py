@@ -17,6 +17,7 @@ from torch import Tensor
 from fastnull.augment import MODES, NullspaceAugment
 from fastnull.encoder import FrozenEncoder
 from fastnull.objective import influence
+from fastnull.rng import Place, share_of
 from fastnull.synthesis import SynthesisConfig
 from fastnull.vit import SITES, NormalizedModel
 
@@ -49,6 +50,41 @@ def test_loss_is_the_sum_over_both_views(
     torch.testing.assert_close(logits, vit(images))
     assert aug.stats["norm"] > 0
     assert not torch.equal(noisy, tokens)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("mode", MODES)
+def test_share_of_one_view_is_noisy(vit: NormalizedModel, images: Tensor, labels: Tensor, mode: str, site: str) -> None:
+    aug = ready(vit, images, mode, site, share=0.3)
+    with torch.no_grad():
+        loss, logits = aug.loss(images, labels, F.cross_entropy)
+    assert aug.step == 1
+    tokens = aug.encoder.embed(images)
+    aug.step = 0
+    noise = aug.draw(tokens)
+    assert [bool(row.any()) for row in noise] == [False, False, False, True, False, False, True, False]
+    torch.testing.assert_close(logits, aug.encoder(tokens + noise))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
+    assert float(aug.stats["norm"]) == pytest.approx(float(noise[[3, 6]].flatten(1).norm(dim=1).mean()))
+    # the noise of an image is what it would get if all had some
+    whole = ready(vit, images, mode, site, share=1.0)
+    whole.step = 0
+    torch.testing.assert_close(whole.draw(tokens)[[3, 6]], noise[[3, 6]])
+    plain = ready(vit, images, mode, site)
+    plain.step = 0
+    torch.testing.assert_close(plain.draw(tokens)[[3, 6]], noise[[3, 6]])
+
+
+def test_share_is_spread_over_the_larger_batch() -> None:
+    place = Place(torch.arange(100), 100)
+    for share in (0.01, 0.1, 0.25, 0.29, 1 / 3, 0.5, 0.9, 1.0):
+        chosen = share_of(place, share)[0]
+        assert abs(len(chosen) - 100 * share) < 1
+        for part in (torch.arange(40), torch.arange(1, 100, 2)):
+            positions, found = share_of(Place(part, 100), share)
+            assert found.rows.tolist() == [row for row in part.tolist() if row in chosen.tolist()]
+            assert torch.equal(part[positions], found.rows)
+            assert found.total == 100
 
 
 def test_gradients_are_those_of_two_separate_views(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastnull.controls import AdversarialTraining, Stopwatch, Trades
-from fastnull.rng import generator
+from fastnull.rng import Place, generator
 from fastnull.robustness import pgd
 from fastnull.vit import NormalizedModel
 
@@ -67,14 +68,26 @@ def test_attack_takes_the_steps_it_was_asked_for(
     assert torch.equal(madry.attack(images, labels), expected)
 
 
+def test_share_of_one_view_is_attacked(vit: NormalizedModel, images: Tensor) -> None:
+    labels = torch.arange(8)
+    settings: dict[str, Any] = {"eps": EPS, "steps": 2, "step_size": 4 / 255, "seed": 3}
+    madry = AdversarialTraining(vit, **settings, watch=Stopwatch(torch.device("cpu")), share=0.5)
+    loss, logits = madry.loss(images, labels, F.cross_entropy)
+    whole = AdversarialTraining(vit, **settings, watch=Stopwatch(torch.device("cpu"))).attack(images, labels)
+    seen = images.clone()
+    seen[1::2] = whole[1::2]  # every image gets the attack that it would get if all did
+    torch.testing.assert_close(logits, vit(seen))
+    torch.testing.assert_close(loss, F.cross_entropy(vit(seen), labels))
+
+
 def test_labels_take_no_part_in_the_attack(
     vit: NormalizedModel, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
 
-    def recording(attack: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        def call(images: Tensor, labels: Tensor) -> Tensor:
-            seen.append(attack(images, labels))
+    def recording(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(images: Tensor, labels: Tensor, place: Place | None) -> Tensor:
+            seen.append(attack(images, labels, place))
             return seen[-1]
 
         return call

@@ -39,6 +39,8 @@ MIXED = {"mixup": 0.4, "cutmix": 0.5, "smoothing": 0.1, "clip_grad": 1.0, "ema_d
 SHARED: dict[str, dict[str, Any]] = {
     **{augment: {"augment": augment} for augment in AUGMENTS},
     "boundary in pixels": {"augment": "boundary", "site": "pixels", "limit": 8 / 255},
+    "one view, boundary": {"augment": "boundary", "noise_share": 0.5},
+    "one view, adversarial": {"augment": "adversarial", "noise_share": 0.3},
     "universal without held-out images": {"augment": "universal", "val_fraction": 0.0},
     "mixed": {"augment": "boundary", **MIXED},
     "in parts": {"augment": "boundary", "accumulate": 2, **MIXED},
@@ -56,6 +58,7 @@ ROUNDED: dict[str, dict[str, Any]] = {
 PLAIN = {"accumulate": 1, "compile": False, "channels_last": False}
 ALONE: dict[str, dict[str, Any]] = {
     **{f"{augment} in parts": {"augment": augment, "accumulate": 4} for augment in AUGMENTS},
+    "one view in parts": {"augment": "adversarial", "noise_share": 0.3, "accumulate": 4},
     "mixed in parts": {"augment": "boundary", "accumulate": 4, **MIXED},
 }
 

@@ -463,6 +463,24 @@ def test_equal_budgets_cost_the_same(augment):
         assert plan.refresh_cost == 3 * 1 * 64 * 3
 
 
+ONE_VIEW_COSTS = {"random": 3, "universal": 3, "per_image": 3 + 9 / 4, "boundary": 3 + 9 / 4, "adversarial": 3 + 6 / 4}
+
+
+@pytest.mark.parametrize("augment", ONE_VIEW_COSTS)
+def test_one_view_costs_half_and_its_share_of_the_search(augment):
+    steps = {"noise_steps": 4} if augment != "universal" else {}
+    config = FinetuneConfig(augment=augment, attack_steps=3, compute_budget=60.0, noise_share=0.25, **steps)
+    assert make_plan(config, 1000).step_cost == ONE_VIEW_COSTS[augment]
+
+
+def test_one_view_needs_noise_of_its_own():
+    for augment in ("none", "trades"):
+        with pytest.raises(ValueError, match="noise_share is for augmentations of one view"):
+            FinetuneConfig(augment=augment, noise_share=0.5)
+    with pytest.raises(ValueError, match="noise_share must be > 0 and <= 1"):
+        FinetuneConfig(noise_share=0.0)
+
+
 def test_budget_is_spent_as_planned(few):
     config = replace(SMALL, augment="boundary", num_classes=10, compute_budget=27.0, epochs=1)
     result = finetune(config, train_data=few)
@@ -477,19 +495,23 @@ def test_budget_is_spent_as_planned(few):
 def test_the_counted_passes_are_the_passes_made(few, monkeypatch):
     """The accounting against the model itself: forwards of the first block, in images, over one step."""
     seen = []
-    for augment in ("none", "random", "boundary", "per_image", "adversarial", "trades"):
+    two_views = ("none", "random", "boundary", "per_image", "adversarial", "trades")
+    cases = [(augment, None) for augment in two_views]
+    cases += [(augment, 0.5) for augment in ("random", "boundary", "per_image", "adversarial")]
+    for augment, share in cases:
         model = create_model("vit_digits", num_classes=10)
         passed: list[int] = []
         model.network.blocks[0].register_forward_pre_hook(lambda _, args, to=passed: to.append(len(args[0])))
         config = replace(SMALL, augment=augment, num_classes=10, epochs=1, val_fraction=0.0, train_ratio=1 / 3)
+        config = replace(config, noise_share=share)
         config = replace(config, backend="reference")  # the other backends do not call the model's own modules
         plan = make_plan(config, 48)
         assert plan.steps == 1
         finetune(config, model, train_data=few)
         # forwards alone: of a view's 3 one, of a synthesis step's 2 one; and one image that tries the model out
-        views = 1 if augment == "none" else 2
-        synthesis = plan.step_cost - 3 * views
-        expected = views + (synthesis % 2) + synthesis // 2
+        views = 1 if augment == "none" or share else 2
+        synthesis = (plan.step_cost - 3 * views) / (share or 1)
+        expected = views + (share or 1) * (synthesis % 2 + synthesis // 2)
         seen.append((augment, (sum(passed) - 1) / plan.batch_size, expected))
     assert all(made == expected for _, made, expected in seen), seen
 
