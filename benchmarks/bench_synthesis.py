@@ -145,7 +145,8 @@ def _summary(task: Task, rows: Sequence[Row]) -> list[str]:
         seen = judge(oracle, noises, unseen)
         scaled, _ = scaled_to_eps(oracle, noises, seen, unseen, task.eps, larger=True)
         line = f"{task.name} {backend} {kind}: {', '.join(map(str, steps))} updates; means: norm "
-        line += f"{_norm(noises):.4g}, influence on unseen images {seen.mean():.3g}; norm where that is ε: {_norm(scaled):.4g}"
+        line += f"{_norm(noises):.4g}, influence on unseen images {float(seen.mean()):.3g}; norm where that is ε: "
+        line += f"{_norm(scaled):.4g}"
         speed = ratio(rows, ("published", "float32"), (backend, kind))
         lines.append(line if speed is None else f"{line}; {speed:.2f} x the speed of the published loop (float32)")
     return lines

@@ -7,9 +7,9 @@ images at once:
     d = argmin  mean (f + g·d)² + DAMPING mean ‖g‖² ‖d‖² − 2 w log‖v + d‖  (its log linearised),   ‖d‖ ≤ radius ‖v‖
 
 It moves the noise no further than the images ask for, which leaves it long, and needs about a tenth of AdamW's updates
-on a trained model (docs/benchmarks.md). The system has one row an image. On one CPU a factorisation of the images' products
-with each other solves it. Elsewhere a few steps of conjugate gradients do: products with the rows, nothing that waits for
-the device or that a CUDA graph may not hold, one mean over processes for each.
+on a trained model (docs/benchmarks.md). The system has one row an image. In one process on a CPU it is solved by a
+factorisation of the rows' products with each other; elsewhere by a few steps of conjugate gradients: products with the
+rows, nothing that waits for the device or that a CUDA graph may not hold, one mean over processes for each.
 """
 
 from __future__ import annotations

@@ -226,12 +226,23 @@ def scaled_to_eps(
     larger: bool = False,
     mean: Mean | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Noises [M, ...] at the largest scale found at which their influence is below ε: at most 1, with `larger`
-    LARGEST_SCALE; and that influence [M], NaN where none was found. `seen` [M] is what `judge` says of them as they are.
+    """Each noise at the largest scale found at which its influence is below ε: at most 1, with `larger` LARGEST_SCALE.
 
     A search of its own for each, all judged together: in a bracket, by the power law through the last two scales, until
     the influence is within CLOSE of ε: two to five passes over the images. Where the influence is no monotone function
     of the scale it finds one of the borders.
+
+    Args:
+        encoder: at the site.
+        noise: [M, ...].
+        seen: influence of each as it is [M], from `judge`.
+        pairs: the images to judge on.
+        eps: the influence to stay below.
+        larger: whether a noise may grow.
+        mean: over processes that hold other images; None is one process.
+
+    Returns:
+        the noises [M, ...] and their influence [M], which is NaN where no scale was found.
     """
     searches = [_Search(eps, LARGEST_SCALE if larger else 1.0) for _ in noise]
     left, influences = list(range(len(noise))), seen.tolist()
