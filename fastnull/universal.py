@@ -229,7 +229,7 @@ def scaled_to_eps(
     """Each noise at the largest scale found at which its influence is below ε: at most 1, with `larger` LARGEST_SCALE.
 
     A search of its own for each, all judged together: in a bracket, by the power law through the last two scales, until
-    the influence is within CLOSE of ε: two to five passes over the images. Where the influence is no monotone function
+    the influence is within CLOSE of ε: one to five passes over the images. Where the influence is no monotone function
     of the scale it finds one of the borders.
 
     Args:
