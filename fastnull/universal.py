@@ -186,16 +186,15 @@ class UniversalRun:
             if self._left <= set(marked):
                 self._share //= 2
                 self._marked.zero_()
-        elif config.stop != "never":
-            influences = [0.0] * len(marked)
-            if config.stop == "check" and marked:
-                influences = judge(self._encoder, self.noise[marked], self._data.check, self._mean).tolist()
-            for m, seen in zip(marked, influences, strict=True):
-                if seen < config.eps:
-                    self._active[m] = False
-                    self._left.discard(m)
-                    self.seen[m] = seen if config.stop == "check" else math.nan
-                self._marked[m] = False
+        elif config.stop != "never" and marked:
+            ends = dict.fromkeys(marked, math.nan)
+            if config.stop == "check":
+                seen = judge(self._encoder, self.noise[marked], self._data.check, self._mean).tolist()
+                ends = {m: value for m, value in zip(marked, seen, strict=True) if value < config.eps}
+            for m, value in ends.items():
+                self._active[m], self.seen[m] = False, value
+                self._left.discard(m)
+            self._marked[marked] = False
 
 
 def judge(encoder: FrozenEncoder, noise: Tensor, pairs: list[Pair], mean: Mean | None = None) -> Tensor:
