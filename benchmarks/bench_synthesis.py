@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ def cases(settings: BenchSettings) -> Iterator[Case]:
         B, starts = max(1, settings.batch // 8), _starts(model, settings, 1)
         *batches, check, unseen = [make_images(model, B, settings, key) for key in range(BATCHES + 2)]
         oracle, pairs = _oracle(model, batches)
-        eps = SHARE * min(float(judge(oracle, starts[0], [pair])) for pair in pairs)
+        eps = SHARE * min(float(judge(oracle, starts, [pair])) for pair in pairs)
         yield _case(Task(name, model, batches, check, unseen, starts, eps, STEPS), settings)
     if settings.trained:
         model, images = trained_digits(settings)
@@ -124,7 +123,7 @@ def _judge(task: Task) -> Callable[[Variant, Tensor], tuple[float | None, str]]:
     oracle, pairs = _oracle(task.model, task.batches)
 
     def least_influence(noises: Tensor) -> list[float]:
-        return [min(float(judge(oracle, noise, [pair])) for pair in pairs) for noise in noises.float()]
+        return torch.stack([judge(oracle, noises.float(), [pair]) for pair in pairs]).amin(0).tolist()
 
     before = least_influence(task.starts)
 
@@ -143,10 +142,11 @@ def _summary(task: Task, rows: Sequence[Row]) -> list[str]:
     lines = []
     for (backend, dtype), (steps, noises) in task.made.items():
         kind, noises = str(dtype)[6:], noises.float()
-        seen = fmean(float(judge(oracle, noise, unseen)) for noise in noises)
-        scaled = torch.stack([scaled_to_eps(oracle, noise, unseen, task.eps, larger=True) for noise in noises])
+        seen = judge(oracle, noises, unseen)
+        scaled, _ = scaled_to_eps(oracle, noises, seen, unseen, task.eps, larger=True)
         line = f"{task.name} {backend} {kind}: {', '.join(map(str, steps))} updates; means: norm "
-        line += f"{_norm(noises):.4g}, influence on unseen images {seen:.3g}; norm where that is ε: {_norm(scaled):.4g}"
+        line += f"{_norm(noises):.4g}, influence on unseen images {float(seen.mean()):.3g}; norm where that is ε: "
+        line += f"{_norm(scaled):.4g}"
         speed = ratio(rows, ("published", "float32"), (backend, kind))
         lines.append(line if speed is None else f"{line}; {speed:.2f} x the speed of the published loop (float32)")
     return lines

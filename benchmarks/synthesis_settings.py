@@ -129,13 +129,13 @@ def table(
     lines = [("setting", "x published", "updates", "norm", "unseen influence", "norm at eps", "cosine")]
     for name, (noises, steps) in made.items():
         noises = noises.float()
-        seen = statistics.fmean(float(judge(oracle, noise, pairs)) for noise in noises)
-        scaled = torch.stack([scaled_to_eps(oracle, noise, pairs, DIGITS_EPS, larger=True) for noise in noises])
+        seen = judge(oracle, noises, pairs)
+        scaled, _ = scaled_to_eps(oracle, noises, seen, pairs, DIGITS_EPS, larger=True)
         alike = torch.cosine_similarity(noises.flatten(1)[:, None], noises.flatten(1)[None], dim=-1)
         others = (alike.sum() - len(noises)) / max(1, len(noises) * (len(noises) - 1))
         lines.append(
             (name, f"{base / medians[name]:.2f}", ", ".join(map(str, steps)), f"{float(norms(noises).mean()):.1f}",
-             f"{seen:.4f}", f"{float(norms(scaled).mean()):.1f}", f"{float(others):.2f}")
+             f"{float(seen.mean()):.4f}", f"{float(norms(scaled).mean()):.1f}", f"{float(others):.2f}")
         )  # fmt: skip
     print(format_table(lines), flush=True)
     return made.get("default", (torch.empty(0), []))[0], base

@@ -7,8 +7,9 @@ images at once:
     d = argmin  mean (f + g·d)² + DAMPING mean ‖g‖² ‖d‖² − 2 w log‖v + d‖  (its log linearised),   ‖d‖ ≤ radius ‖v‖
 
 It moves the noise no further than the images ask for, which leaves it long, and needs about a tenth of AdamW's updates
-on a trained model (docs/benchmarks.md). The system has one row an image, so a few steps of conjugate gradients solve
-it: products with the rows, no factorisation, nothing that waits for the device, one mean over processes for each.
+on a trained model (docs/benchmarks.md). The system has one row an image. In one process on a CPU it is solved by a
+factorisation of the rows' products with each other; elsewhere by a few steps of conjugate gradients: products with the
+rows, nothing that waits for the device or that a CUDA graph may not hold, one mean over processes for each.
 """
 
 from __future__ import annotations
@@ -48,7 +49,32 @@ def gauss_newton_step(
         [M, ...], in the noise's dtype.
     """
     G, v = rows.flatten(2), noise.flatten(1)  # [M, B, P], [M, P]
-    together = mean or _alone
+    wish = push.flatten(1) if isinstance(push, Tensor) else torch.zeros_like(v)
+    if mean is None and rows.device.type == "cpu":
+        step = _factorised(G, changes, wish)
+    else:
+        step = _conjugate_gradients(G, changes, wish, mean or _alone)
+    longest = radius * torch.linalg.vector_norm(v, dim=1)
+    share = _ratio(longest, torch.linalg.vector_norm(step, dim=1)).clamp(max=1)
+    return (step * share.unsqueeze(1)).view_as(noise)
+
+
+def _factorised(G: Tensor, changes: Tensor, wish: Tensor) -> Tensor:
+    """The step [M, P] without a radius, from the images' side: d = w − Gᵀ (G Gᵀ + B λ)⁻¹ (f + G w), w = wish / λ."""
+    B = G.shape[1]
+    system = torch.bmm(G, G.mT)  # [M, B, B]
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    damping = DAMPING * diagonal.sum(1, keepdim=True)  # B λ, [M, 1]
+    free = _ratio(B * wish, damping)
+    diagonal += torch.where(damping == 0, 1, damping)  # no gradient at all: nothing to solve, and nothing that fails
+    factor, _ = torch.linalg.cholesky_ex(system)
+    wrong = changes + torch.bmm(G, free.unsqueeze(2)).squeeze(2)
+    weights = torch.cholesky_solve(wrong.unsqueeze(2), factor)
+    return free - torch.bmm(weights.mT, G).squeeze(1)
+
+
+def _conjugate_gradients(G: Tensor, changes: Tensor, wish: Tensor, together: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same step from the noise's side, of images that may lie on several processes."""
 
     def back(weights: Tensor) -> Tensor:
         """mean over images of g · weight; [M, P]."""
@@ -56,8 +82,8 @@ def gauss_newton_step(
 
     trace = together(G.square().sum(2).mean(1))  # [M]
     damping = (DAMPING * trace).unsqueeze(1)
-    residual = back(-changes) + (push.flatten(1) if isinstance(push, Tensor) else push)
-    step, direction = torch.zeros_like(v), residual
+    residual = back(-changes) + wish
+    step, direction = torch.zeros_like(residual), residual
     length = residual.square().sum(1, keepdim=True)
     for _ in range(CG_STEPS):
         product = back(torch.bmm(G, direction.unsqueeze(2)).squeeze(2)) + damping * direction
@@ -66,9 +92,7 @@ def gauss_newton_step(
         residual = residual - along * product
         before, length = length, residual.square().sum(1, keepdim=True)
         direction = residual + _ratio(length, before) * direction
-    longest = radius * torch.linalg.vector_norm(v, dim=1)
-    share = _ratio(longest, torch.linalg.vector_norm(step, dim=1)).clamp(max=1)
-    return (step * share.unsqueeze(1)).view_as(noise)
+    return step
 
 
 def _alone(value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -52,8 +53,9 @@ def device_name(device: torch.device | str) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def provenance(device: torch.device | str = "cpu", **extra: Any) -> dict[str, Any]:
-    """What every result file says of itself: commit, versions, device, time, and what the caller adds."""
+@functools.cache
+def _code() -> dict[str, Any]:
+    """Commit and versions of what runs."""
     return {
         "fastnull": __version__,
         "commit": commit(),
@@ -61,6 +63,17 @@ def provenance(device: torch.device | str = "cpu", **extra: Any) -> dict[str, An
         "triton": _version("triton"),
         "timm": _version("timm"),
         "python": platform.python_version(),
+    }
+
+
+def provenance(device: torch.device | str = "cpu", **extra: Any) -> dict[str, Any]:
+    """What every result file says of itself: commit, versions, device, time, and what the caller adds.
+
+    Commit and versions are those at the first call in this process: it runs what it has loaded, and to ask git takes as
+    long as three passes of a small model.
+    """
+    return {
+        **_code(),
         "device": str(device),
         "device_name": device_name(device),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -265,7 +265,7 @@ def measure_influence(
     pairs = [embed_batch(encoder, batch) for batch in as_batches(batches)]
     if not pairs:
         raise ValueError("batches must hold at least one batch of images; it is empty")
-    return torch.stack([judge(encoder, row, pairs) for row in noise.tokens.to(encoder.device)])
+    return judge(encoder, noise.tokens.to(encoder.device), pairs)
 
 
 def _universal(
@@ -306,12 +306,16 @@ def _universal_result(
     judged: bool = True,
 ) -> Noise:
     noise, seen = run.noise, torch.full((config.count,), torch.nan)
-    if judged and (config.on_unmet == "scale" or config.final_scale):
-        noise = torch.stack(
-            [scaled_to_eps(encoder, row, data.check, config.eps, larger=config.final_scale, mean=mean) for row in noise]
-        )
     if judged:
-        seen = torch.stack([judge(encoder, row, data.check, mean) for row in noise]).cpu()
+        seen = run.seen.clone()
+        unknown = seen.isnan()
+        if unknown.any():
+            seen[unknown] = judge(encoder, noise[unknown], data.check, mean).to(seen.dtype)
+        if config.on_unmet == "scale" or config.final_scale:
+            noise, seen = scaled_to_eps(
+                encoder, noise, seen, data.check, config.eps, larger=config.final_scale, mean=mean
+            )
+        seen = seen.cpu()
     return Noise(
         tokens=noise,
         influence=seen,

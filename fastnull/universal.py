@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +68,7 @@ class UniversalRun:
     Attributes:
         noise: [M, ...], as far as it has come.
         taken: updates of each [M], int64.
+        seen: influence on the check images [M] of the noises that ended for it; NaN of others, which were not judged.
         history: a record per step: step, loss, influence, norm; means over the noises that took part.
     """
 
@@ -77,6 +79,7 @@ class UniversalRun:
         self.noise = start
         self._adamw = AdamWState.zeros(start) if config.rule == "adamw" else None
         self.taken = torch.zeros(len(start), dtype=torch.int64, device=start.device)
+        self.seen = start.new_full((len(start),), math.nan)
         self._active = torch.ones(len(start), dtype=torch.bool, device=start.device)
         self._marked = torch.zeros_like(self._active)
         self._left = set(range(len(start)))  # the active ones, as the host knows them
@@ -183,56 +186,106 @@ class UniversalRun:
             if self._left <= set(marked):
                 self._share //= 2
                 self._marked.zero_()
-        elif config.stop != "never":
-            for m in marked:
-                if config.stop == "batch" or bool(self._judged(m) < config.eps):
-                    self._active[m] = False
-                    self._left.discard(m)
-                self._marked[m] = False
-
-    def _judged(self, m: int) -> Tensor:
-        return judge(self._encoder, self.noise[m], self._data.check, self._mean)
+        elif config.stop != "never" and marked:
+            ends = dict.fromkeys(marked, math.nan)
+            if config.stop == "check":
+                seen = judge(self._encoder, self.noise[marked], self._data.check, self._mean).tolist()
+                ends = {m: value for m, value in zip(marked, seen, strict=True) if value < config.eps}
+            for m, value in ends.items():
+                self._active[m], self.seen[m] = False, value
+                self._left.discard(m)
+            self._marked[marked] = False
 
 
 def judge(encoder: FrozenEncoder, noise: Tensor, pairs: list[Pair], mean: Mean | None = None) -> Tensor:
-    """Influence of one noise: mean over all images, those of other processes included."""
-    seen = torch.cat([influence(clean, encoder(perturb(encoder, tokens, noise))) for tokens, clean in pairs])
+    """Influence [M] of noises [M, ...]: mean over all images, those of other processes included."""
+    seen = torch.cat([_influences(encoder, noise, *pair) for pair in pairs], dim=1)  # [M, images]
     if mean is None:
-        return seen.mean()
-    total, images = mean(torch.stack([seen.sum(), seen.new_tensor(len(seen))]))  # not all may hold as many
+        return seen.mean(1)
+    total, images = mean(torch.stack([seen.sum(1), seen.new_full((len(seen),), seen.shape[1])]))  # not all hold as many
     return total / images
+
+
+def _influences(encoder: FrozenEncoder, noise: Tensor, tokens: Tensor, clean: Tensor) -> Tensor:
+    """Influence [M, B] of each noise [M, ...] on each image [B, ...], as many noises in a pass as a step takes."""
+    parts = []
+    for part in noise.split(max(1, MOST_IMAGES // len(tokens))):
+        logits = encoder(perturb(encoder, tokens, part.unsqueeze(1)).flatten(0, 1))
+        parts.append(influence(clean, logits.view(len(part), *clean.shape)))
+    return torch.cat(parts)
 
 
 def scaled_to_eps(
     encoder: FrozenEncoder,
     noise: Tensor,
+    seen: Tensor,
     pairs: list[Pair],
     eps: float,
     *,
     larger: bool = False,
     mean: Mean | None = None,
-) -> Tensor:
-    """The noise at the largest scale found at which its influence is below ε: at most 1, with `larger` LARGEST_SCALE.
+) -> tuple[Tensor, Tensor]:
+    """Each noise at the largest scale found at which its influence is below ε: at most 1, with `larger` LARGEST_SCALE.
 
-    A search in a bracket, by the power law through the last two scales, until the influence is within CLOSE of ε: three
-    to six passes over the images. Where the influence is no monotone function of the scale it finds one of the borders.
+    A search of its own for each, all judged together: in a bracket, by the power law through the last two scales, until
+    the influence is within CLOSE of ε: one to five passes over the images. Where the influence is no monotone function
+    of the scale it finds one of the borders.
+
+    Args:
+        encoder: at the site.
+        noise: [M, ...].
+        seen: influence of each as it is [M], from `judge`.
+        pairs: the images to judge on.
+        eps: the influence to stay below.
+        larger: whether a noise may grow.
+        mean: over processes that hold other images; None is one process.
+
+    Returns:
+        the noises [M, ...] and their influence [M], which is NaN where no scale was found.
     """
-    low, high, largest = 0.0, math.inf, LARGEST_SCALE if larger else 1.0
-    scale, power, last = 1.0, 2.0, (0.0, 0.0)
-    for _ in range(SEARCHES):
-        seen = float(judge(encoder, noise * scale, pairs, mean))
-        if seen < eps:
-            low = scale
-            if seen >= CLOSE * eps or scale >= largest:
-                break
+    searches = [_Search(eps, LARGEST_SCALE if larger else 1.0) for _ in noise]
+    left, influences = list(range(len(noise))), seen.tolist()
+    while left:
+        for m, value in zip(left, influences, strict=True):
+            searches[m].take(value)
+        left = [m for m in left if not searches[m].done]
+        if left:
+            scales = noise.new_tensor([searches[m].scale for m in left])
+            influences = judge(encoder, noise[left] * spread(scales, noise), pairs, mean).tolist()
+    lows, seen = (seen.new_tensor([getattr(one, name) for one in searches]) for name in ("low", "influence"))
+    return noise * spread(lows.to(noise), noise), seen
+
+
+@dataclass
+class _Search:
+    """For the scale of one noise: `scale` is the next to judge, `low` the best so far and `influence` the one there."""
+
+    eps: float
+    largest: float
+    scale: float = 1.0
+    low: float = 0.0
+    influence: float = math.nan
+    done: bool = False
+    _high: float = math.inf
+    _power: float = 2.0
+    _last: tuple[float, float] = (0.0, 0.0)
+    _looks: int = 0
+
+    def take(self, seen: float) -> None:
+        """Go on from the influence at `scale`."""
+        scale, last = self.scale, self._last
+        if seen < self.eps:
+            self.low, self.influence = scale, seen
+            self.done = seen >= CLOSE * self.eps or scale >= self.largest
         else:
-            high = scale
+            self._high = scale
         if last[1] > 0 < seen != last[1]:
-            power = min(max(math.log(seen / last[1]) / math.log(scale / last[0]), 0.25), 16.0)
-        last = scale, seen
-        guess = scale * (eps * (1 + CLOSE) / 2 / seen) ** (1 / power) if seen > 0 else math.nan
-        top = min(high, 2 * scale, largest)
-        edge = MARGIN * (top - low) if high < math.inf else 0.0
+            self._power = min(max(math.log(seen / last[1]) / math.log(scale / last[0]), 0.25), 16.0)
+        self._last = scale, seen
+        guess = scale * (self.eps * (1 + CLOSE) / 2 / seen) ** (1 / self._power) if seen > 0 else math.nan
+        top = min(self._high, 2 * scale, self.largest)
+        edge = MARGIN * (top - self.low) if self._high < math.inf else 0.0
         # a NaN compares with nothing: the middle then
-        scale = min(max(guess, low + edge), top - edge) if math.isfinite(guess) else (low + top) / 2
-    return noise * low
+        self.scale = min(max(guess, self.low + edge), top - edge) if math.isfinite(guess) else (self.low + top) / 2
+        self._looks += 1
+        self.done = self.done or self._looks == SEARCHES

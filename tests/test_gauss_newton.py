@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,10 +31,20 @@ def problem(M: int = 2, B: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(*shape, dtype=torch.float64) for shape in ((M, 5, 8), (M, B), (M, B, 5, 8)))  # type: ignore[return-value]
 
 
+def one_of_one(value: Tensor) -> Tensor:
+    """The mean over one process: what it is given takes the way of several."""
+    return value
+
+
+WAYS = pytest.mark.parametrize("mean", [None, one_of_one], ids=["factorised", "conjugate gradients"])
+Mean = Callable[[Tensor], Tensor] | None
+
+
+@WAYS
 @pytest.mark.parametrize("radius", [100.0, 0.01])
-def test_step_is_the_dense_solve(radius: float) -> None:
+def test_step_is_the_dense_solve(radius: float, mean: Mean) -> None:
     noise, changes, rows = problem()
-    step = gauss_newton_step(noise, changes, rows, radius)
+    step = gauss_newton_step(noise, changes, rows, radius, mean=mean)
     for m in range(2):
         expected = dense_step(noise[m].flatten(), changes[m], rows[m].flatten(1), radius)
         torch.testing.assert_close(step[m].flatten(), expected, rtol=1e-10, atol=1e-12)
@@ -41,28 +52,61 @@ def test_step_is_the_dense_solve(radius: float) -> None:
         torch.testing.assert_close(step.flatten(1).norm(dim=1), radius * noise.flatten(1).norm(dim=1))
 
 
-def test_push_moves_along_itself_where_no_image_objects() -> None:
+@WAYS
+def test_a_push_is_solved_for_with_the_changes(mean: Mean) -> None:
+    noise, changes, rows = problem()
+    push = torch.randn_like(noise)
+    step = gauss_newton_step(noise, changes, rows, 1e9, push, mean).flatten(1)
+    G = rows.flatten(2)
+    for m in range(2):
+        damping = DAMPING * G[m].square().sum(1).mean() * torch.eye(40, dtype=torch.float64)
+        system = G[m].T @ G[m] / 6 + damping
+        expected = torch.linalg.solve(system, push[m].flatten() - G[m].T @ changes[m] / 6)
+        torch.testing.assert_close(step[m], expected, rtol=1e-9, atol=1e-10)
+
+
+@WAYS
+def test_push_moves_along_itself_where_no_image_objects(mean: Mean) -> None:
     noise, changes, rows = problem()
     rows[:, :, 0] = 0  # the first token is seen by no image
     push = torch.zeros_like(noise)
     push[:, 0] = noise[:, 0]
-    plain, pushed = (gauss_newton_step(noise, changes, rows, 1e9, p) for p in (0.0, push))
+    plain, pushed = (gauss_newton_step(noise, changes, rows, 1e9, p, mean) for p in (0.0, push))
     trace = rows.flatten(2).square().sum(2).mean(1)
     torch.testing.assert_close(pushed - plain, push / (DAMPING * trace)[:, None, None])
 
 
-def test_nothing_to_solve_is_no_step() -> None:
+@WAYS
+def test_nothing_to_solve_is_no_step(mean: Mean) -> None:
     noise, changes, rows = problem()
-    assert not gauss_newton_step(noise, changes, rows * 0, 0.1).any()
-    assert not gauss_newton_step(noise, changes * 0, rows, 0.1).any()
+    assert not gauss_newton_step(noise, changes, rows * 0, 0.1, mean=mean).any()
+    assert not gauss_newton_step(noise, changes * 0, rows, 0.1, mean=mean).any()
 
 
-def test_the_order_of_images_does_not_matter() -> None:
+@WAYS
+def test_a_broken_noise_is_seen_and_leaves_the_others(mean: Mean) -> None:
+    noise, changes, rows = problem()
+    expected = gauss_newton_step(noise, changes, rows, 9.0, mean=mean)[0]
+    rows[1, 2, 3] = torch.nan
+    step = gauss_newton_step(noise, changes, rows, 9.0, mean=mean)
+    torch.testing.assert_close(step[0], expected)
+    assert step[1].isnan().any()
+
+
+def test_conjugate_gradients_are_as_exact_in_float32() -> None:
+    """At the size of a real step, whose system has a condition number of 200."""
+    noise, changes, rows = (value.float() for value in problem(M=2, B=64))
+    rows *= torch.linspace(0.1, 3, 64).view(1, 64, 1, 1)
+    steps = [gauss_newton_step(noise, changes, rows, 1e9, mean=mean) for mean in (None, one_of_one)]
+    torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=1e-4 * float(steps[0].abs().max()))
+
+
+@WAYS
+def test_the_order_of_images_does_not_matter(mean: Mean) -> None:
     noise, changes, rows = problem(M=1, B=16)
     order = torch.randperm(16)
-    step, other = gauss_newton_step(noise, changes, rows, 9.0), gauss_newton_step(
-        noise, changes[:, order], rows[:, order], 9.0
-    )  # fmt: skip
+    step = gauss_newton_step(noise, changes, rows, 9.0, mean=mean)
+    other = gauss_newton_step(noise, changes[:, order], rows[:, order], 9.0, mean=mean)
     torch.testing.assert_close(step, other, rtol=1e-8, atol=1e-10)
 
 

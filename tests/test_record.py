@@ -32,6 +32,14 @@ def test_absent_packages_are_none() -> None:
     assert record._version("torch") is not None
 
 
+def test_git_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = provenance()
+    monkeypatch.setattr(record, "commit", lambda: pytest.fail("asked again"))
+    second = provenance(more=1)
+    assert second.pop("more") == 1
+    assert {**first, "date": second["date"]} == second
+
+
 def git(folder: Path, *command: str) -> str:
     environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
     identity = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "core.hooksPath=/nowhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastnull import batches, replay, synthesis, universal
 from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
+from fastnull.objective import influence
 from fastnull.solvers import own_noise, shared_gradient
 from fastnull.synthesis import (
     SOLVERS,
@@ -295,22 +297,68 @@ def test_scaling_to_eps_takes_few_looks(
 ) -> None:
     encoder = FrozenEncoder(vit)
     pairs = [batches.embed_batch(encoder, batch) for batch in loader]
-    noise = 2 * torch.rand(16, 32) - 1
-    looks: list[float] = []
+    noise = torch.rand(3, 16, 32) - 0.5
+    looks: list[int] = []
     real = universal.judge
 
-    def counted(*args: Any) -> Tensor:
-        looks.append(float(seen := real(*args)))
-        return seen
+    def counted(encoder: FrozenEncoder, noise: Tensor, *rest: Any) -> Tensor:
+        looks.append(len(noise))
+        return real(encoder, noise, *rest)
 
     monkeypatch.setattr(universal, "judge", counted)
-    whole = float(real(encoder, noise, pairs))
+    whole = real(encoder, noise, pairs)
+    assert len(set(whole.tolist())) == 3
     for share in (0.01, 0.3, 0.9, 1.5):
         looks.clear()
-        scaled = universal.scaled_to_eps(encoder, noise, pairs, share * whole, larger=True)
-        assert 0.98 * share * whole < float(real(encoder, scaled, pairs)) < share * whole
-        assert len(looks) <= 8
-    assert not universal.scaled_to_eps(encoder, noise * float("nan"), pairs, 0.1).nan_to_num().any()
+        eps = share * float(whole.mean())
+        scaled, seen = universal.scaled_to_eps(encoder, noise, whole, pairs, eps, larger=True)
+        assert ((seen > 0.98 * eps) & (seen < eps)).all()
+        torch.testing.assert_close(seen, real(encoder, scaled, pairs))
+        torch.testing.assert_close(torch.cosine_similarity(scaled.flatten(1), noise.flatten(1)), torch.ones(3))
+        assert len(looks) <= 7
+        assert looks == sorted(looks, reverse=True), "a noise that is done was judged again"
+    quiet, seen = universal.scaled_to_eps(encoder, noise, whole, pairs, 2 * float(whole.max()))
+    assert torch.equal(quiet, noise)
+    assert torch.equal(seen, whole)
+    broken, seen = universal.scaled_to_eps(encoder, noise * float("nan"), whole * float("nan"), pairs, 0.1)
+    assert not broken.nan_to_num().any()
+    assert seen.isnan().all()
+
+
+def test_noises_are_judged_together_as_one_by_one(
+    vit: NormalizedModel, loader: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = FrozenEncoder(vit)
+    pairs = [batches.embed_batch(encoder, batch) for batch in (loader[0], loader[1][:3])]
+    noise = 2 * torch.rand(3, 16, 32) - 1
+    images = torch.cat([tokens for tokens, _ in pairs]), torch.cat([clean for _, clean in pairs])
+    expected = [influence(images[1], encoder(images[0] + one)).mean() for one in noise]
+    torch.testing.assert_close(universal.judge(encoder, noise, pairs), torch.stack(expected))
+    monkeypatch.setattr(universal, "MOST_IMAGES", 16)  # two noises a pass
+    torch.testing.assert_close(universal.judge(encoder, noise, pairs), torch.stack(expected))
+
+
+def test_no_noise_is_judged_twice(vit: NormalizedModel, loader: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the last look at a noise saw is what it is handed out with, and what its search for ε begins with."""
+    seen: list[Tensor] = []
+    real = universal.judge
+
+    def kept(encoder: FrozenEncoder, noise: Tensor, *rest: Any) -> Tensor:
+        seen.extend(noise.clone())
+        return real(encoder, noise, *rest)
+
+    for module in (universal, synthesis):
+        monkeypatch.setattr(module, "judge", kept)
+    start = synthesize(vit, loader, SynthesisConfig(steps=1, limit=1.0, lr=1e-30, stop="never", count=2))
+    assert len(seen) == 2
+    seen.clear()
+    config = SynthesisConfig(count=2, limit=1.0, lr=0.05, steps=300, eps=0.8 * start.influence.min().item())
+    for scale in (False, True):
+        noise = synthesize(vit, loader, replace(config, final_scale=scale))
+        assert noise.converged.all()
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+        torch.testing.assert_close(noise.influence, measure_influence(vit, noise, loader[-1:]))
+        seen.clear()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
