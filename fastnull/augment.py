@@ -32,7 +32,7 @@ from fastnull.encoder import FrozenEncoder
 from fastnull.replay import Replay, use_graph
 from fastnull.rng import Place, carried, generator, share_of
 from fastnull.solvers import norms, own_noise, valid_noise
-from fastnull.starts import start_noise, step_sizes
+from fastnull.starts import in_proportion, start_noise, step_sizes
 from fastnull.synthesis import Noise, SynthesisConfig, synthesize, warm_start
 from fastnull.vit.base import unwrap
 
@@ -332,6 +332,7 @@ class NullspaceAugment:
             start = carried(whole[place.rows], tokens.device)
             if isinstance(size, Tensor):
                 size = carried(size[place.rows] if size.ndim else size, tokens.device)
+        start, size = in_proportion(tokens, start, size, config)
         return (start, size) if isinstance(size, Tensor) else (start,)
 
     def _synthesized(self, tokens: Tensor, start: Tensor, *size: Tensor) -> tuple[Tensor, Tensor]:

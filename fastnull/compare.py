@@ -36,7 +36,7 @@ from fastnull.report.runs import METRICS, RESULTS, load_runs
 from fastnull.rng import generator
 from fastnull.robustness import DEMO_CORRUPTIONS, evaluate
 from fastnull.solvers import norms, valid_noise
-from fastnull.starts import start_noise
+from fastnull.starts import in_proportion, start_noise
 from fastnull.synthesis import SynthesisConfig
 from fastnull.workers import one_thread, report_done, run_in_processes
 
@@ -419,7 +419,7 @@ def scale_of_norm(norm: float, inputs: Tensor, start: SynthesisConfig) -> float:
     Raises:
         ValueError: no noise of this kind in pixels is as long.
     """
-    noise = start_noise(inputs.shape, start, generator(0), inputs)
+    noise, _ = in_proportion(inputs, start_noise(inputs.shape, start, generator(0), inputs), 0.0, start)
     low = norm / float(norms(noise).mean())
     if start.site != "pixels":
         return low

@@ -80,6 +80,9 @@ class FinetuneConfig:
     smooth_limit: float | None = option(
         None, "site pixels: strength of a smooth field added to each image's starting noise, in pixels; none: default"
     )
+    noise_contrast: float | None = option(
+        None, "site pixels: contrast of an image that limits and step are for, in proportion for others; none: default"
+    )
     noise_lr: float | None = option(None, "universal, per_image: learning rate of AdamW on the noise; none: default")
     noise_step_size: float | None = option(
         None, "boundary: length of an update, token units or pixels; none: 0.1 of the start's norm, 12/255 in pixels"
@@ -236,6 +239,7 @@ class FinetuneConfig:
             "eps": self.eps, "limit": self.limit, "lr": self.noise_lr, "steps": self.noise_steps,
             "step_size": self.noise_step_size, "step_spread": self.noise_step_spread, "limit_spread": self.limit_spread,
             "objective": self.objective, "smooth_limit": self.smooth_limit,
+            "contrast": self.noise_contrast,
         }  # fmt: skip
         asked = {name: value for name, value in asked.items() if value is not None}
         asked |= {"site": self.site, "rounds": self.rounds, "image_ratio": self.image_ratio, "seed": self.seed}
@@ -257,6 +261,7 @@ _RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
     ("crop_scale", 0, 1, True), ("hflip", 0, 1, False), ("color_jitter", 0, None, False), ("reprob", 0, 1, False),
     ("noise_share", 0, 1, True), ("eps", 0, 2, True), ("limit", 0, None, False), ("image_ratio", 0, 1, True),
     ("limit_spread", 0, 1, False), ("noise_step_spread", 0, 1, False), ("smooth_limit", 0, None, False),
+    ("noise_contrast", 0, None, False),
     ("noise_lr", 0, None, True),
     ("attack_eps", 0, 1, True), ("attack_step_size", 0, 1, True), ("mixup", 0, None, False),
     ("cutmix", 0, None, False), ("compute_budget", 0, None, True), ("lr", 0, None, True), ("min_lr", 0, None, False),

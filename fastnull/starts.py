@@ -1,12 +1,14 @@
 """What noise starts from, and how far its steps go: the random numbers of a synthesis.
 
 A start is uniform numbers, or such with a strength of its own for each image, or with a smooth field on it. Steps are
-of one length, or each image has its own.
+of one length, or each image has its own. Both can be in proportion to the image's contrast.
 
-The uniform start is the published one; the other two are ours. An image that is given noise of any strength up to the
+The uniform start is the published one; all else is ours. An image that is given noise of any strength up to the
 limit, and not of one length only, is trained on what lies near it too. A smooth field (white noise on a coarse grid,
 drawn out to the image's size) has the low frequencies that blurs, fog, and changes of brightness and contrast have, and
-that no uniform start has; it is in the spirit of training on noise with the spectrum of natural images.
+that no uniform start has; it is in the spirit of training on noise with the spectrum of natural images. Noise in
+proportion to contrast asks as much of every image: of one length for all, it drowns a pale image (sky, fog), which the
+model then learns to overlook, and hardly moves a stark one.
 """
 
 from __future__ import annotations
@@ -28,6 +30,10 @@ GRIDS = (1, 2, 4, 8)
 """Cells across an image of the grids that smooth fields are drawn on; each image gets one of them."""
 
 
+MOST_CONTRAST = 1.5
+"""Times the contrast that noise is meant for: that of a starker image counts no more."""
+
+
 def start_noise(shape: Sequence[int], config: SynthesisConfig, source: torch.Generator, like: Tensor) -> Tensor:
     """Noise to start synthesis from, [B, ...]; drawn on the CPU, so that every device gets the same.
 
@@ -43,6 +49,18 @@ def start_noise(shape: Sequence[int], config: SynthesisConfig, source: torch.Gen
     if config.smooth_limit:
         noise += config.smooth_limit * _strengths(noise, source) * _smooth(noise, source)
     return noise
+
+
+def in_proportion(
+    images: Tensor, start: Tensor, size: float | Tensor, config: SynthesisConfig
+) -> tuple[Tensor, float | Tensor]:
+    """A start [B, ...] and step sizes for the contrast of the images [B, ...], the standard deviation of an image's
+    values: both times contrast / config.contrast, but at most MOST_CONTRAST. With config.contrast 0 as they are.
+    """
+    if not config.contrast:
+        return start, size
+    share = (images.flatten(1).std(1) / config.contrast).clamp(max=MOST_CONTRAST).to(start.dtype)  # [B]
+    return start * share.view(-1, *[1] * (start.ndim - 1)), size * share
 
 
 def step_sizes(start: Tensor, config: SynthesisConfig, source: torch.Generator) -> float | Tensor:

@@ -27,7 +27,7 @@ from fastnull.progress import progress_bar
 from fastnull.replay import Replay, use_graph
 from fastnull.rng import generator, preserved
 from fastnull.solvers import norms, own_noise, perturb, spread
-from fastnull.starts import start_noise, step_sizes
+from fastnull.starts import in_proportion, start_noise, step_sizes
 from fastnull.universal import Mean, UniversalRun, judge, scaled_to_eps
 from fastnull.vit.base import SITES, SplitViT
 
@@ -51,6 +51,8 @@ class SynthesisConfig:
         limit: the start is drawn from U(−limit, limit).
         limit_spread: each start has a limit of its own, drawn from U((1 − spread)·limit, limit).
         smooth_limit: in pixels: a smooth field of up to this strength is added to each start, see fastnull.starts.
+        contrast: in pixels, boundary or per_image: start and step are for images of this contrast (standard deviation of
+            an image's values) and in proportion for others, see fastnull.starts.in_proportion; 0: alike for all.
         eps: the influence that a noise may have.
         solver: universal: `gauss_newton` takes the change of every image's probabilities for itself, see
             fastnull.gauss_newton; `adamw` follows the gradient of the mean distance between logits (published). None is
@@ -88,6 +90,7 @@ class SynthesisConfig:
     limit: float = 3.0
     limit_spread: float = 0.0
     smooth_limit: float = 0.0
+    contrast: float = 0.0
     eps: float = 0.03
     objective: str = "l2"
     log_norm_weight: float = 0.0
@@ -121,10 +124,13 @@ class SynthesisConfig:
         ):
             check_choice(name, getattr(self, name), allowed)
         check_number("eps", self.eps, 0, 2, exclusive=True)
-        for name in ("limit", "smooth_limit"):
+        for name in ("limit", "smooth_limit", "contrast"):
             check_number(name, getattr(self, name), 0)
-        if self.smooth_limit and self.site != "pixels":
-            raise ValueError(f"smooth_limit is for site 'pixels'; got site={self.site!r}")
+        for name in ("smooth_limit", "contrast"):
+            if getattr(self, name) and self.site != "pixels":
+                raise ValueError(f"{name} is for site 'pixels'; got site={self.site!r}")
+        if self.contrast and self.mode == "universal":
+            raise ValueError("contrast is for noise of an image's own; mode 'universal' has one for all")
         if self.objective == PREDICTION and self.mode != "boundary":
             raise ValueError(f"objective {PREDICTION!r} is for mode 'boundary'; got mode={self.mode!r}")
         for name in ("limit_spread", "step_spread"):
@@ -347,6 +353,8 @@ def _per_image(
             given = None if start is None else start[done : done + len(tokens)]
             first = _starts(tuple(tokens.shape), config, tokens, given, index)
             size = step_sizes(first, config, generator(config.seed, index, 1))
+            if given is None:
+                first, size = in_proportion(tokens, first, size, config)
             noise, _, taken = solve(tokens, clean, first, *([size] if isinstance(size, Tensor) else []))
             if config.on_unmet == "scale":
                 noise = _each_scaled_to_eps(encoder, noise, tokens, clean, config)

@@ -13,7 +13,7 @@ from fastnull.augment import DEFAULTS, NullspaceAugment
 from fastnull.models import create_model
 from fastnull.recipe import FinetuneConfig
 from fastnull.rng import Place, generator, uniform
-from fastnull.starts import GRIDS, start_noise, step_sizes
+from fastnull.starts import GRIDS, MOST_CONTRAST, start_noise, step_sizes
 from fastnull.synthesis import SynthesisConfig, synthesize
 
 SHAPE = (400, 3, 16, 16)
@@ -110,6 +110,32 @@ def test_steps_are_spread_over_the_images_and_parts_get_those_of_the_whole() -> 
     assert step_sizes(images, replace(config, step_spread=0.0), generator(0)) == 0.1  # one for all
 
 
+def test_noise_is_in_proportion_to_contrast_and_parts_get_that_of_the_whole() -> None:
+    torch.manual_seed(0)
+    model = create_model("vit_digits").train()
+    unit = torch.rand(5, 3, 16, 16, generator=generator(1)) - 0.5
+    unit = unit / unit.flatten(1).std(1).view(-1, 1, 1, 1)
+    images = 0.5 + torch.tensor([0.0, 0.02, 0.05, 0.1, 0.2]).view(-1, 1, 1, 1) * unit
+    config = SynthesisConfig(
+        mode="boundary", site="pixels", limit=0.004, steps=1, step_size=0.01, contrast=0.1, objective="prediction"
+    )
+
+    def draw(config: SynthesisConfig, rows: torch.Tensor) -> torch.Tensor:
+        augment = NullspaceAugment(model, config=config)
+        augment.place = Place(rows, len(images))
+        return augment.draw(images[rows])
+
+    # a sign step from uniform noise: longest where both agree
+    share = torch.tensor([0.0, 0.2, 0.5, 1.0, MOST_CONTRAST])
+    whole = draw(config, torch.arange(5))
+    for noise in (whole, synthesize(model, images, config).tokens):
+        torch.testing.assert_close(noise.abs().flatten(1).amax(1), 0.014 * share, rtol=0.02, atol=1e-6)
+    rows = torch.tensor([1, 4])
+    torch.testing.assert_close(draw(config, rows), whole[rows])
+    plain = draw(replace(config, contrast=0.0), torch.arange(5))
+    torch.testing.assert_close(plain.abs().flatten(1).amax(1), torch.full((5,), 0.014), rtol=0.02, atol=0)
+
+
 @torch.no_grad()
 def test_noise_along_the_predictions_loss_moves_the_prediction_most() -> None:
     torch.manual_seed(0)
@@ -145,6 +171,8 @@ def test_settings_reach_the_synthesis() -> None:
         ({"step_spread": -0.5}, "step_spread must be"),
         ({"objective": "prediction", "mode": "universal"}, "for mode 'boundary'; got mode='universal'"),
         ({"smooth_limit": -0.1, "site": "pixels"}, "smooth_limit must be"),
+        ({"contrast": 0.1, "mode": "boundary"}, "contrast is for site 'pixels'; got site='patch'"),
+        ({"contrast": 0.1, "site": "pixels"}, "contrast is for noise of an image's own"),
         ({"smooth_limit": 0.1, "site": "patch"}, "smooth_limit is for site 'pixels'; got site='patch'"),
     ],
 )

@@ -338,6 +338,8 @@ def _noise_settings(noise: Mapping[str, Any], augment: str, site: str) -> str:
     how = f"start {'up to ' if noise.get('limit_spread') else ''}±{length('limit')}"
     if noise.get("smooth_limit"):
         how += f", smooth field up to ±{length('smooth_limit')}"
+    if noise.get("contrast"):
+        how += f" at contrast {noise['contrast']:g}"
     if augment == "random":
         return how
     how += f", ε {noise['eps']:g}"
