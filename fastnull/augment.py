@@ -1,9 +1,9 @@
 """NullspaceAugment: noise that the model does not, or just does, see, added while it is finetuned.
 
-Two forms. `aug.loss(images, labels, criterion)` is the published one, CE(clean) + CE(noisy); with `share` each image
-has one view, which is noisy for that share of them. Noise that needs no clean
-logits (universal, random) takes both views through the encoder in one pass, with one patch embedding. Else the clean
-view goes first, and synthesis takes its logits: a forward pass less than if it made its own. The hook form
+Two forms. `aug.loss(images, labels, criterion)` is the published one, CE(clean) + CE(noisy); with `share`, as boundary
+noise in pixels has it by default, each image has one view, which is noisy for that share of them. Of two views, noise
+that needs no clean logits (universal, random) takes both through the encoder in one pass, with one patch embedding.
+Else the clean view goes first, and synthesis takes its logits: a pass less than if it made its own. The hook form
 (`attach()`, `detach()`, `with aug:`) puts the noise into any training loop that calls the model. Noise is on in
 training mode only.
 
@@ -60,6 +60,10 @@ DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
 from the search in docs/recipe.md."""
 
 
+SHARES = {("boundary", True): 0.5}
+"""By (mode, in pixels): share where the caller names none; 0 where none is here."""
+
+
 class NullspaceAugment:
     """Adds synthesised noise to a ViT's training views.
 
@@ -75,9 +79,9 @@ class NullspaceAugment:
         site: `patch`, `block0` or `pixels`.
         count: universal: noises in the bank; every image of a batch gets one of them.
         seed: with `step` the key of all random numbers: the same (seed, step) gives the same noise.
-        share: None: `loss` sees every image clean and noisy. A number in (0, 1]: it sees every image once, and that
-            share of a batch, spread evenly over it, is noisy; so is the share in the hook form. (Ours: steps that
-            cost half as much are twice as many.)
+        share: 0: `loss` sees every image clean and noisy, and the hook form noisy. A number in (0, 1]: both see every
+            image once, and that share of a batch, spread evenly over it, is noisy (ours: steps that cost half as much
+            are twice as many). None takes the default, see SHARES.
         backend, dtype: of the FrozenEncoder that synthesis runs on.
         config: every setting of the synthesis at once, instead of eps, limit, steps and count.
 
@@ -115,9 +119,9 @@ class NullspaceAugment:
             raise ValueError("give either config or eps, limit and steps, not both")
         elif mode not in (config.mode, "random"):
             raise ValueError(f"config.mode must be mode, {mode!r}; got {config.mode!r}")
-        if share is not None:
-            check_number("share", share, 0, 1, exclusive=True)
-        self.config, self.share = config, share
+        self.config = config
+        self.share = SHARES.get((mode, config.site == "pixels"), 0.0) if share is None else share
+        check_number("share", self.share, 0, 1)
         self.encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
         self.model = model
         self._solve = _solver(self.encoder, config)
@@ -153,7 +157,7 @@ class NullspaceAugment:
                 host would wait for it in every step.)
         """
         trusting = self._trusting(images)
-        if self.share is not None:
+        if self.share:
             self._check(images)
             logits = self._forward(images, "noisy")
             with trusting:
@@ -295,7 +299,7 @@ class NullspaceAugment:
         tokens = tokens.detach()
         source = generator(self.config.seed, self.step, 1)
         self.step += 1
-        if self.share is None:
+        if not self.share:
             return self._drawn(tokens, source, self.place)
         positions, place = share_of(self.place or Place(torch.arange(len(tokens)), len(tokens)), self.share)
         positions = carried(positions, tokens.device)

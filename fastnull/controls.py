@@ -100,8 +100,8 @@ class AdversarialTraining(CleanOnly):
         eps, step_size: of PGD in the L-infinity norm, in pixels; steps: of it, from a random start.
         seed: with `step` the key of the start.
         watch: measures the attack.
-        share: None: every image is seen clean and attacked; else once, that share of them attacked, as
-            NullspaceAugment does it.
+        share: 0: every image is seen clean and attacked; else once, that share of them attacked, as NullspaceAugment
+            does it.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class AdversarialTraining(CleanOnly):
         step_size: float,
         seed: int,
         watch: Stopwatch,
-        share: float | None = None,
+        share: float = 0.0,
     ) -> None:
         super().__init__(model)
         self.eps, self.steps, self.step_size, self.seed, self.watch = eps, steps, step_size, seed, watch
@@ -121,17 +121,17 @@ class AdversarialTraining(CleanOnly):
 
     def loss(self, images: Tensor, labels: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
         """The loss with its graph and the logits [B, K] of the clean view, or of the one view."""
-        if self.share is not None:
-            logits = self.model(self._one_view(images, labels, self.share))
+        if self.share:
+            logits = self.model(self._one_view(images, labels))
             return criterion(logits, labels), logits
         with self.watch:
             attacked = self.attack(images, labels, self.place)
         clean, noisy = self.model(torch.cat([images, attacked])).chunk(2)
         return criterion(clean, labels) + criterion(noisy, labels), clean
 
-    def _one_view(self, images: Tensor, labels: Tensor, share: float) -> Tensor:
+    def _one_view(self, images: Tensor, labels: Tensor) -> Tensor:
         """The images, a share of them attacked."""
-        positions, place = share_of(self.place or Place(torch.arange(len(images)), len(images)), share)
+        positions, place = share_of(self.place or Place(torch.arange(len(images)), len(images)), self.share)
         positions = carried(positions, images.device)
         with self.watch:
             attacked = self.attack(images[positions], labels[positions], place)

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from fastnull.augment import DEFAULTS
+from fastnull.augment import DEFAULTS, SHARES
 from fastnull.checks import check_choice, check_number
 from fastnull.encoder import BACKENDS
 from fastnull.logs import LOGS
@@ -67,7 +67,9 @@ class FinetuneConfig:
     augment: str = option("boundary", f"one of {', '.join(AUGMENTS)}")
     site: str = option("patch", "where noise is added: patch, block0 or pixels")
     noise_share: float | None = option(
-        None, "share of a batch that is noisy (or attacked), every image seen once; none: each seen clean and noisy"
+        None,
+        "share of a batch that is noisy (or attacked), every image seen once; 0: each is seen clean and noisy; "
+        "none: default",
     )
     eps: float | None = option(None, "influence aimed at; none: the default of augmentation and site")
     objective: str | None = option(
@@ -173,7 +175,7 @@ class FinetuneConfig:
             raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images; got {self.batch_size}")
         if self.noise_preset is not None and self.augment != "universal":
             raise ValueError(f"noise_preset is for augment='universal'; got augment={self.augment!r}")
-        if self.noise_share is not None and self.augment in ("none", "trades"):
+        if self.noise_share and self.augment in ("none", "trades"):
             raise ValueError(
                 f"noise_share is for augmentations of one view: {self.augment!r} "
                 + ("has no noise" if self.augment == "none" else "compares two")
@@ -229,6 +231,13 @@ class FinetuneConfig:
         """Whether Mixup or CutMix is on."""
         return self.mixup > 0 or self.cutmix > 0
 
+    @property
+    def share(self) -> float:
+        """`noise_share`, or its default."""
+        if self.noise_share is None:
+            return SHARES.get((self.augment, self.site == "pixels"), 0.0)
+        return self.noise_share
+
     def synthesis(self) -> SynthesisConfig | None:
         """The settings of NullspaceAugment; None where the augmentation is none of its modes."""
         from fastnull.synthesis import SynthesisConfig
@@ -259,7 +268,7 @@ _RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
     ("checkpoint_every", 1, None, False), ("keep_last", 1, None, False),
     ("log_every", 1, None, False), ("workers", 0, None, False), ("train_ratio", 0, 1, True),
     ("crop_scale", 0, 1, True), ("hflip", 0, 1, False), ("color_jitter", 0, None, False), ("reprob", 0, 1, False),
-    ("noise_share", 0, 1, True), ("eps", 0, 2, True), ("limit", 0, None, False), ("image_ratio", 0, 1, True),
+    ("noise_share", 0, 1, False), ("eps", 0, 2, True), ("limit", 0, None, False), ("image_ratio", 0, 1, True),
     ("limit_spread", 0, 1, False), ("noise_step_spread", 0, 1, False), ("smooth_limit", 0, None, False),
     ("noise_contrast", 0, None, False),
     ("noise_lr", 0, None, True),
@@ -311,12 +320,12 @@ def step_cost(config: FinetuneConfig) -> float:
         made = search * config.attack_steps + (FORWARD if config.augment == "trades" else 0)
     elif config.augment in ("boundary", "per_image") and synthesis is not None and synthesis.steps is not None:
         made = search * synthesis.steps + (FORWARD if config.drop_path or views == 1 else 0)
-    return views * view + (made if config.noise_share is None else config.noise_share * made)
+    return views * view + (config.share * made if config.share else made)
 
 
 def views_of(config: FinetuneConfig) -> int:
     """How often a step sees an image."""
-    return 1 if config.augment == "none" or config.noise_share is not None else 2
+    return 1 if config.augment == "none" or config.share else 2
 
 
 def refresh_cost(config: FinetuneConfig, images: int, batch_size: int) -> int:

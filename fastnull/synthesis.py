@@ -51,8 +51,8 @@ class SynthesisConfig:
         limit: the start is drawn from U(−limit, limit).
         limit_spread: each start has a limit of its own, drawn from U((1 − spread)·limit, limit).
         smooth_limit: in pixels: a smooth field of up to this strength is added to each start, see fastnull.starts.
-        contrast: in pixels, boundary or per_image: start and step are for images of this contrast (standard deviation of
-            an image's values) and in proportion for others, see fastnull.starts.in_proportion; 0: alike for all.
+        contrast: in pixels, boundary or per_image: start and step are for images of this contrast (standard deviation
+            of an image's values) and in proportion for others, see fastnull.starts.in_proportion; 0: alike for all.
         eps: the influence that a noise may have.
         solver: universal: `gauss_newton` takes the change of every image's probabilities for itself, see
             fastnull.gauss_newton; `adamw` follows the gradient of the mean distance between logits (published). None is

@@ -403,9 +403,8 @@ def _augment(
 ) -> TimedAugment | CleanOnly:
     synthesis = config.synthesis()
     if synthesis is not None:
-        share = config.noise_share
         augment = TimedAugment(
-            model, config.augment, share=share, backend=config.backend, dtype=dtype, config=synthesis
+            model, config.augment, share=config.share, backend=config.backend, dtype=dtype, config=synthesis
         )
         augment.watch = watch
         return augment
@@ -419,7 +418,7 @@ def _augment(
         }
         if config.augment == "trades":
             return Trades(model, beta=config.trades_beta, **attack)
-        return AdversarialTraining(model, share=config.noise_share, **attack)
+        return AdversarialTraining(model, share=config.share, **attack)
     return CleanOnly(model)
 
 

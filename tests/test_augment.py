@@ -39,7 +39,7 @@ def ready(model: NormalizedModel, images: Tensor, mode: str, site: str = "patch"
 def test_loss_is_the_sum_over_both_views(
     vit: NormalizedModel, images: Tensor, labels: Tensor, mode: str, site: str
 ) -> None:
-    aug = ready(vit, images, mode, site)
+    aug = ready(vit, images, mode, site, share=0.0)
     loss, logits = aug.loss(images, labels, F.cross_entropy)
     # the same noise again, added by hand: the model has no dropout, so training mode changes nothing
     tokens = aug.encoder.embed(images)
@@ -70,7 +70,7 @@ def test_share_of_one_view_is_noisy(vit: NormalizedModel, images: Tensor, labels
     whole = ready(vit, images, mode, site, share=1.0)
     whole.step = 0
     torch.testing.assert_close(whole.draw(tokens)[[3, 6]], noise[[3, 6]])
-    plain = ready(vit, images, mode, site)
+    plain = ready(vit, images, mode, site, share=0.0)
     plain.step = 0
     torch.testing.assert_close(plain.draw(tokens)[[3, 6]], noise[[3, 6]])
 
@@ -118,7 +118,7 @@ def test_synthesis_takes_the_clean_views_logits_unless_dropout_is_in_them(
     passes = []
     forward = FrozenEncoder.__call__
     monkeypatch.setattr(FrozenEncoder, "__call__", lambda self, x: passes.append(1) or forward(self, x))
-    aug = ready(vit, images, mode, site)
+    aug = ready(vit, images, mode, site, share=0.0)
     torch.manual_seed(0)
     aug.loss(images, labels, F.cross_entropy)
     kept = aug.stats["norm"]
@@ -233,7 +233,7 @@ def test_noise_follows_the_weights(vit: NormalizedModel, images: Tensor) -> None
 def test_activation_checkpointing_sees_one_noise(
     vit: NormalizedModel, images: Tensor, labels: Tensor, site: str
 ) -> None:
-    aug = ready(vit, images, "boundary", site)
+    aug = ready(vit, images, "boundary", site, share=0.0)
     aug.loss(images, labels, F.cross_entropy)[0].backward()
     plain = [parameter.grad.clone() for parameter in vit.parameters()]
     for attached in (False, True):

@@ -477,8 +477,16 @@ def test_one_view_needs_noise_of_its_own():
     for augment in ("none", "trades"):
         with pytest.raises(ValueError, match="noise_share is for augmentations of one view"):
             FinetuneConfig(augment=augment, noise_share=0.5)
-    with pytest.raises(ValueError, match="noise_share must be > 0 and <= 1"):
-        FinetuneConfig(noise_share=0.0)
+    with pytest.raises(ValueError, match="noise_share must be >= 0 and <= 1"):
+        FinetuneConfig(noise_share=1.1)
+
+
+def test_boundary_noise_in_pixels_takes_one_view_unless_two_are_asked_for():
+    config = FinetuneConfig(site="pixels")
+    assert (config.share, make_plan(config, 1000).step_cost) == (0.5, 3 + 3 / 2)
+    two = replace(config, noise_share=0.0)
+    assert (two.share, make_plan(two, 1000).step_cost) == (0, 6 + 2)
+    assert (FinetuneConfig(site="patch").share, FinetuneConfig(augment="random", site="pixels").share) == (0, 0)
 
 
 def test_budget_is_spent_as_planned(few):

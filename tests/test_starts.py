@@ -94,7 +94,7 @@ def test_steps_are_spread_over_the_images_and_parts_get_those_of_the_whole() -> 
     )
 
     def draw(rows: torch.Tensor | None) -> torch.Tensor:
-        augment = NullspaceAugment(model, config=config)
+        augment = NullspaceAugment(model, config=config, share=0.0)
         if rows is None:
             return augment.draw(images)
         augment.place = Place(rows, len(images))
@@ -121,7 +121,7 @@ def test_noise_is_in_proportion_to_contrast_and_parts_get_that_of_the_whole() ->
     )
 
     def draw(config: SynthesisConfig, rows: torch.Tensor) -> torch.Tensor:
-        augment = NullspaceAugment(model, config=config)
+        augment = NullspaceAugment(model, config=config, share=0.0)
         augment.place = Place(rows, len(images))
         return augment.draw(images[rows])
 
