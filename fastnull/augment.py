@@ -47,6 +47,8 @@ DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
         "steps": 1,
         "step_size": 12 / 255,
         "step_spread": 1.0,
+        "smooth_limit": 48 / 255,
+        "contrast": 0.2,
         "objective": "prediction",
     },
     ("per_image", False): {"eps": 0.03, "limit": 1.0, "steps": 3},

@@ -22,7 +22,7 @@ from fastnull.report.comparison import format_comparison, summarize_runs
 from fastnull.report.runs import Run
 from fastnull.rng import generator
 from fastnull.solvers import norms, valid_noise
-from fastnull.starts import start_noise
+from fastnull.starts import in_proportion, start_noise
 from fastnull.synthesis import SynthesisConfig
 
 pytest.importorskip("sklearn")
@@ -87,13 +87,18 @@ def test_random_noise_has_the_norm_of_the_other(done: Path) -> None:
     assert limits[0] != limits[1]
 
 
-@pytest.mark.parametrize(("site", "smooth"), [("patch", 0.0), ("pixels", 0.0), ("pixels", 0.3)])
-def test_scale_of_norm(site: str, smooth: float) -> None:
+@pytest.mark.parametrize(
+    ("site", "smooth", "contrast"),
+    [("patch", 0.0, 0.0), ("pixels", 0.0, 0.0), ("pixels", 0.3, 0.0), ("pixels", 0.3, 0.4)],
+)
+def test_scale_of_norm(site: str, smooth: float, contrast: float) -> None:
     inputs = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)).round()  # half of all noise is cut
-    start = SynthesisConfig(mode="boundary", site=site, limit=0.1, limit_spread=0.5, smooth_limit=smooth)
+    start = SynthesisConfig(
+        mode="boundary", site=site, limit=0.1, limit_spread=0.5, smooth_limit=smooth, contrast=contrast
+    )
     scale = scale_of_norm(2.0, inputs, start)
     scaled = replace(start, limit=scale * 0.1, smooth_limit=scale * smooth)
-    noise = start_noise(inputs.shape, scaled, generator(5), inputs)
+    noise, _ = in_proportion(inputs, start_noise(inputs.shape, scaled, generator(5), inputs), 0.0, scaled)
     noise = valid_noise(inputs, noise) if site == "pixels" else noise
     assert float(norms(noise).mean()) == pytest.approx(2.0, rel=0.05)
     if site == "pixels":
