@@ -26,7 +26,7 @@ except ImportError as error:
 
 
 class NullspaceTask(ClassificationTask):
-    """A classification task whose loss has both views. EMA, compile, DDP and evaluation are timm's own.
+    """A classification task whose loss is the augmentation's. EMA, compile, DDP and evaluation are timm's own.
 
     Checkpoints of `get_checkpoint_state` hold the augmentation under `task_state`, and `load_checkpoint_state` takes it
     back. In universal mode call `task.augment.refresh(batches)` before every epoch.
@@ -47,14 +47,15 @@ class NullspaceTask(ClassificationTask):
         self.augment = augment
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Loss of both views; in eval mode that of the clean one.
+        """The augmentation's loss; in eval mode that of the clean images.
 
         Args:
             input: images [B, C, H, W] as the model takes them.
             target: labels [B] or soft labels [B, K].
 
         Returns:
-            `loss`, `output` (clean logits [B, K]) and, in training, the noise's `influence` and `norm`.
+            `loss`, `output` (clean logits [B, K]; of an augmentation with a share those of its one view) and, in
+            training, the noise's `influence` and `norm`.
         """
         if not self.trainable_module.training:
             return super().forward(input, target)
