@@ -136,7 +136,7 @@ class NullspaceTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The augmentation's loss in training, that of clean images in evaluation; with `return_outputs` also logits."""
+        """The augmentation's loss in training, that of clean images in evaluation; on request logits too."""
         images, labels = inputs["pixel_values"], inputs["labels"]
         if model.training:
             self.augment.model = model  # as the Trainer wraps it: DDP exchanges gradients there
