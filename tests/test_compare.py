@@ -157,7 +157,10 @@ def test_processes_give_the_same_numbers_in_the_right_order(tmp_path: Path, done
 def test_statistics_by_hand() -> None:
     def run(method: str, seed: int, clean: float) -> Run:
         summary = {"clean": clean, "adversarial_mean": clean / 2, "corruption_mean": None, "mce": None}
-        return Run(method, seed, {"summary": summary}, {"config": {"limit": None}}, {"seconds": 2.0})
+        results = {"corruptions": {"impulse_noise": {"1": clean, "5": clean - 20}}}
+        return Run(
+            method, seed, {"summary": summary, "results": results}, {"config": {"limit": None}}, {"seconds": 2.0}
+        )
 
     values = {"a": (70.0, 74.0, 78.0), "b": (71.0, 70.0, 75.0)}
     runs = [run(method, seed, clean) for method, row in values.items() for seed, clean in enumerate(row)]
@@ -171,7 +174,10 @@ def test_statistics_by_hand() -> None:
     half = 4.30 * 7**0.5 / 3**0.5
     assert (row["mean"], row["low"], row["high"]) == (2, pytest.approx(2 - half), pytest.approx(2 + half))
     assert compare({"a": {0: {"clean": 1.0}}, "b": {1: {"clean": 2.0}}}, "a", "b", "clean") is None
-    assert "| b | −2.0 (−8.6 to +4.6) |" in format_comparison(record)
+    assert record["methods"]["a"]["mean"]["corruption/impulse_noise"] == 64
+    told = format_comparison(record)
+    assert "| b | −2.0 (−8.6 to +4.6) |" in told
+    assert "| corrupted [%] | impulse noise |\n|---|---:|\n| a | 64.0 ± 4.0 |\n| b | 62.0 ± 2.6 |" in told
 
 
 def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:

@@ -13,6 +13,8 @@ from fastnull.report.runs import Run
 COLUMNS = ("clean", "adversarial_mean", "corruption_mean")
 _SPENT = ("seconds", "synthesis_percent", "steps", "forward_passes")
 """Costs of a run that stand beside its accuracies; seconds and steps are of the finetuning."""
+_CORRUPTION = "corruption/"
+"""In front of the name of one: its mean accuracy over severities."""
 
 
 def summarize_runs(runs: Sequence[Run], methods: Sequence[str]) -> dict[str, Any]:
@@ -24,15 +26,16 @@ def summarize_runs(runs: Sequence[Run], methods: Sequence[str]) -> dict[str, Any
 
     Returns:
         `methods`: label → {`seeds`: {seed: values}, `mean`, `std` (None with a single seed), each over clean,
-        adversarial_mean, corruption_mean, mce (in %) and seconds, synthesis_percent, steps, forward_passes, `limit` of
-        the noise}; `differences`: for each measure and each pair of methods {method, other, measure, per_seed, mean,
-        standard_error, low, high}, in points of %, the interval being Student's at 95 % (None with less than three
-        seeds).
+        adversarial_mean, corruption_mean, mce, corruption/NAME for each one (mean over severities; all in %) and
+        seconds, synthesis_percent, steps, forward_passes, `limit` of the noise}; `differences`: for each measure and
+        each pair of methods {method, other, measure, per_seed, mean, standard_error, low, high}, in points of %, the
+        interval being Student's at 95 % (None with less than three seeds).
     """
     values = {
         method: {
             run.seed: {
                 **{name: run.record["summary"].get(name) for name in (*MEASURES, "mce")},
+                **_by_corruption(run.record),
                 **{name: run.spent.get(name) for name in _SPENT},
                 "limit": run.config.get("limit"),
             }
@@ -59,6 +62,11 @@ def summarize_runs(runs: Sequence[Run], methods: Sequence[str]) -> dict[str, Any
     return {"methods": {method: _moments(values[method]) for method in methods}, "differences": differences}
 
 
+def _by_corruption(record: Mapping[str, Any]) -> dict[str, float]:
+    found = record.get("results", {}).get("corruptions") or {}
+    return {_CORRUPTION + name: statistics.fmean(severities.values()) for name, severities in found.items()}
+
+
 def _moments(by_seed: Mapping[int, Mapping[str, float | None]]) -> dict[str, Any]:
     names = list(next(iter(by_seed.values())))
     known = {name: [v for row in by_seed.values() if (v := row[name]) is not None] for name in names}
@@ -70,7 +78,8 @@ def _moments(by_seed: Mapping[int, Mapping[str, float | None]]) -> dict[str, Any
 
 
 def format_comparison(record: Mapping[str, Any]) -> str:
-    """Two Markdown tables of what `summarize_runs` returned: the methods, and every method against the first one."""
+    """Markdown tables of what `summarize_runs` returned: the methods, every method against the first one, and each
+    corruption by itself, where there are any."""
     methods = record["methods"]
     lines = [
         "| finetuned with | clean [%] | under attack [%] | corrupted [%] | steps | time [s] | of it synthesis |",
@@ -95,6 +104,12 @@ def format_comparison(record: Mapping[str, Any]) -> str:
             cells = [_difference(table.get((method, name))) for name in COLUMNS]
             lines.append(f"| {method} | {' | '.join(cells)} |")
     lines += ["", "Mean of the differences paired by seed, and its 95 % confidence interval (Student's t)."]
+    corruptions = [name for name in next(iter(methods.values()))["mean"] if name.startswith(_CORRUPTION)]
+    if corruptions:
+        titles = [name.removeprefix(_CORRUPTION).replace("_", " ") for name in corruptions]
+        lines += ["", f"| corrupted [%] | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+        for method, found in methods.items():
+            lines.append(f"| {method} | {' | '.join(_spread(found, name) for name in corruptions)} |")
     return "\n".join(lines) + "\n"
 
 
