@@ -28,7 +28,7 @@ from fastnull.progress import progress_bar
 from fastnull.record import provenance, replacing, write_json
 from fastnull.rng import generator
 from fastnull.solvers import norms, perturb
-from fastnull.starts import start_noise
+from fastnull.starts import in_proportion, start_noise
 from fastnull.synthesis import SynthesisConfig, synthesize
 
 MODES = ("boundary", "per_image", "universal")
@@ -113,6 +113,7 @@ def try_settings(
         for limit in limits:
             shape = (1, *pair[0].shape[1:]) if mode == "universal" else pair[0].shape
             start = start_noise(shape, replace(base, limit=limit), generator(seed), pair[0])
+            start, _ = in_proportion(pair[0], start, 0.0, base)
             rows.append(_tried(encoder, start, pair, limit))
             bar.update()
             for value in eps:
