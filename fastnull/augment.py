@@ -82,8 +82,8 @@ class NullspaceAugment:
         count: universal: noises in the bank; every image of a batch gets one of them.
         seed: with `step` the key of all random numbers: the same (seed, step) gives the same noise.
         share: 0: `loss` sees every image clean and noisy, and the hook form noisy. A number in (0, 1]: both see every
-            image once, and that share of a batch, spread evenly over it, is noisy (ours: steps that cost half as much
-            are twice as many). None takes the default, see SHARES.
+            image once, and that share of a batch, spread evenly over it, is noisy; of batches of one image that share
+            of them (ours: steps that cost half as much are twice as many). None takes the default, see SHARES.
         backend, dtype: of the FrozenEncoder that synthesis runs on.
         config: every setting of the synthesis at once, instead of eps, limit, steps and count.
 
@@ -296,14 +296,17 @@ class NullspaceAugment:
         """Noise for a batch at the site [B, ...], made with the current weights; no gradient. 0 for the images that
         `share` leaves clean.
 
-        Advances `step` and fills `stats`, which are means over the noisy images.
+        Advances `step` and fills `stats`, which are means over the noisy images (NaN where there is none).
         """
         tokens = tokens.detach()
-        source = generator(self.config.seed, self.step, 1)
+        step, source = self.step, generator(self.config.seed, self.step, 1)
         self.step += 1
         if not self.share:
             return self._drawn(tokens, source, self.place)
-        positions, place = share_of(self.place or Place(torch.arange(len(tokens)), len(tokens)), self.share)
+        positions, place = share_of(self.place or Place(torch.arange(len(tokens)), len(tokens)), self.share, step)
+        if len(positions) == 0:
+            self.stats = dict.fromkeys(("influence", "norm"), tokens.new_tensor(torch.nan))
+            return torch.zeros_like(tokens)
         positions = carried(positions, tokens.device)
         return torch.zeros_like(tokens).index_copy(0, positions, self._drawn(tokens[positions], source, place))
 

@@ -131,7 +131,7 @@ class AdversarialTraining(CleanOnly):
 
     def _one_view(self, images: Tensor, labels: Tensor) -> Tensor:
         """The images, a share of them attacked."""
-        positions, place = share_of(self.place or Place(torch.arange(len(images)), len(images)), self.share)
+        positions, place = share_of(self.place or Place(torch.arange(len(images)), len(images)), self.share, self.step)
         positions = carried(positions, images.device)
         with self.watch:
             attacked = self.attack(images[positions], labels[positions], place)

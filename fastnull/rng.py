@@ -24,13 +24,16 @@ class Place(NamedTuple):
     """Images of the larger batch."""
 
 
-def share_of(place: Place, share: float) -> tuple[Tensor, Place]:
-    """Which of the images at a place a share of the larger batch is: spread evenly over it, whoever holds them.
+def share_of(place: Place, share: float, step: int) -> tuple[Tensor, Place]:
+    """Which of the images at a place a share of the larger batch is: spread evenly over it, whoever holds the images.
+
+    Batches that are smaller than one image of their share have it in turns, by `step`; in all others it is the same
+    rows in every step, as many as a graph was captured for.
 
     Returns:
         positions among the images at the place [k], and the place of those.
     """
-    rows = place.rows.double()
+    rows = place.rows.double() + (step * place.total if place.total * share < 1 else 0)
     chosen = ((rows + 1) * share).floor() > (rows * share).floor()
     positions = chosen.nonzero().flatten()
     return positions, Place(place.rows[positions], place.total)

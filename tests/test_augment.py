@@ -78,13 +78,26 @@ def test_share_of_one_view_is_noisy(vit: NormalizedModel, images: Tensor, labels
 def test_share_is_spread_over_the_larger_batch() -> None:
     place = Place(torch.arange(100), 100)
     for share in (0.01, 0.1, 0.25, 0.29, 1 / 3, 0.5, 0.9, 1.0):
-        chosen = share_of(place, share)[0]
+        chosen = share_of(place, share, 0)[0]
         assert abs(len(chosen) - 100 * share) < 1
         for part in (torch.arange(40), torch.arange(1, 100, 2)):
-            positions, found = share_of(Place(part, 100), share)
+            positions, found = share_of(Place(part, 100), share, 0)
             assert found.rows.tolist() == [row for row in part.tolist() if row in chosen.tolist()]
             assert torch.equal(part[positions], found.rows)
             assert found.total == 100
+
+
+def test_batches_of_one_are_noisy_in_turns(vit: NormalizedModel, images: Tensor) -> None:
+    aug = ready(vit, images, "boundary", "pixels", share=0.25)
+    aug.step = 0
+    noisy = [bool(aug.draw(images[:1]).any()) for _ in range(8)]
+    assert noisy == [False, False, False, True] * 2
+    assert float(aug.stats["norm"]) > 0
+    aug.draw(images[:1])
+    assert torch.isnan(aug.stats["norm"])
+    place = Place(torch.arange(3), 3)
+    assert sum(len(share_of(place, 0.25, step)[0]) for step in range(40)) == 30
+    assert [share_of(place, 0.5, step)[0].tolist() for step in range(3)] == [[1]] * 3
 
 
 def test_gradients_are_those_of_two_separate_views(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
