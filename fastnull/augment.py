@@ -34,7 +34,7 @@ from fastnull.rng import Place, carried, generator, share_of
 from fastnull.solvers import norms, own_noise, valid_noise
 from fastnull.starts import in_proportion, start_noise, step_sizes
 from fastnull.synthesis import Noise, SynthesisConfig, synthesize, warm_start
-from fastnull.vit.base import unwrap
+from fastnull.vit.base import logits_of, unwrap
 
 MODES = ("boundary", "per_image", "universal", "random")
 
@@ -179,13 +179,33 @@ class NullspaceAugment:
         if self.mode in ("universal", "random"):
             clean, noisy = self._forward(images, "both").chunk(2)
             return clean, noisy
+        clean, noisy = self._both_views(images, lambda: self.model(images))
+        return logits_of(clean), logits_of(noisy)
+
+    def outputs(self, images: Tensor, forward: Callable[[], Any]) -> list[Any]:
+        """What a function that calls the model returns for each view, where the loss is not one of logits and labels.
+
+        Args:
+            images: [B, C, H, W], those that the function gives to the model.
+            forward: calls the model once; returns logits [B, K] or anything that has them as `.logits`.
+
+        Returns:
+            what it returned for the clean and for the noisy view; with `share` for the one view. Raises as `loss`.
+        """
+        self._check(images)
+        if self.share:
+            return [self._call(len(images), "noisy", forward)]
+        return list(self._both_views(images, forward))
+
+    def _both_views(self, images: Tensor, forward: Callable[[], Any]) -> tuple[Any, Any]:
         before = _random_state(images.device)
-        clean = self._forward(images, "clean")
+        clean = self._call(len(images), "clean", forward)
         if torch.equal(before, _random_state(images.device)):
-            self._clean = clean.detach().to(torch.promote_types(clean.dtype, torch.float32))
+            logits = logits_of(clean).detach()
+            self._clean = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # else dropout was in it, which synthesis is to look through: it makes logits of its own
         try:
-            return clean, self._forward(images, "noisy")
+            return clean, self._call(len(images), "noisy", forward)
         finally:
             self._clean = None
 
@@ -202,19 +222,23 @@ class NullspaceAugment:
 
     def _forward(self, images: Tensor, view: str) -> Tensor:
         """The model's logits [B, K] of a view, or [2 B, K] of both."""
-        self._view, self._asked = None, view
         both = view == "both"
+        given = torch.cat([images, images]) if both and self._doubled else images
+        return logits_of(self._call((1 + both) * len(images), view, lambda: self.model(given)))
+
+    def _call(self, count: int, view: str, forward: Callable[[], Any]) -> Any:
+        """What `forward` returns, in whose call of the model the noise of a view is; `count` logits are expected."""
+        self._view, self._asked = None, view
         try:
-            logits = self.model(torch.cat([images, images]) if both and self._doubled else images)
+            output = forward()
         finally:
             self._asked = None
-        logits = getattr(logits, "logits", logits)
-        if (self._view or "clean") != view or len(logits) != (1 + both) * len(images):
+        if (self._view or "clean") != view or len(logits_of(output)) != count:
             raise RuntimeError(
                 "the noise hooks did not run: the model was compiled and run before NullspaceAugment was created. "
                 "Create it first, or call torch._dynamo.reset()"
             )
-        return logits  # type: ignore[no-any-return]
+        return output
 
     def refresh(
         self,
@@ -357,20 +381,25 @@ class NullspaceAugment:
     def _register(self) -> None:
         """The hooks stay for the life of this object and do nothing unless a view is asked for."""
         vit = self.encoder.vit
-        handles = [vit.model.register_forward_pre_hook(_Hook(self, "_begin"))]
+        handles = [vit.model.register_forward_pre_hook(_Hook(self, "_begin"), with_kwargs=True)]
         if self.config.site != "pixels":
             handles.append(vit.site_module(self.config.site).register_forward_hook(_Hook(self, "_at_site")))
         weakref.finalize(self, _remove, handles)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Start of a forward of the model: decide its view."""
         view = self._asked or ("noisy" if self._attached and self.enabled else "clean")
         self._view = view if module.training and view != "clean" else None
         if self._view is None or self.config.site != "pixels":
             return None
-        if not args:
-            raise TypeError("at site 'pixels' the images must be the first positional argument of the model's call")
-        return (self._noisy(args[0]), *args[1:])
+        if args:
+            return (self._noisy(args[0]), *args[1:]), kwargs
+        name = next((name for name in ("pixel_values", *kwargs) if isinstance(kwargs.get(name), Tensor)), None)
+        if name is None:
+            raise TypeError("at site 'pixels' the images must be an argument of the model's call; it got none")
+        return args, {**kwargs, name: self._noisy(kwargs[name])}
 
     @property
     def _doubled(self) -> bool:
