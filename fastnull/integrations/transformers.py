@@ -172,7 +172,7 @@ class NullspaceTrainer(Trainer):
         inputs = dict(inputs)  # Trainer takes the labels out
         if self.criterion is None:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            return _View(loss, _logits(outputs), outputs)
+            return _View(loss, logits_of(outputs), outputs)
         labels = inputs.pop("labels")
         logits = logits_of(model(**inputs) if _takes(model, "pixel_values") else model(inputs["pixel_values"]))
         loss = self.criterion(logits, labels)
@@ -200,15 +200,6 @@ def _missing_loss(model: nn.Module, smoothing: float) -> Callable[[Tensor, Tenso
 def _takes(model: nn.Module, name: str) -> bool:
     """Whether the forward of a model, wrappers removed, has a parameter of that name."""
     return name in inspect.signature(type(unwrap(model)).forward).parameters
-
-
-def _logits(outputs: Any) -> Tensor:
-    """The logits among what a model returned, which may have its loss before them."""
-    if isinstance(outputs, dict) and "logits" in outputs:
-        return logits_of(outputs["logits"])
-    if isinstance(outputs, (tuple, list)) and outputs:
-        return logits_of(outputs[1] if len(outputs) > 1 and outputs[0].ndim == 0 else outputs[0])
-    return logits_of(outputs)
 
 
 def _load_if_renamed(model: nn.Module, folder: Path) -> None:
