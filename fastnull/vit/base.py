@@ -165,25 +165,34 @@ class SplitViT(ABC):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model under torch.compile's and DistributedDataParallel's wrappers."""
+    """The model under torch.compile's, DistributedDataParallel's and PEFT's wrappers."""
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        # not hasattr: PEFT's wrappers have every attribute of what is inside
+        inside = _under_peft(model)
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif inside is not None:
+            model = inside
         elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         else:
             return model
 
 
+def _under_peft(model: nn.Module) -> nn.Module | None:
+    """What a PeftModel (or its tuner, as LoraModel) wraps; None for other modules. By name, so nothing is imported."""
+    if not any(kind.__module__.partition(".")[0] == "peft" for kind in type(model).__mro__):
+        return None
+    return next((model._modules[name] for name in ("base_model", "model") if name in model._modules), None)
+
+
 def unwrapped(model: nn.Module) -> tuple[nn.Module, NormalizedModel | None]:
-    """The network under all wrappers (of compile and DDP, PEFT's, NormalizedModel), and the NormalizedModel or None."""
+    """The network under all wrappers, and the NormalizedModel that was among them or None."""
     normalized = None
     while True:
         model = unwrap(model)
         if isinstance(model, NormalizedModel):
             normalized, model = model, model.network
-        elif hasattr(model, "get_base_model"):  # of PEFT: its layers are inside the modules of the network
-            model = model.get_base_model()
         elif type(model).__name__ == "TimmWrapperForImageClassification":  # timm's model within a transformers one
             model = model.timm_model
         else:

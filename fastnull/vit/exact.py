@@ -71,7 +71,7 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
     """The `forward` that was assigned to this instance; None where it is the class's, perhaps under an autocast wrapper
     as accelerate puts one around it."""
     function = module.__dict__.get("forward")
-    if function is None or hasattr(module, "_orig_mod"):  # torch.compile's wrapper calls the module inside
+    if function is None or "_orig_mod" in module._modules:  # torch.compile's wrapper calls the module inside
         return None
     inner = getattr(function, "__func__", function)
     while inner is not type(module).forward:
