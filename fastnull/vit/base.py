@@ -186,6 +186,16 @@ def _under_peft(model: nn.Module) -> nn.Module | None:
     return next((model._modules[name] for name in ("base_model", "model") if name in model._modules), None)
 
 
+def under_adapters(layer: nn.Module) -> Any:
+    """The layer that an adapter's layer is around: PEFT's `base_layer`, loralib's `conv`; another one is itself."""
+    while True:
+        libraries = {kind.__module__.partition(".")[0] for kind in type(layer).__mro__}
+        name = "base_layer" if "peft" in libraries else "conv" if "loralib" in libraries else None
+        if name not in layer._modules:
+            return layer
+        layer = layer.get_submodule(str(name))
+
+
 def unwrapped(model: nn.Module) -> tuple[nn.Module, NormalizedModel | None]:
     """The network under all wrappers, and the NormalizedModel that was among them or None."""
     normalized = None

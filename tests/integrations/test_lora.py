@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastnull.augment import NullspaceAugment
 from fastnull.compat import import_timm
 from fastnull.encoder import FrozenEncoder
+from fastnull.nullspace import patch_projection
 from fastnull.vit import NormalizedModel
 from fastnull.vit.base import logits_of
 
@@ -121,8 +122,6 @@ def test_wrappers(where: str, site: str, vit: NormalizedModel, images: Tensor) -
 def test_every_kind_of_adapter_trains(
     kind: str, where: str, vit: NormalizedModel, images: Tensor, watch: Callable[..., Any]
 ) -> None:
-    if kind == "LoHa" and where == "on_timm":
-        pass
     model = adapted(kind, where, vit)
     base = {name: parameter.clone() for name, parameter in model.named_parameters() if not parameter.requires_grad}
     before = eval_logits(model, images)
@@ -280,3 +279,41 @@ def test_gradients_beside_loralib_are_those_of_autograd(
         assert (mine.grad is None) == (theirs.grad is None)
         if mine.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_exact_nullspace_is_not_taken_of_a_layer_under_an_adapter(vit: NormalizedModel) -> None:
+    for config in (peft.LoraConfig(r=2, target_modules=["qkv"]), peft.LoraConfig(r=2, target_modules=["projection"])):
+        model = peft.get_peft_model(hf_model() if "projection" in config.target_modules else vit.network, config)
+        if "qkv" in config.target_modules:
+            assert patch_projection(model).weight.shape == (32, 3, 4, 4)
+            continue
+        with pytest.raises(ValueError, match=r"has an adapter around its patch embedding \(Conv2d of peft\."):
+            patch_projection(model)
+        loud(model)
+        whole = model.merge_and_unload()
+        assert patch_projection(whole) is whole.vit.embeddings.patch_embeddings.projection
+    vit.network.patch_embed.proj = loralib.Conv2d(3, 32, kernel_size=4, stride=4, r=2)
+    with pytest.raises(ValueError, match=r"has an adapter around its patch embedding \(Conv2d of loralib"):
+        patch_projection(vit)
+
+
+@pytest.mark.parametrize("library", ["PEFT", "loralib"])
+def test_adapter_around_a_convolution_that_is_the_site(library: str, images: Tensor) -> None:
+    """torchvision's patch module is the convolution itself, whose output is a map."""
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.VisionTransformer(
+        image_size=16, patch_size=4, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
+    )
+    with torch.no_grad():
+        model.heads.head.weight.normal_()
+    if library == "PEFT":
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["conv_proj"]), model)
+    else:
+        new = loralib.Conv2d(3, 32, kernel_size=4, stride=4, r=2)
+        nn.init.normal_(new.lora_B)
+        model.conv_proj = new
+    loud(model)
+    assert gap(model, FrozenEncoder(model), images) < 1e-5
+    aug = NullspaceAugment(model.train(), "boundary")
+    loss, clean = aug.loss(images, LABELS, F.cross_entropy)
+    assert loss.item() != pytest.approx(2 * F.cross_entropy(clean, LABELS).item(), abs=1e-4)
