@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnull.ops.common import compute_dtype, define, empty, needs_grad, use_native
+from fastnull.ops.common import check_positive, compute_dtype, define, empty, needs_grad, use_native
 
 
 def _unfold(images: Tensor, p: int) -> Tensor:
@@ -111,8 +111,10 @@ def patch_project(
         the embedding maps it to zero.
 
     Raises:
-        ValueError: shapes that do not fit; the message holds them.
+        TypeError: patch_size is no integer.
+        ValueError: shapes that do not fit, or a patch_size below 1; the message holds them.
     """
+    check_positive("patch_size", patch_size)
     if not torch.compiler.is_compiling():
         if noise.ndim != 4 or noise.shape[2] % patch_size or noise.shape[3] % patch_size:
             raise ValueError(
