@@ -116,7 +116,9 @@ class Library:
         except OSError as failure:
             return f"{self.path.name} cannot be read: {failure}"
         if found != digest:
-            return f"{self.path.name} is not the file that was built (cut short or replaced): its sha256 is {found[:12]}…"
+            return (
+                f"{self.path.name} is not the file that was built (cut short or replaced): its sha256 is {found[:12]}…"
+            )
         return None
 
     def _refused(self, record: dict[str, Any]) -> str | None:

@@ -128,7 +128,10 @@ class PixelNullspace(v2.Transform):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Which noise each image gets: `rows` [B], and whether it gets one: `chosen` [B]."""
         batch = next((x.shape[0] for x in flat_inputs if isinstance(x, Tensor) and x.ndim == 4), 0)
-        return {"rows": torch.randint(len(self.bank), (batch,)), "chosen": torch.rand(batch) < self.p}
+        return {
+            "rows": torch.randint(len(self.bank), (batch,)),
+            "chosen": torch.rand(batch, dtype=torch.float32) < self.p,
+        }
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Images [B, C, H, W] with their noise, a new tensor of the same kind; other tv_tensors pass through."""
@@ -165,8 +168,8 @@ class PixelNullspace(v2.Transform):
         """A bank [M, C, H, W] in float32, the `number`th, and its residuals [M]."""
         if noise is None:
             count = len(self.bank) if number else self.count
-            like = torch.empty(count, space.channels, *self.size)
-            return space.sample(like, self.scale, generator(self.seed, number)), torch.zeros(count)
+            like = torch.empty(count, space.channels, *self.size, dtype=torch.float32)
+            return space.sample(like, self.scale, generator(self.seed, number)), torch.zeros(count, dtype=torch.float32)
         if isinstance(noise, Noise) and noise.site == "block0":
             raise ValueError("noise of site 'block0' has no pixels behind it: synthesize at 'patch' or 'pixels'")
         given: Tensor = noise.tokens if isinstance(noise, Noise) else noise
@@ -176,7 +179,7 @@ class PixelNullspace(v2.Transform):
             given, residual = space.preimage(given.double(), grid=(rows, columns))
         else:
             check_images(given, name="noise", channels=space.channels, size=self.size, unit_range=False)
-            residual = torch.zeros(len(given))
+            residual = torch.zeros(len(given), dtype=torch.float32)
         if len(given) == 0:
             raise ValueError("noise must hold at least one noise; it is empty")
         return given.float().contiguous().clone(), residual.float()

@@ -115,7 +115,7 @@ def _check(noise: Tensor, grad: Tensor) -> None:
 
 @contextmanager
 def _dense(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """The tensors as the kernels address them; what those wrote is afterwards in the tensors, whatever their strides."""
+    """The tensors as kernels address them; what those wrote is afterwards in the tensors, whatever their strides."""
     dense = [tensor.contiguous() for tensor in tensors]
     yield dense
     for tensor, written in zip(tensors, dense, strict=True):
