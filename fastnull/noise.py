@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,19 +105,32 @@ class Noise:
                 header = {name: header.get(name, "") for name in ("site", "metadata")}
         except SafetensorError as error:
             raise ValueError(f"{path} is no whole safetensors file (truncated, or a pickle?): {error}") from error
-        for name, tensor in tensors.items():
-            kind, fits = _KINDS[name]
-            if not fits(tensor.dtype):
-                raise ValueError(f"{path}: {name} must be {kind}; it is {tensor.dtype}")
-            if tensor.ndim != 1 if name != "tokens" else tensor.ndim < 3:
-                shape = "[M, N, D] or [M, C, H, W]" if name == "tokens" else "[M]"
-                raise ValueError(f"{path}: {name} must have shape {shape}; it is {list(tensor.shape)}")
-        check_finite(f"noise in {path}", tensors["tokens"])
-        counts = {name: len(tensor) for name, tensor in tensors.items()}
-        if len(set(counts.values())) != 1:
-            raise ValueError(f"{path} holds different numbers of noises: {counts}")
+        check_noise(tensors, str(path))
         try:
             metadata = json.loads(header["metadata"])
             return cls(**tensors, site=check_site(header["site"]), metadata=metadata)
         except ValueError as error:
             raise ValueError(f"{path} has a broken header: {error}") from error
+
+
+def check_noise(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check the five tensors of a Noise as a file or a state gives them.
+
+    Args:
+        tensors: by the names of Noise's attributes.
+        source: where they come from, for the message.
+
+    Raises:
+        ValueError: another dtype or shape, different numbers of noises, or noise that is not finite.
+    """
+    for name, (kind, fits) in _KINDS.items():
+        tensor = tensors[name]
+        if not fits(tensor.dtype):
+            raise ValueError(f"{source}: {name} must be {kind}; it is {tensor.dtype}")
+        if tensor.ndim < 3 if name == "tokens" else tensor.ndim != 1:
+            shape = "[M, N, D] or [M, C, H, W]" if name == "tokens" else "[M]"
+            raise ValueError(f"{source}: {name} must have shape {shape}; it is {list(tensor.shape)}")
+    check_finite(f"noise in {source}", tensors["tokens"])
+    counts = {name: len(tensors[name]) for name in _KINDS}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"{source} holds different numbers of noises: {counts}")

@@ -146,6 +146,30 @@ class PixelNullspace(v2.Transform):
         noisy = torch.where(chosen[:, None, None, None], noisy, images)
         return tv_tensors.wrap(noisy, like=inpt)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As of any module, but all of it or nothing: a bank must not be half that of one run and half of another."""
+        known = {prefix + name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        missing = [name for name in known if name not in state_dict]
+        foreign = [name for name in state_dict if name.startswith(prefix) and name not in known]
+        problems = [why for name, buffer in known.items() if (why := _unlike(name, state_dict.get(name), buffer))]
+        if problems or (strict and (missing or foreign)):
+            missing_keys += missing if strict else []
+            unexpected_keys += foreign if strict else []
+            error_msgs += problems
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def _inside(self, images: Tensor, noise: Tensor) -> Tensor:
         low, high = (bound.to(images) for bound in self.bounds or ())
         if self.valid != "clamp":
@@ -207,6 +231,20 @@ class PixelNullspace(v2.Transform):
                 f"images must lie within bounds; they leave them by up to {outside:.4g}. Put PixelNullspace before "
                 "v2.Normalize, or give it the bounds of normalised images"
             )
+
+
+def _unlike(name: str, given: Any, buffer: Tensor) -> str:
+    """Why a tensor of a state cannot become this buffer; empty where it can, or is not there."""
+    if given is None:
+        return ""
+    if not isinstance(given, Tensor):
+        return f"{name} must be a tensor; got {type(given).__name__}"
+    if given.shape != buffer.shape or given.is_floating_point() != buffer.is_floating_point():
+        wanted, seen = f"{buffer.dtype} {list(buffer.shape)}", f"{given.dtype} {list(given.shape)}"
+        return f"{name} must be {wanted}; got {seen}"
+    if not bool(torch.isfinite(given).all()):
+        return f"{name} must be finite"
+    return ""
 
 
 def _space(source: nn.Module | PatchNullspace) -> PatchNullspace:

@@ -240,9 +240,11 @@ def synthesize(
         batches: one batch [B, C, H, W], a sequence of batches (kept with their clean logits), or a re-iterable such
             as a DataLoader (read anew each round). A batch is images or a tuple that starts with them.
         config: see SynthesisConfig.
-        check: images to judge the universal influence on, as `batches`; without use in the other modes. None holds out a tenth of the batches (of the
-            images where there is one batch; of a loader the first batches, which a shuffled later round can hold).
-        start: noise to start from in place of the random one [M, ...] (universal) or [B, ...].
+        check: images to judge the universal influence on, as `batches`; the other modes have no use for them. None
+            holds out a tenth of the batches (of the images where there is one batch; of a loader the first batches,
+            which a shuffled later round can hold).
+        start: noise to start from in place of the random one: [M, ...] (universal), or one an image, in the order of
+            all images.
         progress: show a progress bar.
         mean: universal: takes a tensor's mean over several processes, each of which gives its own part of every batch
             and of the check images; all get the same noise. None: this process is alone.
@@ -444,7 +446,8 @@ def _per_image_result(
 
 def _met(noise: Noise, config: SynthesisConfig) -> Noise:
     """Noise that is what it says, or an error: finite, and with on_unmet="raise" converged."""
-    broken = ~torch.isfinite(noise.tokens).flatten(1).all(1).cpu() | (noise.influence.isnan() & (noise.norm > 0))
+    finite = torch.isfinite(noise.tokens).flatten(1).all(1).cpu() & torch.isfinite(noise.norm)
+    broken = ~finite | (noise.influence.isnan() & (noise.norm > 0))
     if broken.any():
         raise NoiseNotFiniteError(
             f"{int(broken.sum())} of {len(noise)} noises, or the model's outputs under them, are not finite: lower "
