@@ -166,7 +166,7 @@ class SplitViT(ABC):
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model under torch.compile's, DistributedDataParallel's and PEFT's wrappers."""
-    while True:
+    while isinstance(model, nn.Module):  # anything else is for the caller to refuse
         # not hasattr: PEFT's wrappers have every attribute of what is inside
         inside = _under_peft(model)
         if "_orig_mod" in model._modules:
@@ -176,7 +176,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         else:
-            return model
+            break
+    return model
 
 
 def _under_peft(model: nn.Module) -> nn.Module | None:

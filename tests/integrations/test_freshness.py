@@ -124,9 +124,7 @@ def test_transformers(form: str, way: str, images: Tensor, watch: Watch, tmp_pat
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["trainer", "callback"])
 @pytest.mark.parametrize("images_are", ["pixels", "normalised"])
-def test_transformers_at_site_pixels(
-    form: str, images_are: str, images: Tensor, watch: Watch, tmp_path: Path
-) -> None:
+def test_transformers_at_site_pixels(form: str, images_are: str, images: Tensor, watch: Watch, tmp_path: Path) -> None:
     """Trainer calls its model with pixel_values=..."""
     made = Watched(watch, images, site="pixels", share=0.0)
     kind, extra = {
@@ -146,7 +144,7 @@ def test_transformers_at_site_pixels(
     made.check(4)
     noisy = [x for x in inputs if not any(torch.equal(row, image) for row in x for image in images)]
     assert len(noisy) >= 4
-    assert all(0 <= float(x.min()) and float(x.max()) <= 1 for x in noisy)
+    assert all(float(x.min()) >= 0 and float(x.max()) <= 1 for x in noisy)
 
 
 LIGHTNING = {"lightning.pytorch": "lightning", "pytorch_lightning": "pytorch_lightning"}
@@ -280,11 +278,14 @@ def test_compiled_network_in_a_normalized_model(
         model(images)
     aug = NullspaceAugment(model, "boundary")
     for _ in range(2):
+        why = ""
         try:
             loss, clean = aug.loss(images, LABELS, F.cross_entropy)
         except RuntimeError as error:
-            assert already_run, error
-            assert "compile" in str(error)
+            why = str(error)
+        if why:
+            assert already_run, why
+            assert "compile" in why
             break
         assert aug.stats["norm"] > 0
         assert loss.item() != pytest.approx(2 * F.cross_entropy(clean, LABELS).item(), abs=1e-4)
@@ -292,10 +293,13 @@ def test_compiled_network_in_a_normalized_model(
     if already_run:
         model(images)
     aug = NullspaceAugment(model, "boundary").attach()
+    why = ""
     try:
         noisy = model(images)
     except RuntimeError as error:
-        assert "compile" in str(error)
+        why = str(error)
+    if why:
+        assert "compile" in why
         return
     aug.enabled = False
     assert not torch.allclose(noisy, model(images), atol=1e-4)
@@ -328,10 +332,13 @@ def test_compiled_network_in_a_trainer(
         def train() -> None:
             timm_steps(NullspaceTask(made(model), F.cross_entropy), images)
 
+    why = ""
     try:
         train()
     except RuntimeError as error:
-        assert "compile" in str(error)
+        why = str(error)
+    if why:
+        assert "compile" in why
     else:
         made.check(4)
 

@@ -1,4 +1,4 @@
-"""Models with adapters of PEFT and loralib: the encoder is the model with its adapters, and they are what is trained."""
+"""Models with adapters of PEFT and loralib: the encoder is the model with its adapters, which are what is trained."""
 
 from __future__ import annotations
 
