@@ -23,7 +23,7 @@ LANGUAGES = {"python", "bash", "", "{eval-rst}", "{include}", "{toctree}"}
 """Fences that there may be; without a name it is commands: reports write them so."""
 NEEDS = {
     "analyses.md": ("scipy",),
-    "integrations.md": ("timm", "transformers", "lightning", "accelerate", "torchvision"),
+    "integrations.md": ("timm", "transformers", "lightning", "accelerate", "torchvision", "peft"),
 }
 """Libraries that a page's Python imports and fastnull does not ask for."""
 NOT_RUN = {"installs packages": 1, "needs several processes": 1}
