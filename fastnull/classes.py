@@ -65,8 +65,8 @@ def match_classes(
             else f"classes of whose name the model has several: {shortened(twice)}"
         )
         raise ValueError(
-            f"{name} has {fault}. The {len(folder_classes)} classes of {name}: {shortened(folder_classes)}; "
-            f"the {len(model_classes)} of the model: {shortened(model_classes)}"
+            f"{name} has {fault}. Its {len(folder_classes)} classes are {shortened(folder_classes)}; "
+            f"the model's {len(model_classes)} are {shortened(model_classes)}"
         )
     return [places[_plain(folder)][0] for folder in folder_classes]
 
@@ -117,6 +117,21 @@ def names_of(data: Any) -> list[str] | None:
                     return names
         data = getattr(data, "base", None) or getattr(data, "dataset", None)
     return None
+
+
+def check_names(classes: Any, count: int | None) -> None:
+    """Check a model's `classes`: None, or a list of `count` names (of any number where that is None).
+
+    Raises:
+        TypeError: something else.
+        ValueError: another number of names.
+    """
+    if classes is None:
+        return
+    if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
+        raise TypeError(f"classes must be a list of names; got {classes!r:.100}")
+    if count and len(classes) != count:
+        raise ValueError(f"classes must be {count} names, one for each logit; got {len(classes)}: {shortened(classes)}")
 
 
 @functools.cache

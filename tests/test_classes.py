@@ -36,14 +36,14 @@ def test_matches(model: Any, folder: list[str], labels: list[int]) -> None:
         (
             ["cat", "dog"],
             ["bird", "dog"],
-            "does not know: bird. The 2 classes of data: bird, dog; the 2 of the model: ",
+            "does not know: bird. Its 2 classes are bird, dog; the model's 2 are cat, dog",
         ),
         (["cat", "dog"], ["Cat", "dog"], "does not know: Cat"),
         (["crane", "dog", "crane"], ["crane"], "the model has several: crane"),
         (10, ["dog", "frog"], r"has 2 classes \(dog, frog\), the model 10 without names"),
         (2, ["a", "b", "c"], "has 3 classes"),
         (1000, ["n01440764", "n00000000"], "the model 1000 without names"),
-        ([str(k) for k in range(1000)], ["x"], r"the 1000 of the model: 0, 1, 2, 3, 4, 5, \.\.\. \(994 more\)"),
+        ([str(k) for k in range(1000)], ["x"], r"the model's 1000 are 0, 1, 2, 3, 4, 5, \.\.\. \(994 more\)"),
     ],
 )
 def test_mismatches_show_both_lists(model: Any, folder: list[str], message: str) -> None:
