@@ -77,7 +77,7 @@ def class_folders(root: str | os.PathLike[str]) -> list[Path]:
     if not root.is_dir():
         raise ValueError(f"data: there is no folder {printable(root)}")
     try:
-        entries = [path for path in root.iterdir() if not _is_hidden(path.name)]
+        entries = [path for path in root.iterdir() if not is_hidden(path.name)]
     except OSError as error:
         raise ValueError(f"data: cannot read the folder {printable(root)}: {error.strerror}") from error
     lost = [path for path in entries if path.is_symlink() and not path.exists()]
@@ -117,11 +117,12 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
             folders.clear()  # a link back to where we were
             continue
         seen.add((identity.st_dev, identity.st_ino))
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        yield place, [name for name in files if not _is_hidden(name)]
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield place, [name for name in files if not is_hidden(name)]
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a name among classes and images is of the system or an editor, and neither."""
     return name.startswith(".") or name in _OF_SYSTEMS
 
 

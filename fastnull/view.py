@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,7 @@ class View:
             ValueError: an auto_augment that timm does not know.
         """
         try:
+            _check_policy(config.auto_augment)
             transform = import_timm().data.create_transform(
                 self.size,
                 is_training=True,
@@ -85,6 +87,13 @@ class View:
                 f"'3a'; got {config.auto_augment!r} ({error})"
             ) from error
         return _Erasing(transform, config.reprob, self.mean, self.std) if config.reprob else transform
+
+
+def _check_policy(policy: str | None) -> None:
+    """timm passes over sections of a policy that have no number in them, but for RandAugment's sets (t...)."""
+    for section in (policy or "").split("-")[1:]:
+        if not re.search(r"\d", section) and not section.startswith("t"):
+            raise ValueError(f"section {section!r} has no number")
 
 
 def per_channel(values: Sequence[float], count: int) -> tuple[float, ...]:
