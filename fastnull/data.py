@@ -235,13 +235,15 @@ class Samples(Dataset[tuple[Tensor, Any]]):
 
     def _read(self, index: int, mode: str) -> tuple[Any, Any]:
         """An image file, decoded; whatever fails on the way is that file's fault."""
+        if index >= len(self):
+            raise IndexError(f"image {index} of {len(self)}")
         try:
             image, label = self.base[index]
             return eight_bits(image, mode) if hasattr(image, "convert") else image, label
         except BadImageError:
             raise
         except Exception as error:
-            raise BadImageError(f"data: cannot read image {index}: {error or type(error).__name__}") from error
+            raise BadImageError(f"data: cannot read image {index}: {str(error) or type(error).__name__}") from error
 
     @property
     def targets(self) -> Tensor | None:
