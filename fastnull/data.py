@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from fastnull.checks import check_number
-from fastnull.classes import classes_of, labels_of, match_classes, names_of
+from fastnull.classes import classes_of, labels_of, match_classes, model_names, names_of
 from fastnull.image_files import (
     BadImageError,
     ImageFiles,
@@ -183,9 +183,7 @@ def evaluation_data(
     tested = _split_folder(data, _TEST_FOLDERS)
     if not isinstance(known, list):
         train = [folder.name for folder in class_folders(_split_folder(data, ("train",)))]
-        # else ImageNet's, which the folders' names tell too
-        if match_classes(known, train, name=f"{data}/train") == list(range(len(train))):
-            known = train
+        known = model_names(known, train, name=f"{data}/train")
     return ImageFiles(ImageFolder(tested, known), evaluation, view.channels, skip_bad)
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastnull.checkpoint import RunFolder, gathered_weights, save_weights, state_path
 from fastnull.checks import check_images, check_labels
-from fastnull.classes import classes_of, labels_of, match_classes, names_of, shortened, wordnet_ids
+from fastnull.classes import classes_of, labels_of, match_classes, model_names, names_of, shortened
 from fastnull.data import (
     EpochBatches,
     Samples,
@@ -283,9 +283,8 @@ def _match_classes(model: nn.Module, source: Source) -> list[int] | None:
         return None
     labels = match_classes(classes_of(model), source.classes, name="the training data")
     inner = unwrap(model)
-    if isinstance(inner, NormalizedModel) and not isinstance(classes_of(model), list):
-        ordered = labels == list(range(len(labels)))
-        inner.classes = list(source.classes if ordered else wordnet_ids())
+    if isinstance(inner, NormalizedModel):
+        inner.classes = model_names(classes_of(model), source.classes)
     return labels
 
 

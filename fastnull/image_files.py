@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastnull.classes import match_classes, printable
+from fastnull.classes import match_classes, model_names, printable
 
 IMAGE_SUFFIXES = (
     ".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -51,8 +51,8 @@ class ImageFolder(Dataset[Sample]):
     def __init__(self, root: str | os.PathLike[str], classes: Sequence[str] | int | None = None) -> None:
         folders = class_folders(root)
         names = [folder.name for folder in folders]
-        labels = match_classes(classes, names, name=f"data: {printable(root)}")
-        self.classes = names if classes is None or isinstance(classes, int) else list(classes)
+        self.classes = model_names(classes, names, name=f"data: {printable(root)}")
+        labels = match_classes(self.classes, names, name=f"data: {printable(root)}")
         self.files: list[tuple[Path, int]] = []
         for folder, label in zip(folders, labels, strict=True):
             files = image_paths(folder)

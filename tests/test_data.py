@@ -417,10 +417,9 @@ class _Files(torch.utils.data.Dataset):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_deep_images_of_other_data_sets_are_scaled(channels):
     ramp = numpy.arange(256, dtype=numpy.uint16).reshape(16, 16)
-    images = [
-        Image.fromarray(ramp * 257), Image.fromarray((ramp * 257).astype(">u2")),
-        Image.fromarray(ramp * 257).convert("I"), Image.fromarray((ramp / 255).astype(numpy.float32)), Image.fromarray(ramp.astype(numpy.uint8)),
-    ]  # fmt: skip
+    deep = Image.fromarray(ramp * 257)
+    floats, bytes_ = Image.fromarray((ramp / 255).astype(numpy.float32)), Image.fromarray(ramp.astype(numpy.uint8))
+    images = [deep, Image.fromarray((ramp * 257).astype(">u2")), deep.convert("I"), floats, bytes_]
     data = Samples(_Files(images), lambda image: torch.from_numpy(numpy.array(image)), channels)
     for index in range(len(images)):
         assert torch.equal(data[index][0].reshape(16, 16, -1)[..., 0], torch.from_numpy(ramp.astype(numpy.uint8)))
