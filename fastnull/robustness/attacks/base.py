@@ -132,7 +132,8 @@ class Victim:
         logits = self.logits(leaf)
         values = self.loss(logits) if loss is None else loss(logits, self.labels)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        self._steep |= ~gradient.isfinite().all()
+        # noted where it starts: images of such a gradient give NaN logits, and NaN logits such a gradient
+        self._steep |= ~gradient.isfinite().all() & ~self._broken
         return gradient, values.detach(), logits.detach()
 
     @torch.no_grad()
@@ -147,9 +148,9 @@ class Victim:
         Raises:
             ValueError: NaN or +Inf logits, or gradients that are not finite.
         """
-        check_logits(self._broken)
         if not values_are_trusted() and bool(self._steep):
             raise ValueError("the gradient of the model with respect to the images is not finite (NaN or Inf)")
+        check_logits(self._broken)
         return images.detach().to(self.dtype)
 
 
