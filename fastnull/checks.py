@@ -172,6 +172,26 @@ def check_number(
     raise ValueError(f"{name} must be {' and '.join(bounds) or 'a finite number'}; got {value!r}")
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """The device of a name such as "cpu" or "cuda:1". Raises ValueError for one that torch does not know or have."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be cpu, cuda, cuda:0 or another of torch's; got {device!r}") from None
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            built = "" if torch.version.cuda or torch.version.hip else " (this torch was built without CUDA)"
+            raise ValueError(f"device {str(found)!r} is not here: torch sees {count} CUDA devices{built}")
+    elif found.type != "cpu":
+        try:
+            torch.zeros(1, device=found).cpu()
+        except Exception as error:  # every backend has its own
+            first = str(error).strip().partition("\n")[0]
+            raise ValueError(f"device {str(found)!r} cannot be used here: {first}") from error
+    return found
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise ValueError with the number of NaN and Inf if there are any."""
     if values_are_trusted():
