@@ -6,8 +6,9 @@ import functools
 import json
 import os
 import platform
+import secrets
+import stat
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from fastnull import __version__
+from fastnull.paths import check_replaceable
 
 
 def commit() -> str | None:
@@ -85,18 +87,28 @@ def provenance(device: torch.device | str = "cpu", **extra: Any) -> dict[str, An
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it is flushed and renamed over `path`, else removed.
 
-    A reader sees the old file or the whole new one, also after a crash or a full disk.
+    A reader sees the old file or the whole new one, also after a crash or a full disk. A new file has the mode that the
+    umask leaves, a replaced one keeps its own.
+
+    Raises:
+        ValueError: at `path` lies something that is no regular file: a link, a device, a pipe, a folder.
     """
     path = Path(path)
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # made by the system's rules for new files (umask, access lists); tempfile's would be for the owner alone
+    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as made:
+        mode = os.fstat(made.fileno()).st_mode
     try:
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
+        if path.exists():
+            check_replaceable(path)
+            mode = path.stat().st_mode
+        # who writes may have put another file there, as safetensors does
+        os.chmod(beside, stat.S_IMODE(mode))
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
