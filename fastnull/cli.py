@@ -342,7 +342,7 @@ def _evaluate(command: Command) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="leave out image files that cannot be read, count them")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help=f"processes that load images {shown}")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help=f"images at once {shown}")
-    parser.add_argument("--limit", type=int, metavar="N", help="use the first N images only")
+    parser.add_argument("--limit", type=int, metavar="N", help="use N images only, drawn evenly over the classes")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=f"of starts and corruptions {shown}")
 
 

@@ -175,6 +175,11 @@ def evaluate(args: argparse.Namespace) -> None:
     from fastnull.robustness.metrics import ALEXNET_ERRORS
     from fastnull.robustness.suites import FOLDER_SUITES
 
+    if args.resume and args.overwrite:
+        raise ValueError("--resume completes the file and --overwrite replaces it: give one of them")
+    for option in ("resume", "overwrite"):
+        if getattr(args, option) and args.out is None:
+            raise ValueError(f"--{option} needs --out FILE")
     if args.out is not None:
         check_output(args.out, _inputs(args))
         if Path(args.out).exists() and not (args.overwrite or args.resume):
@@ -304,6 +309,10 @@ def open_model(args: argparse.Namespace) -> nn.Module:
     if Path(args.model).is_file():
         if args.checkpoint is not None:
             raise ValueError(f"--checkpoint is for a model by name; {args.model} is a file that holds weights itself")
+        for option in ("pretrained", "num_classes"):
+            if getattr(args, option) not in (None, False):
+                name = f"--{option.replace('_', '-')}"
+                raise ValueError(f"{name} is for a model by name; {args.model} is a file, which says that itself")
         model: nn.Module = load_model(args.model)
     elif Path(args.model).suffix in (".safetensors", ".pth", ".pt"):
         raise FileNotFoundError(f"there is no file {args.model}")

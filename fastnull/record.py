@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import glob
+import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import stat
 import subprocess
@@ -96,7 +99,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    beside = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     # made by the system's rules for new files (umask, access lists); tempfile's would be for the owner alone
     with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as made:
         mode = os.fstat(made.fileno()).st_mode
@@ -112,6 +115,44 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_left_over(path: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left of writing `path`: temporary files of `replacing` whose process is gone.
+
+    Those of other machines, other users and live processes stay.
+    """
+    if os.name != "posix":  # elsewhere there is no harmless way to ask for a process
+        return
+    path = Path(path)
+    ours = re.compile(rf"\.{re.escape(path.name)}\.{_machine()}-([0-9]+)-[0-9a-f]{{8}}\.tmp")
+    for beside in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        found = ours.fullmatch(beside.name)
+        if found is None or _is_alive(int(found[1])):
+            continue
+        about = os.lstat(beside)
+        if stat.S_ISREG(about.st_mode) and about.st_uid == os.geteuid():
+            beside.unlink(missing_ok=True)
+
+
+@functools.cache
+def _machine() -> str:
+    """Tells machines apart, and containers, whose processes have numbers of their own."""
+    try:
+        numbering = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        numbering = 0
+    return hashlib.blake2b(f"{platform.node()}/{numbering}".encode(), digest_size=3).hexdigest()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

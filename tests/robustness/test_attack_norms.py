@@ -119,7 +119,7 @@ def test_every_dtype_of_model_and_images(images: Tensor, name: str, norm: str, d
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_gradient_that_is_not_finite_is_an_error(images: Tensor, name: str) -> None:
-    with pytest.raises(ValueError, match="gradient of the model .* is not finite"):
+    with pytest.raises(ValueError, match=r"gradient of the model .* is not finite"):
         ATTACKS[name](Linear(size=float("inf")), images, LABELS, 0.25, norm="l2")
 
 

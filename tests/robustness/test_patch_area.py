@@ -36,7 +36,7 @@ def test_the_area_of_a_token(name: str, side: int) -> None:
 def test_tokens_that_do_not_tile_the_image_are_refused(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-        with pytest.raises(ValueError, match="do not tile images of 224x224 .*: give patch_size"):
+        with pytest.raises(ValueError, match=r"do not tile images of 224x224 .*: give patch_size"):
             token_area(model, torch.zeros(1, 3, 224, 224))
 
 

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from fastnull.checks import check_choice, check_number
 from fastnull.robustness.attacks.base import Victim, check_attack, model_logits, under_attack
 
-
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
 }
-"""The published versions: the attacks that run one after the other, each on the images that withstood the ones before."""
+"""The published versions: attacks that run one after the other, each on the images that withstood the ones before."""
 
 
 def attacks_for(classes: int, version: str = "standard") -> tuple[str, ...]:

@@ -103,8 +103,8 @@ def token_area(model: nn.Module, images: Tensor) -> int:
     found = [*grid] in (shape[1:3], shape[2:4]) if len(shape) == 4 else shape[1] == grid[0] * grid[1]
     if area[0] != area[1] or not (tiled and found):
         raise ValueError(
-            f"the tokens of {type(adapter.network).__name__}, {shape}, do not tile images of {height}x{width} in squares "
-            f"(one every {area[0]}x{area[1]} pixels), so there is no patch that is a token's: give patch_size"
+            f"the tokens of {type(adapter.network).__name__}, {shape}, do not tile images of {height}x{width} in "
+            f"squares (one every {area[0]}x{area[1]} pixels), so there is no patch that is a token's: give patch_size"
         )
     return area[0]
 
