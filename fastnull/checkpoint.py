@@ -34,6 +34,8 @@ MARK = b"fastnull-state-1"
 _DIGEST = hashlib.sha256().digest_size
 _STATE = re.compile(r"state-(\d{9})\.pt")
 _OWN_FILES = ("config.json", "metrics.jsonl", "best.safetensors", "last.safetensors")
+RUN_FILES = (*_OWN_FILES, "state-*.pt", "state-*.shares")
+"""Patterns of all that a run writes in its folder."""
 
 FREE_KEYS = frozenset(
     {"out", "overwrite", "resume", "checkpoint_every", "keep_last", "log_every", "progress", "workers", "device"}

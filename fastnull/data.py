@@ -362,9 +362,11 @@ def _timm_name(data: str) -> bool:
 
 
 def _timm_dataset(name: str, root: str | None, split: str, download: bool) -> Any:
+    if root is None and not name.lower().startswith("hfds/"):  # Hugging Face has a cache of its own
+        raise ValueError(f"data {name!r} needs data_dir (--data-dir), the folder where timm keeps it")
     try:
         found = _timm_data().create_dataset(name, root=root, split=split, download=download)
-    except (AssertionError, RuntimeError, FileNotFoundError) as error:
+    except (AssertionError, RuntimeError, ValueError, TypeError, ImportError, OSError) as error:
         raise ValueError(f"data {name!r} (data_dir {root!r}, download {download}) cannot be opened: {error}") from error
     # timm would go on to the next image in silence where one cannot be read, and clip more than 8 bits to white
     found._max_retries = 1

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from fastnull.rng import generator
 
@@ -40,3 +44,45 @@ def even_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     turn = torch.empty_like(classes)
     turn[by_class] = torch.arange(total) - first[classes[by_class]]
     return shuffled[turn.argsort(stable=True)[:count]].sort().values
+
+
+def labels_of(data: Any) -> Tensor | None:
+    """The classes [n] of a data set that has a list of them: tensors, torchvision's, timm's and our folders of images.
+
+    They tell classes apart, as `even_subset` needs it; a transform of labels is not applied.
+
+    Returns:
+        integers [n], or None where every image would have to be loaded for them.
+    """
+    if isinstance(data, Subset):
+        whole = labels_of(data.dataset)
+        return None if whole is None else whole[torch.as_tensor(list(data.indices), dtype=torch.int64)]
+    if isinstance(data, ConcatDataset):
+        parts = [labels_of(part) for part in data.datasets]
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if known and len(known) == len(parts) else None
+    if isinstance(data, TensorDataset):
+        return _integers(data.tensors[1], data) if len(data.tensors) > 1 else None
+    found = _integers(getattr(data, "targets", None), data)
+    for holder, name in ((data, "files"), (data, "samples"), (getattr(data, "reader", None), "samples")):
+        pairs = getattr(holder, name, None)
+        if found is None and isinstance(pairs, list) and pairs and all(_is_pair(pair) for pair in pairs):
+            found = _integers([label for _, label in pairs], data)
+    if found is None:
+        inner = getattr(data, "base", None) or getattr(data, "files", None)  # what a transform wraps
+        found = None if inner is None or inner is data or isinstance(inner, list) else labels_of(inner)
+    return found
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2
+
+
+def _integers(values: Any, data: Any) -> Tensor | None:
+    """Values as integers, if they are a list of one for each item of the data."""
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    fits = found.ndim == 1 and isinstance(data, Sized) and len(found) == len(data)
+    return found if fits and not found.is_floating_point() and not found.is_complex() else None
