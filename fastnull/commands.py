@@ -45,8 +45,8 @@ def demo(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     """Compare ways of finetuning, print the tables and say where the report is."""
     from fastnull.compare import OWN_FILES, CompareSettings, run_compare
+    from fastnull.record import read_json
     from fastnull.report.comparison import format_comparison
-    from fastnull.report.runs import read_json
 
     check_output(
         args.out, {"--recipes": args.recipes}, files=("comparison.json", "comparison.md", *OWN_FILES)
