@@ -351,7 +351,8 @@ def _two_sets(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tenso
         train = embedded(args.data, model)[0]
     elif source.transforms:
         train = Samples(train, view.evaluation(), view.channels)
-    test: Any = evaluation_data(args.data, model, data_dir=args.data_dir, download=args.download)
+    where = {"data_dir": args.data_dir, "download": args.download}
+    test: Any = evaluation_data(args.data, model, **where, labelled=False)  # for the images alone
     seed = getattr(args, "seed", 0)
     sets = []
     for data, key in ((train, 0), (test, 1)):

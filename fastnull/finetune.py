@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastnull.checkpoint import RunFolder, gathered_weights, save_weights, state_path
 from fastnull.checks import check_images, check_labels
+from fastnull.classes import classes_of, match_classes, names_of, shortened, wordnet_ids
 from fastnull.data import (
     EpochBatches,
     Samples,
@@ -45,7 +46,7 @@ from fastnull.rng import preserved
 from fastnull.sharded_state import write_shares
 from fastnull.training import DivergenceError, FinetuneResult, Training
 from fastnull.view import View
-from fastnull.vit import NormalizedModel
+from fastnull.vit import NormalizedModel, unwrap
 
 __all__ = ["DivergenceError", "FinetuneConfig", "FinetuneResult", "finetune"]
 
@@ -130,7 +131,8 @@ def finetune(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run starts from: data, and a model that takes it. `num_classes` are those of its logits."""
+    """What a run starts from: data, and a model that takes it. `num_classes` are those of its logits, which `classes`
+    names."""
 
     model: nn.Module
     train: Samples
@@ -148,9 +150,16 @@ def prepare(
 ) -> Prepared:
     """Open the data, make the model and show it an image. Arguments and errors are those of `finetune`."""
     source = _source(config, train_data)
-    model = (_create_model(config, source.num_classes) if model is None else model).to(device)
-    train, validation = _datasets(config, source, val_data, model)
-    return Prepared(model, train, validation, _try_out(model, train, device), source.classes)
+    if source.classes is not None and len(source.classes) < 2:
+        raise ValueError(f"training data must have at least two classes; it has only {shortened(source.classes)}")
+    model = (_create_model(config, source) if model is None else model).to(device)
+    labels = _match_classes(model, source)
+    train, validation = _datasets(config, source, labels, val_data, model)
+    num_classes = _try_out(model, train, device)
+    if num_classes < 2:
+        raise ValueError(f"the model must have at least two classes to learn; its logits have {num_classes}")
+    known = classes_of(model)
+    return Prepared(model, train, validation, num_classes, known if isinstance(known, list) else source.classes)
 
 
 def _train(
@@ -226,18 +235,20 @@ def _share(validation: Samples, processes: Processes) -> Dataset[Any]:
 def _source(config: FinetuneConfig, train_data: Data | None) -> Source:
     if train_data is None:
         return open_source(config)
-    return Source(_as_dataset("train_data", train_data), config.num_classes)
+    data = _as_dataset("train_data", train_data)
+    names = names_of(data)
+    return Source(data, config.num_classes if names is None else len(names), names)
 
 
-def _create_model(config: FinetuneConfig, data_classes: int | None) -> nn.Module:
+def _create_model(config: FinetuneConfig, source: Source) -> nn.Module:
     from fastnull.models import create_model
 
-    num_classes = config.num_classes or data_classes
+    num_classes = config.num_classes or source.num_classes
     if num_classes is None:
         raise ValueError("num_classes is needed: the data does not say how many classes it has")
     # not every architecture has drop path
     regularised: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
-    return create_model(
+    model = create_model(
         config.model,
         num_classes=num_classes,
         pretrained=config.pretrained,
@@ -245,10 +256,32 @@ def _create_model(config: FinetuneConfig, data_classes: int | None) -> nn.Module
         img_size=config.img_size,
         **regularised,
     )
+    if model.classes is not None and source.classes is not None and not set(source.classes) <= set(model.classes):
+        warnings.warn(
+            f"{config.checkpoint}: its head is for other classes ({shortened(model.classes)}); the model's new head "
+            f"for {shortened(source.classes)} starts fresh",
+            UserWarning,
+            stacklevel=4,
+        )
+        model.network.reset_classifier(num_classes)
+        model.classes = None
+    return model
+
+
+def _match_classes(model: nn.Module, source: Source) -> list[int] | None:
+    """The label of each of the data's classes; a model without names of its classes gets them from the data."""
+    if source.classes is None:
+        return None
+    labels = match_classes(classes_of(model), source.classes, name="the training data")
+    inner = unwrap(model)
+    if isinstance(inner, NormalizedModel) and not isinstance(classes_of(model), list):
+        ordered = labels == list(range(len(labels)))
+        inner.classes = list(source.classes if ordered else wordnet_ids())
+    return labels
 
 
 def _datasets(
-    config: FinetuneConfig, source: Source, val_data: Data | None, model: nn.Module
+    config: FinetuneConfig, source: Source, labels: list[int] | None, val_data: Data | None, model: nn.Module
 ) -> tuple[Samples, Samples | None]:
     """Training images through random transforms, held-out ones through evaluation's; tensors stay as they are."""
     if not source.transforms and (config.auto_augment or config.reprob):
@@ -261,10 +294,17 @@ def _datasets(
         view = View.of(model)
         augmented, plain, channels = view.training(config), view.evaluation(), view.channels
     if val_data is not None:
-        return Samples(train, augmented, channels, config.seed), Samples(_as_dataset("val_data", val_data))
+        held_out = _as_dataset("val_data", val_data)
+        names = names_of(held_out)
+        known = classes_of(model)
+        if names is None:
+            matched = labels  # whoever gives none numbers as in the training data
+        else:
+            matched = match_classes(known if isinstance(known, list) else source.classes, names, name="val_data")
+        return Samples(train, augmented, channels, config.seed, labels), Samples(held_out, classes=matched)
     kept, held = hold_out(train, config.val_fraction, config.val_seed)
-    validation = None if held is None else Samples(held, plain, channels, config.seed)
-    return Samples(kept, augmented, channels, config.seed), validation
+    validation = None if held is None else Samples(held, plain, channels, config.seed, labels)
+    return Samples(kept, augmented, channels, config.seed, labels), validation
 
 
 def _as_dataset(name: str, data: Data) -> Dataset[Any]:

@@ -7,7 +7,6 @@ published. Labels are those of ImageNet's 1000 classes, in the order of their Wo
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.checks import check_choice
+from fastnull.classes import wordnet_ids
 from fastnull.compat import import_timm
-from fastnull.image_files import ImageFiles, ImageFolder
+from fastnull.image_files import ImageFiles, ImageFolder, is_hidden
 from fastnull.robustness.corruptions import SEVERITIES
 from fastnull.robustness.metrics import ALEXNET_ERRORS
 from fastnull.view import View
@@ -51,12 +51,6 @@ FOLDER_SUITES = {
     "imagenet-stylized": Layout(),
 }
 """Name, which is the folder's too → its layout."""
-
-
-@functools.cache
-def wordnet_ids() -> tuple[str, ...]:
-    """The WordNet ids of ImageNet's 1000 classes in order (timm brings the list)."""
-    return tuple(import_timm().data.ImageNetInfo("imagenet-1k").label_names())
 
 
 @dataclass
@@ -111,7 +105,7 @@ def check_layout(name: str, root: str | os.PathLike[str]) -> tuple[Path, set[str
     folder = Path(root, kind, *inner)
     if not folder.is_dir():
         raise ValueError(f"{kind}: there is no folder {folder}; {_layout_of(kind)}")
-    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    names = {path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)}
     known = [str(number) for number in range(1000)] if layout.numbered else list(wordnet_ids())
     foreign = sorted(names - set(known))
     if foreign or len(names) != layout.classes:
