@@ -175,7 +175,8 @@ def load_model(path: str | os.PathLike[str]) -> NormalizedModel:
 
 _HEADER: dict[str, Any] = {
     "name": str, "num_classes": int | None, "img_size": int | tuple[int, ...] | None, "channels": int | None,
-    "normalize": bool, "kwargs": dict[str, Any], "classes": int | None, "mean": tuple[float, ...], "std": tuple[float, ...],
+    "normalize": bool, "kwargs": dict[str, Any], "classes": int | None,
+    "mean": tuple[float, ...], "std": tuple[float, ...],
 }  # fmt: skip
 """What `load_model` reads, and its type."""
 

@@ -96,6 +96,7 @@ def _load_run(path: Path) -> Run:
     record = read_result(path)
     with _about(path):
         _check(record["protocol"], "protocol", _PROTOCOL)
+        _check(record["protocol"], "protocol", {"provenance": Mapping[str, Any]}, ())
     about = path.parent / SETTINGS
     if not about.exists() or path.name != RESULTS:
         return Run(path.stem if path.name != RESULTS else path.parent.name, 0, record, {}, {})
