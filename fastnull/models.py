@@ -164,6 +164,8 @@ def load_model(path: str | os.PathLike[str]) -> NormalizedModel:
         raise ValueError(f"{path}: its metadata describes no model: {_first_line(error)}") from error
     _load(model.network, read_state_dict(path), Path(path), new_head=False, resize=False)
     for buffer, values in ((model.mean, header["mean"]), (model.std, header["std"])):
+        if len(values) != buffer.numel():
+            raise ValueError(f"{path} is damaged: mean and std must have {buffer.numel()} values; it has {values}")
         buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
     model.classes = header.get("class_names")  # files of earlier versions have none
     try:

@@ -104,7 +104,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
-        if path.exists():
+        if os.path.lexists(path):
             check_replaceable(path)
             mode = path.stat().st_mode
         # who writes may have put another file there, as safetensors does

@@ -322,7 +322,7 @@ def _check_room(shape: tuple[int, ...], device: torch.device) -> None:
     if needed > room:
         raise ValueError(
             f"count must be less: {shape[0]} noises of {list(shape[1:])} with their steps need about "
-            f"{needed / 1e9:.0f} GB; {device} has {room / 1e9:.0f} GB"
+            f"{needed / 1e9:.3g} GB; {device} has {room / 1e9:.3g} GB"
         )
 
 
