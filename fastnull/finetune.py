@@ -106,7 +106,10 @@ def finetune(
         state = processes.from_first(lambda: None if folder is None else _open(folder, config))
         if state is not None:
             assert config.out is not None
-            training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shares"))
+            try:
+                training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shares"))
+            except (LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f"a state in {config.out} is damaged or of another version: {error!r}") from error
         if folder is not None:
             folder.rewind(training.step)
             if config.log is not None:
