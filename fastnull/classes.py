@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import Subset, TensorDataset
+from torch import nn
 
 from fastnull.compat import import_timm
 from fastnull.vit.base import NormalizedModel, unwrap
@@ -134,30 +132,24 @@ def names_of(data: Any) -> list[str] | None:
     return None
 
 
-def labels_of(data: Any) -> Tensor | None:
-    """Class numbers [n] of a data set, found without reading its images; None where that cannot be done.
+def check_same_classes(model: nn.Module, other: nn.Module, *, name: str) -> None:
+    """Check that two models mean the same by a label, as far as they have names, or numbers of classes.
 
-    They are looked for in the tensors of a TensorDataset, `targets` (torchvision's, ours), the `reader` of timm's data
-    sets, and the data set that a Subset wraps.
+    Raises:
+        ValueError: they do not; the message shows both lists.
     """
-    if isinstance(data, Subset):
-        inner = labels_of(data.dataset)
-        return None if inner is None else inner[torch.as_tensor(list(data.indices), dtype=torch.long)]
-    if isinstance(data, TensorDataset):
-        found: Any = data.tensors[1] if len(data.tensors) == 2 else None
-    else:
-        found = getattr(data, "targets", None)
-    reader = getattr(data, "reader", None)
-    if found is None and isinstance(getattr(reader, "samples", None), (list, tuple)):
-        found = [sample[1] for sample in reader.samples]  # type: ignore[union-attr]
-    elif found is None and hasattr(getattr(reader, "dataset", None), "features"):
-        found = list(reader.dataset[getattr(reader, "label_key", "label")])  # type: ignore[union-attr]
-    try:
-        labels = torch.as_tensor(found)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    whole = labels.ndim == 1 and not labels.is_floating_point() and labels.dtype != torch.bool
-    return labels.long() if whole and len(labels) == len(data) else None
+    one, two = classes_of(model), classes_of(other)
+    if one == two or one is None or two is None:
+        return
+    counts = [known if isinstance(known, int) else len(known) for known in (one, two)]
+    if isinstance(one, int) or isinstance(two, int):
+        if counts[0] == counts[1]:
+            return
+        raise ValueError(f"{name} must have the model's {counts[0]} classes; it has {counts[1]}")
+    raise ValueError(
+        f"{name} must have the model's classes in their order; its {counts[1]} are {shortened(two)}, "
+        f"the model's {counts[0]} are {shortened(one)}"
+    )
 
 
 def check_names(classes: Any, count: int | None) -> None:

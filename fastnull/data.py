@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from fastnull.checks import check_number
-from fastnull.classes import classes_of, labels_of, match_classes, model_names, names_of
+from fastnull.classes import classes_of, match_classes, model_names, names_of
 from fastnull.image_files import (
     BadImageError,
     ImageFiles,
@@ -39,6 +39,7 @@ from fastnull.image_files import (
 )
 from fastnull.photos import PHOTOS, photos
 from fastnull.rng import generator, preserved
+from fastnull.subset import labels_of
 from fastnull.view import View
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastnull.checkpoint import RunFolder, gathered_weights, save_weights, state_path
 from fastnull.checks import check_images, check_labels
-from fastnull.classes import classes_of, labels_of, match_classes, model_names, names_of, shortened
+from fastnull.classes import classes_of, match_classes, model_names, names_of, shortened
 from fastnull.data import (
     EpochBatches,
     Samples,
@@ -44,7 +44,7 @@ from fastnull.progress import progress_bar
 from fastnull.recipe import FinetuneConfig, make_plan
 from fastnull.rng import preserved
 from fastnull.sharded_state import write_shares
-from fastnull.subset import even_subset
+from fastnull.subset import even_subset, labels_of
 from fastnull.training import DivergenceError, FinetuneResult, Training
 from fastnull.view import View
 from fastnull.vit import NormalizedModel, unwrap
