@@ -70,7 +70,7 @@ def labels_of(data: Any) -> Tensor | None:
         if found is None and isinstance(pairs, list) and pairs and all(_is_pair(pair) for pair in pairs):
             found = _integers([label for _, label in pairs], data)
     reader: Any = getattr(data, "reader", None)
-    columns = getattr(reader, "dataset", None)
+    columns: Any = getattr(reader, "dataset", None)
     if found is None and hasattr(columns, "features"):
         found = _integers(list(columns[getattr(reader, "label_key", "label")]), data)
     if found is None:
