@@ -184,7 +184,8 @@ def _train(
         share, size = _share(validation, processes), -(-config.batch_size // processes.world)
         held_out = loader(share, size, workers=config.workers, device=training.device)
         if config.augment == "universal":
-            check = loader(_even(share, CHECK_BATCHES * size, config.seed), size, device=training.device)
+            even = _even(share, CHECK_BATCHES * size, config.seed)
+            check = loader(even, size, workers=config.workers, device=training.device)
     bar = progress_bar(plan.steps, show=config.progress and processes.first, initial=training.step, desc=config.augment)
     with bar:
         while training.step < plan.steps:
@@ -268,7 +269,11 @@ def _create_model(config: FinetuneConfig, source: Source) -> nn.Module:
         img_size=config.img_size,
         **regularised,
     )
-    if model.classes is not None and source.classes is not None and not set(source.classes) <= set(model.classes):
+    if model.classes is None or source.classes is None:
+        return model
+    try:
+        match_classes(model.classes, source.classes)
+    except ValueError:
         warnings.warn(
             f"{config.checkpoint}: its head is for other classes ({shortened(model.classes)}); the model's new head "
             f"for {shortened(source.classes)} starts fresh",
