@@ -496,8 +496,8 @@ def _equal_norm(config: FinetuneConfig, other: Path) -> FinetuneConfig:
     if not seen:
         raise ValueError(f"{other} logged no norm of its noise: it cannot be the model of random noise")
     model = load_model(config.checkpoint or "").eval()
-    train = embedded(config.data, model)[0]
-    images = train.tensors[0][even_subset(train.tensors[1], CALIBRATION_IMAGES, 0)]
+    images, labels = embedded(config.data, model)[0].tensors
+    images = images[even_subset(labels, CALIBRATION_IMAGES, 0)]
     inputs = FrozenEncoder(model, site=config.site).embed(images)
     start = config.synthesis()
     assert start is not None
