@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from fastnull.checks import check_choice, check_number
+from fastnull.checks import check_choice, check_device, check_number
+from fastnull.paths import check_output
 from fastnull.record import provenance, replacing, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,6 +158,7 @@ def bench(args: argparse.Namespace) -> None:
         print(compare(*(read_rows(path) for path in args.compare)))
         return
     if args.plot is not None:
+        check_output(args.plot[1], {"RESULT": args.plot[0]}, name="FIGURE")
         from fastnull.bench_plot import plot
 
         suites = [check_choice("suite", name, SUITES) for name in args.only or SUITES]
@@ -168,6 +170,7 @@ def bench(args: argparse.Namespace) -> None:
             raise ValueError("--tune needs a CUDA device: torch sees none")
         print(f"tiles: {_suite('tune').tune(args.out or RESULTS)}")
         return
+    check_output(args.out or RESULTS, {}, files=("*.json", "rows.csv"))
     base = BenchSettings.quickly() if args.quick else BenchSettings()
     asked = {
         name: getattr(args, name)
@@ -200,7 +203,7 @@ def run_bench(
     for name in suites:
         check_choice("suite", name, SUITES)
     common = _suite("common")
-    device = torch.device(settings.device)
+    device = check_device(settings.device)
     threads = torch.get_num_threads()
     try:
         if settings.threads is not None:

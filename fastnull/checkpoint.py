@@ -34,6 +34,8 @@ MARK = b"fastnull-state-1"
 _DIGEST = hashlib.sha256().digest_size
 _STATE = re.compile(r"state-(\d{9})\.pt")
 _OWN_FILES = ("config.json", "metrics.jsonl", "best.safetensors", "last.safetensors")
+RUN_FILES = (*_OWN_FILES, "state-*.pt", "state-*.shares")
+"""Patterns of all that a run writes in its folder."""
 
 FREE_KEYS = frozenset(
     {"out", "overwrite", "resume", "checkpoint_every", "keep_last", "log_every", "progress", "workers", "device"}
@@ -115,15 +117,17 @@ class RunFolder:
         Args:
             config, device, extra: what is written.
             step: that the run begins behind.
-            data: what the run learns from, as JSON: a resumed run has the same.
+            data: what the run learns from, as JSON: a resumed run has the same, and the same `classes` (in extra).
 
         Raises:
             ValueError: a resumed run has other data, without `force`.
         """
         before = self._written() if self._config_file.exists() else {}
-        if before.get("data", data) != data:
-            self.changed["data"] = {"was": before["data"], "now": data}
-            self._refuse()
+        # the same number of images of other classes is other data
+        for key, now in (("data", data), ("classes", extra.get("classes"))):
+            if before.get(key) is not None and before[key] != now:
+                self.changed[key] = {"was": before[key], "now": now}
+        self._refuse()
         if before and not self.changed:
             return
         about = {"config": config, "data": data, **extra, "provenance": provenance(device)}

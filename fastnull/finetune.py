@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastnull.checkpoint import RunFolder, gathered_weights, save_weights, state_path
 from fastnull.checks import check_images, check_labels
+from fastnull.classes import classes_of, match_classes, model_names, names_of, shortened
 from fastnull.data import (
     EpochBatches,
     Samples,
@@ -43,9 +44,10 @@ from fastnull.progress import progress_bar
 from fastnull.recipe import FinetuneConfig, make_plan
 from fastnull.rng import preserved
 from fastnull.sharded_state import write_shares
+from fastnull.subset import even_subset, labels_of
 from fastnull.training import DivergenceError, FinetuneResult, Training
 from fastnull.view import View
-from fastnull.vit import NormalizedModel
+from fastnull.vit import NormalizedModel, unwrap
 
 __all__ = ["DivergenceError", "FinetuneConfig", "FinetuneResult", "finetune"]
 
@@ -104,7 +106,10 @@ def finetune(
         state = processes.from_first(lambda: None if folder is None else _open(folder, config))
         if state is not None:
             assert config.out is not None
-            training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shares"))
+            try:
+                training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shares"))
+            except (LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f"a state in {config.out} is damaged or of another version: {error!r}") from error
         if folder is not None:
             folder.rewind(training.step)
             if config.log is not None:
@@ -130,7 +135,8 @@ def finetune(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run starts from: data, and a model that takes it. `num_classes` are those of its logits."""
+    """What a run starts from: data, and a model that takes it. `num_classes` are those of its logits, which `classes`
+    names."""
 
     model: nn.Module
     train: Samples
@@ -148,9 +154,16 @@ def prepare(
 ) -> Prepared:
     """Open the data, make the model and show it an image. Arguments and errors are those of `finetune`."""
     source = _source(config, train_data)
-    model = (_create_model(config, source.num_classes) if model is None else model).to(device)
-    train, validation = _datasets(config, source, val_data, model)
-    return Prepared(model, train, validation, _try_out(model, train, device), source.classes)
+    if source.classes is not None and len(source.classes) < 2:
+        raise ValueError(f"training data must have at least two classes; it has only {shortened(source.classes)}")
+    model = (_create_model(config, source) if model is None else model).to(device)
+    labels = _match_classes(model, source)
+    train, validation = _datasets(config, source, labels, val_data, model)
+    num_classes = _try_out(model, train, device)
+    if num_classes < 2:
+        raise ValueError(f"the model must have at least two classes to learn; its logits have {num_classes}")
+    known = classes_of(model)
+    return Prepared(model, train, validation, num_classes, known if isinstance(known, list) else source.classes)
 
 
 def _train(
@@ -166,19 +179,20 @@ def _train(
     rows = processes.rows(plan.batch_size, pairs=config.mixing)
     order = EpochBatches(len(train), plan.batch_size, plan.steps_per_epoch, config.seed, rows)
     batches = loader(train, order, workers=config.workers, device=training.device, persistent=True)
-    held_out = None
+    held_out = check = None
     if validation is not None:
-        share = _share(validation, processes)
-        held_out = loader(
-            share, -(-config.batch_size // processes.world), workers=config.workers, device=training.device
-        )
+        share, size = _share(validation, processes), -(-config.batch_size // processes.world)
+        held_out = loader(share, size, workers=config.workers, device=training.device)
+        if config.augment == "universal":
+            even = _even(share, CHECK_BATCHES * size, config.seed)
+            check = loader(even, size, workers=config.workers, device=training.device)
     bar = progress_bar(plan.steps, show=config.progress and processes.first, initial=training.step, desc=config.augment)
     with bar:
         while training.step < plan.steps:
             order.epoch, order.start = divmod(training.step, plan.steps_per_epoch)
             if training.lacks_bank:
                 refreshing = _RefreshBatches(train, training, stop)
-                _log(folder, training.refresh(refreshing, refreshing.check_images(held_out)))
+                _log(folder, training.refresh(refreshing, refreshing.check_images(check)))
             training.model.train()
             for images, labels in batches:
                 _check_batch(images, labels, num_classes)
@@ -200,6 +214,14 @@ def _train(
             _save(training, folder, best=training.best_epoch == training.epoch)
             stop.agree()
             stop.leave_if_requested(training)
+
+
+def _even(data: Dataset[Any], count: int, seed: int) -> Subset[Any]:
+    """`count` images, drawn evenly over the classes where these are known: the first ones may be of a few alone."""
+    labels = labels_of(data)
+    if labels is None:
+        labels = torch.zeros(len(data), dtype=torch.long)  # type: ignore[arg-type]
+    return Subset(data, even_subset(labels, count, seed).tolist())
 
 
 def _folder(config: FinetuneConfig) -> RunFolder | None:
@@ -226,18 +248,20 @@ def _share(validation: Samples, processes: Processes) -> Dataset[Any]:
 def _source(config: FinetuneConfig, train_data: Data | None) -> Source:
     if train_data is None:
         return open_source(config)
-    return Source(_as_dataset("train_data", train_data), config.num_classes)
+    data = _as_dataset("train_data", train_data)
+    names = names_of(data)
+    return Source(data, config.num_classes if names is None else len(names), names)
 
 
-def _create_model(config: FinetuneConfig, data_classes: int | None) -> nn.Module:
+def _create_model(config: FinetuneConfig, source: Source) -> nn.Module:
     from fastnull.models import create_model
 
-    num_classes = config.num_classes or data_classes
+    num_classes = config.num_classes or source.num_classes
     if num_classes is None:
         raise ValueError("num_classes is needed: the data does not say how many classes it has")
     # not every architecture has drop path
     regularised: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
-    return create_model(
+    model = create_model(
         config.model,
         num_classes=num_classes,
         pretrained=config.pretrained,
@@ -245,10 +269,35 @@ def _create_model(config: FinetuneConfig, data_classes: int | None) -> nn.Module
         img_size=config.img_size,
         **regularised,
     )
+    if model.classes is None or source.classes is None:
+        return model
+    try:
+        match_classes(model.classes, source.classes)
+    except ValueError:
+        warnings.warn(
+            f"{config.checkpoint}: its head is for other classes ({shortened(model.classes)}); the model's new head "
+            f"for {shortened(source.classes)} starts fresh",
+            UserWarning,
+            stacklevel=4,
+        )
+        model.network.reset_classifier(num_classes)
+        model.classes = None
+    return model
+
+
+def _match_classes(model: nn.Module, source: Source) -> list[int] | None:
+    """The label of each of the data's classes; a model without names of its classes gets them from the data."""
+    if source.classes is None:
+        return None
+    labels = match_classes(classes_of(model), source.classes, name="the training data")
+    inner = unwrap(model)
+    if isinstance(inner, NormalizedModel):
+        inner.classes = model_names(classes_of(model), source.classes)
+    return labels
 
 
 def _datasets(
-    config: FinetuneConfig, source: Source, val_data: Data | None, model: nn.Module
+    config: FinetuneConfig, source: Source, labels: list[int] | None, val_data: Data | None, model: nn.Module
 ) -> tuple[Samples, Samples | None]:
     """Training images through random transforms, held-out ones through evaluation's; tensors stay as they are."""
     if not source.transforms and (config.auto_augment or config.reprob):
@@ -261,10 +310,17 @@ def _datasets(
         view = View.of(model)
         augmented, plain, channels = view.training(config), view.evaluation(), view.channels
     if val_data is not None:
-        return Samples(train, augmented, channels, config.seed), Samples(_as_dataset("val_data", val_data))
+        held_out = _as_dataset("val_data", val_data)
+        names = names_of(held_out)
+        known = classes_of(model)
+        if names is None:
+            matched = labels  # whoever gives none numbers as in the training data
+        else:
+            matched = match_classes(known if isinstance(known, list) else source.classes, names, name="val_data")
+        return Samples(train, augmented, channels, config.seed, labels), Samples(held_out, classes=matched)
     kept, held = hold_out(train, config.val_fraction, config.val_seed)
-    validation = None if held is None else Samples(held, plain, channels, config.seed)
-    return Samples(kept, augmented, channels, config.seed), validation
+    validation = None if held is None else Samples(held, plain, channels, config.seed, labels)
+    return Samples(kept, augmented, channels, config.seed, labels), validation
 
 
 def _as_dataset(name: str, data: Data) -> Dataset[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnull.checks import check_finite
+from fastnull.checks import as_type, check_finite
 from fastnull.vit.base import check_site
 
 FORMAT = "fastnull-noise-1"
@@ -107,9 +107,9 @@ class Noise:
             raise ValueError(f"{path} is no whole safetensors file (truncated, or a pickle?): {error}") from error
         check_noise(tensors, str(path))
         try:
-            metadata = json.loads(header["metadata"])
+            metadata = as_type("metadata", json.loads(header["metadata"]), dict[str, Any])
             return cls(**tensors, site=check_site(header["site"]), metadata=metadata)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} has a broken header: {error}") from error
 
 

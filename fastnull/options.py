@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastnull.checks import check_choice
+from fastnull.paths import check_readable
 
 Settings = TypeVar("Settings")
 
@@ -61,11 +62,31 @@ def from_options(base: Settings, arguments: argparse.Namespace, **changes: Any) 
     return replace(base, **{**given, **changes})  # type: ignore[type-var]
 
 
+POSITIONAL = ("models", "what", "sources")
+
+
+def check_given(arguments: argparse.Namespace | Mapping[str, Any]) -> None:
+    """Check what every option has in common, of any command: no text is empty, and none names a pipe or a device.
+
+    Raises:
+        ValueError: an empty text (as a path it would be the working directory), or see `check_readable`.
+    """
+    values = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    for name, value in values.items():
+        option = name if name in POSITIONAL else f"--{name.replace('_', '-')}"
+        for text in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(text, str):
+                if not text.strip():
+                    raise ValueError(f"{option} must not be empty")
+                check_readable(option, text)
+
+
 def from_file(base: Settings, path: str | os.PathLike[str]) -> Settings:
     """`base` with the fields that a YAML file names: `batch_size: 64`, values written as on the command line.
 
     Raises:
-        ValueError: not YAML, not a mapping, an unknown field (with the nearest known one), a value of another type.
+        ValueError: no regular file, not YAML, not a mapping, an unknown field (with the nearest known one), a value of
+            another type.
         FileNotFoundError: no such file.
         ImportError: PyYAML is not installed.
     """
@@ -73,6 +94,7 @@ def from_file(base: Settings, path: str | os.PathLike[str]) -> Settings:
         import yaml
     except ImportError as error:
         raise ImportError(f"a configuration file needs PyYAML (pip install pyyaml): {error}") from error
+    check_readable("a configuration", path)
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -90,6 +112,8 @@ def from_file(base: Settings, path: str | os.PathLike[str]) -> Settings:
 def _read(name: str, value: Any, hint: Any) -> Any:
     """A value of a file as its field has it: YAML takes 1e-5 and 8/255 for text."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"{name} must not be empty")
     try:
         if isinstance(value, str) and bool not in kinds:
             return _converter(hint)(value)
@@ -110,6 +134,14 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number, nor a fraction such as 8/255") from None
 
 
+def yes_or_no(text: str) -> bool:
+    """True or False as people write them: true, yes, on, 1; false, no, off, 0."""
+    known = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true (yes, on, 1) nor false (no, off, 0)")
+    return known[text.lower()]
+
+
 def attribute_docs(settings: type[Any]) -> Mapping[str, str]:
     """Name → text from the Attributes section of a class docstring (an entry may name several: `lr, eps: text`)."""
     section = (settings.__doc__ or "").partition("Attributes:")[2]
@@ -125,7 +157,7 @@ def _converter(hint: Any) -> Callable[[str], Any]:
     """The function that reads a value of an annotated type; `none` gives None where the type allows it."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     (kind,) = [kind for kind in kinds if kind is not type(None)]
-    read: Callable[[str], Any] = number if kind is float else kind
+    read: Callable[[str], Any] = {float: number, bool: yes_or_no}.get(kind, kind)
     if len(kinds) == 1:
         return read
 

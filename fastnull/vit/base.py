@@ -32,10 +32,14 @@ class NormalizedModel(nn.Module):
     Args:
         network: takes normalised images [B, C, H, W], returns logits [B, K].
         mean, std: one value a channel, in units of pixels in [0, 1].
+
+    Attributes:
+        classes: names of the classes in the order of the logits; None where nobody gave them.
     """
 
     mean: Tensor
     std: Tensor
+    classes: list[str] | None = None
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
