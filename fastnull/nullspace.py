@@ -20,7 +20,7 @@ from fastnull.box_projection import box_projection
 from fastnull.checks import RANGE_TOLERANCE, check_finite, check_number
 from fastnull.ops.common import no_autocast
 from fastnull.ops.patch_project import patch_project
-from fastnull.vit.base import NormalizedModel, SplitViT, split, unwrap
+from fastnull.vit.base import NormalizedModel, SplitViT, split, under_adapters, unwrap
 
 _NOTICED = 1e-3  # a part of the token noise, against all of it, whose loss is worth a warning
 
@@ -380,7 +380,7 @@ def patch_projection(model: nn.Module | SplitViT) -> nn.Conv2d:
 
     Raises:
         TypeError: not a model.
-        ValueError: there is none, or its patches overlap, are padded, dilated or grouped.
+        ValueError: there is none, an adapter is around it, or its patches overlap, are padded, dilated or grouped.
     """
     if not isinstance(model, (nn.Module, SplitViT)):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -401,6 +401,13 @@ def patch_projection(model: nn.Module | SplitViT) -> nn.Conv2d:
         raise ValueError(
             f"{name} has no patch embedding to take the nullspace of: {what}. Needed is one nn.Conv2d whose stride is "
             "its kernel size, applied to the image itself, as in ViT, DeiT, BEiT, EVA, DINO, Swin and CaiT"
+        )
+    around = next((x for x in network.modules() if x is not layer and under_adapters(x) is layer), None)
+    if around is not None:
+        raise ValueError(
+            f"{name} has an adapter around its patch embedding ({type(around).__name__} of {type(around).__module__}), "
+            "so the weight there is not the one that images go through: merge the adapter into it first (PEFT's "
+            "merge_and_unload)"
         )
     plain = (
         tuple(layer.stride) == tuple(layer.kernel_size)

@@ -44,6 +44,7 @@ class AugmentedRun:
 
     def begin(self, model: nn.Module) -> None:
         """Make the augmentation of a new run, or go on from a state that was loaded."""
+        self.end()  # the last run may have broken off (auto_find_batch_size begins anew after an error)
         self._augment = augment = self._make(model)
         self._epoch = None
         if augment.mode == "universal" and self._batches is None:

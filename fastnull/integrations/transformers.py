@@ -97,6 +97,8 @@ class NullspaceCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the noise out of the model."""
         self.run.end()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            _load_if_renamed(kwargs["model"], Path(state.best_model_checkpoint))
 
 
 class NullspaceTrainer(Trainer):

@@ -170,7 +170,7 @@ class SplitViT(ABC):
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model under torch.compile's, DistributedDataParallel's and PEFT's wrappers."""
-    while True:
+    while isinstance(model, nn.Module):  # anything else is for the caller to refuse
         # not hasattr: PEFT's wrappers have every attribute of what is inside
         inside = _under_peft(model)
         if "_orig_mod" in model._modules:
@@ -180,7 +180,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         else:
-            return model
+            break
+    return model
 
 
 def _under_peft(model: nn.Module) -> nn.Module | None:
@@ -188,6 +189,16 @@ def _under_peft(model: nn.Module) -> nn.Module | None:
     if not any(kind.__module__.partition(".")[0] == "peft" for kind in type(model).__mro__):
         return None
     return next((model._modules[name] for name in ("base_model", "model") if name in model._modules), None)
+
+
+def under_adapters(layer: nn.Module) -> Any:
+    """The layer that an adapter's layer is around: PEFT's `base_layer`, loralib's `conv`; another one is itself."""
+    while True:
+        libraries = {kind.__module__.partition(".")[0] for kind in type(layer).__mro__}
+        name = "base_layer" if "peft" in libraries else "conv" if "loralib" in libraries else None
+        if name not in layer._modules:
+            return layer
+        layer = layer.get_submodule(str(name))
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, NormalizedModel | None]:

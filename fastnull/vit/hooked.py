@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastnull.vit.base import SplitViT
+from fastnull.vit.base import SplitViT, under_adapters
 
 
 class HookedViT(SplitViT):
@@ -129,7 +129,7 @@ class HookedViT(SplitViT):
         return self.projection.weight.new_zeros(1, self.channels, *self.image_size).expand(len(tokens), -1, -1, -1)
 
     def _is_map(self, tokens: Tensor) -> bool:
-        return tokens.ndim == 4 and isinstance(self.patch_module, (nn.Conv2d, nn.Sequential))
+        return tokens.ndim == 4 and isinstance(under_adapters(self.patch_module), (nn.Conv2d, nn.Sequential))
 
     def _named(self, name: str) -> nn.Module:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastnull.vit.base import SplitViT
+from fastnull.vit.base import SplitViT, under_adapters
 from fastnull.vit.parts import ViTParts
 from fastnull.vit.timm_parts import timm_parts
 
@@ -20,7 +20,7 @@ class TimmViT(SplitViT):
         network = self.network
         self.patch_module = network.patch_embed
         self.block0_module = network.norm_pre
-        self.projection = network.patch_embed.proj
+        self.projection = under_adapters(network.patch_embed.proj)
         self.num_classes = network.num_classes
         # the projection of a hybrid sees the features of its CNN, not the image
         self.channels = getattr(network.patch_embed, "in_chans", self.projection.in_channels)

@@ -323,6 +323,50 @@ def test_batches_without_images_say_so(tmp_path: Path) -> None:
         trainer.compute_loss(trainer.model.train(), {"x": images()})
 
 
+def test_run_that_begins_anew_after_an_error_has_one_noise(tmp_path: Path) -> None:
+    """As auto_find_batch_size does when memory runs out."""
+    callback = NullspaceCallback(silent)
+    made: list[NullspaceAugment] = []
+    make = callback.run._make
+
+    def kept(network: Any) -> NullspaceAugment:
+        made.append(make(network))
+        return made[-1]
+
+    callback.run._make = kept
+    failures = iter([False, True])
+
+    class Failing(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            if next(failures, False):
+                raise RuntimeError("CUDA out of memory. Tried to allocate")
+            return super().training_step(*args, **kwargs)
+
+    arguments = {"auto_find_batch_size": True, "num_train_epochs": 1}
+    build(Failing, tmp_path, model(), callbacks=[callback], arguments=arguments).train()
+    assert len(made) == 2
+    assert made[0].step == 1, "no noise of the broken run"
+    assert made[1].step > 1
+
+
+def test_best_model_is_loaded_whole(tmp_path: Path) -> None:
+    """transformers saves a ViT under other names than it looks for."""
+    arguments = {
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+        "num_train_epochs": 3,
+    }
+    scores = iter([2.0, 1.0, 0.0])  # the first is best
+    trainer = build(NullspaceTrainer, tmp_path, model(), arguments=arguments)
+    trainer.compute_metrics = lambda _: {"score": next(scores)}
+    trainer.train()
+    best = ViTForImageClassification.from_pretrained(tmp_path / "checkpoint-3")
+    for mine, theirs in zip(trainer.model.parameters(), best.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_several_gpus_of_one_process_are_refused() -> None:
     callback = NullspaceCallback()
     with pytest.raises(RuntimeError, match=r"2 GPUs of one process \(DataParallel\)"):
