@@ -191,6 +191,8 @@ def check_device(device: str | torch.device) -> torch.device:
     """The device of a name such as "cpu" or "cuda:1". Raises ValueError for one that torch does not know or have."""
     try:
         found = torch.device(device)
+        if isinstance(device, str) and str(found) != device:  # numbers above 127 wrap around
+            raise RuntimeError
     except (RuntimeError, TypeError):
         raise ValueError(f"device must be cpu, cuda, cuda:0 or another of torch's; got {device!r}") from None
     if found.type == "cuda":

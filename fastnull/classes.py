@@ -11,7 +11,9 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
 
 from fastnull.compat import import_timm
 from fastnull.vit.base import NormalizedModel, unwrap
@@ -117,6 +119,32 @@ def names_of(data: Any) -> list[str] | None:
                     return names
         data = getattr(data, "base", None) or getattr(data, "dataset", None)
     return None
+
+
+def labels_of(data: Any) -> Tensor | None:
+    """Class numbers [n] of a data set, found without reading its images; None where that cannot be done.
+
+    They are looked for in the tensors of a TensorDataset, `targets` (torchvision's, ours), the `reader` of timm's data
+    sets, and the data set that a Subset wraps.
+    """
+    if isinstance(data, Subset):
+        inner = labels_of(data.dataset)
+        return None if inner is None else inner[torch.as_tensor(list(data.indices), dtype=torch.long)]
+    if isinstance(data, TensorDataset):
+        found: Any = data.tensors[1] if len(data.tensors) == 2 else None
+    else:
+        found = getattr(data, "targets", None)
+    reader = getattr(data, "reader", None)
+    if found is None and isinstance(getattr(reader, "samples", None), (list, tuple)):
+        found = [sample[1] for sample in reader.samples]  # type: ignore[union-attr]
+    elif found is None and hasattr(getattr(reader, "dataset", None), "features"):
+        found = list(reader.dataset[getattr(reader, "label_key", "label")])  # type: ignore[union-attr]
+    try:
+        labels = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = labels.ndim == 1 and not labels.is_floating_point() and labels.dtype != torch.bool
+    return labels.long() if whole and len(labels) == len(data) else None
 
 
 def check_names(classes: Any, count: int | None) -> None:

@@ -19,6 +19,9 @@ from fastnull.checks import check_device, check_number
 from fastnull.options import check_given, from_file, from_options
 from fastnull.paths import check_output
 
+SUBSET = "drawn evenly over the classes by the seed"
+"""What a record says of the images that `tune` and `analyze` take."""
+
 
 class InterruptedWork(KeyboardInterrupt):
     """Ctrl-C, after what was done has been kept; the message says how to go on."""
@@ -45,8 +48,8 @@ def demo(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     """Compare ways of finetuning, print the tables and say where the report is."""
     from fastnull.compare import OWN_FILES, CompareSettings, run_compare
+    from fastnull.record import read_json
     from fastnull.report.comparison import format_comparison
-    from fastnull.report.runs import read_json
 
     check_output(
         args.out, {"--recipes": args.recipes}, files=("comparison.json", "comparison.md", *OWN_FILES)
@@ -248,7 +251,7 @@ def tune(args: argparse.Namespace) -> None:
     rows = try_settings(model, images, progress=True, **about)
     print(format_tried(rows, args.site), end="")
     if args.out is not None:
-        about |= {"model": args.model, "data": args.data, "images": len(images)}
+        about |= {"model": args.model, "data": args.data, "images": len(images), "subset": SUBSET}
         print(f"written: {', '.join(map(str, write_tried(rows, args.out, about, str(images.device))))}")
 
 
@@ -347,10 +350,13 @@ def _inputs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _two_sets(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Up to --images training images to learn from, and test images to judge on; [n, C, H, W] in [0, 1]."""
+    """Up to --images training images to learn from, and test images to judge on, drawn by the seed evenly over their
+    classes (where those are known without reading the images), in a random order; [n, C, H, W] in [0, 1]."""
+    from fastnull.classes import labels_of
     from fastnull.data import Samples, embedded, evaluation_data, open_source, to_pixels
     from fastnull.finetune import FinetuneConfig
     from fastnull.rng import generator
+    from fastnull.subset import even_subset
     from fastnull.view import View
 
     view = View.of(model)
@@ -365,7 +371,11 @@ def _two_sets(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tenso
     seed = getattr(args, "seed", 0)
     sets = []
     for data, key in ((train, 0), (test, 1)):
-        chosen = torch.randperm(len(data), generator=generator(seed, key))[: args.images].tolist()
+        # in the order of a draw: a batch of class-sorted images would hold few classes
+        drawn = torch.randperm(len(data), generator=generator(seed, key))
+        labels = labels_of(data)
+        some = drawn if labels is None else drawn[torch.isin(drawn, even_subset(labels, args.images, seed))]
+        chosen = some[: args.images].tolist()
         sets.append(torch.stack([to_pixels(data[index][0]) for index in chosen]))
     return sets[0], sets[1]
 

@@ -31,10 +31,10 @@ from fastnull.finetune import FinetuneConfig, finetune
 from fastnull.models import create_model, load_model
 from fastnull.progress import progress_bar
 from fastnull.recipe import make_plan
-from fastnull.record import provenance, replacing, write_json
+from fastnull.record import provenance, read_json, replacing, write_json
 from fastnull.report import write_report
 from fastnull.report.comparison import format_comparison, summarize_runs
-from fastnull.report.runs import METRICS, RESULTS, load_runs, read_json
+from fastnull.report.runs import METRICS, RESULTS, load_runs, read_metrics
 from fastnull.rng import generator
 from fastnull.robustness import CORRUPTIONS, DEMO_CORRUPTIONS, corrupt, evaluate
 from fastnull.robustness.corruptions import SEVERITIES
@@ -490,8 +490,8 @@ def _evaluation_data(config: FinetuneConfig, split: str, model: nn.Module) -> Da
 
 def _equal_norm(config: FinetuneConfig, other: Path) -> FinetuneConfig:
     """Random noise with its limits scaled to the mean norm that the noise of another run had over its steps."""
-    lines = (other / METRICS).read_text(encoding="utf-8").splitlines()
-    seen = [record["norm"] for record in map(json.loads, lines) if record["kind"] == "step" and "norm" in record]
+    records = read_metrics(other / METRICS)
+    seen = [record["norm"] for record in records if record.get("kind") == "step" and "norm" in record]
     if not seen:
         raise ValueError(f"{other} logged no norm of its noise: it cannot be the model of random noise")
     model = load_model(config.checkpoint or "").eval()

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from fastnull.checks import check_number
-from fastnull.classes import classes_of, match_classes, names_of
+from fastnull.classes import classes_of, labels_of, match_classes, names_of
 from fastnull.image_files import (
     BadImageError,
     ImageFiles,
@@ -242,6 +242,12 @@ class Samples(Dataset[tuple[Tensor, Any]]):
             raise
         except Exception as error:
             raise BadImageError(f"data: cannot read image {index}: {error or type(error).__name__}") from error
+
+    @property
+    def targets(self) -> Tensor | None:
+        """All labels [n], where they can be told without reading images."""
+        found = labels_of(self.base)
+        return found if found is None or self.labels is None else self.labels[found]
 
     def _label(self, label: Any) -> Any:
         """A class number of the data → the model's."""

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastnull.checkpoint import RunFolder, gathered_weights, save_weights, state_path
 from fastnull.checks import check_images, check_labels
-from fastnull.classes import classes_of, match_classes, names_of, shortened, wordnet_ids
+from fastnull.classes import classes_of, labels_of, match_classes, names_of, shortened, wordnet_ids
 from fastnull.data import (
     EpochBatches,
     Samples,
@@ -44,6 +44,7 @@ from fastnull.progress import progress_bar
 from fastnull.recipe import FinetuneConfig, make_plan
 from fastnull.rng import preserved
 from fastnull.sharded_state import write_shares
+from fastnull.subset import even_subset
 from fastnull.training import DivergenceError, FinetuneResult, Training
 from fastnull.view import View
 from fastnull.vit import NormalizedModel, unwrap
@@ -105,7 +106,10 @@ def finetune(
         state = processes.from_first(lambda: None if folder is None else _open(folder, config))
         if state is not None:
             assert config.out is not None
-            training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shares"))
+            try:
+                training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shares"))
+            except (LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f"a state in {config.out} is damaged or of another version: {error!r}") from error
         if folder is not None:
             folder.rewind(training.step)
             if config.log is not None:
@@ -175,19 +179,19 @@ def _train(
     rows = processes.rows(plan.batch_size, pairs=config.mixing)
     order = EpochBatches(len(train), plan.batch_size, plan.steps_per_epoch, config.seed, rows)
     batches = loader(train, order, workers=config.workers, device=training.device, persistent=True)
-    held_out = None
+    held_out = check = None
     if validation is not None:
-        share = _share(validation, processes)
-        held_out = loader(
-            share, -(-config.batch_size // processes.world), workers=config.workers, device=training.device
-        )
+        share, size = _share(validation, processes), -(-config.batch_size // processes.world)
+        held_out = loader(share, size, workers=config.workers, device=training.device)
+        if config.augment == "universal":
+            check = loader(_even(share, CHECK_BATCHES * size, config.seed), size, device=training.device)
     bar = progress_bar(plan.steps, show=config.progress and processes.first, initial=training.step, desc=config.augment)
     with bar:
         while training.step < plan.steps:
             order.epoch, order.start = divmod(training.step, plan.steps_per_epoch)
             if training.lacks_bank:
                 refreshing = _RefreshBatches(train, training, stop)
-                _log(folder, training.refresh(refreshing, refreshing.check_images(held_out)))
+                _log(folder, training.refresh(refreshing, refreshing.check_images(check)))
             training.model.train()
             for images, labels in batches:
                 _check_batch(images, labels, num_classes)
@@ -209,6 +213,14 @@ def _train(
             _save(training, folder, best=training.best_epoch == training.epoch)
             stop.agree()
             stop.leave_if_requested(training)
+
+
+def _even(data: Dataset[Any], count: int, seed: int) -> Subset[Any]:
+    """`count` images, drawn evenly over the classes where these are known: the first ones may be of a few alone."""
+    labels = labels_of(data)
+    if labels is None:
+        labels = torch.zeros(len(data), dtype=torch.long)  # type: ignore[arg-type]
+    return Subset(data, even_subset(labels, count, seed).tolist())
 
 
 def _folder(config: FinetuneConfig) -> RunFolder | None:

@@ -40,6 +40,7 @@ class ImageFolder(Dataset[Sample]):
     Attributes:
         classes: names of the classes in the order of the labels.
         files: path and label of each image.
+        targets: the labels alone.
 
     Raises:
         ValueError: no such folder, no classes, a class without an image, a folder that cannot be read or a link to
@@ -58,6 +59,7 @@ class ImageFolder(Dataset[Sample]):
             if not files:
                 raise ValueError(f"data: {printable(folder)} holds no image ({', '.join(IMAGE_SUFFIXES)})")
             self.files += [(path, label) for path in files]
+        self.targets = [label for _, label in self.files]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -214,6 +216,9 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         channels: images are turned into grey (1) or RGB (3) ones.
         skip_bad: a file that cannot be read is a grey image with the label BAD, and no error.
 
+    Attributes:
+        targets: the labels of all files, whether they can be read or not.
+
     Raises:
         ValueError: another number of channels.
     """
@@ -223,6 +228,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     ) -> None:
         self.files, self.transform, self.skip_bad = files, transform, skip_bad
         self.mode = image_mode(channels)
+        self.targets = files.targets
 
     def __len__(self) -> int:
         return len(self.files)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.checks import check_number
+from fastnull.checks import as_type, check_number
 from fastnull.classes import check_names, classes_of
 from fastnull.compat import import_timm
 from fastnull.record import provenance, replacing
@@ -151,15 +151,21 @@ def load_model(path: str | os.PathLike[str]) -> NormalizedModel:
             with names of another number of classes.
     """
     header = read_metadata(path)
+    _check_header(path, header)
     if not header["rebuilds"]:
         raise ValueError(
             f"{path} holds the weights of a {header['name']} that fastnull.create_model did not make, so it cannot be "
             "built from the file: build it yourself and load fastnull.models.read_state_dict(path)"
         )
     recipe = {key: header[key] for key in ("name", "num_classes", "img_size", "channels", "normalize", "kwargs")}
-    model = _build(recipe, pretrained=False)
+    try:
+        model = _build(recipe, pretrained=False)
+    except Exception as error:  # whatever timm makes of arguments that nobody ever gave it
+        raise ValueError(f"{path}: its metadata describes no model: {_first_line(error)}") from error
     _load(model.network, read_state_dict(path), Path(path), new_head=False, resize=False)
     for buffer, values in ((model.mean, header["mean"]), (model.std, header["std"])):
+        if len(values) != buffer.numel():
+            raise ValueError(f"{path} is damaged: mean and std must have {buffer.numel()} values; it has {values}")
         buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
     model.classes = header.get("class_names")  # files of earlier versions have none
     try:
@@ -167,6 +173,27 @@ def load_model(path: str | os.PathLike[str]) -> NormalizedModel:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its metadata is damaged: {error}") from error
     return model
+
+
+_HEADER: dict[str, Any] = {
+    "name": str, "num_classes": int | None, "img_size": int | tuple[int, ...] | None, "channels": int | None,
+    "normalize": bool, "kwargs": dict[str, Any], "classes": int | None,
+    "mean": tuple[float, ...], "std": tuple[float, ...],
+}  # fmt: skip
+"""What `load_model` reads, and its type."""
+
+
+def _check_header(path: str | os.PathLike[str], header: dict[str, Any]) -> None:
+    """Raise ValueError unless the metadata of a file has all that makes its model again."""
+    kinds = {"rebuilds": bool, **(_HEADER if header.get("rebuilds") else {"name": str})}
+    missing = [key for key in kinds if key not in header]
+    if missing:
+        raise ValueError(f"{os.fspath(path)} is damaged: its metadata lacks {', '.join(missing)}")
+    try:
+        for key, kind in kinds.items():
+            as_type(key, header[key], kind)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} is damaged: {error} in its metadata") from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -192,7 +219,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     try:
         return {key: value if key == "format" else json.loads(value) for key, value in header.items()}
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its metadata is damaged: {error}") from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnull.checks import check_finite
+from fastnull.checks import as_type, check_finite
 from fastnull.vit.base import check_site
 
 FORMAT = "fastnull-noise-1"
@@ -88,10 +88,14 @@ class Noise:
                 if missing:
                     raise ValueError(f"{path} lacks {', '.join(missing)}")
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
+            site = check_site(header.get("site", "none"))
+            about = as_type("its metadata", json.loads(header.get("metadata", "null")), dict[str, Any])
         except SafetensorError as error:
             raise ValueError(f"{path} is no whole safetensors file (truncated, or a pickle?): {error}") from error
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
         check_finite(f"noise in {path}", tensors["tokens"])
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(counts.values())) != 1:
             raise ValueError(f"{path} holds different numbers of noises: {counts}")
-        return cls(**tensors, site=check_site(header["site"]), metadata=json.loads(header["metadata"]))
+        return cls(**tensors, site=site, metadata=about)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fastnull import __version__
-from fastnull.paths import check_replaceable
+from fastnull.paths import check_readable, check_replaceable
 
 
 def commit() -> str | None:
@@ -107,7 +107,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
-        if path.exists():
+        if os.path.lexists(path):
             check_replaceable(path)
             mode = path.stat().st_mode
         # who writes may have put another file there, as safetensors does
@@ -160,6 +160,25 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False, default=_plain)
     with replacing(path) as beside:
         beside.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON file that holds a table.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no regular file, not JSON, or no table in it; the message names the file.
+    """
+    check_readable("a record", path)
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {os.fspath(path)}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{os.fspath(path)} is no record of fastnull: it holds a {type(value).__name__}")
+    return value
 
 
 def _plain(value: Any) -> Any:

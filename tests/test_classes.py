@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from torch.utils.data import Subset, TensorDataset
 
-from fastnull.classes import classes_of, match_classes, names_of, printable, shortened, wordnet_ids
+from fastnull.classes import classes_of, labels_of, match_classes, names_of, printable, shortened, wordnet_ids
+from fastnull.data import Samples
+from fastnull.image_files import ImageFiles, ImageFolder
 from fastnull.models import create_model
 
 
@@ -112,3 +115,38 @@ def test_names_of_data() -> None:
 def test_wordnet_ids_are_imagenets() -> None:
     assert len(wordnet_ids()) == len(set(wordnet_ids())) == 1000
     assert wordnet_ids()[:2] == ("n01440764", "n01443537")
+
+
+def test_labels_of_data(tmp_path: Path) -> None:
+    plain = TensorDataset(torch.zeros(4, 1), torch.tensor([3, 1, 2, 1]))
+    assert labels_of(plain).tolist() == [3, 1, 2, 1]
+    assert labels_of(Subset(plain, [2, 0])).tolist() == [2, 3]
+    assert labels_of(Samples(Subset(plain, range(3)), classes=[5, 6, 7, 8])).tolist() == [8, 6, 7]
+    assert labels_of(TensorDataset(torch.zeros(4, 1), torch.zeros(4, 3))) is None  # soft
+    assert labels_of(TensorDataset(torch.zeros(4, 1))) is None
+    assert labels_of([("image", 0)]) is None
+    for name in ("cat/a.png", "dog/b.png", "dog/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")  # nothing is read
+    folder = ImageFolder(tmp_path, ["dog", "cat"])
+    assert labels_of(folder).tolist() == labels_of(ImageFiles(folder, None, 3)).tolist() == [1, 0, 0]
+    readers = (
+        SimpleNamespace(samples=[("a", 1), ("b", 0)]),
+        SimpleNamespace(dataset=_Columns(label=[1, 0]), label_key="label"),
+    )
+    for reader in readers:
+        assert labels_of(_Read(reader)).tolist() == [1, 0]
+
+
+class _Columns(dict):
+    """A Hugging Face data set."""
+
+    features = ("label",)
+
+
+class _Read(list):
+    """A data set of timm, of two images."""
+
+    def __init__(self, reader: Any) -> None:
+        super().__init__([None, None])
+        self.reader = reader

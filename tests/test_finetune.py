@@ -21,14 +21,16 @@ import numpy
 import pytest
 import torch
 from pictures import write_pictures
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastnull.checkpoint import read_state
 from fastnull.compat import import_timm
 from fastnull.data import digits, evaluation_data
-from fastnull.finetune import DivergenceError, FinetuneConfig, finetune
-from fastnull.models import create_model
+from fastnull.finetune import DivergenceError, FinetuneConfig, _RefreshBatches, finetune
+from fastnull.models import create_model, load_model, save_checkpoint
 from fastnull.recipe import AUGMENTS, make_plan
 from fastnull.training import Training
 
@@ -537,6 +539,145 @@ def test_image_folder_is_finetuned_and_evaluated(tmp_path):
     assert images.shape == (12, 3, 32, 32)
     accuracy = (result.model(images).argmax(1) == labels).float().mean()
     assert accuracy > 0.5  # cat, flower and temple differ in colour
+
+
+def _coloured(root: Path, names: dict[str, tuple[int, int, int]]) -> Path:
+    """A folder of classes that differ in colour alone, four images each in train/ and val/."""
+    for split in ("train", "val"):
+        for name, colour in names.items():
+            (root / split / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (16, 16), colour).save(root / split / name / f"{number}.png")
+    return root
+
+
+RED, GREEN, BLUE = (220, 30, 30), (30, 220, 30), (30, 30, 220)
+
+
+def test_labels_mean_the_models_classes_all_the_way(tmp_path):
+    """A model of three classes, its file, folders that have two of them or name them in another order."""
+    three = _coloured(tmp_path / "three", {"cat": RED, "dog": GREEN, "frog": BLUE})
+    config = replace(SMALL, data=str(three), epochs=20, batch_size=12, lr=5e-3, img_size=16, val_fraction=0.0,
+                     color_jitter=0.0, out=str(tmp_path / "run"))  # fmt: skip
+    result = finetune(config)
+    assert result.model.classes == ["cat", "dog", "frog"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["classes"] == ["cat", "dog", "frog"]
+    model = load_model(tmp_path / "run" / "last.safetensors").eval()
+    assert model.classes == ["cat", "dog", "frog"]
+
+    def accuracy(data: Path, model: nn.Module = model) -> float:
+        images, labels = zip(*evaluation_data(str(data), model), strict=True)
+        return (model(torch.stack(images)).argmax(1) == torch.tensor(labels)).float().mean().item()
+
+    assert accuracy(three) == 1
+    two = _coloured(tmp_path / "two", {"dog": GREEN, "frog": BLUE})
+    assert accuracy(two) == 1
+    with pytest.raises(ValueError, match="does not know: bird"):
+        accuracy(_coloured(tmp_path / "bird", {"bird": RED, "dog": GREEN}))
+
+    # going on from the file with a folder of the same classes keeps its head, whatever the order of the names
+    turned = copy.deepcopy(model)
+    turned.classes = ["frog", "cat", "dog"]
+    for parameter in turned.network.head.parameters():
+        parameter.data = parameter.data[[2, 0, 1]]
+    save_checkpoint(turned, tmp_path / "turned.safetensors")
+    again = finetune(replace(config, checkpoint=str(tmp_path / "turned.safetensors"), epochs=1, lr=1e-9, out=None))
+    assert again.model.classes == ["frog", "cat", "dog"]
+    assert again.history[0]["loss"] < 2 * result.history[-1]["loss"] + 0.01  # 2.5 and more with labels in other places
+    assert accuracy(three, again.model.eval()) == 1
+
+
+def test_a_head_for_other_classes_starts_fresh(tmp_path):
+    model = create_model("vit_digits", num_classes=2)
+    model.classes = ["cat", "dog"]
+    path = tmp_path / "pets.safetensors"
+    save_checkpoint(model, path)
+    data = _coloured(tmp_path / "data", {"bird": RED, "frog": GREEN})
+    config = replace(SMALL, data=str(data), checkpoint=str(path), img_size=16, batch_size=8, epochs=1, lr=1e-9)
+    with pytest.warns(UserWarning, match=r"for other classes \(cat, dog\); .*head for bird, frog starts fresh"):
+        found = finetune(config).model
+    assert found.classes == ["bird", "frog"]
+    assert not torch.allclose(found.network.head.weight, model.network.head.weight, atol=1e-3)
+    torch.testing.assert_close(found.network.blocks[0].attn.qkv.weight, model.network.blocks[0].attn.qkv.weight)
+
+
+def test_a_given_model_must_have_the_datas_classes(tmp_path):
+    data = str(_coloured(tmp_path / "data", {"bird": RED, "frog": GREEN}))
+    config = replace(SMALL, data=data, img_size=16, batch_size=8, epochs=1)
+    with pytest.raises(ValueError, match=r"the training data has 2 classes .bird, frog., the model 10 without names"):
+        finetune(config, model=create_model("vit_digits"))
+    named = create_model("vit_digits", num_classes=2)
+    named.classes = ["bird", "dog"]
+    with pytest.raises(ValueError, match="the training data has classes that the model does not know: frog"):
+        finetune(config, model=named)
+
+
+class _Named(TensorDataset):
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> None:
+        super().__init__(images, labels)
+        self.classes = classes
+
+
+def test_held_out_images_are_matched_by_name(few):
+    images, labels = few
+    names = [str(digit) for digit in range(10)]
+    plain = finetune(replace(SMALL, num_classes=10), train_data=few, val_data=few)
+    turned = _Named(images, 9 - labels, names[::-1])
+    train = _Named(images, labels, names)
+    assert finetune(SMALL, train_data=train, val_data=turned).history[-1]["val_accuracy"] == pytest.approx(
+        plain.history[-1]["val_accuracy"]
+    )
+    with pytest.raises(ValueError, match="val_data has classes that the model does not know: ten"):
+        finetune(SMALL, train_data=train, val_data=_Named(images, labels, ["ten"]))
+
+
+@pytest.mark.parametrize("how", ["folder", "data", "model"])
+def test_one_class_teaches_nothing(tmp_path, few, how):
+    config, arguments = SMALL, {}
+    if how == "folder":
+        config = replace(SMALL, data=str(_coloured(tmp_path, {"cat": RED})), img_size=16)
+    elif how == "data":
+        arguments = {"train_data": _Named(few[0], torch.zeros(48, dtype=torch.long), ["0"])}
+    else:
+        config, arguments = replace(SMALL, num_classes=1), {"train_data": (few[0], torch.zeros(48, dtype=torch.long))}
+    with pytest.raises(ValueError, match="at least two classes"):
+        finetune(config, **arguments)
+
+
+def test_resume_with_other_classes_is_refused(tmp_path):
+    data = _coloured(tmp_path / "data", {"cat": RED, "dog": GREEN})
+    config = replace(SMALL, data=str(data), img_size=16, batch_size=8, epochs=1, out=str(tmp_path / "run"))
+    finetune(config)
+    (data / "train" / "cat").rename(data / "train" / "emu")
+    with pytest.raises(ValueError, match=r"other settings: classes \(was \['cat', 'dog'\], now \['dog', 'emu'\]\)"):
+        finetune(replace(config, resume=True, epochs=1))
+
+
+def test_grey_models_learn_from_augmented_files(tmp_path):
+    data = _coloured(tmp_path / "data", {"cat": RED, "dog": GREEN})
+    config = replace(SMALL, data=str(data), batch_size=8, epochs=1, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5)
+    model = create_model("vit_digits", num_classes=2, channels=1)
+    assert math.isfinite(finetune(config, model=model).history[-1]["loss"])
+    with pytest.raises(ValueError, match="takes images of 4 channels; image files give 1"):
+        finetune(config, model=create_model("vit_digits", num_classes=2, channels=4))
+
+
+def test_universal_noise_is_judged_on_all_classes(few, monkeypatch):
+    """Of a class-sorted set the first batches would be of a class or two."""
+    images, labels = few
+    order = labels.argsort(stable=True)
+    seen = []
+    original = _RefreshBatches.check_images
+
+    def check_images(self: _RefreshBatches, held_out: DataLoader) -> list[torch.Tensor]:
+        seen.append([label for _, labels in held_out for label in labels.tolist()])
+        return original(self, held_out)
+
+    monkeypatch.setattr(_RefreshBatches, "check_images", check_images)
+    config = replace(SMALL, augment="universal", num_classes=10, batch_size=3, epochs=1, rounds=1, eps=2.0)
+    finetune(config, train_data=few, val_data=(images[order], labels[order]))
+    assert len(seen[0]) == 12
+    assert set(seen[0]) == set(labels.tolist())
 
 
 def test_bfloat16_autocast(few):

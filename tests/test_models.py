@@ -348,3 +348,56 @@ def test_loading_what_is_no_model_file(state: dict[str, Tensor], tmp_path: Path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"plain\.safetensors is no whole safetensors file"):
         load_model(path)
+
+
+@pytest.mark.parametrize("names", [["cat", "dog", "frog"], ["a\nb", "caf\u00e9", "\udcff"]])
+def test_names_of_classes_are_kept(tmp_path: Path, names: list[str]) -> None:
+    path = tmp_path / "m.safetensors"
+    model = create_model("vit_digits", num_classes=3)
+    assert model.classes is None
+    model.classes = names
+    save_checkpoint(nn.DataParallel(copy.deepcopy(model)), path)
+    assert load_model(path).classes == names
+    about = read_metadata(path)
+    assert (about["classes"], about["class_names"]) == (3, names)
+    assert create_model("vit_digits", num_classes=3, checkpoint=path).classes == names
+    with pytest.warns(UserWarning, match="starts fresh"):
+        assert create_model("vit_digits", num_classes=4, checkpoint=path).classes is None
+
+
+def test_without_names_there_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(create_model("vit_digits"), path)
+    assert load_model(path).classes is None
+    assert create_model("vit_digits", checkpoint=path).classes is None
+    state = create_model("vit_digits").network.state_dict()
+    save_file(state, path)
+    assert create_model("vit_digits", checkpoint=path).classes is None
+
+
+def test_files_of_earlier_versions_have_no_names(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    _with_header(path, class_names=None)
+    assert load_model(path).classes is None
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], "cat dog frog", [1, 2, 3], {"cat": 0}])
+def test_names_that_are_none_are_refused(tmp_path: Path, names: Any) -> None:
+    path = tmp_path / "m.safetensors"
+    model = create_model("vit_digits", num_classes=3)
+    model.classes = names
+    with pytest.raises((TypeError, ValueError), match="classes must be"):
+        save_checkpoint(model, path)
+    assert not path.exists()
+    _with_header(path, class_names=json.dumps(names))
+    with pytest.raises(ValueError, match=r"m\.safetensors: its metadata is damaged: classes must be"):
+        load_model(path)
+
+
+def _with_header(path: Path, **changes: str | None) -> None:
+    """A file of a vit_digits of three classes with other metadata; None leaves an entry out."""
+    save_checkpoint(create_model("vit_digits", num_classes=3), path)
+    with safe_open(str(path), framework="pt") as file:
+        header = {**file.metadata(), **changes}
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file is no mapping)
+    save_file(weights, path, metadata={key: value for key, value in header.items() if value is not None})
