@@ -312,10 +312,9 @@ def open_model(args: argparse.Namespace) -> nn.Module:
     if Path(args.model).is_file():
         if args.checkpoint is not None:
             raise ValueError(f"--checkpoint is for a model by name; {args.model} is a file that holds weights itself")
-        for option in ("pretrained", "num_classes"):
-            if getattr(args, option) not in (None, False):
-                name = f"--{option.replace('_', '-')}"
-                raise ValueError(f"{name} is for a model by name; {args.model} is a file, which says that itself")
+        for option, given in (("pretrained", args.pretrained), ("num-classes", args.num_classes is not None)):
+            if given:
+                raise ValueError(f"--{option} is for a model by name; {args.model} is a file, which says that itself")
         model: nn.Module = load_model(args.model)
     elif Path(args.model).suffix in (".safetensors", ".pth", ".pt"):
         raise FileNotFoundError(f"there is no file {args.model}")

@@ -284,6 +284,49 @@ def test_a_model_file_takes_no_second_weights(run: Path, capsys: pytest.CaptureF
     assert "holds weights itself" in error_of(capsys, "evaluate", "--model", model, "--checkpoint", model)
 
 
+@pytest.mark.parametrize("command", [["evaluate"], ["tune"], ["synthesize", "--out", "n.safetensors"]])
+@pytest.mark.parametrize("option", [["--num-classes", "10"], ["--num-classes", "0"], ["--pretrained"]])
+def test_a_model_file_has_its_classes_and_weights(
+    run: Path, command: list[str], option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_of(capsys, *command, "--model", run / "last.safetensors", *option)
+    assert f"{option[0]} is for a model by name; " in line
+
+
+def test_evaluate_completes_a_file_or_replaces_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "--model", "vit_digits", "--resume", "--overwrite"]
+    assert "give one of them" in error_of(capsys, *words, "--out", tmp_path / "results.json")
+    for option in ("--resume", "--overwrite"):
+        assert f"{option} needs --out FILE" in error_of(capsys, "evaluate", "--model", "vit_digits", option)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_evaluate_waits_for_no_pipe(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "results.json")
+    words = ["evaluate", "--model", "vit_digits", "--out", str(tmp_path / "results.json"), option]
+    assert "named pipe" in error_of(capsys, *words)
+
+
+@pytest.mark.parametrize("number", ["10", "1000000", "1000000000000"])
+def test_evaluate_limits_of_any_size(run: Path, number: str, tmp_path: Path) -> None:
+    words = ["evaluate", "--model", str(run / "last.safetensors"), "--suite", "clean", "--limit", number]
+    assert main([*words, "--out", str(tmp_path / "results.json")]) == 0
+    protocol = json.loads((tmp_path / "results.json").read_text())["protocol"]
+    assert protocol["n"] == min(int(number), 500)
+    assert protocol["subset"] == f"{number}, drawn evenly over the classes by the seed"
+
+
+def test_evaluate_writes_its_file_without_a_terminal(run: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "fastnull", "evaluate", "--model", str(run / "last.safetensors"), "--suite", "clean"]
+    out = tmp_path / "results.json"
+    shell = " ".join(f"'{word}'" for word in [*words, "--limit", "20", "--out", str(out)])
+    done = subprocess.run(["sh", "-c", f"{shell} >&- 2>&-"], timeout=120, check=False)
+    assert done.returncode == 0
+    assert json.loads(out.read_text())["results"]["clean"] >= 0
+
+
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(FileNotFoundError):
         main(["report", "nowhere", "--debug"])
