@@ -42,9 +42,9 @@ The written-out encoder reads weights and never calls the model's modules, so it
 thing. `FrozenEncoder` (and `NullspaceAugment`, `synthesize`, which make one) takes it only if
 
 1. every module is what its class says: its class comes from torch, timm, transformers, torchvision or open_clip, no
-   method of it was replaced on the instance (accelerate's autocast wrapper is known), it has no parametrised weights and
-   no hooks (those of FSDP, of output recording and of wandb are known), and linears, norms and the patch embedding are
-   torch's own;
+   method of it was replaced on the instance (accelerate's autocast wrapper is known), it has no parametrised weights
+   and no hooks (those of FSDP, of output recording and of wandb are known), and linears, norms and the patch embedding
+   are torch's own;
 2. logits and input gradient of two random images are the model's own under autograd: within 3e-4 and 3e-3 of their size
    in float32, within 0.1 and 0.3 in bfloat16. This costs one forward and backward of two images.
 
