@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import math
-from collections.abc import Iterable, Iterator
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -46,13 +52,117 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.{hint}")
 
 
+def check_fields(config: Any) -> None:
+    """Check the type of every field of a dataclass against its annotation; for its `__post_init__`.
+
+    Fields are replaced by what `as_type` makes of them, also where the dataclass is frozen.
+
+    Raises:
+        TypeError: a value of another type; the message names the field, the type and the value.
+        ValueError: NaN where a number is meant.
+    """
+    for name, hint in _hints(type(config)).items():
+        value = getattr(config, name)
+        found = as_type(name, value, hint)
+        if found is not value:
+            object.__setattr__(config, name, found)
+
+
+def as_type(name: str, value: Any, hint: Any) -> Any:
+    """Return `value` if it is of the annotated type, as plain Python has it.
+
+    A bool is no number; an int passes for a float. NumPy's numbers and bools become Python's, a path becomes a string
+    where a string is meant, and a list a tuple where a tuple is meant.
+
+    Args:
+        name: what the message calls the value.
+        hint: a class, Any, None, a tuple or mapping of those, or a union of those.
+
+    Raises:
+        TypeError, ValueError: as `check_fields`.
+    """
+    numpy = sys.modules.get("numpy")  # who has not imported it has none of its numbers
+    if numpy is not None and isinstance(value, numpy.generic):
+        value = value.item()
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for kind in kinds:
+        origin = typing.get_origin(kind) or kind
+        if kind is Any:
+            return value
+        if origin in (int, float):
+            if isinstance(value, (int, origin)) and not isinstance(value, bool):
+                if value != value:
+                    raise ValueError(f"{name} must be {_described(hint)}; got {value!r}")
+                return value
+        elif origin is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
+        elif origin is tuple:
+            if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+                return _tuple(name, value, typing.get_args(kind))
+        elif origin in (dict, Mapping):
+            if isinstance(value, Mapping):
+                return _mapping(name, value, typing.get_args(kind))
+        elif isinstance(value, origin):
+            return value
+    raise TypeError(f"{name} must be {_described(hint)}; got {value!r} of type {type(value).__name__}")
+
+
+def _tuple(name: str, values: Sequence[Any], kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values as a tuple of the annotated types: (T, ...) is any number of T, nothing any values."""
+    if not kinds:
+        return tuple(values)
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(values)
+    if len(kinds) != len(values):
+        raise TypeError(f"{name} must hold {len(kinds)} values; got {values!r}")
+    found = tuple(as_type(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(values, kinds, strict=True)))
+    same = type(values) is tuple and all(map(_is, found, values))
+    return values if same else found  # type: ignore[return-value]
+
+
+def _mapping(name: str, values: Mapping[Any, Any], kinds: tuple[Any, ...]) -> Mapping[Any, Any]:
+    key_kind, kind = kinds or (Any, Any)
+    found = {as_type(f"a key of {name}", k, key_kind): as_type(f"{name}[{k!r}]", v, kind) for k, v in values.items()}
+    same = all(map(_is, found, values)) and all(map(_is, found.values(), values.values()))
+    return values if same else found
+
+
+def _is(one: Any, other: Any) -> bool:
+    return one is other
+
+
+def _described(hint: Any) -> str:
+    """An annotated type in words."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_described, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        kinds = [kind for kind in typing.get_args(hint) if kind is not Ellipsis]
+        return f"a tuple of which each is {' or '.join(dict.fromkeys(map(_described, kinds)))}"
+    words = {int: "an integer", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
+    words |= {dict: "a mapping", Mapping: "a mapping", tuple: "a tuple"}
+    kind = typing.get_origin(hint) or hint
+    return words.get(kind) or f"a {getattr(kind, '__name__', kind)}"
+
+
+@functools.cache
+def _hints(config: type[Any]) -> dict[str, Any]:
+    """Field → annotated type of a dataclass."""
+    hints = typing.get_type_hints(config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+
+
 def check_number(
     name: str, value: float, low: float | None = None, high: float | None = None, *, exclusive: bool = False
 ) -> None:
-    """Raise ValueError unless low <= value <= high (low < value where `exclusive`); NaN and Inf never pass."""
+    """Raise ValueError unless low <= value <= high (low < value where `exclusive`); NaN and Inf never pass.
+
+    Raises TypeError where it is no number.
+    """
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}")
     above = low is None or (value > low if exclusive else value >= low)
     below = high is None or value <= high
-    if above and below and math.isfinite(value):
+    if above and below and (isinstance(value, int) or math.isfinite(value)):
         return
     bounds = []
     if low is not None:

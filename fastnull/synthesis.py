@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.batches import Batches, as_batches, embed_batch
-from fastnull.checks import check_choice, check_finite, check_number
+from fastnull.checks import check_choice, check_fields, check_finite, check_number
 from fastnull.encoder import FrozenEncoder
 from fastnull.noise import Noise
 from fastnull.objective import OBJECTIVES, PREDICTION, influence
@@ -114,6 +114,7 @@ class SynthesisConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, allowed in (
             ("mode", MODES),
             ("site", SITES),

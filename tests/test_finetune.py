@@ -640,7 +640,7 @@ BAD_SETTINGS = {
     "attack_steps": ({"attack_steps": 0}, "attack_steps must be >= 1"),
     "attack_eps": ({"attack_eps": 8.0}, "attack_eps must be > 0 and <= 1"),
     "epochs": ({"epochs": 0}, "epochs must be >= 1"),
-    "lr": ({"lr": float("nan")}, "lr must be > 0"),
+    "lr": ({"lr": float("nan")}, "lr must be a number; got nan"),
     "min_lr": ({"min_lr": 1.0}, "min_lr must be <= lr"),
     "odd": ({"mixup": 0.1, "batch_size": 5}, "batch_size must be even"),
     "smoothing": ({"smoothing": 1.0}, "smoothing must be >= 0 and < 1"),
