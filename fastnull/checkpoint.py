@@ -28,6 +28,7 @@ from fastnull.logs import Log
 from fastnull.record import provenance, replacing, write_json
 from fastnull.sharded import whole_state_dict
 from fastnull.sharded_state import check_shares
+from fastnull.tensor_files import write_tensors
 from fastnull.vit import NormalizedModel, unwrap
 
 MARK = b"fastnull-state-1"
@@ -137,8 +138,12 @@ class RunFolder:
         """Append a line to metrics.jsonl, and send it where `log_to` says."""
         if self._log is not None:
             self._log(record)
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        line = json.dumps(record, allow_nan=False) + "\n"
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self.metrics)) from error
 
     def log_to(self, log: Log) -> None:
         """From now on records go there too."""
@@ -309,12 +314,7 @@ def _state_dict_is(network: nn.Module, weights: dict[str, Tensor] | None) -> Ite
 
 
 def _save_alone(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
-    # clones: tied weights share memory, which the format does not allow
-    weights = {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
-    with replacing(path) as beside:
-        save_file(weights, beside, metadata={"about": json.dumps(about)})
+    write_tensors(path, network.state_dict(), {"about": json.dumps(about)})
 
 
 def _network(model: nn.Module) -> nn.Module:

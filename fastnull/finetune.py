@@ -15,7 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any, TypeAlias
@@ -450,7 +450,24 @@ def _shown(record: dict[str, Any], training: Training) -> dict[str, str]:
 
 def _log(folder: RunFolder | None, record: dict[str, Any]) -> None:
     if folder is not None:
-        folder.log(record)
+        with _telling_what_is_left(folder, f"cannot log step {record['step']}"):
+            folder.log(record)
+
+
+@contextmanager
+def _telling_what_is_left(folder: RunFolder, what: str) -> Iterator[None]:
+    """Adds to the error of a write from which state the run can go on."""
+    try:
+        yield
+    except OSError as error:
+        kept = folder.states()
+        left = (
+            f"the state of step {int(kept[0].stem[6:])} is whole: resume=True goes on from it"
+            if kept
+            else "there is no state yet"
+        )
+        file = f" ({error.filename})" if error.filename else ""
+        raise OSError(error.errno, f"{what}: {error.strerror or error}{file}; {left}") from error
 
 
 def _save(training: Training, folder: RunFolder | None, *, best: bool = False) -> None:
@@ -459,7 +476,8 @@ def _save(training: Training, folder: RunFolder | None, *, best: bool = False) -
         return
     training.check_finite()
     weights = None
-    try:
+    telling = nullcontext() if folder is None else _telling_what_is_left(folder, f"cannot save step {training.step}")
+    with telling:
         state = training.state_dict()
         if training.sharded:
             shares = state_path(training.config.out, training.step).with_suffix(".shares")
@@ -467,16 +485,6 @@ def _save(training: Training, folder: RunFolder | None, *, best: bool = False) -
             weights = gathered_weights(training.evaluated)
         if folder is not None:  # the first process writes the rest
             _write(training, folder, state, weights, best=best)
-    except OSError as error:
-        if folder is None:
-            raise
-        kept = folder.states()
-        left = (
-            f"the state of step {int(kept[0].stem[6:])} is whole: resume=True goes on from it"
-            if kept
-            else "there is no state yet"
-        )
-        raise OSError(error.errno, f"cannot save step {training.step}: {error.strerror or error}; {left}") from error
 
 
 def _write(

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from fastnull.checks import check_number
 from fastnull.compat import import_timm
-from fastnull.record import provenance, replacing
+from fastnull.record import provenance
+from fastnull.tensor_files import write_tensors
 from fastnull.vit.base import NormalizedModel, unwrap
 
 FORMAT = "fastnull model 1"
@@ -104,9 +105,8 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], **metadata: 
     Raises:
         TypeError: `metadata` or an argument the model was created with is nothing that JSON can hold.
         ValueError: another suffix, or weights that are not finite.
+        OSError: the file cannot be written.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors; got {path.name!r}")
@@ -123,10 +123,9 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], **metadata: 
     except (TypeError, ValueError) as error:
         raise TypeError(f"the model's arguments and metadata must be plain JSON values: {error}") from error
     header["format"] = FORMAT
-    tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    tensors = network.state_dict()
     _check_finite(tensors, f"the weights for {path}")
-    with replacing(path) as beside:
-        save_file(tensors, str(beside), metadata=header)
+    write_tensors(path, tensors, header)
 
 
 def load_model(path: str | os.PathLike[str]) -> NormalizedModel:
@@ -318,7 +317,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
-    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    valued = {key: value for key, value in state.items() if isinstance(value, Tensor) and not value.is_meta}
+    bad = [key for key, value in valued.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if bad:
         raise ValueError(f"{where}: NaN or Inf in {len(bad)} tensors: {_few(bad)}")
 

@@ -58,14 +58,10 @@ class Noise:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
-        from safetensors.torch import save_file
+        from fastnull.tensor_files import write_tensors
 
-        from fastnull.record import replacing
-
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
         metadata = {"format": FORMAT, "site": self.site, "metadata": json.dumps(self.metadata)}
-        with replacing(path) as beside:
-            save_file(tensors, beside, metadata=metadata)
+        write_tensors(path, {name: getattr(self, name) for name in _TENSORS}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Noise:

@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from fastnull.compat import import_timm
 from fastnull.data import digits, evaluation_data
 from fastnull.distributed import Processes
 from fastnull.finetune import DivergenceError, FinetuneConfig, finetune
-from fastnull.models import create_model
+from fastnull.models import create_model, load_model
 from fastnull.recipe import AUGMENTS, make_plan
 from fastnull.training import Training
 
@@ -222,6 +223,105 @@ def test_full_disk_is_told_and_the_state_before_stays(tmp_path, few, monkeypatch
     assert not list((tmp_path / "full").glob(".*.tmp"))
     finetune(replace(config, resume=True), train_data=few)
     assert_same_run(tmp_path / "whole", tmp_path / "full")
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Inside, the system lets no file grow beyond `size` bytes: to whoever writes it is a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("size", "file", "made"),
+    [(100_000, "best.safetensors", True), (100_000, "best.safetensors", False), (300_000, "state-000000004.pt", True)],
+    ids=["weights", "weights of another's model", "state"],
+)
+def test_every_writer_tells_of_a_full_disk(tmp_path, few, monkeypatch, size, file, made):
+    """By the system's own error: safetensors has another one of its own."""
+    model = create_model("vit_digits", num_classes=10)
+    model = model if made else nn.Sequential(model)
+    config = replace(SMALL, num_classes=10, out=str(tmp_path))
+    with ExitStack() as stack:
+        stop_after(monkeypatch, 3, lambda: stack.enter_context(largest_file(size)))
+        monkeypatch.setattr(Training, "end_epoch", best_of_all(Training.end_epoch))
+        with pytest.raises(
+            OSError, match=rf"cannot save step 4: File too large \(.*{file}\); the state of step 2 is whole"
+        ):
+            finetune(config, model, few)
+    assert not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    assert finetune(replace(config, resume=True), model, few).history[-1]["step"] == 6
+
+
+def best_of_all(end_epoch):
+    """Every epoch is better than those before it."""
+
+    def end(self: Training, accuracy: float | None) -> dict:
+        self.best_accuracy = None
+        return end_epoch(self, accuracy)
+
+    return end
+
+
+def test_metrics_and_settings_tell_of_a_full_disk(tmp_path, few, monkeypatch):
+    config = replace(SMALL, num_classes=10, out=str(tmp_path))
+    with largest_file(100), pytest.raises(OSError, match=r"File too large: '.*config.json'"):
+        finetune(config, train_data=few)
+    with ExitStack() as stack:
+        stop_after(
+            monkeypatch, 3, lambda: stack.enter_context(largest_file((tmp_path / "metrics.jsonl").stat().st_size))
+        )
+        with pytest.raises(
+            OSError, match=r"cannot log step 3: File too large \(.*jsonl\); the state of step 2 is whole"
+        ):
+            finetune(config, train_data=few)
+    monkeypatch.undo()
+    finetune(replace(config, resume=True), train_data=few)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def tied(model: nn.Module) -> None:
+    """Two names for one parameter."""
+    blocks = model.network.blocks
+    blocks[1].attn.proj.weight = blocks[0].attn.proj.weight
+
+
+def in_one_storage(model: nn.Module) -> None:
+    """Parameters that are views of one long tensor, as flattened ones are."""
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    start = 0
+    for parameter in model.parameters():
+        parameter.data = flat[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+
+
+def transposed(model: nn.Module) -> None:
+    """Not contiguous."""
+    for block in model.network.blocks:
+        block.attn.proj.weight.data = block.attn.proj.weight.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["create_model's", "another's"])
+@pytest.mark.parametrize("lay", [tied, in_one_storage, transposed])
+def test_weights_are_saved_however_they_lie_in_memory(tmp_path, few, lay, made):
+    model = create_model("vit_digits", num_classes=10)
+    lay(model)
+    result = finetune(
+        replace(SMALL, num_classes=10, epochs=1, out=str(tmp_path)), model if made else nn.Sequential(model), few
+    )
+    written = load_file(result.last_path)
+    assert len(written) == len(model.network.state_dict())
+    for name, value in model.network.state_dict().items():
+        assert torch.equal(written[name if made else f"0.network.{name}"], value), name
+    if made:
+        images = few[0][:4]
+        assert torch.equal(load_model(result.last_path).eval()(images), model.eval()(images))
 
 
 def test_torn_state_costs_the_steps_since_the_one_before(tmp_path, few):
