@@ -12,7 +12,7 @@ import torch
 from fastnull.cli import main
 from fastnull.dry_run import _encoder, _kept, dry_run
 from fastnull.finetune import FinetuneConfig
-from fastnull.models import create_model
+from fastnull.models import create_model, save_checkpoint
 from fastnull.options import from_file
 
 pytest.importorskip("sklearn")
@@ -32,6 +32,25 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, capsys: 
     assert "of weights in the synthesis's encoder" in text
     assert "| vit_digits |" in text  # the nullspace
     assert not out.exists()
+
+
+def test_dry_run_looks_at_the_model_that_would_be_trained(tmp_path: Path) -> None:
+    """Its size, and the nullspace of its weights: not those of the architecture's name."""
+    model = create_model("vit_digits", img_size=16)
+    with torch.no_grad():
+        model.network.patch_embed.proj.weight[5:] = 0
+    weights = tmp_path / "weights.safetensors"
+    save_checkpoint(model, weights)
+    table = dry_run(FinetuneConfig(checkpoint=str(weights), img_size=28)).split("\n\n")[1]
+    heads, _, cells = ([cell.strip() for cell in row.split("|")] for row in table.splitlines())
+    row = dict(zip(heads, cells, strict=True))
+    assert (row["model"], row["weights"]) == ("vit_digits", str(weights))
+    assert (row["tokens"], row["rank"], row["nullity"]) == ("49", "5", "43")
+    assert " random |" in dry_run(FinetuneConfig())
+
+
+def test_a_model_without_a_nullspace_to_measure_is_told() -> None:
+    assert "resnet18: " in dry_run(FinetuneConfig(model="resnet18", augment="none")).splitlines()[-1]
 
 
 def test_the_encoder_of_the_synthesis_counts() -> None:
