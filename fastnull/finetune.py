@@ -102,12 +102,12 @@ def finetune(
         train, validation = ready.train, ready.validation
         plan = make_plan(config, len(train), processes.world)
         training = Training(config, ready.model, plan, ready.num_classes, device, processes)
-        state = processes.from_first(lambda: None if folder is None else _open(folder, config))
+        state = processes.from_first(lambda: None if folder is None else _open(folder, config, stack))
         if state is not None:
             assert config.out is not None
             training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shares"))
         if folder is not None:
-            folder.rewind(training.step)
+            folder.rewind(training.step, training.history, 0 if state is None else state.get("lines", 0))
             if config.log is not None:
                 log = Log(config.log, folder.path, config.to_dict())
                 stack.callback(log.close)
@@ -208,8 +208,9 @@ def _folder(config: FinetuneConfig) -> RunFolder | None:
     return RunFolder(config.out, config.to_dict(), overwrite=config.overwrite, resume=config.resume, force=config.force)
 
 
-def _open(folder: RunFolder, config: FinetuneConfig) -> dict[str, Any] | None:
-    """Make the folder ready; the state to go on from, where there is one."""
+def _open(folder: RunFolder, config: FinetuneConfig, stack: ExitStack) -> dict[str, Any] | None:
+    """Make the folder ready, and this process's alone until the end; the state to go on from, where there is one."""
+    stack.enter_context(folder.locked())
     folder.open()
     return folder.load_state() if config.resume else None
 

@@ -30,6 +30,8 @@ from fastnull.vit.layers import Layered
 STEP_KEY = 1
 """With the seed and the step the key of a step's random numbers."""
 _NEVER = 2**62
+_ENTRIES = {"step", "scaler", "augment", "loss_sum", "history", "best", "spent", "seconds"}
+"""Of a training state, besides the weights."""
 
 
 class DivergenceError(RuntimeError):
@@ -347,8 +349,12 @@ class Training:
             shares: where `write_shares` put `shares`, if the run was sharded.
 
         Raises:
-            ValueError: the state is of another model.
+            ValueError: the state is of another model, or lacks an entry.
         """
+        weights = {"sharded"} if "sharded" in state else {"model", "optimizer", "ema"}
+        missing = sorted((_ENTRIES | weights) - state.keys())
+        if missing:
+            raise ValueError(f"the training state is of another version of fastnull: it lacks {', '.join(missing)}")
         average = None if self.ema is None else self.ema.module
         fresh = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         try:

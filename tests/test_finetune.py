@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from pictures import write_pictures
 from safetensors.torch import load_file
 from torch import nn
 
-from fastnull.checkpoint import read_state
+from fastnull.checkpoint import read_state, write_state
 from fastnull.compat import import_timm
 from fastnull.data import digits, evaluation_data
 from fastnull.distributed import Processes
@@ -322,6 +323,63 @@ def test_weights_are_saved_however_they_lie_in_memory(tmp_path, few, lay, made):
     if made:
         images = few[0][:4]
         assert torch.equal(load_model(result.last_path).eval()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_a_run_in_use_is_left_alone(tmp_path, few, monkeypatch, how):
+    pytest.importorskip("fcntl")
+    config = replace(SMALL, num_classes=10, out=str(tmp_path / "run"))
+    refused = []
+
+    def second() -> None:
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+        with pytest.raises(ValueError, match=f"is in use by process {os.getpid()}"):
+            finetune(replace(config, **{how: True}), train_data=few)
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+        refused.append(1)
+
+    stop_after(monkeypatch, 3, second)
+    finetune(config, train_data=few)
+    assert refused
+    monkeypatch.undo()
+    finetune(replace(config, out=str(tmp_path / "whole")), train_data=few)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    finetune(replace(config, **{how: True}), train_data=few)  # nobody holds it any more
+
+
+def test_a_state_of_another_run_does_not_go_on(tmp_path, few):
+    config = replace(SMALL, num_classes=10)
+    for name, seed in (("one", 0), ("other", 1)):
+        finetune(replace(config, seed=seed, epochs=2 + seed, out=str(tmp_path / name)), train_data=few)
+    foreign = sorted((tmp_path / "other").glob("state-*.pt"))[-1]
+    shutil.copy(foreign, tmp_path / "one")
+    with pytest.raises(ValueError, match=f"{foreign.name} is of another run"):
+        finetune(replace(config, epochs=2, resume=True, out=str(tmp_path / "one")), train_data=few)
+
+
+def test_metrics_cut_before_the_state_are_told_and_epochs_come_back(tmp_path, few):
+    config = replace(SMALL, num_classes=10, epochs=2, out=str(tmp_path))
+    finetune(config, train_data=few)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:1]) + lines[1][:10])
+    with pytest.warns(UserWarning, match="lacks 5 records up to step 4, those of 2 epochs come back"):
+        finetune(replace(config, resume=True), train_data=few)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert found == [json.loads(lines[row]) for row in (0, 2, 5)]
+
+
+@pytest.mark.parametrize(
+    "entry", ["step", "model", "optimizer", "ema", "scaler", "augment", "history", "best", "seconds"]
+)
+def test_a_state_that_lacks_an_entry_is_told(tmp_path, few, entry):
+    config = replace(SMALL, num_classes=10, epochs=1, keep_last=1, out=str(tmp_path))
+    finetune(config, train_data=few)
+    (path,) = tmp_path.glob("state-*.pt")
+    state = read_state(path)
+    del state[entry]
+    write_state(path, state)
+    with pytest.raises(ValueError, match=rf"it lacks {entry}|holds no state with a {entry}"):
+        finetune(replace(config, resume=True), train_data=few)
 
 
 def test_torn_state_costs_the_steps_since_the_one_before(tmp_path, few):
