@@ -144,9 +144,22 @@ def load_model(path: str | os.PathLike[str]) -> NormalizedModel:
     recipe = {key: header[key] for key in ("name", "num_classes", "img_size", "channels", "normalize", "kwargs")}
     model = _build(recipe, pretrained=False)
     _load(model.network, read_state_dict(path), Path(path), new_head=False, resize=False)
+    _check_normalisation(path, header["mean"], header["std"], model.mean.shape[1])
     for buffer, values in ((model.mean, header["mean"]), (model.std, header["std"])):
         buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
     return model
+
+
+def _check_normalisation(path: str | os.PathLike[str], mean: Any, std: Any, channels: int) -> None:
+    """Raise ValueError unless these are a mean >= 0 and a standard deviation > 0 of each channel's pixels in [0, 1]."""
+    for name, values, exclusive in (("mean", mean, False), ("std", std, True)):
+        if not isinstance(values, Sequence) or len(values) != channels:
+            raise ValueError(f"{path}: {name} must hold a number for each of {channels} channels; got {values!r}")
+        for value in values:
+            try:
+                check_number(f"{path}: {name}", value, 0, exclusive=exclusive)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -323,14 +336,35 @@ def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
         raise ValueError(f"{where}: NaN or Inf in {len(bad)} tensors: {_few(bad)}")
 
 
+def check_types(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raise ValueError where a tensor of a file is of another kind than the model's of its name, in `own`.
+
+    Any floating dtype is taken for a floating weight. Integers there are a quantised model's, whose scales are lost.
+    """
+    bad = [
+        f"{key} is {value.dtype}{'' if value.layout is torch.strided else f' ({value.layout})'}, not {own[key].dtype}"
+        for key, value in state.items()
+        if key in own and (_kind(value) != _kind(own[key]) or value.layout is not torch.strided)
+    ]
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} tensors of another type than the model's: {_few(bad)}")
+
+
+def _kind(value: Tensor) -> str:
+    if value.is_quantized or value.is_complex() or value.is_floating_point():
+        return "quantised" if value.is_quantized else "complex" if value.is_complex() else "floating"
+    return "bool" if value.dtype == torch.bool else "integer"
+
+
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _load(network: nn.Module, state: dict[str, Tensor], path: Path, *, new_head: bool, resize: bool) -> None:
     """Load weights that must fit, except for a head or position embedding whose size the user asked to change."""
-    _check_finite(state, str(path))
     own = network.state_dict()
+    check_types(state, own, path)
+    _check_finite(state, str(path))
     if resize and "pos_embed" in own and "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
         adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
         if adapt is not None:
