@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastnull import distributed
 from fastnull.checks import check_number
-from fastnull.options import from_file, from_options
+from fastnull.options import from_options, read_fields
 
 
 class InterruptedWork(KeyboardInterrupt):
@@ -115,9 +115,8 @@ def finetune(args: argparse.Namespace) -> None:
     from fastnull.finetune import finetune as run
 
     base = FinetuneConfig() if args.preset is None else FinetuneConfig.published(args.preset)
-    if args.config is not None:
-        base = from_file(base, args.config)
-    config = from_options(base, args)
+    file = None if args.config is None else read_fields(FinetuneConfig, args.config)
+    config = from_options(base, args, file)
     if args.dry_run:
         from fastnull.dry_run import dry_run
 
