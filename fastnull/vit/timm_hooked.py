@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastnull.vit.base import NormalizedModel, unwrap
+from fastnull.vit.base import unwrapped
 from fastnull.vit.hooked import HookedViT
 
 BLOCK0 = {"Eva": "norm_pre", "Beit": "pos_drop", "Cait": "pos_drop"}
@@ -15,8 +15,7 @@ class TimmHooked(HookedViT):
     """Any timm model with a `patch_embed`; tokens keep the shape that it puts out ([B, h, w, D] in Swin)."""
 
     def __init__(self, model: nn.Module) -> None:
-        inner = unwrap(model)
-        network = unwrap(inner.network) if isinstance(inner, NormalizedModel) else inner
+        network, _ = unwrapped(model)
         block0 = BLOCK0.get(type(network).__name__)
         # CaiT's class token joins after its blocks
         prefix = 0 if type(network).__name__ == "Cait" else getattr(network, "num_prefix_tokens", 0)

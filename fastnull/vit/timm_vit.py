@@ -15,8 +15,9 @@ class TimmViT(SplitViT):
     With `dynamic_img_size` timm's patch embedding returns [B, H, W, D]; patch tokens then keep that shape.
     """
 
-    def __init__(self, model: nn.Module, network: nn.Module) -> None:
-        super().__init__(model, network)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        network = self.network
         self.patch_module = network.patch_embed
         self.block0_module = network.norm_pre
         self.projection = network.patch_embed.proj
@@ -32,8 +33,10 @@ class TimmViT(SplitViT):
         """Whether the network is a VisionTransformer whose forward is the chain below."""
         from timm.models.vision_transformer import VisionTransformer
 
-        # a subclass with a forward of its own would be split wrongly without a word
+        # a subclass or an instance with a forward of its own would be split wrongly without a word
         kind = type(network)
+        if "forward_features" in network.__dict__ or "forward_head" in network.__dict__:
+            return False
         return (
             isinstance(network, VisionTransformer)
             and kind.forward_features is VisionTransformer.forward_features
