@@ -437,10 +437,20 @@ def _augment(
 
 
 def _optimizer(config: FinetuneConfig, model: nn.Module) -> torch.optim.Optimizer:
-    optim = import_timm().optim
-    check_choice("opt", config.opt, optim.list_optimizers())
+    check_choice("opt", config.opt, import_timm().optim.list_optimizers())
     network = unwrap(model)
     network = network.network if isinstance(network, NormalizedModel) else network
+    try:
+        optimizer = _made_by_timm(config, network)
+    except (AssertionError, ImportError) as error:  # those of other packages, or for a GPU alone
+        raise ValueError(f"opt {config.opt!r} cannot be used here: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(f"opt {config.opt!r} takes second derivatives of the loss, which finetuning does not make")
+    return optimizer
+
+
+def _made_by_timm(config: FinetuneConfig, network: nn.Module) -> torch.optim.Optimizer:
+    optim = import_timm().optim
     settings = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
     if config.layer_decay is not None and not hasattr(network, "group_matcher"):  # no timm model
         try:
