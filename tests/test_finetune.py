@@ -33,8 +33,9 @@ from fastnull.data import digits, evaluation_data
 from fastnull.distributed import Processes
 from fastnull.finetune import DivergenceError, FinetuneConfig, finetune
 from fastnull.models import create_model, load_model
-from fastnull.recipe import AUGMENTS, make_plan
+from fastnull.recipe import ATTACKS, AUGMENTS, make_plan
 from fastnull.training import Training
+from fastnull.vit import SITES
 
 # 48 of the digits: 43 after the hold-out, 2 batches of 16 an epoch and a rest, so that the order matters
 SMALL = FinetuneConfig(
@@ -720,6 +721,42 @@ def test_channels_last_changes_rounding_alone(few, augment):
     weight = last.model.network.patch_embed.proj.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert [r["loss"] for r in last.history] == pytest.approx([r["loss"] for r in plain.history], rel=1e-3)
+
+
+SITED = [
+    *((augment, site) for augment in ("random", "universal", "per_image", "boundary") for site in SITES),
+    *((augment, "patch") for augment in ("none", *ATTACKS)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:the universal noise")
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["two views", "one view"])
+@pytest.mark.parametrize(("augment", "site"), SITED)
+def test_every_augmentation_takes_channels_last(few, augment, site, share):
+    if share and augment in ("none", "trades"):
+        pytest.skip("has no share")
+    config = replace(
+        SGD, epochs=1, augment=augment, site=site, num_classes=10, noise_share=share, limit=0.05, noise_step_size=0.01,
+    )  # fmt: skip
+    plain = finetune(config, None, few)
+    laid = (few[0].to(memory_format=torch.channels_last), few[1])
+    last = finetune(replace(config, channels_last=True), None, laid)
+    weight = last.model.network.patch_embed.proj.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert [r["loss"] for r in last.history] == pytest.approx([r["loss"] for r in plain.history], rel=1e-3)
+    torch.testing.assert_close(weights_of(last), weights_of(plain), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "batch"), [(1, 8), (3, 2)])
+def test_channels_last_in_odd_shapes(few, channels, batch):
+    """One channel is contiguous in both formats, and so are the strides of one image."""
+    data = (few[0][:, :channels].to(memory_format=torch.channels_last), few[1])
+    config = replace(
+        SGD, epochs=1, batch_size=batch, augment="boundary", site="pixels", num_classes=10, channels_last=True,
+        train_ratio=0.2,
+    )  # fmt: skip
+    model = create_model("vit_digits", num_classes=10, channels=channels)
+    assert math.isfinite(finetune(config, model, data).history[-1]["loss"])
 
 
 def test_compiled_training_is_the_same(tmp_path, few, monkeypatch):
