@@ -42,6 +42,9 @@ SMALL = FinetuneConfig(
     augment="none", epochs=3, batch_size=16, lr=2e-3, attack_steps=2, noise_steps=2, limit=0.25, log_every=1,
     progress=False,
 )  # fmt: skip
+MIXED = {"mixup": 0.4, "cutmix": 0.5, "smoothing": 0.1}
+SGD = replace(SMALL, opt="sgd", lr=0.05)
+"""The first steps of AdamW have the gradient's sign alone, which rounding turns."""
 
 
 @pytest.fixture(scope="module")
@@ -747,6 +750,38 @@ def test_every_augmentation_takes_channels_last(few, augment, site, share):
     torch.testing.assert_close(weights_of(last), weights_of(plain), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:the universal noise")
+@pytest.mark.parametrize(("augment", "site"), SITED)
+@pytest.mark.parametrize(
+    "changes", [{}, {**MIXED, "accumulate": 2, "drop_path": 0.2, "ema_decay": 0.9}], ids=["plain", "all"]
+)
+def test_another_default_dtype_changes_nothing(few, augment, site, changes):
+    """torch.set_default_dtype is for what is made without a dtype; the model has one."""
+    config = replace(
+        SGD, epochs=1, augment=augment, site=site, num_classes=10, limit=0.05, noise_step_size=0.01, **changes
+    )
+    model = create_model("vit_digits", num_classes=10)
+    right = finetune(config, copy.deepcopy(model), few)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = finetune(config, copy.deepcopy(model), few)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for value in found.model.parameters()} == {torch.float32}
+    # the start of an attack is drawn in the default dtype
+    rounding = 1e-2 if augment in ATTACKS else 1e-5
+    assert found.history[-1]["loss"] == pytest.approx(right.history[-1]["loss"], rel=rounding)
+
+
+def test_a_model_of_a_float64_default_learns():
+    torch.set_default_dtype(torch.float64)
+    try:
+        result = finetune(FinetuneConfig(augment="boundary", epochs=1, train_ratio=0.1, batch_size=16, progress=False))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for value in result.model.parameters()} == {torch.float64}
+
+
 @pytest.mark.parametrize(("channels", "batch"), [(1, 8), (3, 2)])
 def test_channels_last_in_odd_shapes(few, channels, batch):
     """One channel is contiguous in both formats, and so are the strides of one image."""
@@ -831,9 +866,6 @@ LABELS: dict[str, Callable[[torch.Tensor], Any]] = {
     )},
 }  # fmt: skip
 """The same labels in other forms."""
-MIXED = {"mixup": 0.4, "cutmix": 0.5, "smoothing": 0.1}
-SGD = replace(SMALL, opt="sgd", lr=0.05)
-"""The first steps of AdamW have the gradient's sign alone, which rounding turns."""
 
 
 def weights_of(result) -> torch.Tensor:
