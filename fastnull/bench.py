@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastnull.checks import check_choice, check_number
+from fastnull.checks import check_choice, check_fields, check_number
 from fastnull.record import provenance, replacing, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +108,7 @@ class BenchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for dtype in self.dtypes:
             check_choice("dtype", dtype, DTYPES)
         check_choice("compile_mode", self.compile_mode, COMPILE_MODES)
