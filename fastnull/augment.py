@@ -84,8 +84,6 @@ NOT_APPLIED = (
     "hook. If the model, or the part with that module, was compiled and run before NullspaceAugment was created, "
     "create it first, or call torch._dynamo.reset()"
 )
-IMAGE_NAMES = ("pixel_values", "images", "image", "x", "input", "inputs")
-"""Keywords by which models take their images."""
 
 
 class NullspaceAugment:
@@ -167,6 +165,11 @@ class NullspaceAugment:
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
         _check_tokens_stay(self.encoder, config.site)
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ValueError(
+                "DataParallel runs copies of the model on several devices, which share this augmentation's state: use "
+                "one process a device (DistributedDataParallel)"
+            )
         self._register()
 
     def loss(
@@ -209,13 +212,33 @@ class NullspaceAugment:
         if self.mode in ("universal", "random"):
             clean, noisy = self._forward(images, _View(both=True)).chunk(2)
             return clean, noisy
+        clean, noisy = self._both_views(images, lambda: self.model(images))
+        return logits_of(clean), logits_of(noisy)
+
+    def outputs(self, images: Tensor, forward: Callable[[], Any]) -> list[Any]:
+        """What a function that calls the model returns for each view, where the loss is not one of logits and labels.
+
+        Args:
+            images: [B, C, H, W], those that the function gives to the model.
+            forward: calls the model once; returns logits [B, K] or anything that has them as `.logits`.
+
+        Returns:
+            what it returned for the clean and for the noisy view; with `share` for the one view. Raises as `loss`.
+        """
+        self._check(images)
+        if self.share:
+            return [self._call(len(images), _View(), forward)]
+        return list(self._both_views(images, forward))
+
+    def _both_views(self, images: Tensor, forward: Callable[[], Any]) -> tuple[Any, Any]:
         before = _random_state(images.device)
-        clean = self._forward(images, None)
+        clean = self._call(len(images), None, forward)
         noisy = _View()
         if torch.equal(before, _random_state(images.device)):
-            noisy.clean = clean.detach().to(torch.promote_types(clean.dtype, torch.float32))
+            logits = logits_of(clean).detach()
+            noisy.clean = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # else dropout was in it, which synthesis is to look through: it makes logits of its own
-        return clean, self._forward(images, noisy)
+        return clean, self._call(len(images), noisy, forward)
 
     def _check(self, images: Tensor) -> None:
         if not self.encoder.vit.model.training:
@@ -228,18 +251,25 @@ class NullspaceAugment:
         """Checks of a GPU's values after the first batch are left out inside."""
         return trusted_values(self._looked and isinstance(images, Tensor) and images.device.type != "cpu")
 
-    def _forward(self, images: Tensor, view: _View | None) -> Tensor:
-        """The model's logits [B, K] of a view (None: of clean images), or [2 B, K] of both."""
-        both = view is not None and view.both
+    def _forward(self, images: Tensor, view: _View) -> Tensor:
+        """The model's logits of a view, [B, K], or [2 B, K] of both."""
+        given = torch.cat([images, images]) if view.both and self._doubled else images
+        count = 2 * len(images) if view.both else len(images)
+        return logits_of(self._call(count, view, lambda: self.model(given)))
+
+    def _call(self, count: int, view: _View | None, forward: Callable[[], Any]) -> Any:
+        """What `forward` returns; in its call of the model is the noise of a view (None: no noise).
+
+        `count` logits are expected.
+        """
         self._asked, self._quiet = view, view is None
         try:
-            logits = logits_of(self.model(torch.cat([images, images]) if both and self._doubled else images))
+            output = forward()
         finally:
             self._asked, self._quiet = None, False
-        expected = 2 * len(images) if both else len(images)
-        if (view is not None and not view.applied) or len(logits) != expected:
+        if (view is not None and not view.applied) or len(logits_of(output)) != count:
             raise RuntimeError(NOT_APPLIED)
-        return logits
+        return output
 
     def refresh(
         self,
@@ -439,15 +469,14 @@ class NullspaceAugment:
 
     def _with_noisy_images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The arguments of the model's call with noise on the images: the first argument, or `pixel_values`."""
-        if args:
-            return (self._noisy(args[0]), *args[1:]), kwargs
-        name = next((name for name in IMAGE_NAMES if isinstance(kwargs.get(name), Tensor)), None)
-        if name is None:
-            raise TypeError(
-                "at site 'pixels' the images must be the first positional argument of the model's call or one of the "
-                f"keywords {', '.join(IMAGE_NAMES)}; got {', '.join(kwargs) or 'no argument'}"
-            )
-        return args, {**kwargs, name: self._noisy(kwargs[name])}
+        names = [name for name in ("pixel_values", *kwargs) if isinstance(kwargs.get(name), Tensor)]
+        if not args and not names:
+            raise TypeError("at site 'pixels' the images must be an argument of the model's call; it got none")
+        images = args[0] if args else kwargs[names[0]]
+        if self._asked is None:
+            self._check(images)
+        noisy = self._noisy(images)
+        return ((noisy, *args[1:]), kwargs) if args else (args, {**kwargs, names[0]: noisy})
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End of a forward of the model, also by an error: was there noise?"""

@@ -24,6 +24,14 @@ RANGE_TOLERANCE = 1e-6
 SUM_TOLERANCE = 0.01
 """How far from 1 the probabilities of an image may add up: those of 16 bits are rounded."""
 
+_CPU_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "fastnull: no memory for",  # csrc/cpu
+    "std::bad_alloc",
+)
+"""What the RuntimeError of a CPU without memory says: torch's allocator (Linux and macOS, Windows), our ops, C++."""
+
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
@@ -43,6 +51,13 @@ def trusted_values(trusted: bool = True) -> Iterator[None]:
 def values_are_trusted() -> bool:
     """Whether this runs inside `trusted_values`."""
     return _trusted.get()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left: a GPU has a class for it, a CPU a RuntimeError's text."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_OUT_OF_MEMORY)
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.checks import check_choice
-from fastnull.vit.exact import class_forward, foreign_hooks, own_forward
+from fastnull.vit.exact import class_forward, foreign_hooks, own_methods
 from fastnull.vit.parts import UnsupportedModelError, ViTParts
 
 SITES = ("patch", "block0", "pixels")
@@ -165,25 +165,34 @@ class SplitViT(ABC):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model under torch.compile's and DistributedDataParallel's wrappers."""
+    """The model under torch.compile's, DistributedDataParallel's and PEFT's wrappers."""
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        # not hasattr: PEFT's wrappers have every attribute of what is inside
+        inside = _under_peft(model)
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif inside is not None:
+            model = inside
         elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         else:
             return model
 
 
+def _under_peft(model: nn.Module) -> nn.Module | None:
+    """What a PeftModel (or its tuner, as LoraModel) wraps; None for other modules. By name, so nothing is imported."""
+    if not any(kind.__module__.partition(".")[0] == "peft" for kind in type(model).__mro__):
+        return None
+    return next((model._modules[name] for name in ("base_model", "model") if name in model._modules), None)
+
+
 def unwrapped(model: nn.Module) -> tuple[nn.Module, NormalizedModel | None]:
-    """The network under all wrappers (of compile and DDP, PEFT's, NormalizedModel), and the NormalizedModel or None."""
+    """The network under all wrappers, and the NormalizedModel that was among them or None."""
     normalized = None
     while True:
         model = unwrap(model)
         if isinstance(model, NormalizedModel):
             normalized, model = model, model.network
-        elif hasattr(model, "get_base_model"):  # of PEFT: its layers are inside the modules of the network
-            model = model.get_base_model()
         elif type(model).__name__ == "TimmWrapperForImageClassification":  # timm's model within a transformers one
             model = model.timm_model
         else:
@@ -191,11 +200,11 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, NormalizedModel | None]:
 
 
 def wrappers_are_plain(model: nn.Module) -> bool:
-    """Whether a model is its network behind the normalisation: nobody's hooks on either, no forward of their own."""
+    """Whether a model is its network behind the normalisation: nobody's hooks on either, no methods of their own."""
     while True:
         model = unwrap(model)
         changed = isinstance(model, NormalizedModel) and type(model).forward is not NormalizedModel.forward
-        if changed or foreign_hooks(model) or own_forward(model) is not None:
+        if changed or foreign_hooks(model) or own_methods(model):
             return False
         inner = model.network if isinstance(model, NormalizedModel) else unwrapped(model)[0]
         if inner is model:
