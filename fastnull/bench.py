@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastnull.checks import check_choice, check_device, check_number
+from fastnull.checks import check_choice, check_device, check_fields, check_number
 from fastnull.paths import check_output
 from fastnull.record import provenance, replacing, write_json
 
@@ -109,6 +109,7 @@ class BenchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for dtype in self.dtypes:
             check_choice("dtype", dtype, DTYPES)
         check_choice("compile_mode", self.compile_mode, COMPILE_MODES)

@@ -21,6 +21,9 @@ from torch import Tensor
 RANGE_TOLERANCE = 1e-6
 """How far outside [0, 1] a pixel may lie: resampling in float32 leaves values such as -3e-8."""
 
+SUM_TOLERANCE = 0.01
+"""How far from 1 the probabilities of an image may add up: those of 16 bits are rounded."""
+
 _CPU_OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -260,15 +263,38 @@ def check_labels(labels: Tensor, num_classes: int, batch: int, *, name: str = "l
         raise TypeError(f"{name} must be a tensor; got {type(labels).__name__}")
     if labels.ndim == 0 or labels.shape[0] != batch:
         raise ValueError(f"{name} must hold one entry per image ({batch}); got shape {list(labels.shape)}")
-    if labels.ndim == 2:
+    if labels.ndim == 2 and not labels.is_complex():
         if labels.shape[1] != num_classes:
             raise ValueError(f"soft {name} must have {num_classes} classes; got {labels.shape[1]}")
         check_finite(name, labels)
         return
-    if labels.ndim != 1 or labels.is_floating_point():
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
         seen = f"{labels.dtype} {list(labels.shape)}"
         raise ValueError(f"{name} must be integers [B] or soft labels [B, classes]; got {seen}")
     if labels.numel() and not values_are_trusted():
-        low, high = (int(x) for x in torch.aminmax(labels))
+        low, high = (int(x) for x in torch.aminmax(labels.long()))  # torch compares no uint16
         if low < 0 or high >= num_classes:
             raise ValueError(f"{name} must lie in 0..{num_classes - 1}; got values from {low} to {high}")
+
+
+def as_labels(labels: Tensor, num_classes: int, batch: int, *, name: str = "labels") -> Tensor:
+    """Labels as a cross entropy takes them: class indices [B] in int64, or probabilities [B, num_classes] in float32.
+
+    Takes integers of any width, bools, one-hot and soft labels of any dtype.
+
+    Raises:
+        TypeError, ValueError: as `check_labels`; soft labels that are no probabilities.
+    """
+    check_labels(labels, num_classes, batch, name=name)
+    if labels.ndim == 1:
+        return labels.long()
+    labels = labels.float()
+    if not values_are_trusted() and len(labels):
+        low, sums = labels.min(), labels.sum(1)
+        worst = sums[(sums - 1).abs().argmax()]
+        if low < 0 or abs(worst - 1) > SUM_TOLERANCE:
+            raise ValueError(
+                f"soft {name} must be probabilities, each >= 0 and 1 in sum; got a value of {low:.4g} and a sum of "
+                f"{worst:.4g}"
+            )
+    return labels

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastnull import distributed
 from fastnull.checks import check_device, check_number
-from fastnull.options import check_given, from_file, from_options
+from fastnull.options import check_given, from_options, read_fields
 from fastnull.paths import check_output
 
 SUBSET = "drawn evenly over the classes by the seed"
@@ -126,9 +126,8 @@ def finetune(args: argparse.Namespace) -> None:
     from fastnull.finetune import finetune as run
 
     base = FinetuneConfig() if args.preset is None else FinetuneConfig.published(args.preset)
-    if args.config is not None:
-        base = from_file(base, args.config)
-    config = from_options(base, args)
+    file = None if args.config is None else read_fields(FinetuneConfig, args.config)
+    config = from_options(base, args, file)
     given = config.to_dict()
     check_given(given)  # those of the file too
     if config.device is not None:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from fastnull.checks import as_type, check_number
 from fastnull.classes import check_names, classes_of
 from fastnull.compat import import_timm
-from fastnull.record import provenance, replacing
+from fastnull.record import provenance
+from fastnull.tensor_files import write_tensors
 from fastnull.view import per_channel
 from fastnull.vit.base import NormalizedModel, unwrap
 
@@ -112,9 +113,8 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], **metadata: 
         TypeError: `metadata` or an argument the model was created with is nothing that JSON can hold.
         ValueError: another suffix, weights that are not finite, or `model.classes` that are no names of as many classes
             as the model has.
+        OSError: the file cannot be written.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors; got {path.name!r}")
@@ -135,10 +135,9 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], **metadata: 
     except (TypeError, ValueError) as error:
         raise TypeError(f"the model's arguments and metadata must be plain JSON values: {error}") from error
     header["format"] = FORMAT
-    tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    tensors = network.state_dict()
     _check_finite(tensors, f"the weights for {path}")
-    with replacing(path) as beside:
-        save_file(tensors, str(beside), metadata=header)
+    write_tensors(path, tensors, header)
 
 
 def load_model(path: str | os.PathLike[str]) -> NormalizedModel:
@@ -163,9 +162,8 @@ def load_model(path: str | os.PathLike[str]) -> NormalizedModel:
     except Exception as error:  # whatever timm makes of arguments that nobody ever gave it
         raise ValueError(f"{path}: its metadata describes no model: {_first_line(error)}") from error
     _load(model.network, read_state_dict(path), Path(path), new_head=False, resize=False)
+    _check_normalisation(path, header["mean"], header["std"], model.mean.shape[1])
     for buffer, values in ((model.mean, header["mean"]), (model.std, header["std"])):
-        if len(values) != buffer.numel():
-            raise ValueError(f"{path} is damaged: mean and std must have {buffer.numel()} values; it has {values}")
         buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
     model.classes = header.get("class_names")  # files of earlier versions have none
     try:
@@ -194,6 +192,18 @@ def _check_header(path: str | os.PathLike[str], header: dict[str, Any]) -> None:
             as_type(key, header[key], kind)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} is damaged: {error} in its metadata") from error
+
+
+def _check_normalisation(path: str | os.PathLike[str], mean: Any, std: Any, channels: int) -> None:
+    """Raise ValueError unless these are a mean >= 0 and a standard deviation > 0 of each channel's pixels in [0, 1]."""
+    for name, values, exclusive in (("mean", mean, False), ("std", std, True)):
+        if not isinstance(values, Sequence) or len(values) != channels:
+            raise ValueError(f"{path}: {name} must hold a number for each of {channels} channels; got {values!r}")
+        for value in values:
+            try:
+                check_number(f"{path}: {name}", value, 0, exclusive=exclusive)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -370,9 +380,30 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
-    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    valued = {key: value for key, value in state.items() if isinstance(value, Tensor) and not value.is_meta}
+    bad = [key for key, value in valued.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if bad:
         raise ValueError(f"{where}: NaN or Inf in {len(bad)} tensors: {_few(bad)}")
+
+
+def check_types(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raise ValueError where a tensor of a file is of another kind than the model's of its name, in `own`.
+
+    Any floating dtype is taken for a floating weight. Integers there are a quantised model's, whose scales are lost.
+    """
+    bad = [
+        f"{key} is {value.dtype}{'' if value.layout is torch.strided else f' ({value.layout})'}, not {own[key].dtype}"
+        for key, value in state.items()
+        if key in own and (_kind(value) != _kind(own[key]) or value.layout is not torch.strided)
+    ]
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} tensors of another type than the model's: {_few(bad)}")
+
+
+def _kind(value: Tensor) -> str:
+    if value.is_quantized or value.is_complex() or value.is_floating_point():
+        return "quantised" if value.is_quantized else "complex" if value.is_complex() else "floating"
+    return "bool" if value.dtype == torch.bool else "integer"
 
 
 def _few(names: Sequence[str]) -> str:
@@ -381,8 +412,9 @@ def _few(names: Sequence[str]) -> str:
 
 def _load(network: nn.Module, state: dict[str, Tensor], path: Path, *, new_head: bool, resize: bool) -> None:
     """Load weights that must fit, except for a head or position embedding whose size the user asked to change."""
-    _check_finite(state, str(path))
     own = network.state_dict()
+    check_types(state, own, path)
+    _check_finite(state, str(path))
     if resize and "pos_embed" in own and "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
         adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
         if adapt is not None:

@@ -71,15 +71,11 @@ class Noise:
         Raises:
             ValueError: the noise is not finite.
         """
-        from safetensors.torch import save_file
-
-        from fastnull.record import replacing
+        from fastnull.tensor_files import write_tensors
 
         check_finite("noise", self.tokens)
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
         metadata = {"format": FORMAT, "site": self.site, "metadata": json.dumps(self.metadata)}
-        with replacing(path) as beside:
-            save_file(tensors, beside, metadata=metadata)
+        write_tensors(path, {name: getattr(self, name) for name in _TENSORS}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Noise:

@@ -113,6 +113,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         # who writes may have put another file there, as safetensors does
         os.chmod(beside, stat.S_IMODE(mode))
         os.replace(beside, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # of a full disk the system does not say which file it was
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 

@@ -12,6 +12,8 @@ import numpy
 import pytest
 import torch
 
+from fastnull.analysis import AnalysisSettings
+from fastnull.bench import BenchSettings
 from fastnull.checks import (
     RANGE_TOLERANCE,
     check_choice,
@@ -158,7 +160,9 @@ def test_fields_of_another_type_are_named(field: str, value: Any, message: str) 
 
 
 @pytest.mark.parametrize(
-    "settings", [FinetuneConfig(), SynthesisConfig()], ids=lambda settings: type(settings).__name__
+    "settings",
+    [FinetuneConfig(), SynthesisConfig(), AnalysisSettings(), BenchSettings()],
+    ids=lambda settings: type(settings).__name__,
 )
 def test_every_field_of_a_configuration_is_checked(settings: Any) -> None:
     """A value of no field's type is refused by name, and a default comes back as it is."""

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastnull.inspection import inspect_models
 from fastnull.models import create_model, load_model, read_metadata, read_state_dict, save_checkpoint
 from fastnull.nullspace import PatchNullspace
 from fastnull.vit import NormalizedModel
@@ -217,6 +218,72 @@ def test_weights_that_are_not_finite(value: float, state: dict[str, Tensor], tmp
     save_file({**state, "norm.bias": torch.full((32,), value)}, path)
     with pytest.raises(ValueError, match=r"nan\.safetensors: NaN or Inf in 1 tensors: norm\.bias"):
         create_model("vit_digits", checkpoint=path)
+
+
+TYPES = [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_weights_of_another_type_are_refused(dtype: torch.dtype, state: dict[str, Tensor], tmp_path: Path) -> None:
+    """Quantised ones, say: copied into the model they would pass for weights."""
+    path = tmp_path / "w.safetensors"
+    save_file({**state, "blocks.0.mlp.fc1.weight": state["blocks.0.mlp.fc1.weight"].to(dtype)}, path)
+    message = rf"w.safetensors: 1 tensors of another type .*: blocks.0.mlp.fc1.weight is {dtype}, not torch.float32"
+    with pytest.raises(ValueError, match=message):
+        create_model("vit_digits", checkpoint=path)
+    save_file({key: value.to(dtype) for key, value in state.items()}, path)
+    with pytest.raises(ValueError, match=rf"{len(state)} tensors of another type"):
+        create_model("vit_digits", checkpoint=path)
+    with pytest.raises(ValueError, match=rf"patch_embed.proj.weight is {dtype}, not torch.float32"):
+        inspect_models(["vit_digits"], checkpoint=path)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_saved_model_with_weights_of_another_type_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(create_model("vit_digits").to(torch.float16), path)
+    with safe_open(str(path), framework="pt") as file:
+        header = file.metadata()
+    save_file({key: value.to(dtype) for key, value in load_file(path).items()}, path, header)
+    with pytest.raises(ValueError, match="tensors of another type"):
+        load_model(path)
+
+
+def test_a_sparse_weight_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({**state, "head.weight": state["head.weight"].to_sparse()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"head.weight is torch.float32 \(torch.sparse_coo\)"):
+        create_model("vit_digits", checkpoint=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_floating_type_are_taken(dtype: torch.dtype, state: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file({key: value.to(dtype) for key, value in state.items()}, tmp_path / "w.safetensors")
+    model = create_model("vit_digits", checkpoint=tmp_path / "w.safetensors")
+    assert torch.equal(model.network.head.weight, state["head.weight"].to(dtype).float())
+
+
+BAD_NORMALISATION = {
+    "negative mean": ("mean", [0.5, -0.5, 0.5], "mean must be >= 0; got -0.5"),
+    "infinite mean": ("mean", [0.5, math.inf, 0.5], "mean must be >= 0; got inf"),
+    "NaN mean": ("mean", [math.nan, 0.5, 0.5], "mean must be .* got nan"),
+    "negative std": ("std", [-0.5, 0.5, 0.5], "std must be > 0; got -0.5"),
+    "zero std": ("std", [0.5, 0, 0.5], "std must be > 0; got 0"),
+    "infinite std": ("std", [0.5, 0.5, math.inf], "std must be > 0; got inf"),
+    "one mean": ("mean", [0.5], r"mean must hold a number for each of 3 channels; got \[0.5\]"),
+    "four stds": ("std", [0.5] * 4, "std must hold a number for each of 3 channels"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NORMALISATION)
+def test_bad_normalisation_in_a_file(case: str, tmp_path: Path) -> None:
+    name, values, message = BAD_NORMALISATION[case]
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(create_model("vit_digits"), path)
+    with safe_open(str(path), framework="pt") as file:
+        header = {**file.metadata(), name: json.dumps(values)}
+    save_file(load_file(path), path, header)
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
 
 
 def test_another_head_is_left_out_only_when_asked_for(state: dict[str, Tensor], tmp_path: Path) -> None:
