@@ -13,6 +13,7 @@ sources), TORCH_CUDA_ARCH_LIST, CUDA_HOME, FASTNULL_BUILD_DIR (default build/nat
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -195,7 +197,7 @@ class NativeBuild:
         self.defines = [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL"]
         self.includes = [f"-I{CSRC}", *(f for d in torch_include_dirs() for f in ("-isystem", str(d)))]
         self.ninja = NinjaFile()
-        self.info: dict[str, object] = {
+        self.info: dict[str, Any] = {
             "torch_headers": torch.__version__,
             "torch_minimum": ".".join(map(str, TORCH_TARGET)),
             "machine": platform.machine(),
@@ -295,6 +297,9 @@ class BuildNative(build_ext):
                 # Copied beside and renamed: a running process may have the old file mapped.
                 shutil.copy2(library, target / f".{library.name}.new")
                 (target / f".{library.name}.new").replace(target / library.name)
+                # fastnull/_C.py loads no other file
+                part = build.info[library.stem.removeprefix("_C_")]
+                part["sha256"] = hashlib.sha256(library.read_bytes()).hexdigest()
             info = build.info
         else:
             print(f"fastnull: native code is not built: {missing}. The package works without it, slower.")

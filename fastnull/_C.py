@@ -7,10 +7,14 @@ the package loads neither. Loading registers the library's kernels with the `tor
 Environment (read when the library is loaded): FASTNULL_NATIVE=0 keeps it out; FASTNULL_CPU_LEVEL names the processor
 level (portable, avx2, avx512, avx512_bf16, avx512_bf16_dot; default: the best this processor has, and the
 last only where its bfloat16 dot products are fast).
+
+A library is loaded only if its digest is the one that the build wrote down: to load a cut or foreign file can end the
+process.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -24,12 +28,35 @@ import torch
 
 DIRECTORY = Path(__file__).resolve().parent
 RECORD = "_build.json"
+# Of each library: the dispatch key, the namespace, and the ops it registers kernels for there.
+KERNELS = {
+    "_C_cpu": (
+        "CPU",
+        "fastnull",
+        "attention_out attention_dqkv_out gelu_out dgelu_ layer_norm_out layer_norm_dx_out noise_objective_out "
+        "adamw_step_ direct_step_ patch_project_out",
+    ),
+    "_C_cuda": (
+        "CUDA",
+        "fastnull_cuda",
+        "attention_out attention_dqkv_out linear_gelu_aux_out linear_dgelu_aux_out noise_objective_out "
+        "noise_objective_means_out adamw_step_ direct_step_ patch_project_out",
+    ),
+}
 
 
 def build_record() -> dict[str, Any]:
-    """What setup.py wrote when it built (or did not build) the libraries; empty if it never ran here."""
-    path = DIRECTORY / RECORD
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What setup.py wrote when it built (or did not build) the libraries; empty if it never ran here.
+
+    A record that cannot be read is {"unreadable": why}.
+    """
+    try:
+        record = json.loads((DIRECTORY / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as failure:
+        return {"unreadable": f"{RECORD}: {failure}"}
+    return record if isinstance(record, dict) else {"unreadable": f"{RECORD} is no mapping"}
 
 
 class Library:
@@ -63,25 +90,57 @@ class Library:
             self.error = f"torch {torch.__version__} is built without CUDA"
             return
         record = build_record()
+        own = record.get(self.name.removeprefix("_C_"))
+        own = own if isinstance(own, dict) else {}
         if not self.path.exists():
-            missing = record.get("missing") or (record.get(self.name.removeprefix("_C_")) or {}).get("missing")
+            missing = record.get("missing") or own.get("missing")
             self.error = f"not built: {missing or f'there is no {self.path.name} beside the package'}"
             return
-        try:
-            torch.ops.load_library(str(self.path))
-            self.loaded = True
-        except (OSError, RuntimeError) as failure:
-            self.error = (
-                f"{self.path.name} does not load into torch {torch.__version__} (built against torch "
-                f"{record.get('torch_headers', '?')}, for torch >= {record.get('torch_minimum', '?')}, by "
-                f"{record.get('compiler', '?')}): {failure}"
-            )
+        self.error = self._wrong_digest(record, own.get("sha256")) or self._refused(record)
+        self.loaded = self.error is None
+        if not self.loaded:
             warnings.warn(
                 f"fastnull runs without its native code, slower: {self.error}. "
                 "Reinstall it in this environment, or set FASTNULL_NATIVE=0 to silence this.",
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+    def _wrong_digest(self, record: dict[str, Any], digest: object) -> str | None:
+        """Why the file is not the one that was built; None where it is."""
+        if digest is None:
+            why = record.get("unreadable", f"{RECORD} holds none")
+            return f"{self.path.name} is not loaded: there is no digest to know it by ({why})"
+        try:
+            found = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        except OSError as failure:
+            return f"{self.path.name} cannot be read: {failure}"
+        if found != digest:
+            return (
+                f"{self.path.name} is not the file that was built (cut short or replaced): its sha256 is {found[:12]}…"
+            )
+        return None
+
+    def _refused(self, record: dict[str, Any]) -> str | None:
+        """Load the library; why it does not serve, or None."""
+        try:
+            torch.ops.load_library(str(self.path))
+        except (OSError, RuntimeError) as failure:
+            return (
+                f"{self.path.name} does not load into torch {torch.__version__} (built against torch "
+                f"{record.get('torch_headers', '?')}, for torch >= {record.get('torch_minimum', '?')}, by "
+                f"{record.get('compiler', '?')}): {failure}"
+            )
+        key, namespace, names = KERNELS[self.name]
+        lacking = [name for name in names.split() if not _has_kernel(f"{namespace}::{name}", key)]
+        return f"{self.path.name} lacks the kernels of {', '.join(lacking)}" if lacking else None
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    try:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
+    except RuntimeError:  # no such op
+        return False
 
 
 cpu = Library("_C_cpu")

@@ -5,7 +5,8 @@ noise in pixels has it by default, each image has one view, which is noisy for t
 that needs no clean logits (universal, random) takes both through the encoder in one pass, with one patch embedding.
 Else the clean view goes first, and synthesis takes its logits: a pass less than if it made its own. The hook form
 (`attach()`, `detach()`, `with aug:`) puts the noise into any training loop that calls the model. Noise is on in
-training mode only.
+training mode only: the mode of the model that is called, whatever its parts are in. It is made with the weights of that
+moment, and a training forward that should have had it and had not is a RuntimeError.
 
     aug = NullspaceAugment(model, mode="boundary")
     for images, labels in loader:
@@ -19,7 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +35,7 @@ from fastnull.rng import Place, carried, generator, share_of
 from fastnull.solvers import norms, own_noise, valid_noise
 from fastnull.starts import in_proportion, start_noise, step_sizes
 from fastnull.synthesis import Noise, SynthesisConfig, synthesize, warm_start
-from fastnull.vit.base import unwrap
+from fastnull.vit.base import inside_frozen, logits_of
 
 MODES = ("boundary", "per_image", "universal", "random")
 
@@ -66,6 +67,25 @@ SHARES = {("boundary", True): 0.5}
 """By (mode, in pixels): share where the caller names none; 0 where none is here."""
 
 
+@dataclass
+class _View:
+    """What one forward of the model is to see, and what has become of it."""
+
+    both: bool = False
+    """Clean and noisy images in one pass, [2 B, ...]; else noisy ones alone."""
+    clean: Tensor | None = None
+    """Logits of the images without noise [B, K], where synthesis need not make them."""
+    applied: bool = False
+    """Whether noise has been added."""
+
+
+NOT_APPLIED = (
+    "noise was asked for in this training forward and none was added: the module at its site did not run with its "
+    "hook. If the model, or the part with that module, was compiled and run before NullspaceAugment was created, "
+    "create it first, or call torch._dynamo.reset()"
+)
+
+
 class NullspaceAugment:
     """Adds synthesised noise to a ViT's training views.
 
@@ -78,14 +98,14 @@ class NullspaceAugment:
             a bank that `refresh` learns; `random`: U(−limit, limit) an image, no synthesis (a control).
         eps: influence aimed at; limit: of the uniform start, in units of the site; steps: of the synthesis.
             None takes the default of mode and site, see DEFAULTS.
-        site: `patch`, `block0` or `pixels`.
+        site: `patch` (None too), `block0` or `pixels`.
         count: universal: noises in the bank; every image of a batch gets one of them.
         seed: with `step` the key of all random numbers: the same (seed, step) gives the same noise.
         share: 0: `loss` sees every image clean and noisy, and the hook form noisy. A number in (0, 1]: both see every
             image once, and that share of a batch, spread evenly over it, is noisy; of batches of one image that share
             of them (ours: steps that cost half as much are twice as many). None takes the default, see SHARES.
         backend, dtype: of the FrozenEncoder that synthesis runs on.
-        config: every setting of the synthesis at once, instead of eps, limit, steps and count.
+        config: every setting of the synthesis at once, instead of eps, limit, steps, site, count and seed.
 
     Attributes:
         step: number of draws so far; set it to the global step for exact resume.
@@ -104,21 +124,24 @@ class NullspaceAugment:
         eps: float | None = None,
         limit: float | None = None,
         steps: int | None = None,
-        site: str = "patch",
-        count: int = 1,
-        seed: int = 0,
+        site: str | None = None,
+        count: int | None = None,
+        seed: int | None = None,
         share: float | None = None,
         backend: str = "auto",
         dtype: torch.dtype | None = None,
         config: SynthesisConfig | None = None,
     ) -> None:
         self.mode = check_choice("mode", mode, MODES)
+        settings = {"eps": eps, "limit": limit, "steps": steps, "site": site, "count": count, "seed": seed}
+        asked = {name: value for name, value in settings.items() if value is not None}
         if config is None:
-            asked = {"eps": eps, "limit": limit, "steps": steps, "site": site, "count": count, "seed": seed}
-            values = {**DEFAULTS[mode, site == "pixels"], **{k: v for k, v in asked.items() if v is not None}}
+            values = {**DEFAULTS[mode, site == "pixels"], **asked}
             config = SynthesisConfig(mode="boundary" if mode == "random" else mode, **values)
-        elif (eps, limit, steps) != (None, None, None):
-            raise ValueError("give either config or eps, limit and steps, not both")
+        elif asked:
+            raise ValueError(
+                f"give either config or {', '.join(asked)}, not both: set {', '.join(asked)} in the config"
+            )
         elif mode not in (config.mode, "random"):
             raise ValueError(f"config.mode must be mode, {mode!r}; got {config.mode!r}")
         self.config = config
@@ -126,17 +149,27 @@ class NullspaceAugment:
         check_number("share", self.share, 0, 1)
         self.encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
         self.model = model
-        self._solve = _solver(self.encoder, config)
+        self._solve = self._solver()
         self.step = 0
         self.place: Place | None = None
         self.enabled = True
         self.stats: dict[str, Tensor] = {}
         self._bank: Noise | None = None
         self._attached = False
+        self._forwards = 0  # with noise, since it was attached
         self._looked = False  # at the values of a batch
-        self._asked: str | None = None  # view of the running `views`: clean, noisy, or both in one pass
-        self._view: str | None = None  # of the running forward: noisy or both
-        self._clean: Tensor | None = None  # logits of the clean view, for the synthesis
+        self._asked: _View | None = None  # by the running `loss` or `views`
+        self._quiet = False  # no noise in the forward that `views` runs
+        self._running: _View | None = None  # of the forward that runs
+        self._clean: Tensor | None = None  # logits of the images of the running forward, for the synthesis
+        self._handles: list[Any] = []
+        weakref.finalize(self, _remove, self._handles)
+        _check_tokens_stay(self.encoder, config.site)
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ValueError(
+                "DataParallel runs copies of the model on several devices, which share this augmentation's state: use "
+                "one process a device (DistributedDataParallel)"
+            )
         self._register()
 
     def loss(
@@ -154,14 +187,14 @@ class NullspaceAugment:
 
         Raises:
             RuntimeError: in eval mode, before `refresh` in universal mode, or where the hooks did not run (the model
-                was compiled and run before this augmentation was created).
+                was compiled and run before this augmentation was created), so that there was no noise.
             ValueError, TypeError: bad images or labels. (On a GPU the first batch alone is searched for bad values: the
                 host would wait for it in every step.)
         """
         trusting = self._trusting(images)
         if self.share:
             self._check(images)
-            logits = self._forward(images, "noisy")
+            logits = self._forward(images, _View())
             with trusting:
                 check_labels(labels, logits.shape[-1], len(images))
             return criterion(logits, labels), logits
@@ -177,17 +210,35 @@ class NullspaceAugment:
         """
         self._check(images)
         if self.mode in ("universal", "random"):
-            clean, noisy = self._forward(images, "both").chunk(2)
+            clean, noisy = self._forward(images, _View(both=True)).chunk(2)
             return clean, noisy
+        clean, noisy = self._both_views(images, lambda: self.model(images))
+        return logits_of(clean), logits_of(noisy)
+
+    def outputs(self, images: Tensor, forward: Callable[[], Any]) -> list[Any]:
+        """What a function that calls the model returns for each view, where the loss is not one of logits and labels.
+
+        Args:
+            images: [B, C, H, W], those that the function gives to the model.
+            forward: calls the model once; returns logits [B, K] or anything that has them as `.logits`.
+
+        Returns:
+            what it returned for the clean and for the noisy view; with `share` for the one view. Raises as `loss`.
+        """
+        self._check(images)
+        if self.share:
+            return [self._call(len(images), _View(), forward)]
+        return list(self._both_views(images, forward))
+
+    def _both_views(self, images: Tensor, forward: Callable[[], Any]) -> tuple[Any, Any]:
         before = _random_state(images.device)
-        clean = self._forward(images, "clean")
+        clean = self._call(len(images), None, forward)
+        noisy = _View()
         if torch.equal(before, _random_state(images.device)):
-            self._clean = clean.detach().to(torch.promote_types(clean.dtype, torch.float32))
+            logits = logits_of(clean).detach()
+            noisy.clean = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # else dropout was in it, which synthesis is to look through: it makes logits of its own
-        try:
-            return clean, self._forward(images, "noisy")
-        finally:
-            self._clean = None
+        return clean, self._call(len(images), noisy, forward)
 
     def _check(self, images: Tensor) -> None:
         if not self.encoder.vit.model.training:
@@ -200,21 +251,25 @@ class NullspaceAugment:
         """Checks of a GPU's values after the first batch are left out inside."""
         return trusted_values(self._looked and isinstance(images, Tensor) and images.device.type != "cpu")
 
-    def _forward(self, images: Tensor, view: str) -> Tensor:
-        """The model's logits [B, K] of a view, or [2 B, K] of both."""
-        self._view, self._asked = None, view
-        both = view == "both"
+    def _forward(self, images: Tensor, view: _View) -> Tensor:
+        """The model's logits of a view, [B, K], or [2 B, K] of both."""
+        given = torch.cat([images, images]) if view.both and self._doubled else images
+        count = 2 * len(images) if view.both else len(images)
+        return logits_of(self._call(count, view, lambda: self.model(given)))
+
+    def _call(self, count: int, view: _View | None, forward: Callable[[], Any]) -> Any:
+        """What `forward` returns; in its call of the model is the noise of a view (None: no noise).
+
+        `count` logits are expected.
+        """
+        self._asked, self._quiet = view, view is None
         try:
-            logits = self.model(torch.cat([images, images]) if both and self._doubled else images)
+            output = forward()
         finally:
-            self._asked = None
-        logits = getattr(logits, "logits", logits)
-        if (self._view or "clean") != view or len(logits) != (1 + both) * len(images):
-            raise RuntimeError(
-                "the noise hooks did not run: the model was compiled and run before NullspaceAugment was created. "
-                "Create it first, or call torch._dynamo.reset()"
-            )
-        return logits  # type: ignore[no-any-return]
+            self._asked, self._quiet = None, False
+        if (view is not None and not view.applied) or len(logits_of(output)) != count:
+            raise RuntimeError(NOT_APPLIED)
+        return output
 
     def refresh(
         self,
@@ -256,11 +311,17 @@ class NullspaceAugment:
                 stacklevel=2,
             )
             torch._dynamo.reset()
-        self._attached = True
+        self._attached, self._forwards = True, 0
         return self
 
     def detach(self) -> None:
-        """Take the noise out again."""
+        """Take the noise out again. Warns where no training forward of the model has had any."""
+        if self._attached and self.enabled and not self._forwards:
+            warnings.warn(
+                "fastnull: no training forward of the model ran while the augmentation was attached, so nothing was "
+                "trained with noise: is it the model of the training loop, called as model(images)?",
+                stacklevel=2,
+            )
         self._attached = False
 
     def __enter__(self) -> NullspaceAugment:
@@ -282,15 +343,22 @@ class NullspaceAugment:
         """Take over what `state_dict` returned.
 
         Raises:
-            ValueError: the state is of another mode or site.
+            ValueError: the state is of another mode or site, or not what `state_dict` returns. Nothing is taken over
+                then.
         """
-        mine, theirs = (self.mode, self.config.site), (state.get("mode"), state.get("config", {}).get("site"))
+        missing = [key for key in ("mode", "config", "step", "bank") if key not in state]
+        if missing:
+            raise ValueError(f"state must be what state_dict() returned; it lacks {', '.join(missing)}")
+        mine, theirs = (self.mode, self.config.site), (state["mode"], state["config"].get("site"))
         if theirs != mine:
             raise ValueError(f"state is of mode and site {theirs}; this augmentation has {mine}")
-        self.config = SynthesisConfig(**state["config"])
-        self._solve = _solver(self.encoder, self.config)
-        self.step = state["step"]
-        self._bank = None if state["bank"] is None else Noise(**state["bank"], site=self.config.site)
+        try:
+            config = SynthesisConfig(**state["config"])
+            bank = None if state["bank"] is None else Noise(**state["bank"], site=config.site)
+        except TypeError as error:
+            raise ValueError(f"state must be what state_dict() returned: {error}") from None
+        self.config, self.step, self._bank = config, state["step"], bank
+        self._solve = self._solver()
 
     def draw(self, tokens: Tensor) -> Tensor:
         """Noise for a batch at the site [B, ...], made with the current weights; no gradient. 0 for the images that
@@ -298,7 +366,10 @@ class NullspaceAugment:
 
         Advances `step` and fills `stats`, which are means over the noisy images (NaN where there is none).
         """
-        tokens = tokens.detach()
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self._draw(tokens.detach())
+
+    def _draw(self, tokens: Tensor) -> Tensor:
         step, source = self.step, generator(self.config.seed, self.step, 1)
         self.step += 1
         if not self.share:
@@ -348,29 +419,72 @@ class NullspaceAugment:
         if self.mode == "random":
             noise = valid_noise(tokens, start) if self.config.site == "pixels" else start
             return noise, torch.full((1,), float("nan"))
-        self.encoder.sync_if_changed()
+        self.encoder.sync()
+        if self._solve_of != self.encoder.generation:  # a graph would run the encoder before
+            self._solve = self._solver()
         inputs = tokens.to(self.encoder.dtype)
         clean = self.encoder(inputs) if self._clean is None else self._clean
         noise, seen, _ = self._solve(inputs, clean, start, *size)
         return noise, seen
 
+    def _solver(self) -> Replay:
+        """(tokens, clean logits, start) or (..., step size) → noise an image, influence, updates."""
+        encoder, config = self.encoder, self.config
+        self._solve_of = encoder.generation
+        graph = use_graph(config.graph, encoder.device, encoder.backend)
+        return Replay(
+            lambda tokens, clean, start, *size: own_noise(encoder, tokens, clean, start, config, *size), graph
+        )
+
     def _register(self) -> None:
         """The hooks stay for the life of this object and do nothing unless a view is asked for."""
+        _remove(self._handles)
         vit = self.encoder.vit
-        handles = [vit.model.register_forward_pre_hook(_Hook(self, "_begin"))]
+        self._handles += [
+            vit.model.register_forward_pre_hook(_Hook(self, "_begin"), with_kwargs=True),
+            vit.model.register_forward_hook(_Hook(self, "_end"), always_call=True),
+        ]
         if self.config.site != "pixels":
-            handles.append(vit.site_module(self.config.site).register_forward_hook(_Hook(self, "_at_site")))
-        weakref.finalize(self, _remove, handles)
+            self._handles.append(vit.site_module(self.config.site).register_forward_hook(_Hook(self, "_at_site")))
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Start of a forward of the model: decide its view."""
-        view = self._asked or ("noisy" if self._attached and self.enabled else "clean")
-        self._view = view if module.training and view != "clean" else None
-        if self._view is None or self.config.site != "pixels":
+        if inside_frozen():
             return None
-        if not args:
-            raise TypeError("at site 'pixels' the images must be the first positional argument of the model's call")
-        return (self._noisy(args[0]), *args[1:])
+        view = self._asked
+        if view is None and self._attached and self.enabled and not self._quiet:
+            view = _View()
+        self._running = view if module.training else None
+        if self._running is None:
+            return None
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "the whole model runs again in the backward pass (activation checkpointing around it), where it would "
+                "get other noise than in the forward: checkpoint its blocks, not the model"
+            )
+        if self.encoder.follow():
+            self._register()
+        self._forwards += 1
+        return self._with_noisy_images(args, kwargs) if self.config.site == "pixels" else None
+
+    def _with_noisy_images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The arguments of the model's call with noise on the images: the first argument, or `pixel_values`."""
+        names = [name for name in ("pixel_values", *kwargs) if isinstance(kwargs.get(name), Tensor)]
+        if not args and not names:
+            raise TypeError("at site 'pixels' the images must be an argument of the model's call; it got none")
+        images = args[0] if args else kwargs[names[0]]
+        if self._asked is None:
+            self._check(images)
+        noisy = self._noisy(images)
+        return ((noisy, *args[1:]), kwargs) if args else (args, {**kwargs, names[0]: noisy})
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """End of a forward of the model, also by an error: was there noise?"""
+        if inside_frozen():
+            return
+        view, self._running = self._running, None
+        if view is not None and not view.applied and output is not None:
+            raise RuntimeError(NOT_APPLIED)
 
     @property
     def _doubled(self) -> bool:
@@ -378,24 +492,25 @@ class NullspaceAugment:
         return self.config.site != "pixels" and not self.encoder.vit.batch_may_grow
 
     def _at_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        # synthesis runs these modules too, in eval mode
-        if self._view is None or not module.training:
+        # synthesis runs these modules too
+        if self._running is None or inside_frozen():
             return None
         vit = self.encoder.vit
         tokens = vit.tokens_of(output)
-        if self._view == "both" and self._doubled:
+        if self._running.both and self._doubled:
             tokens = tokens.chunk(2)[0]
         return vit.with_tokens(output, self._noisy(tokens))
 
     def _noisy(self, tokens: Tensor) -> Tensor:
-        noisy = tokens + self.draw(tokens)
-        return torch.cat([tokens, noisy]) if self._view == "both" else noisy
-
-
-def _solver(encoder: FrozenEncoder, config: SynthesisConfig) -> Replay:
-    """(tokens, clean logits, start) or (..., step size) → noise an image, influence, updates."""
-    graph = use_graph(config.graph, encoder.device, encoder.backend)
-    return Replay(lambda tokens, clean, start, *size: own_noise(encoder, tokens, clean, start, config, *size), graph)
+        view = self._running
+        assert view is not None
+        self._clean = view.clean
+        try:
+            noisy = tokens + self.draw(tokens)
+        finally:
+            self._clean = None
+        view.applied = True
+        return torch.cat([tokens, noisy]) if view.both else noisy
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -427,15 +542,26 @@ class _Hook:
 
 
 def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+    while handles:
+        handles.pop().remove()
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    inner = unwrap(model)
-    if inner is not model and hasattr(model, "_orig_mod"):
-        return True
-    return any(getattr(module, "_compiled_call_impl", None) is not None for module in inner.modules())
+    """Whether the model or a part of it is compiled: by torch.compile(module) or by module.compile()."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def _check_tokens_stay(encoder: FrozenEncoder, site: str) -> None:
+    """Raise ValueError where the model drops tokens before the site in training: its noise has a place for each."""
+    dropped = getattr(getattr(encoder.vit.network, "patch_drop", None), "prob", 0)
+    if site == "block0" and dropped:
+        raise ValueError(
+            f"site 'block0' needs every token, and the model drops {dropped:.0%} of them in training "
+            f"(patch_drop_rate={dropped:g}): use site 'patch' or 'pixels', or patch_drop_rate=0"
+        )
 
 
 def __getattr__(name: str) -> Any:

@@ -38,6 +38,7 @@ class Batches:
         self._kept: list[Pair] = []
         source, held_out, self.check_origin = hold_out(source, check, config)
         self._source = source
+        self._size = one_size([*(source if isinstance(source, Sequence) else ()), *(held_out or ())])
         self._keeps = isinstance(source, Sequence) if config.keep is None else config.keep
         self.batches = _length(source)
         if not self.batches:
@@ -47,7 +48,7 @@ class Batches:
         if held_out is None:  # published: nothing is held out, the training images are judged
             self.check = list(self._round())
         else:
-            self.check = [embed_batch(encoder, batch) for batch in held_out]
+            self.check = [embed_batch(encoder, batch, self._size) for batch in held_out]
         if not self.check:
             raise ValueError("check must hold at least one batch of images; it is empty")
         self.like = self.check[0][0]
@@ -69,7 +70,7 @@ class Batches:
             return
         self._kept.clear()  # of a round that was left early
         for index, batch in zip(range(self.per_round), self._source, strict=False):
-            pair = embed_batch(self._encoder, batch)
+            pair = embed_batch(self._encoder, batch, self._size)
             if index == 0 and self._keeps:
                 self._keeps = self._fit(pair)
             if self._keeps:
@@ -133,10 +134,43 @@ def _images(batch: Any) -> Any:
     return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
-def embed_batch(encoder: FrozenEncoder, batch: Any) -> Pair:
-    """Check a batch; return its clean tokens at the site [B, ...] and logits [B, K]."""
+def one_size(batches: Iterable[Any]) -> tuple[int, ...] | None:
+    """(H, W) of the images of all batches; None where there are none, or something else, which `check_batch` names.
+
+    Raises:
+        ValueError: two sizes: one tensor cannot hold noise for both.
+    """
+    size: tuple[int, ...] | None = None
+    for images in map(_images, batches):
+        if isinstance(images, Tensor) and images.ndim == 4:
+            size = _same_size(images, size)
+    return size
+
+
+def count_images(source: Tensor | Iterable[Any]) -> int | None:
+    """Images of a tensor or sequence of batches; None of a loader, which would have to be read."""
+    if isinstance(source, Tensor):
+        return len(source)
+    if not isinstance(source, Sequence):
+        return None
+    counts = [len(images) for images in map(_images, source) if isinstance(images, Tensor)]
+    return sum(counts) if len(counts) == len(source) else None
+
+
+def _same_size(images: Tensor, size: tuple[int, ...] | None) -> tuple[int, ...]:
+    mine = tuple(images.shape[2:])
+    if size is not None and mine != size:
+        one, other = ("x".join(map(str, each)) for each in (size, mine))
+        raise ValueError(f"all images of a synthesis, the check images too, must be of one size; got {one} and {other}")
+    return mine
+
+
+def embed_batch(encoder: FrozenEncoder, batch: Any, size: tuple[int, ...] | None = None) -> Pair:
+    """Check a batch, its images' (H, W) too where `size` is given; return its clean tokens at the site [B, ...] and
+    logits [B, K]."""
     images = _images(batch)
     check_batch(encoder, images)
+    _same_size(images, size)
     tokens = encoder.embed(images.to(encoder.device))
     clean = encoder(tokens)
     check_finite("logits of the clean images", clean)

@@ -76,7 +76,7 @@ def check_fields(config: Any) -> None:
         TypeError: a value of another type; the message names the field, the type and the value.
         ValueError: NaN where a number is meant.
     """
-    for name, hint in _hints(type(config)).items():
+    for name, hint in _hints(config.__class__).items():
         value = getattr(config, name)
         found = as_type(name, value, hint)
         if found is not value:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import Subset, TensorDataset
+from torch import nn
 
 from fastnull.compat import import_timm
 from fastnull.vit.base import NormalizedModel, unwrap
@@ -41,23 +40,12 @@ def match_classes(
         ValueError: a class that the model does not know or knows twice, or, without names, another number of classes.
             The message shows both lists.
     """
-    if isinstance(model_classes, str) or isinstance(folder_classes, str):
-        raise TypeError("classes must be a list of names; got one string")
-    if model_classes is None:
-        return list(range(len(folder_classes)))
-    if isinstance(model_classes, int):
-        if model_classes == len(folder_classes):
-            return list(range(len(folder_classes)))
-        if model_classes == _IMAGENET and folder_classes and set(folder_classes) <= set(wordnet_ids()):
-            return [wordnet_ids().index(folder) for folder in folder_classes]
-        raise ValueError(
-            f"{name} has {len(folder_classes)} classes ({shortened(folder_classes)}), the model {model_classes} "
-            "without names, so its labels cannot be told. A model that fastnull finetuned on the data knows the names; "
-            "else set them: model.classes = [...]"
-        )
+    known = model_names(model_classes, folder_classes, name=name)
+    if known == list(folder_classes):
+        return list(range(len(known)))
     places: dict[str, list[int]] = {}
-    for place, known in enumerate(model_classes):
-        places.setdefault(_plain(known), []).append(place)
+    for place, held in enumerate(known):
+        places.setdefault(_plain(held), []).append(place)
     unknown = [folder for folder in folder_classes if _plain(folder) not in places]
     twice = [folder for folder in folder_classes if len(places.get(_plain(folder), ())) > 1]
     if unknown or twice:
@@ -68,9 +56,32 @@ def match_classes(
         )
         raise ValueError(
             f"{name} has {fault}. Its {len(folder_classes)} classes are {shortened(folder_classes)}; "
-            f"the model's {len(model_classes)} are {shortened(model_classes)}"
+            f"the model's {len(known)} are {shortened(known)}"
         )
     return [places[_plain(folder)][0] for folder in folder_classes]
+
+
+def model_names(
+    model_classes: Sequence[str] | int | None, folder_classes: Sequence[str], *, name: str = "data"
+) -> list[str]:
+    """Names of a model's classes; where it has none, those that it gets from data whose labels it is to tell.
+
+    These are the data's own, where the numbers of classes agree, or ImageNet's WordNet ids where a model of 1000
+    classes meets some of them. Arguments and errors are those of `match_classes`.
+    """
+    if isinstance(model_classes, str) or isinstance(folder_classes, str):
+        raise TypeError("classes must be a list of names; got one string")
+    if model_classes is None or model_classes == len(folder_classes):
+        return list(folder_classes)
+    if not isinstance(model_classes, int):
+        return list(model_classes)
+    if model_classes == _IMAGENET and folder_classes and set(folder_classes) <= set(wordnet_ids()):
+        return list(wordnet_ids())
+    raise ValueError(
+        f"{name} has {len(folder_classes)} classes ({shortened(folder_classes)}), the model {model_classes} "
+        "without names, so its labels cannot be told. A model that fastnull finetuned on the data knows the names; "
+        "else set them: model.classes = [...]"
+    )
 
 
 def classes_of(model: nn.Module) -> list[str] | int | None:
@@ -121,30 +132,24 @@ def names_of(data: Any) -> list[str] | None:
     return None
 
 
-def labels_of(data: Any) -> Tensor | None:
-    """Class numbers [n] of a data set, found without reading its images; None where that cannot be done.
+def check_same_classes(model: nn.Module, other: nn.Module, *, name: str) -> None:
+    """Check that two models mean the same by a label, as far as they have names, or numbers of classes.
 
-    They are looked for in the tensors of a TensorDataset, `targets` (torchvision's, ours), the `reader` of timm's data
-    sets, and the data set that a Subset wraps.
+    Raises:
+        ValueError: they do not; the message shows both lists.
     """
-    if isinstance(data, Subset):
-        inner = labels_of(data.dataset)
-        return None if inner is None else inner[torch.as_tensor(list(data.indices), dtype=torch.long)]
-    if isinstance(data, TensorDataset):
-        found: Any = data.tensors[1] if len(data.tensors) == 2 else None
-    else:
-        found = getattr(data, "targets", None)
-    reader = getattr(data, "reader", None)
-    if found is None and isinstance(getattr(reader, "samples", None), (list, tuple)):
-        found = [sample[1] for sample in reader.samples]  # type: ignore[union-attr]
-    elif found is None and hasattr(getattr(reader, "dataset", None), "features"):
-        found = list(reader.dataset[getattr(reader, "label_key", "label")])  # type: ignore[union-attr]
-    try:
-        labels = torch.as_tensor(found)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    whole = labels.ndim == 1 and not labels.is_floating_point() and labels.dtype != torch.bool
-    return labels.long() if whole and len(labels) == len(data) else None
+    one, two = classes_of(model), classes_of(other)
+    if one == two or one is None or two is None:
+        return
+    counts = [known if isinstance(known, int) else len(known) for known in (one, two)]
+    if isinstance(one, int) or isinstance(two, int):
+        if counts[0] == counts[1]:
+            return
+        raise ValueError(f"{name} must have the model's {counts[0]} classes; it has {counts[1]}")
+    raise ValueError(
+        f"{name} must have the model's classes in their order; its {counts[1]} are {shortened(two)}, "
+        f"the model's {counts[0]} are {shortened(one)}"
+    )
 
 
 def check_names(classes: Any, count: int | None) -> None:
@@ -184,7 +189,7 @@ def _names(found: Any) -> list[str] | None:
     """Names from a list of them, name → index, or index → name; None where it is none of these."""
     if isinstance(found, Mapping):
         pairs = dict(found.items())
-        if pairs and all(isinstance(key, str) and isinstance(value, int) for key, value in pairs.items()):
+        if pairs and all(isinstance(key, str) and isinstance(value, Integral) for key, value in pairs.items()):
             pairs = {value: key for key, value in pairs.items()}
         if not pairs or sorted(pairs, key=str) != sorted(range(len(pairs)), key=str):
             return None

@@ -351,11 +351,10 @@ def _inputs(args: argparse.Namespace) -> dict[str, Any]:
 def _two_sets(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tensor]:
     """Up to --images training images to learn from, and test images to judge on, drawn by the seed evenly over their
     classes (where those are known without reading the images), in a random order; [n, C, H, W] in [0, 1]."""
-    from fastnull.classes import labels_of
     from fastnull.data import Samples, embedded, evaluation_data, open_source, to_pixels
     from fastnull.finetune import FinetuneConfig
     from fastnull.rng import generator
-    from fastnull.subset import even_subset
+    from fastnull.subset import even_subset, labels_of
     from fastnull.view import View
 
     view = View.of(model)

@@ -40,6 +40,7 @@ from fastnull.robustness import CORRUPTIONS, DEMO_CORRUPTIONS, corrupt, evaluate
 from fastnull.robustness.corruptions import SEVERITIES
 from fastnull.solvers import norms, valid_noise
 from fastnull.starts import in_proportion, start_noise
+from fastnull.subset import even_subset
 from fastnull.synthesis import SynthesisConfig
 from fastnull.workers import one_thread, report_done, run_in_processes
 
@@ -495,7 +496,8 @@ def _equal_norm(config: FinetuneConfig, other: Path) -> FinetuneConfig:
     if not seen:
         raise ValueError(f"{other} logged no norm of its noise: it cannot be the model of random noise")
     model = load_model(config.checkpoint or "").eval()
-    images = embedded(config.data, model)[0].tensors[0][:CALIBRATION_IMAGES]
+    images, labels = embedded(config.data, model)[0].tensors
+    images = images[even_subset(labels, CALIBRATION_IMAGES, 0)]
     inputs = FrozenEncoder(model, site=config.site).embed(images)
     start = config.synthesis()
     assert start is not None

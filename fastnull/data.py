@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from fastnull.checks import check_number
-from fastnull.classes import classes_of, labels_of, match_classes, names_of
+from fastnull.classes import classes_of, match_classes, model_names, names_of
 from fastnull.image_files import (
     BadImageError,
     ImageFiles,
@@ -39,6 +39,7 @@ from fastnull.image_files import (
 )
 from fastnull.photos import PHOTOS, photos
 from fastnull.rng import generator, preserved
+from fastnull.subset import labels_of
 from fastnull.view import View
 
 if TYPE_CHECKING:
@@ -183,9 +184,7 @@ def evaluation_data(
     tested = _split_folder(data, _TEST_FOLDERS)
     if not isinstance(known, list):
         train = [folder.name for folder in class_folders(_split_folder(data, ("train",)))]
-        # else ImageNet's, which the folders' names tell too
-        if match_classes(known, train, name=f"{data}/train") == list(range(len(train))):
-            known = train
+        known = model_names(known, train, name=f"{data}/train")
     return ImageFiles(ImageFolder(tested, known), evaluation, view.channels, skip_bad)
 
 
@@ -235,13 +234,15 @@ class Samples(Dataset[tuple[Tensor, Any]]):
 
     def _read(self, index: int, mode: str) -> tuple[Any, Any]:
         """An image file, decoded; whatever fails on the way is that file's fault."""
+        if index >= len(self):
+            raise IndexError(f"image {index} of {len(self)}")
         try:
             image, label = self.base[index]
             return eight_bits(image, mode) if hasattr(image, "convert") else image, label
         except BadImageError:
             raise
         except Exception as error:
-            raise BadImageError(f"data: cannot read image {index}: {error or type(error).__name__}") from error
+            raise BadImageError(f"data: cannot read image {index}: {str(error) or type(error).__name__}") from error
 
     @property
     def targets(self) -> Tensor | None:

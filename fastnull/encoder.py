@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from fastnull import _C
+from fastnull.autograd_encoder import AutogradEncoder
 from fastnull.checks import check_choice
 from fastnull.explicit import ExplicitEncoder
 from fastnull.explicit.products import products_dtype
 from fastnull.ops.attention import WIDEST_HEAD
 from fastnull.ops.common import NATIVE_DTYPES, switched_off, told, triton_problem
+from fastnull.proof import check_structure, check_values
 from fastnull.sharded import Held, Units, is_sharded
-from fastnull.vit.base import SplitViT, as_split, check_site, frozen
+from fastnull.vit.base import SplitViT, as_split, check_site
+from fastnull.vit.exact import same, snapshot
 from fastnull.vit.parts import UnsupportedModelError, ViTParts
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -73,9 +75,10 @@ class FrozenEncoder:
         site: str = "patch",
         mlp_dtype: torch.dtype | None = None,
     ) -> None:
-        check_choice("backend", backend, BACKENDS)
+        self._asked = check_choice("backend", backend, BACKENDS)
         self.site = check_site(site)
         self.vit = as_split(model, site)
+        self._model = model
         self._units: Units | None = None
         if any(is_sharded(parameter) for parameter in self.vit.model.parameters()):
             raise ValueError(
@@ -86,14 +89,17 @@ class FrozenEncoder:
         self.dtype = dtype or weight.dtype
         self._device = weight.device
         self.mlp_dtype = mlp_dtype
-        self._explicit = _explicit(self.vit, self.dtype, backend, mlp_dtype)
-        self.backend = "reference" if self._explicit is None else self._device.type
-        self.products = self.dtype if self._explicit is None else self._explicit.compute
-        self._split = self.vit
-        if self._explicit is None and self.dtype != weight.dtype:
-            self._split = copy.deepcopy(self.vit)
-            self._split.model.to(self.dtype)
-        self._synced = self._versions()
+        self.generation = 0
+        self._choose()
+
+    def _choose(self) -> None:
+        """Take the fast encoder where it is allowed and proven, else the model's own modules."""
+        with _no_autocast(self._device):
+            explicit = _explicit(self.vit, self.dtype, self._asked, self.site, self.mlp_dtype)
+        self._encoder: ExplicitEncoder | AutogradEncoder = explicit or AutogradEncoder(self.vit, self.dtype)
+        self.backend = "reference" if explicit is None else self._device.type
+        self.products = self._encoder.compute
+        self._snapshot = snapshot(self.vit.model)
 
     @property
     def device(self) -> torch.device:
@@ -110,59 +116,64 @@ class FrozenEncoder:
         Raises:
             ValueError: the model was not sharded inside.
         """
-        if self._explicit is None and self._split is self.vit:
-            self._split = copy.deepcopy(self.vit)
+        if isinstance(self._encoder, AutogradEncoder):
+            self._encoder.copy()
         held = Held(self.vit.model)
         yield
         self._units = Units(self.vit.model, held)
-        self._synced = self._versions()
+        self._snapshot = snapshot(self.vit.model, parameters=False)
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Take over the model's current weights, in place; bit for bit what a new encoder of the model has."""
-        self._check_device()
-        self._synced = self._versions()
-        if self._explicit is not None and self._units is not None:
-            self._explicit.sync(self._units.gathered)
-        elif self._explicit is not None:
-            self._explicit.sync()
-        elif self._split is not self.vit:
-            self._copy_weights()
+        """Take over the model's current weights, in place; bit for bit what a new encoder of the model has.
 
-    def _copy_weights(self) -> None:
-        mine, theirs = self._split.model, self.vit.model
-        if self._units is None:
-            for target, source in zip(mine.parameters(), theirs.parameters(), strict=True):
-                target.copy_(source)
-        else:
-            copies = dict(zip(theirs.modules(), mine.modules(), strict=True))
-            for unit, members in self._units.members.items():
-                with self._units.gathered(unit):
-                    for member in members:
-                        for name, source in member.named_parameters(recurse=False):
-                            getattr(copies[member], name).copy_(source)
-        for target, source in zip(mine.buffers(), theirs.buffers(), strict=True):
-            target.copy_(source)
+        Where modules were replaced, wrapped or hooked since the last time, the model is split and the encoder proven
+        anew: `backend` may then be another one, and `generation` is one higher.
+
+        Raises:
+            RuntimeError: the model was moved to another device, or changed after it was sharded.
+            UnsupportedModelError: a forced backend cannot run what the model became.
+        """
+        self._check_device()
+        with _no_autocast(self._device):
+            if not self.follow():
+                self._encoder.sync(self._units)
 
     def sync_if_changed(self) -> None:
-        """`sync` where a parameter was replaced or written in place since the last one.
+        """The same as `sync`: no sign of a change that torch gives is one for all optimisers."""
+        self.sync()
 
-        Writes through `.data` leave no trace: after those call `sync`.
+    def follow(self) -> bool:
+        """Whether the structure of the model changed since the last look; if so, the encoder has been made anew of it.
+
+        Cheap where nothing changed: identities of modules, hooks and parameters are compared.
         """
-        if self._versions() != self._synced:
-            self.sync()
+        if same(snapshot(self.vit.model, parameters=self._units is None), self._snapshot):
+            return False
+        if self._units is not None:
+            raise RuntimeError(
+                "modules or hooks of the model changed after it was sharded: change it before `encoder.sharding()`"
+            )
+        if not isinstance(self._model, SplitViT):
+            self.vit = as_split(self._model, self.site)
+        self._choose()
+        self.generation += 1
+        return True
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """Images as the model takes them [B, C, H, W] → the tensor at the site: [B, N, D], [B, P + N, D] or images.
 
         Always in `dtype`, without gradient.
+
+        Raises:
+            TypeError: images that are not of a floating dtype.
+            ValueError: of another shape, or on another device.
+            RuntimeError: the model was moved to another device.
         """
         self._check_images(images)
-        if self._explicit is not None:
-            return self._explicit.embed(images, self.site)
-        with frozen(self._split.model), _no_autocast(images):
-            return self._split.embed(images.to(self.dtype), self.site)
+        with _no_autocast(self._device):
+            return self._encoder.embed(images, self.site)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -173,11 +184,8 @@ class FrozenEncoder:
             RuntimeError: the model was moved to another device.
         """
         self._check_tokens(tokens)
-        with _no_autocast(tokens):
-            if self._explicit is not None:
-                return self._explicit.logits(tokens, self.site)
-            with frozen(self._split.model):
-                return self._split.logits(tokens.to(self.dtype), self.site)
+        with _no_autocast(self._device):
+            return self._encoder.logits(tokens, self.site)
 
     def input_gradient(
         self, tokens: Tensor, cotangent: Cotangent, *, by_image: bool = False, sum_every: int | None = None
@@ -213,34 +221,14 @@ class FrozenEncoder:
             _check_cotangent(given, tuple(logits.shape))
             return given.detach().to(logits.dtype)
 
-        with _no_autocast(tokens):
-            if self._explicit is not None:
-                parts = by_image or isinstance(cotangent, Tensor)
-                with torch.no_grad():
-                    return self._explicit.input_gradient(tokens.detach(), self.site, weights, parts, sum_every)
-            logits, gradient = self._by_autograd(tokens, lambda logits: weights(logits, slice(0, len(tokens))))
-        if sum_every is not None:
-            wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-            gradient = gradient.unflatten(0, (-1, sum_every)).sum(1, dtype=wide)
-        return logits, gradient
+        parts = by_image or isinstance(cotangent, Tensor)
+        with torch.no_grad(), _no_autocast(self._device):
+            return self._encoder.input_gradient(tokens.detach(), self.site, weights, parts, sum_every)
 
     def memory(self) -> dict[str, int]:
         """Bytes that the encoder itself holds: `weights`, `kept` for the backward, `scratch`; nothing on `reference`,
         whose memory autograd takes anew each time."""
-        return {"weights": 0, "kept": 0, "scratch": 0} if self._explicit is None else self._explicit.memory()
-
-    def _by_autograd(self, tokens: Tensor, weights: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        with frozen(self._split.model), torch.enable_grad():
-            leaf = tokens.detach().to(self.dtype).requires_grad_(True)
-            logits = self._split.logits(leaf, self.site)
-            (gradient,) = torch.autograd.grad(logits, leaf, weights(logits.detach()))
-        return logits.detach(), gradient
-
-    def _versions(self) -> list[tuple[int, int]]:
-        if self._units is not None:
-            # alike in all processes, as `sync` must be; and in a forward the root's are not among model.parameters()
-            return [(0, parameter._version) for parameter in self._units.parameters]
-        return [(parameter.data_ptr(), parameter._version) for parameter in self.vit.model.parameters()]
+        return self._encoder.memory()
 
     def _check_device(self) -> None:
         now = self.vit.projection.weight.device
@@ -249,6 +237,11 @@ class FrozenEncoder:
 
     def _check_images(self, images: Tensor) -> None:
         self._check_device()
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be of a floating dtype, as the model takes them; got {images.dtype}: convert pixels with "
+                "images.float() / 255"
+            )
         if images.device != self._device:
             raise ValueError(f"images are on {images.device}, the encoder is on {self._device}")
         size = self.vit.image_size
@@ -260,30 +253,29 @@ class FrozenEncoder:
         self._check_device()
         if self.site == "pixels":
             self._check_images(tokens)
+            return
         if not tokens.is_floating_point():
             raise TypeError(f"tokens must be of a floating dtype; got {tokens.dtype}")
         if tokens.device != self._device:
             raise ValueError(f"tokens are on {tokens.device}, the encoder is on {self._device}")
-        if self._explicit is not None and self.site != "pixels":
-            stem = self._explicit.stem
-            count = stem.tokens if self.site == "block0" else len(stem.positions)
-            if tuple(tokens.shape[1:]) != (count, self._explicit.width):
-                wanted = f"[B, {count}, {self._explicit.width}]"
-                raise ValueError(f"tokens at site {self.site!r} must have shape {wanted}; got {list(tokens.shape)}")
+        wanted = self._encoder.token_shape(self.site)
+        if wanted is not None and tuple(tokens.shape[1:]) != wanted:
+            shape = f"[B, {', '.join(map(str, wanted))}]"
+            raise ValueError(f"tokens at site {self.site!r} must have shape {shape}; got {list(tokens.shape)}")
 
 
 def _explicit(
-    vit: SplitViT, dtype: torch.dtype, backend: str, mlp_dtype: torch.dtype | None = None
+    vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch", mlp_dtype: torch.dtype | None = None
 ) -> ExplicitEncoder | None:
-    """The written-out encoder where the backend asks for it and model, device and dtype allow it."""
-    made = _written_out(vit, dtype, backend, mlp_dtype)
+    """The written-out encoder where the backend asks for it, model, device and dtype allow it, and it is proven."""
+    made = _written_out(vit, dtype, backend, site, mlp_dtype)
     if made is None and mlp_dtype is not None:
         raise ValueError(f"mlp_dtype={mlp_dtype} needs the backend 'cuda' (or 'cpu'); the model runs on 'reference'")
     return made
 
 
 def _written_out(
-    vit: SplitViT, dtype: torch.dtype, backend: str, mlp_dtype: torch.dtype | None
+    vit: SplitViT, dtype: torch.dtype, backend: str, site: str, mlp_dtype: torch.dtype | None
 ) -> ExplicitEncoder | None:
     """`_explicit`, which may be None whatever the MLP was to have."""
     device = vit.projection.weight.device
@@ -296,7 +288,9 @@ def _written_out(
         raise ValueError(f"backend {backend!r} needs a model on a device of type {backend!r}; it is on {device}")
     try:
         parts = _checked_parts(vit, dtype, device, backend)
-        return ExplicitEncoder(vit, parts, dtype, products_dtype(dtype, device), mlp_dtype)
+        made = ExplicitEncoder(vit, parts, dtype, products_dtype(dtype, device), mlp_dtype)
+        check_values(vit, made, site, rounded=mlp_dtype is not None)
+        return made
     except UnsupportedModelError as reason:
         if backend != "auto":
             problem = f"backend {backend!r} does not support {reason}; use 'auto' or 'reference'"
@@ -328,6 +322,7 @@ def _checked_parts(vit: SplitViT, dtype: torch.dtype, device: torch.device, back
         if dtype not in NATIVE_DTYPES["cuda"]:
             raise UnsupportedModelError(f"dtype {str(dtype)[6:]} (float32, bfloat16 or float16)")
     parts = vit.parts()
+    check_structure(vit, parts)
     widest = max(block.proj.in_features // block.heads for block in parts.blocks)
     if device.type == "cuda" and widest > WIDEST_HEAD:
         if backend != "auto":
@@ -347,6 +342,6 @@ def _warn_once(message: str) -> None:
         warnings.warn(f"fastnull: {message}", stacklevel=5)
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
+def _no_autocast(device: torch.device) -> torch.autocast:
     """The dtype is this encoder's own, also inside a caller's autocast region."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastnull.checkpoint import RunFolder, gathered_weights, save_weights, state_path
 from fastnull.checks import check_images, check_labels
-from fastnull.classes import classes_of, labels_of, match_classes, names_of, shortened, wordnet_ids
+from fastnull.classes import classes_of, match_classes, model_names, names_of, shortened
 from fastnull.data import (
     EpochBatches,
     Samples,
@@ -44,7 +44,7 @@ from fastnull.progress import progress_bar
 from fastnull.recipe import FinetuneConfig, make_plan
 from fastnull.rng import preserved
 from fastnull.sharded_state import write_shares
-from fastnull.subset import even_subset
+from fastnull.subset import even_subset, labels_of
 from fastnull.training import DivergenceError, FinetuneResult, Training
 from fastnull.view import View
 from fastnull.vit import NormalizedModel, unwrap
@@ -184,7 +184,8 @@ def _train(
         share, size = _share(validation, processes), -(-config.batch_size // processes.world)
         held_out = loader(share, size, workers=config.workers, device=training.device)
         if config.augment == "universal":
-            check = loader(_even(share, CHECK_BATCHES * size, config.seed), size, device=training.device)
+            even = _even(share, CHECK_BATCHES * size, config.seed)
+            check = loader(even, size, workers=config.workers, device=training.device)
     bar = progress_bar(plan.steps, show=config.progress and processes.first, initial=training.step, desc=config.augment)
     with bar:
         while training.step < plan.steps:
@@ -268,7 +269,11 @@ def _create_model(config: FinetuneConfig, source: Source) -> nn.Module:
         img_size=config.img_size,
         **regularised,
     )
-    if model.classes is not None and source.classes is not None and not set(source.classes) <= set(model.classes):
+    if model.classes is None or source.classes is None:
+        return model
+    try:
+        match_classes(model.classes, source.classes)
+    except ValueError:
         warnings.warn(
             f"{config.checkpoint}: its head is for other classes ({shortened(model.classes)}); the model's new head "
             f"for {shortened(source.classes)} starts fresh",
@@ -286,9 +291,8 @@ def _match_classes(model: nn.Module, source: Source) -> list[int] | None:
         return None
     labels = match_classes(classes_of(model), source.classes, name="the training data")
     inner = unwrap(model)
-    if isinstance(inner, NormalizedModel) and not isinstance(classes_of(model), list):
-        ordered = labels == list(range(len(labels)))
-        inner.classes = list(source.classes if ordered else wordnet_ids())
+    if isinstance(inner, NormalizedModel):
+        inner.classes = model_names(classes_of(model), source.classes)
     return labels
 
 

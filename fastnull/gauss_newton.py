@@ -19,6 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastnull.ops.common import no_autocast
+
 DAMPING = 0.005
 """Share of the trace of the system that is added to its diagonal."""
 CG_STEPS = 24
@@ -50,12 +52,13 @@ def gauss_newton_step(
     """
     G, v = rows.flatten(2), noise.flatten(1)  # [M, B, P], [M, P]
     wish = push.flatten(1) if isinstance(push, Tensor) else torch.zeros_like(v)
-    if mean is None and rows.device.type == "cpu":
-        step = _factorised(G, changes, wish)
-    else:
-        step = _conjugate_gradients(G, changes, wish, mean or _alone)
-    longest = radius * torch.linalg.vector_norm(v, dim=1)
-    share = _ratio(longest, torch.linalg.vector_norm(step, dim=1)).clamp(max=1)
+    with no_autocast(rows.device):
+        if mean is None and rows.device.type == "cpu":
+            step = _factorised(G, changes, wish)
+        else:
+            step = _conjugate_gradients(G, changes, wish, mean or _alone)
+        longest = radius * torch.linalg.vector_norm(v, dim=1)
+        share = _ratio(longest, torch.linalg.vector_norm(step, dim=1)).clamp(max=1)
     return (step * share.unsqueeze(1)).view_as(noise)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastnull.classes import match_classes, printable
+from fastnull.classes import match_classes, model_names, printable
 
 IMAGE_SUFFIXES = (
     ".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -40,7 +40,6 @@ class ImageFolder(Dataset[Sample]):
     Attributes:
         classes: names of the classes in the order of the labels.
         files: path and label of each image.
-        targets: the labels alone.
 
     Raises:
         ValueError: no such folder, no classes, a class without an image, a folder that cannot be read or a link to
@@ -51,15 +50,19 @@ class ImageFolder(Dataset[Sample]):
     def __init__(self, root: str | os.PathLike[str], classes: Sequence[str] | int | None = None) -> None:
         folders = class_folders(root)
         names = [folder.name for folder in folders]
-        labels = match_classes(classes, names, name=f"data: {printable(root)}")
-        self.classes = names if classes is None or isinstance(classes, int) else list(classes)
+        self.classes = model_names(classes, names, name=f"data: {printable(root)}")
+        labels = match_classes(self.classes, names, name=f"data: {printable(root)}")
         self.files: list[tuple[Path, int]] = []
         for folder, label in zip(folders, labels, strict=True):
             files = image_paths(folder)
             if not files:
                 raise ValueError(f"data: {printable(folder)} holds no image ({', '.join(IMAGE_SUFFIXES)})")
             self.files += [(path, label) for path in files]
-        self.targets = [label for _, label in self.files]
+
+    @property
+    def targets(self) -> list[int]:
+        """The labels alone."""
+        return [label for _, label in self.files]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -216,9 +219,6 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         channels: images are turned into grey (1) or RGB (3) ones.
         skip_bad: a file that cannot be read is a grey image with the label BAD, and no error.
 
-    Attributes:
-        targets: the labels of all files, whether they can be read or not.
-
     Raises:
         ValueError: another number of channels.
     """
@@ -228,7 +228,6 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     ) -> None:
         self.files, self.transform, self.skip_bad = files, transform, skip_bad
         self.mode = image_mode(channels)
-        self.targets = files.targets
 
     def __len__(self) -> int:
         return len(self.files)
@@ -243,6 +242,11 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
                 raise BadImageError(f"{error} (--skip-bad leaves such files out, and counts them)") from error
             image, label = Image.new("RGB", (64, 64), (128, 128, 128)), BAD
         return to_pixels(self.transform(image.convert(self.mode))), label
+
+    @property
+    def targets(self) -> list[int]:
+        """The labels of all files, whether they can be read or not."""
+        return self.files.targets
 
     def name(self, index: int) -> str:
         """The file of an image, CLASS/FILE."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,15 @@ from fastnull.checks import as_type, check_finite
 from fastnull.vit.base import check_site
 
 FORMAT = "fastnull-noise-1"
-_TENSORS = ("tokens", "influence", "norm", "converged", "steps")
+_FLOATING = ("of a floating dtype", lambda dtype: dtype.is_floating_point and dtype.itemsize > 1)
+_KINDS: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
+    "tokens": _FLOATING,
+    "influence": _FLOATING,
+    "norm": _FLOATING,
+    "converged": ("bool", lambda dtype: dtype == torch.bool),
+    "steps": ("int64", lambda dtype: dtype == torch.int64),
+}
+_TENSORS = tuple(_KINDS)
 
 
 @dataclass(frozen=True)
@@ -57,11 +66,16 @@ class Noise:
         return replace(self, tokens=tokens, influence=unknown, converged=torch.zeros_like(self.converged))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, whole or not at all.
+
+        Raises:
+            ValueError: the noise is not finite.
+        """
         from safetensors.torch import save_file
 
         from fastnull.record import replacing
 
+        check_finite("noise", self.tokens)
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
         metadata = {"format": FORMAT, "site": self.site, "metadata": json.dumps(self.metadata)}
         with replacing(path) as beside:
@@ -88,14 +102,35 @@ class Noise:
                 if missing:
                     raise ValueError(f"{path} lacks {', '.join(missing)}")
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
-            site = check_site(header.get("site", "none"))
-            about = as_type("its metadata", json.loads(header.get("metadata", "null")), dict[str, Any])
+                header = {name: header.get(name, "") for name in ("site", "metadata")}
         except SafetensorError as error:
             raise ValueError(f"{path} is no whole safetensors file (truncated, or a pickle?): {error}") from error
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        check_finite(f"noise in {path}", tensors["tokens"])
-        counts = {name: len(tensor) for name, tensor in tensors.items()}
-        if len(set(counts.values())) != 1:
-            raise ValueError(f"{path} holds different numbers of noises: {counts}")
-        return cls(**tensors, site=site, metadata=about)
+        check_noise(tensors, str(path))
+        try:
+            metadata = as_type("metadata", json.loads(header["metadata"]), dict[str, Any])
+            return cls(**tensors, site=check_site(header["site"]), metadata=metadata)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} has a broken header: {error}") from error
+
+
+def check_noise(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check the five tensors of a Noise as a file or a state gives them.
+
+    Args:
+        tensors: by the names of Noise's attributes.
+        source: where they come from, for the message.
+
+    Raises:
+        ValueError: another dtype or shape, different numbers of noises, or noise that is not finite.
+    """
+    for name, (kind, fits) in _KINDS.items():
+        tensor = tensors[name]
+        if not fits(tensor.dtype):
+            raise ValueError(f"{source}: {name} must be {kind}; it is {tensor.dtype}")
+        if tensor.ndim < 3 if name == "tokens" else tensor.ndim != 1:
+            shape = "[M, N, D] or [M, C, H, W]" if name == "tokens" else "[M]"
+            raise ValueError(f"{source}: {name} must have shape {shape}; it is {list(tensor.shape)}")
+    check_finite(f"noise in {source}", tensors["tokens"])
+    counts = {name: len(tensors[name]) for name in _KINDS}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"{source} holds different numbers of noises: {counts}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastnull.box_least_squares import box_least_squares
 from fastnull.box_projection import box_projection
 from fastnull.checks import RANGE_TOLERANCE, check_finite, check_number
+from fastnull.ops.common import no_autocast
 from fastnull.ops.patch_project import patch_project
 from fastnull.vit.base import NormalizedModel, SplitViT, split, unwrap
 
@@ -126,7 +127,7 @@ class PatchNullspace:
         grid = self._grid_of(images)
         dtype = torch.promote_types(images.dtype, torch.float32)
         basis = self._cast(images.device, dtype)
-        with torch.autocast(images.device.type, enabled=False):  # 16-bit products would leak
+        with no_autocast(images.device):  # 16-bit products would leak
             if self.patch_size[0] == self.patch_size[1]:
                 noise = patch_project(images.to(dtype), basis, self.patch_size[0], self._complement)
             else:

@@ -128,7 +128,10 @@ class PixelNullspace(v2.Transform):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Which noise each image gets: `rows` [B], and whether it gets one: `chosen` [B]."""
         batch = next((x.shape[0] for x in flat_inputs if isinstance(x, Tensor) and x.ndim == 4), 0)
-        return {"rows": torch.randint(len(self.bank), (batch,)), "chosen": torch.rand(batch) < self.p}
+        return {
+            "rows": torch.randint(len(self.bank), (batch,)),
+            "chosen": torch.rand(batch, dtype=torch.float32) < self.p,
+        }
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Images [B, C, H, W] with their noise, a new tensor of the same kind; other tv_tensors pass through."""
@@ -142,6 +145,30 @@ class PixelNullspace(v2.Transform):
         noisy = images + noise if self.bounds is None else self._inside(images, noise)
         noisy = torch.where(chosen[:, None, None, None], noisy, images)
         return tv_tensors.wrap(noisy, like=inpt)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As of any module, but all of it or nothing: a bank must not be half that of one run and half of another."""
+        known = {prefix + name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        missing = [name for name in known if name not in state_dict]
+        foreign = [name for name in state_dict if name.startswith(prefix) and name not in known]
+        problems = [why for name, buffer in known.items() if (why := _unlike(name, state_dict.get(name), buffer))]
+        if problems or (strict and (missing or foreign)):
+            missing_keys += missing if strict else []
+            unexpected_keys += foreign if strict else []
+            error_msgs += problems
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _inside(self, images: Tensor, noise: Tensor) -> Tensor:
         low, high = (bound.to(images) for bound in self.bounds or ())
@@ -165,8 +192,8 @@ class PixelNullspace(v2.Transform):
         """A bank [M, C, H, W] in float32, the `number`th, and its residuals [M]."""
         if noise is None:
             count = len(self.bank) if number else self.count
-            like = torch.empty(count, space.channels, *self.size)
-            return space.sample(like, self.scale, generator(self.seed, number)), torch.zeros(count)
+            like = torch.empty(count, space.channels, *self.size, dtype=torch.float32)
+            return space.sample(like, self.scale, generator(self.seed, number)), torch.zeros(count, dtype=torch.float32)
         if isinstance(noise, Noise) and noise.site == "block0":
             raise ValueError("noise of site 'block0' has no pixels behind it: synthesize at 'patch' or 'pixels'")
         given: Tensor = noise.tokens if isinstance(noise, Noise) else noise
@@ -176,7 +203,7 @@ class PixelNullspace(v2.Transform):
             given, residual = space.preimage(given.double(), grid=(rows, columns))
         else:
             check_images(given, name="noise", channels=space.channels, size=self.size, unit_range=False)
-            residual = torch.zeros(len(given))
+            residual = torch.zeros(len(given), dtype=torch.float32)
         if len(given) == 0:
             raise ValueError("noise must hold at least one noise; it is empty")
         return given.float().contiguous().clone(), residual.float()
@@ -204,6 +231,20 @@ class PixelNullspace(v2.Transform):
                 f"images must lie within bounds; they leave them by up to {outside:.4g}. Put PixelNullspace before "
                 "v2.Normalize, or give it the bounds of normalised images"
             )
+
+
+def _unlike(name: str, given: Any, buffer: Tensor) -> str:
+    """Why a tensor of a state cannot become this buffer; empty where it can, or is not there."""
+    if given is None:
+        return ""
+    if not isinstance(given, Tensor):
+        return f"{name} must be a tensor; got {type(given).__name__}"
+    if given.shape != buffer.shape or given.is_floating_point() != buffer.is_floating_point():
+        wanted, seen = f"{buffer.dtype} {list(buffer.shape)}", f"{given.dtype} {list(given.shape)}"
+        return f"{name} must be {wanted}; got {seen}"
+    if not bool(torch.isfinite(given).all()):
+        return f"{name} must be finite"
+    return ""
 
 
 def _space(source: nn.Module | PatchNullspace) -> PatchNullspace:

@@ -23,6 +23,7 @@ from fastnull.ops import (
     normalized_step,
     sign_step,
 )
+from fastnull.ops.common import no_autocast
 
 if TYPE_CHECKING:
     from fastnull.synthesis import SynthesisConfig
@@ -40,9 +41,11 @@ def own_noise(
     step_size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One noise an image, by config.mode: `boundary_noise` or `optimized_noise`, and the updates each image got [B]."""
-    if config.mode != "boundary":
-        return optimized_noise(encoder, tokens, clean, start, config)
-    noise, seen = boundary_noise(encoder, tokens, clean, start, config, step_size)
+    tokens, start = tokens.contiguous(), start.contiguous()  # once: the steps want dense memory
+    with no_autocast(tokens.device):
+        if config.mode != "boundary":
+            return optimized_noise(encoder, tokens, clean, start, config)
+        noise, seen = boundary_noise(encoder, tokens, clean, start, config, step_size)
     return noise, seen, torch.full((len(tokens),), config.steps or BOUNDARY_STEPS, device=tokens.device)
 
 
@@ -70,7 +73,7 @@ def boundary_noise(
     pixels = encoder.site == "pixels"
     noise = valid_noise(tokens, start) if pixels else start.clone()
     size = boundary_step_size(start, config) if step_size is None else step_size
-    seen = torch.zeros(len(tokens), device=tokens.device)
+    seen = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
     for _ in range(config.steps or BOUNDARY_STEPS):
         seen, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
         step = sign_step if pixels else normalized_step
@@ -104,7 +107,7 @@ def optimized_noise(
     noise = valid_noise(tokens, start) if pixels else start.clone()
     state = AdamWState.zeros(noise)
     steps = config.steps or PER_IMAGE_STEPS
-    seen = torch.zeros(len(tokens), device=tokens.device)
+    seen = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
     for step in range(steps):
         seen, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
         gradient = gradient - log_norm_gradient(noise, config.log_norm_weight)
@@ -116,7 +119,16 @@ def optimized_noise(
 
 
 def perturb(encoder: FrozenEncoder, tokens: Tensor, noise: Tensor) -> Tensor:
-    """Tokens with the noise on them; pixels stay in [0, 1]."""
+    """Tokens [B, ...] with noise [B, ...] or [M, 1, ...] on them; pixels stay in [0, 1].
+
+    Raises:
+        ValueError: noise of another shape than the tensor at the site.
+    """
+    if noise.shape[1 - tokens.ndim :] != tokens.shape[1:]:  # one token's noise would go to all
+        raise ValueError(
+            f"noise must have shape [..., {', '.join(map(str, tokens.shape[1:]))}], that of the tensor at "
+            f"site {encoder.site!r}; got {list(noise.shape)}"
+        )
     noisy = (tokens + noise).to(tokens.dtype)
     return noisy.clamp(0, 1) if encoder.site == "pixels" else noisy
 
@@ -203,7 +215,8 @@ def log_norm_gradient(noise: Tensor, weight: float) -> Tensor | float:
     """Gradient of weight · log‖v‖ for each noise; v/‖v‖² times the weight."""
     if weight == 0:
         return 0.0
-    return weight * noise / spread(norms(noise).square().clamp_min(1e-30), noise)
+    inverse = spread(1 / norms(noise).clamp_min(1e-30), noise)
+    return weight * (noise * inverse) * inverse  # not the square of the norm, which underflows
 
 
 def valid_noise(images: Tensor, noise: Tensor) -> Tensor:
@@ -212,8 +225,8 @@ def valid_noise(images: Tensor, noise: Tensor) -> Tensor:
 
 
 def norms(noise: Tensor) -> Tensor:
-    """L2 norm of each noise; [M]."""
-    return torch.linalg.vector_norm(noise.flatten(1), dim=1)
+    """L2 norm of each noise; [M]. Summed in float64, in which squares of float32 neither underflow nor overflow."""
+    return torch.linalg.vector_norm(noise.flatten(1), dim=1, dtype=torch.float64).to(noise.dtype)
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastnull.checks import check_number
 from fastnull.rng import carried, uniform
 from fastnull.solvers import boundary_step_size
 
@@ -42,7 +43,13 @@ def start_noise(shape: Sequence[int], config: SynthesisConfig, source: torch.Gen
         config: limit, limit_spread and smooth_limit are used.
         source: of the random numbers.
         like: a tensor whose device, and float64 if it has it, the result takes; else it is float32.
+
+    Raises:
+        ValueError: limits beyond float32.
     """
+    most = torch.finfo(torch.float32).max
+    check_number("limit", config.limit, 0, most)
+    check_number("limit + smooth_limit", config.limit + config.smooth_limit, 0, most)
     noise = uniform(shape, config.limit, source, like)
     if config.limit_spread:
         noise *= 1 - config.limit_spread * _strengths(noise, source)
@@ -73,7 +80,7 @@ def step_sizes(start: Tensor, config: SynthesisConfig, source: torch.Generator) 
 
 def _strengths(noise: Tensor, source: torch.Generator) -> Tensor:
     """U(0, 1) for each image, [B, 1, ...]."""
-    drawn = torch.rand((len(noise), *[1] * (noise.ndim - 1)), generator=source)
+    drawn = torch.rand((len(noise), *[1] * (noise.ndim - 1)), generator=source, dtype=torch.float32)
     return carried(drawn, noise.device).to(noise.dtype)
 
 
@@ -81,11 +88,11 @@ def _smooth(noise: Tensor, source: torch.Generator) -> Tensor:
     """A field for each image [B, 1, H, W]: U(−1, 1) in every cell of a grid, interpolated bilinearly. It has no colour:
     fields that had one cost much accuracy on photographs."""
     B, _, H, W = noise.shape
-    field = torch.empty(B, 1, H, W)
+    field = torch.empty(B, 1, H, W, dtype=torch.float32)
     grids = torch.randint(len(GRIDS), (B,), generator=source)
     for index, cells in enumerate(GRIDS):
         rows = (grids == index).nonzero().flatten()
         if len(rows):
-            coarse = 2 * torch.rand((len(rows), 1, cells, cells), generator=source) - 1
+            coarse = 2 * torch.rand((len(rows), 1, cells, cells), generator=source, dtype=torch.float32) - 1
             field[rows] = F.interpolate(coarse, size=(H, W), mode="bilinear", align_corners=False)
     return carried(field, noise.device).to(noise.dtype)

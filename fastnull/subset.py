@@ -47,7 +47,8 @@ def even_subset(labels: Tensor, count: int, seed: int) -> Tensor:
 
 
 def labels_of(data: Any) -> Tensor | None:
-    """The classes [n] of a data set that has a list of them: tensors, torchvision's, timm's and our folders of images.
+    """The classes [n] of a data set that has a list of them: tensors, torchvision's, timm's and our folders of images,
+    and Hugging Face's through timm.
 
     They tell classes apart, as `even_subset` needs it; a transform of labels is not applied.
 
@@ -68,6 +69,10 @@ def labels_of(data: Any) -> Tensor | None:
         pairs = getattr(holder, name, None)
         if found is None and isinstance(pairs, list) and pairs and all(_is_pair(pair) for pair in pairs):
             found = _integers([label for _, label in pairs], data)
+    reader: Any = getattr(data, "reader", None)
+    columns: Any = getattr(reader, "dataset", None)
+    if found is None and hasattr(columns, "features"):
+        found = _integers(list(columns[getattr(reader, "label_key", "label")]), data)
     if found is None:
         inner = getattr(data, "base", None) or getattr(data, "files", None)  # what a transform wraps
         found = None if inner is None or inner is data or isinstance(inner, list) else labels_of(inner)

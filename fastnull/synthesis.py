@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastnull.batches import Batches, as_batches, embed_batch
-from fastnull.checks import check_choice, check_fields, check_finite, check_number
+from fastnull.batches import Batches, as_batches, count_images, embed_batch, one_size
+from fastnull.checks import check_choice, check_fields, check_finite, check_number, is_out_of_memory
 from fastnull.encoder import FrozenEncoder
 from fastnull.noise import Noise
 from fastnull.objective import OBJECTIVES, PREDICTION, influence
+from fastnull.ops.common import no_autocast
 from fastnull.progress import progress_bar
 from fastnull.replay import Replay, use_graph
 from fastnull.rng import generator, preserved
@@ -204,6 +206,10 @@ class EpsilonNotMetError(RuntimeError):
         self.noise = noise
 
 
+class NoiseNotFiniteError(RuntimeError):
+    """The synthesis left float32: noise of NaN or Inf, or noise under which the model's outputs are NaN."""
+
+
 class SynthesisOutOfMemoryError(RuntimeError):
     """The device ran out of memory. No work is lost: the noise so far is in `noise`, in universal mode with an unknown
     influence (NaN), else that of the images before; None where there is none yet."""
@@ -241,9 +247,11 @@ def synthesize(
         batches: one batch [B, C, H, W], a sequence of batches (kept with their clean logits), or a re-iterable such
             as a DataLoader (read anew each round). A batch is images or a tuple that starts with them.
         config: see SynthesisConfig.
-        check: images to judge the universal influence on, as `batches`. None holds out a tenth of the batches (of the
-            images where there is one batch; of a loader the first batches, which a shuffled later round can hold).
-        start: noise to start from in place of the random one [M, ...] (universal) or [B, ...].
+        check: images to judge the universal influence on, as `batches`; the other modes have no use for them. None
+            holds out a tenth of the batches (of the images where there is one batch; of a loader the first batches,
+            which a shuffled later round can hold).
+        start: noise to start from in place of the random one: [M, ...] (universal), or one an image, in the order of
+            all images.
         progress: show a progress bar.
         mean: universal: takes a tensor's mean over several processes, each of which gives its own part of every batch
             and of the check images; all get the same noise. None: this process is alone.
@@ -252,8 +260,10 @@ def synthesize(
         Noise: M noises (universal) or one an image, in the order of the images.
 
     Raises:
-        ValueError, TypeError: bad configuration, empty or bad images, start of another shape.
+        ValueError, TypeError: bad configuration, empty or bad images or of two sizes, start of another shape or site,
+            an argument that the mode has no use for.
         EpsilonNotMetError: with on_unmet="raise".
+        NoiseNotFiniteError: the noise, or the model's output under it, is NaN or Inf.
         SynthesisOutOfMemoryError: the device ran out of memory.
         SynthesisInterrupted: on Ctrl-C.
     """
@@ -262,8 +272,12 @@ def synthesize(
     if encoder.site != config.site:
         raise ValueError(f"config.site is {config.site!r} but the encoder was made for site {encoder.site!r}")
     if isinstance(start, Noise):
+        if start.site != config.site:
+            raise ValueError(f"start must be noise of site {config.site!r}, as config.site; it is of {start.site!r}")
         start = start.tokens
-    with preserved():
+    if config.mode != "universal" and mean is not None:
+        raise ValueError(f"mean is for mode 'universal'; got config.mode={config.mode!r}")
+    with preserved(), no_autocast(encoder.device):
         encoder.sync()
         if config.mode == "universal":
             return _universal(encoder, batches, check, config, start, progress, mean)
@@ -275,10 +289,13 @@ def measure_influence(
 ) -> Tensor:
     """Influence of each of M universal noises: mean over all images of the batches; [M] in float32."""
     encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=noise.site)
-    pairs = [embed_batch(encoder, batch) for batch in as_batches(batches)]
-    if not pairs:
-        raise ValueError("batches must hold at least one batch of images; it is empty")
-    return judge(encoder, noise.tokens.to(encoder.device), pairs)
+    if encoder.site != noise.site:
+        raise ValueError(f"the noise is of site {noise.site!r} but the encoder was made for site {encoder.site!r}")
+    with no_autocast(encoder.device):
+        pairs = [embed_batch(encoder, batch) for batch in as_batches(batches)]
+        if not pairs:
+            raise ValueError("batches must hold at least one batch of images; it is empty")
+        return judge(encoder, noise.tokens.to(encoder.device), pairs)
 
 
 def _universal(
@@ -290,24 +307,44 @@ def _universal(
     progress: bool,
     mean: Mean | None,
 ) -> Noise:
-    data = Batches(encoder, batches, check, config)
-    total = config.steps or config.rounds * data.per_round
-    _check_room((config.count, *data.shape), encoder.device)
-    run = UniversalRun(encoder, data, config, _starts((config.count, *data.shape), config, data.like, start), mean)
-    bar = progress_bar(total, show=progress, desc="synthesize", unit=" step")
+    data: Batches | None = None
+    run: UniversalRun | None = None
+
+    def message() -> str:
+        steps, images = len(run.history) if run else 0, f" ({len(data.like)})" if data else ""
+        return (
+            f"{encoder.device} ran out of memory after {steps} steps: lower the images of a batch{images} or "
+            f"config.count ({config.count}), or use a 16-bit encoder."
+        )
+
+    def so_far() -> Noise | None:
+        return _universal_result(encoder, data, config, run, mean, judged=False) if data and run else None
+
+    with _memory_kept(message, so_far):
+        data = Batches(encoder, batches, check, config)
+        total = config.steps or config.rounds * data.per_round
+        _check_room((config.count, *data.shape), encoder.device)
+        run = UniversalRun(encoder, data, config, _starts((config.count, *data.shape), config, data.like, start), mean)
+        bar = progress_bar(total, show=progress, desc="synthesize", unit=" step")
+        try:
+            run.run(total, bar)
+            noise = _universal_result(encoder, data, config, run, mean)
+        except KeyboardInterrupt:
+            raise SynthesisInterrupted(_universal_result(encoder, data, config, run, mean)) from None
+        finally:
+            bar.close()
+    return _met(noise, config)
+
+
+@contextmanager
+def _memory_kept(message: Callable[[], str], so_far: Callable[[], Noise | None]) -> Iterator[None]:
+    """Make SynthesisOutOfMemoryError, with the noise so far, of a device's own error: a CPU has no class for it."""
     try:
-        run.run(total, bar)
-    except KeyboardInterrupt:
-        raise SynthesisInterrupted(_universal_result(encoder, data, config, run, mean)) from None
-    except torch.OutOfMemoryError as error:
-        raise SynthesisOutOfMemoryError(
-            f"{encoder.device} ran out of memory after {len(run.history)} steps: lower the images of a batch "
-            f"({len(data.like)}) or config.count ({config.count}), or use a 16-bit encoder. {error}",
-            _universal_result(encoder, data, config, run, mean, judged=False),
-        ) from error
-    finally:
-        bar.close()
-    return _met(_universal_result(encoder, data, config, run, mean), config)
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SynthesisOutOfMemoryError(f"{message()} {error}", so_far()) from error
 
 
 def _check_room(shape: tuple[int, ...], device: torch.device) -> None:
@@ -370,35 +407,45 @@ def _per_image(
     total = len(batches) if isinstance(batches, Sequence) else None
     graph = use_graph(config.graph, encoder.device, encoder.backend)
     solve = Replay(lambda tokens, clean, first, *size: own_noise(encoder, tokens, clean, first, config, *size), graph)
+    size = one_size(batches) if isinstance(batches, Sequence) else None
+    images = count_images(batches)
+    if start is not None and images is not None and len(start) != images:
+        raise ValueError(f"start must hold one noise an image ({images}); it holds {len(start)}")
+
+    def message() -> str:
+        return f"{encoder.device} ran out of memory after {done} images: give smaller batches, or use a 16-bit encoder."
+
+    def so_far() -> Noise | None:
+        return _per_image_result(encoder, parts, config) if parts else None
+
     bar = progress_bar(total, show=progress, desc="synthesize", unit=" batch")
     try:
-        for index, batch in enumerate(as_batches(batches)):
-            tokens, clean = embed_batch(encoder, batch)
-            given = None if start is None else start[done : done + len(tokens)]
-            first = _starts(tuple(tokens.shape), config, tokens, given, index)
-            size = step_sizes(first, config, generator(config.seed, index, 1))
-            if given is None:
-                first, size = in_proportion(tokens, first, size, config)
-            noise, _, taken = solve(tokens, clean, first, *([size] if isinstance(size, Tensor) else []))
-            if config.on_unmet == "scale":
-                noise = _each_scaled_to_eps(encoder, noise, tokens, clean, config)
-            parts.append((noise.cpu(), influence(clean, encoder(perturb(encoder, tokens, noise))).cpu(), taken.cpu()))
-            done += len(tokens)
-            bar.update()
+        with _memory_kept(message, so_far):
+            for index, batch in enumerate(as_batches(batches)):
+                tokens, clean = embed_batch(encoder, batch, size)
+                size = size or one_size([batch])
+                given = None if start is None else start[done : done + len(tokens)]
+                first = _starts(tuple(tokens.shape), config, tokens, given, index)
+                step = step_sizes(first, config, generator(config.seed, index, 1))
+                if given is None:
+                    first, step = in_proportion(tokens, first, step, config)
+                noise, _, taken = solve(tokens, clean, first, *([step] if isinstance(step, Tensor) else []))
+                if config.on_unmet == "scale":
+                    noise = _each_scaled_to_eps(encoder, noise, tokens, clean, config)
+                seen = influence(clean, encoder(perturb(encoder, tokens, noise)))
+                parts.append((noise.cpu(), seen.cpu(), taken.cpu()))
+                done += len(tokens)
+                bar.update()
     except KeyboardInterrupt:
         if parts:
             raise SynthesisInterrupted(_per_image_result(encoder, parts, config)) from None
         raise
-    except torch.OutOfMemoryError as error:
-        raise SynthesisOutOfMemoryError(
-            f"{encoder.device} ran out of memory after {done} images: give smaller batches, or use a 16-bit encoder. "
-            f"{error}",
-            _per_image_result(encoder, parts, config) if parts else None,
-        ) from error
     finally:
         bar.close()
     if not parts:
         raise ValueError("batches must hold at least one batch of images; it is empty")
+    if start is not None and len(start) != done:
+        raise ValueError(f"start must hold one noise an image ({done}); it holds {len(start)}")
     return _met(_per_image_result(encoder, parts, config), config)
 
 
@@ -422,7 +469,14 @@ def _per_image_result(
 
 
 def _met(noise: Noise, config: SynthesisConfig) -> Noise:
-    """Apply on_unmet="raise"."""
+    """Noise that is what it says, or an error: finite, and with on_unmet="raise" converged."""
+    finite = torch.isfinite(noise.tokens).flatten(1).all(1).cpu() & torch.isfinite(noise.norm)
+    broken = ~finite | (noise.influence.isnan() & (noise.norm > 0))
+    if broken.any():
+        raise NoiseNotFiniteError(
+            f"{int(broken.sum())} of {len(noise)} noises, or the model's outputs under them, are not finite: lower "
+            f"config.limit ({config.limit:g}), lr or step_size, or give a model of a wider dtype"
+        )
     unmet = int((~noise.converged).sum())
     if unmet and config.on_unmet == "raise":
         worst = float(noise.influence[~noise.converged].max())
@@ -442,8 +496,11 @@ def _starts(
         return torch.cat([start_noise((1, *shape[1:]), config, source, like) for _ in range(shape[0])])
     if tuple(given.shape) != shape:
         raise ValueError(f"start must have shape {list(shape)}; got {list(given.shape)}")
+    if not given.is_floating_point():
+        raise TypeError(f"start must be of a floating dtype; got {given.dtype}")
     check_finite("start", given)
-    return given.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32, copy=True)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return given.detach().to(like.device, dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def warm_start(config: SynthesisConfig, last: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class UniversalRun:
         self._marked = torch.zeros_like(self._active)
         self._left = set(range(len(start)))  # the active ones, as the host knows them
         self._share = FIRST_SHARE if config.growing else 1
-        self._records = torch.full((1, 3), math.nan, device=start.device)
+        self._records = torch.full((1, 3), math.nan, device=start.device, dtype=torch.float32)
         self._done = 0
         graph = mean is None and use_graph(config.graph, encoder.device, encoder.backend)
         self._look_every = LOOK_EVERY if graph else 1
@@ -124,7 +124,8 @@ class UniversalRun:
         holds, moving = config.stop == "batch", self._moving()
         rows = torch.arange(len(moving), device=moving.device) if self._all else moving.nonzero().flatten()
         change = torch.zeros_like(self.noise)
-        losses, seen = (torch.full((len(moving),), math.nan, device=moving.device) for _ in range(2))
+        unknown = torch.full((len(moving),), math.nan, device=moving.device, dtype=torch.float32)
+        losses, seen = unknown, unknown.clone()
         for part in rows.split(max(1, MOST_IMAGES // len(tokens))) if len(rows) else ():
             loss, influences, change[part] = self._judged_and_moved(tokens, clean, self.noise[part], lr)
             losses[part], seen[part] = loss.float(), influences.float()

@@ -40,7 +40,7 @@ def key_mark(ns: PatchNullspace, key: int, size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: H or W no multiple of the patch, or no nullspace.
     """
-    return ns.sample(torch.empty(1, ns.channels, *size), generator=generator(key))[0]
+    return ns.sample(torch.empty(1, ns.channels, *size, dtype=torch.float32), generator=generator(key))[0]
 
 
 def embed(ns: PatchNullspace, images: Tensor, mark: int | Tensor, strength: float = STRENGTH) -> Tensor:

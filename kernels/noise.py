@@ -104,14 +104,14 @@ def adamw_kernel(
 @triton.jit
 def square_sums_kernel(
     grad,  # [M, n] dense
-    sums,  # [M, chunks] float32, written
+    sums,  # [M, chunks] float64, written: there the square of a float32 neither underflows nor overflows
     n,
     CHUNK: tl.constexpr,
 ):
     chunks = tl.cdiv(n, CHUNK)
     within = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
     at = (tl.program_id(0) // chunks).to(tl.int64) * n + within
-    g = tl.load(grad + at, within < n, 0.0).to(tl.float32)
+    g = tl.load(grad + at, within < n, 0.0).to(tl.float32).to(tl.float64)
     tl.store(sums + tl.program_id(0), tl.sum(g * g, 0))
 
 
@@ -119,7 +119,7 @@ def square_sums_kernel(
 def direct_step_kernel(
     noise,  # [M, n] dense float32
     grad,  # [M, n] dense
-    sums,  # [M, chunks] float32: squares of the gradient; None: step along its sign
+    sums,  # [M, chunks] float64: squares of the gradient; None: step along its sign
     gate,  # [M] float32
     lr,  # [M] float64
     n,
@@ -139,8 +139,8 @@ def direct_step_kernel(
         else:
             chunk = tl.arange(0, CHUNKS)
             partial = tl.load(sums + which * chunks + chunk, chunk < chunks, 0.0)
-            norm = tl.sqrt_rn(tl.sum(partial, 0))
-            direction = g * tl.where(norm == 0, 0.0, 1 / norm)
+            norm = tl.sqrt(tl.sum(partial, 0))
+            direction = (g.to(tl.float64) * tl.where(norm == 0, 0.0, 1 / norm)).to(tl.float32)
         step = turn * tl.load(lr + which).to(tl.float32)
         tl.store(noise + at, tl.load(noise + at, valid, 0.0) - direction * step, valid)
 
@@ -204,7 +204,7 @@ def direct_step_(noise: Tensor, grad: Tensor, gate: Tensor, lr: Tensor, sign: bo
         return
     M, n = len(noise), noise[0].numel()
     chunks = triton.cdiv(n, CHUNK)
-    sums = None if sign else empty((M, chunks), dtype=torch.float32, device=noise.device)
+    sums = None if sign else empty((M, chunks), dtype=torch.float64, device=noise.device)
     constants = {"CHUNK": CHUNK, "num_warps": WARPS, **COMPILE}
     with on_device_of(noise):
         if sums is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastnull.kernels.common import COMPILE, check_dense, check_dtypes, on_device_of
 from fastnull.kernels.tiles import table
-from fastnull.ops.common import empty
+from fastnull.ops.common import check_positive, empty
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def patch_project_out(
     check_dense(basis=basis)
     if basis.dtype != torch.float32:
         raise TypeError(f"basis must be float32; got {basis.dtype}")
+    check_positive("patch_size", patch_size)
     if not noise.numel():
         return
     B, _, H, W = noise.shape

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,17 +72,99 @@ def test_a_missing_library_is_quiet_and_explained(tmp_path: Path, monkeypatch: p
     assert library.error == "not built: no C++ compiler ('c++' is not on PATH; set CXX)"
 
 
-def test_a_broken_library_is_reported_once_with_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_C, "DIRECTORY", tmp_path)
-    (tmp_path / "_C_cpu.so").write_bytes(b"not a library")
-    (tmp_path / _C.RECORD).write_text(json.dumps({"torch_headers": "2.99.0", "torch_minimum": "2.98"}))
+def record(folder: Path, **rest: object) -> None:
+    """A build record beside a library, with its true digest."""
+    digest = hashlib.sha256((folder / "_C_cpu.so").read_bytes()).hexdigest()
+    (folder / _C.RECORD).write_text(json.dumps({"cpu": {"sha256": digest}, **rest}))
+
+
+def refused(message: str) -> _C.Library:
+    """A library that does not load, with one warning and the same error."""
     library = _C.Library("_C_cpu")
-    with pytest.warns(RuntimeWarning, match=r"does not load into torch .* \(built against torch 2\.99\.0") as caught:
+    with pytest.warns(RuntimeWarning, match=message) as caught:
         assert not library.load()
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not library.load()
+    assert library.error
+    assert re.search(message, library.error)
+    return library
+
+
+def test_a_broken_library_is_reported_once_with_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_C, "DIRECTORY", tmp_path)
+    (tmp_path / "_C_cpu.so").write_bytes(b"not a library")
+    record(tmp_path, torch_headers="2.99.0", torch_minimum="2.98")
+    refused(r"does not load into torch .* \(built against torch 2\.99\.0")
+
+
+@needs_library
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_cut_library_is_never_loaded(tmp_path: Path, share: float) -> None:
+    """In a process of its own: to load such a file ends it with SIGBUS."""
+    for name in ("_C_cpu.so", _C.RECORD):
+        shutil.copy(_C.DIRECTORY / name, tmp_path / name)
+    whole = _C.cpu.path.read_bytes()
+    (tmp_path / "_C_cpu.so").write_bytes(whole[: int(share * len(whole))])
+    code = (
+        "import pathlib, torch; from fastnull import _C, ops;"
+        f"_C.DIRECTORY = pathlib.Path({str(tmp_path)!r});"
+        "print(ops.layer_norm(torch.ones(2, 8)).shape, _C.cpu.loaded)"
+    )
+    done = run(code)
+    assert done.stdout.split() == ["torch.Size([2,", "8])", "False"], done.stderr
+    assert "_C_cpu.so is not the file that was built" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no digest to know it by"),
+        ("{}", "there is no digest to know it by"),
+        ('{"cpu": {"sha256": "00"}}', "not the file that was built"),
+        ('{"cpu": "half a rec', r"there is no digest to know it by \(_build.json: "),
+        ("[1, 2]", "_build.json is no mapping"),
+        ('{"cpu": 3, "missing": 4}', "there is no digest to know it by"),
+    ],
+)
+def test_a_library_of_unknown_digest_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
+) -> None:
+    monkeypatch.setattr(_C, "DIRECTORY", tmp_path)
+    (tmp_path / "_C_cpu.so").write_bytes(b"whatever")
+    if text is not None:
+        (tmp_path / _C.RECORD).write_text(text)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("it was loaded"))
+    refused(message)
+
+
+def test_a_library_without_our_kernels_does_not_count_as_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_C, "DIRECTORY", tmp_path)
+    (tmp_path / "_C_cpu.so").write_bytes(b"of another package")
+    record(tmp_path)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setitem(_C.KERNELS, "_C_cpu", ("CPU", "aten", "mm no_such_op"))
+    library = refused("lacks the kernels of no_such_op")
+    assert library.error == "_C_cpu.so lacks the kernels of no_such_op"
+    # a definition with the reference for every device is no kernel of the library's
+    monkeypatch.setitem(_C.KERNELS, "_C_cpu", ("CPU", "fastnull", "linear_gelu_out"))
+    refused("lacks the kernels of linear_gelu_out")
+
+
+@pytest.mark.parametrize("content", [b'{"cpu": ', b"\xff\xfe", b"[]", None])
+def test_a_broken_build_record_breaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    monkeypatch.setattr(_C, "DIRECTORY", tmp_path)
+    if content is None:
+        (tmp_path / _C.RECORD).mkdir()
+    else:
+        (tmp_path / _C.RECORD).write_bytes(content)
+    assert "_build.json" in build_info.build_info()["built"]["unreadable"]
+    assert _C.Library("_C_cpu").load() is False
 
 
 def built(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

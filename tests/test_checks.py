@@ -20,6 +20,7 @@ from fastnull.checks import (
     check_images,
     check_labels,
     check_number,
+    is_out_of_memory,
     trusted_values,
 )
 from fastnull.recipe import FinetuneConfig
@@ -268,3 +269,21 @@ def test_trusted_values_are_not_looked_at_and_shapes_are() -> None:
             check_images(bad[:, :1], channels=3)
     with pytest.raises(ValueError, match="must be finite"), trusted_values(False):
         check_images(bad)
+
+
+def test_out_of_memory_on_a_cpu_is_known_by_its_text() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**50)
+    assert type(refused.value) is RuntimeError
+    assert is_out_of_memory(refused.value)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("std::bad_alloc")):
+        assert is_out_of_memory(error)
+    windows = RuntimeError("[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you ...")
+    assert is_out_of_memory(windows)
+
+
+def test_other_errors_are_not_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2) + torch.empty(3)
+    others = (refused.value, RuntimeError("out of luck"), ValueError("std::bad_alloc"), KeyboardInterrupt())
+    assert not any(is_out_of_memory(error) for error in others)

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch.utils.data import Subset, TensorDataset
 
-from fastnull.classes import classes_of, labels_of, match_classes, names_of, printable, shortened, wordnet_ids
+from fastnull.classes import classes_of, match_classes, names_of, printable, shortened, wordnet_ids
 from fastnull.data import Samples
 from fastnull.image_files import ImageFiles, ImageFolder
 from fastnull.models import create_model
+from fastnull.robustness import evaluate
+from fastnull.subset import labels_of
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,33 @@ def test_classes_of_hugging_face_models(labels: dict[int, str], found: Any) -> N
         id2label=labels,
     )  # fmt: skip
     assert classes_of(transformers.ViTForImageClassification(config)) == found
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "message"),
+    [
+        (["a", "b"], ["a", "b"], None),
+        (None, ["a", "b"], None),
+        (["a", "b"], ["b", "a"], "in their order; its 2 are b, a, the model's 2 are a, b"),
+        (["a", "b"], ["a", "b", "c"], "in their order"),
+        (["a", "b"], 3, "source must have the model's 2 classes; it has 3"),
+    ],
+)
+def test_a_source_of_attacks_has_the_models_classes(one: Any, two: Any, message: str | None) -> None:
+    """An attack on the label 0 of a model that calls it otherwise would be against another class."""
+    counts = [len(known) if isinstance(known, list) else known or 2 for known in (one, two)]
+    model, source = (create_model("vit_digits", num_classes=count) for count in counts)
+    model.classes, source.classes = (names if isinstance(names, list) else None for names in (one, two))
+    images, labels = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
+
+    def attack() -> None:
+        evaluate(model, (images, labels), suites=("fgsm",), eps=(0.1,), source=source, progress=False)
+
+    if message is None:
+        attack()
+        return
+    with pytest.raises(ValueError, match=message):
+        attack()
 
 
 def test_names_of_data() -> None:

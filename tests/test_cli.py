@@ -17,7 +17,9 @@ import torch
 
 from fastnull import __version__, commands
 from fastnull.cli import main
+from fastnull.data import EMBEDDED, embedded
 from fastnull.finetune import FinetuneConfig
+from fastnull.models import create_model
 from fastnull.noise import Noise
 from fastnull.options import add_options, attribute_docs, from_options, number
 from fastnull.synthesis import SynthesisConfig, SynthesisInterrupted, synthesize
@@ -98,6 +100,28 @@ def test_options_from_a_dataclass() -> None:
     assert from_options(Settings(name="kept"), given) == Settings(rate=0.5, steps=None, name="kept", fast=False)
     # what is not given must not hide a preset
     assert from_options(Settings(steps=7), parser.parse_args([])) == Settings(steps=7)
+
+
+def test_switches_with_three_states() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        keep: bool | None = None
+
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser, Settings)
+    for text, value in {
+        "False": False,
+        "no": False,
+        "off": False,
+        "0": False,
+        "TRUE": True,
+        "yes": True,
+        "none": None,
+    }.items():
+        assert from_options(Settings(), parser.parse_args(["--keep", text])).keep is value
+    for text in ("", "2", "falsch", "None of these"):
+        with pytest.raises(argparse.ArgumentError, match="neither true"):
+            parser.parse_args(["--keep", text])
 
 
 @pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.5", 0.5), ("1e-3", 1e-3)])
@@ -246,7 +270,7 @@ def test_interrupted_demo_says_how_to_go_on(
         (["evaluate", "--model", "vit_digits", "--eps", "2"], "eps must be"),
         (["compare", "--out", "x", "--seeds", "0"], "seeds must be"),
         (["compare", "--out", "x", "--methods", "trade"], "Did you mean 'trades'"),
-        (["compare", "--out", "x", "--recipes", "/no/where.json"], "cannot be read as JSON"),
+        (["compare", "--out", "x", "--recipes", "/no/where.json"], "there is no file /no/where.json"),
         (["report", "nowhere"], "there are no results at nowhere"),
         (["inspect"], "MODEL"),
     ],
@@ -316,6 +340,30 @@ def test_unexpected_runtime_error_points_to_debug(
 
     monkeypatch.setattr(commands, "report", broken)
     assert "two lines (--debug shows where)" in error_of(capsys, "report", "x")
+
+
+@pytest.mark.parametrize("data", ["digits", "photos"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_images_of_a_part_are_even_over_the_classes(data: str, seed: int) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    model = create_model(f"vit_{data}").eval()
+    classes = len(EMBEDDED[data].classes)
+    args = argparse.Namespace(data=data, data_dir=None, download=False, images=3 * classes, seed=seed)
+    for images, whole in zip(commands._two_sets(args, model), embedded(data, model), strict=True):
+        known = {image.numpy().tobytes(): int(label) for image, label in whole}
+        labels = [known[image.numpy().tobytes()] for image in images]
+        assert sorted(labels) == sorted(list(range(classes)) * 3)
+        assert labels != sorted(labels)  # or a batch would hold few classes
+    args.seed = seed + 1
+    assert not torch.equal(commands._two_sets(args, model)[0], images)
+
+
+def test_tune_says_which_images(run: Path, tmp_path: Path) -> None:
+    words = ["tune", "--model", str(run / "last.safetensors"), "--images", "10", "--limits", "1", "--eps", "0.1"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    settings = json.loads((tmp_path / "tune.json").read_text())["settings"]
+    assert (settings["images"], settings["subset"]) == (10, "drawn evenly over the classes by the seed")
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from fastnull.data import (
     to_pixels,
 )
 from fastnull.finetune import FinetuneConfig
+from fastnull.image_files import BadImageError
 from fastnull.models import create_model
 from fastnull.photos import Crops
 from fastnull.view import View
@@ -396,3 +397,55 @@ def test_erasing_grey_images_fills_in_their_own_noise(pictures):
 def test_unknown_policies_are_named(model, policy):
     with pytest.raises(ValueError, match=f"auto_augment must be a policy of timm.*got '{policy}'"):
         View.of(model).training(FinetuneConfig(auto_augment=policy))
+
+
+class _Files(torch.utils.data.Dataset):
+    """What timm's data sets yield: PIL images of any mode, or an error."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if isinstance(self.images[index], Exception):
+            raise self.images[index]
+        return self.images[index], index
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_deep_images_of_other_data_sets_are_scaled(channels):
+    ramp = numpy.arange(256, dtype=numpy.uint16).reshape(16, 16)
+    deep = Image.fromarray(ramp * 257)
+    floats, bytes_ = Image.fromarray((ramp / 255).astype(numpy.float32)), Image.fromarray(ramp.astype(numpy.uint8))
+    images = [deep, Image.fromarray((ramp * 257).astype(">u2")), deep.convert("I"), floats, bytes_]
+    data = Samples(_Files(images), lambda image: torch.from_numpy(numpy.array(image)), channels)
+    for index in range(len(images)):
+        assert torch.equal(data[index][0].reshape(16, 16, -1)[..., 0], torch.from_numpy(ramp.astype(numpy.uint8)))
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("Failed to load"), OSError("truncated"), Image.DecompressionBombError("too large")]
+)
+def test_an_image_of_another_data_set_that_cannot_be_read_is_named(fault):
+    with pytest.raises(BadImageError, match=f"cannot read image 1: {fault}"):
+        Samples(_Files([Image.new("L", (4, 4)), fault]), None, 3)[1]
+
+
+def test_torchvisions_folders(tmp_path):
+    """Through timm's name for them: read as ours are, named by their folders."""
+    ramp = numpy.arange(256, dtype=numpy.uint16).reshape(16, 16)
+    for split, names in (("train", "ab"), ("val", "b")):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(ramp * 257).save(tmp_path / split / name / "x.png")
+    found = open_source(FinetuneConfig(data="torch/image_folder", data_dir=str(tmp_path)))
+    assert found.classes == ["a", "b"]
+    assert len(numpy.unique(numpy.asarray(found.train[0][0]))) == 256
+    model = create_model("vit_digits", num_classes=2)
+    model.classes = ["a", "b"]
+    assert [label for _, label in evaluation_data("torch/image_folder", model, data_dir=str(tmp_path))] == [1]
+    (tmp_path / "val" / "b" / "x.png").write_bytes(b"")
+    with pytest.raises(BadImageError, match=r"val/b/x\.png"):
+        evaluation_data("torch/image_folder", model, data_dir=str(tmp_path))[0]

@@ -69,12 +69,12 @@ def test_the_gradient_keeps_its_direction(make_vit: Factory, settings: dict[str,
 def test_sync_is_in_place_and_what_a_new_encoder_has(make_vit: Factory, images: Tensor) -> None:
     model = loud(make_vit())
     frozen = FrozenEncoder(model, dtype=torch.bfloat16, backend="cpu", mlp_dtype=FLOAT8)
-    held = [tensor.data_ptr() for block in frozen._explicit.blocks for tensor in block.fc1.tensors()]
+    held = [tensor.data_ptr() for block in frozen._encoder.blocks for tensor in block.fc1.tensors()]
     loud(model)
-    frozen.sync_if_changed()
+    frozen.sync()
     fresh = FrozenEncoder(model, dtype=torch.bfloat16, backend="cpu", mlp_dtype=FLOAT8)
     assert torch.equal(frozen(frozen.embed(images)), fresh(fresh.embed(images)))
-    assert held == [tensor.data_ptr() for block in frozen._explicit.blocks for tensor in block.fc1.tensors()]
+    assert held == [tensor.data_ptr() for block in frozen._encoder.blocks for tensor in block.fc1.tensors()]
 
 
 def test_synthesis_ends_where_bfloat16_does(make_vit: Factory) -> None:

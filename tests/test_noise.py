@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,66 @@ def test_bad_files_are_refused(noise: Noise, tmp_path: Path) -> None:
 
 
 def test_nan_in_a_file_is_refused(noise: Noise, tmp_path: Path) -> None:
-    noise.tokens[0, 0, 0] = float("nan")
-    noise.save(tmp_path / "n.safetensors")
-    with pytest.raises(ValueError, match="1 NaN"):
+    rewritten(noise, tmp_path / "n.safetensors", tokens=noise.tokens.index_fill(2, torch.tensor([0]), float("nan")))
+    with pytest.raises(ValueError, match="8 NaN"):
         Noise.load(tmp_path / "n.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_noise_that_is_not_finite_is_not_saved(noise: Noise, tmp_path: Path, value: float) -> None:
+    noise.tokens[0, 0, 0] = value
+    with pytest.raises(ValueError, match="noise must be finite; it holds"):
+        noise.save(tmp_path / "n.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def rewritten(noise: Noise, path: Path, header: dict[str, str] | None = None, **tensors: torch.Tensor) -> None:
+    """A noise file with other tensors or another header."""
+    noise.save(path)
+    whole = {name: getattr(noise, name) for name in ("tokens", "influence", "norm", "converged", "steps")}
+    given = {"format": "fastnull-noise-1", "site": "patch", "metadata": "{}"} if header is None else header
+    save_file({**whole, **tensors}, path, metadata=given)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+@pytest.mark.parametrize("name", ["tokens", "influence", "norm", "converged", "steps"])
+def test_tensors_of_another_kind_are_refused(noise: Noise, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    if (name, dtype) in (("converged", torch.bool), ("steps", torch.int64)):
+        return
+    rewritten(noise, tmp_path / "n.safetensors", **{name: getattr(noise, name).to(dtype)})
+    with pytest.raises(ValueError, match=f"{name} must be (of a floating dtype|bool|int64); it is {dtype}"):
+        Noise.load(tmp_path / "n.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_floating_noise_is_read_as_it_is(noise: Noise, tmp_path: Path, dtype: torch.dtype) -> None:
+    rewritten(noise, tmp_path / "n.safetensors", tokens=noise.tokens.to(dtype))
+    assert Noise.load(tmp_path / "n.safetensors").tokens.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted"),
+    [("tokens", (2, 12), "[M, N, D] or [M, C, H, W]"), ("influence", (2, 1), "[M]"), ("steps", (1, 2), "[M]")],
+)
+def test_tensors_of_another_shape_are_refused(
+    noise: Noise, tmp_path: Path, name: str, shape: tuple[int, ...], wanted: str
+) -> None:
+    old = getattr(noise, name)
+    rewritten(noise, tmp_path / "n.safetensors", **{name: old.flatten()[: 24 if name == "tokens" else 2].view(shape)})
+    with pytest.raises(ValueError, match=re.escape(f"{name} must have shape {wanted}; it is {list(shape)}")):
+        Noise.load(tmp_path / "n.safetensors")
+
+
+@pytest.mark.parametrize(
+    "header", [{}, {"site": "patch"}, {"site": "cls", "metadata": "{}"}, {"site": "patch", "metadata": "{"}]
+)
+def test_a_broken_header_is_one_error_that_names_the_file(noise: Noise, tmp_path: Path, header: dict[str, str]) -> None:
+    path = tmp_path / "n.safetensors"
+    rewritten(noise, path, {"format": "fastnull-noise-1", **header})
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} has a broken header"):
+        Noise.load(path)
 
 
 def test_failed_save_leaves_the_old_file(noise: Noise, tmp_path: Path) -> None:

@@ -236,3 +236,36 @@ def test_missing_torchvision_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert "ImportError: PixelNullspace needs torchvision (pip install torchvision)" in done.stderr
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bank": torch.zeros(2, 3, 16, 16)}, r"bank must be torch.float32 \[4, 3, 16, 16\]; got torch.float32 \[2,"),
+        ({"bank": torch.zeros(4, 3, 16, 16, dtype=torch.int8)}, "bank must be .*; got torch.int8"),
+        ({"bank": torch.full((4, 3, 16, 16), float("nan"))}, "bank must be finite"),
+        ({"bank": [1.0]}, "bank must be a tensor; got list"),
+        ({"bank": None}, "Missing key.*bank"),
+        ({"_refreshes": None}, "Missing key.*_refreshes"),
+        ({"_refreshes": torch.zeros(2, dtype=torch.long)}, r"_refreshes must be torch.int64 \[\]"),
+        ({"stray": torch.zeros(1)}, "Unexpected key.*stray"),
+    ],
+)
+def test_a_state_is_loaded_whole_or_not_at_all(
+    vit: NormalizedModel, change: dict[str, Any], message: str, nested: bool
+) -> None:
+    theirs, mine = PixelNullspace(vit, 16, count=4, seed=1), PixelNullspace(vit, 16, count=4, seed=2)
+    theirs.refresh()
+    prefix = "transforms.0." if nested else ""
+    module = torch.nn.ModuleDict({"transforms": torch.nn.ModuleList([mine])}) if nested else mine
+    before = {name: value.clone() for name, value in mine.state_dict().items()}
+    state: dict[str, Any] = {prefix + name: value for name, value in theirs.state_dict().items()}
+    broken = {**state, **{prefix + name: value for name, value in change.items()}}
+    with pytest.raises(RuntimeError, match=message):
+        module.load_state_dict({name: value for name, value in broken.items() if value is not None})
+    for name, value in mine.state_dict().items():
+        assert value.equal(before[name]), name
+    module.load_state_dict(state)
+    for name, value in mine.state_dict().items():
+        assert value.equal(theirs.state_dict()[name]), name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -11,13 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastnull import synthesis
 from fastnull.encoder import FrozenEncoder
 from fastnull.objective import influence
+from fastnull.solvers import perturb
 from fastnull.synthesis import (
     MODES,
     EpsilonNotMetError,
+    NoiseNotFiniteError,
     SynthesisConfig,
     SynthesisInterrupted,
     SynthesisOutOfMemoryError,
@@ -241,6 +245,117 @@ def test_start_continues_a_noise(vit: NormalizedModel, images: Tensor) -> None:
         synthesize(vit, images, SynthesisConfig(count=2), start=noise)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda start: start[:, :1], ValueError, r"start must have shape \[8, 16, 32\]; got \[8, 1, 32\]"),
+        (lambda start: start[..., :1], ValueError, r"start must have shape \[8, 16, 32\]; got \[8, 16, 1\]"),
+        (lambda start: start[:1], ValueError, "start must"),
+        (lambda start: torch.cat([start, start]), ValueError, "start must"),
+        (lambda start: start.char(), TypeError, "start must be of a floating dtype; got torch.int8"),
+        (lambda start: start.to(torch.complex64), TypeError, "start must be of a floating dtype"),
+        (lambda start: start / 0, ValueError, "start must be finite"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_named(
+    vit: NormalizedModel,
+    images: Tensor,
+    mode: str,
+    change: Callable[[Tensor], Tensor],
+    error: type[Exception],
+    message: str,
+) -> None:
+    start = change(torch.rand(8, 16, 32))
+    with pytest.raises(error, match=message):
+        synthesize(vit, images, SynthesisConfig(mode=mode, count=8), start=start)
+
+
+def test_too_many_starts_for_a_loader_are_named(vit: NormalizedModel, images: Tensor) -> None:
+    loader = DataLoader(TensorDataset(images), batch_size=3)
+    start = torch.rand(9, 16, 32)
+    with pytest.raises(ValueError, match=r"start must hold one noise an image \(8\); it holds 9"):
+        synthesize(vit, loader, SynthesisConfig(mode="boundary"), start=start)
+    fits = synthesize(vit, loader, SynthesisConfig(mode="boundary"), start=start[:8])
+    by_batches = synthesize(vit, images.split(3), SynthesisConfig(mode="boundary"), start=start[:8])
+    assert fits.tokens.equal(by_batches.tokens)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mine", "theirs"), [("patch", "block0"), ("block0", "patch"), ("pixels", "patch")])
+def test_a_start_of_another_site_is_refused(
+    vit: NormalizedModel, images: Tensor, mode: str, mine: str, theirs: str
+) -> None:
+    noise = synthesize(vit, images, SynthesisConfig(mode=mode, site=theirs, limit=0.1, steps=1))
+    with pytest.raises(
+        ValueError, match=rf"start must be noise of site '{mine}', as config\.site; it is of '{theirs}'"
+    ):
+        synthesize(vit, images, SynthesisConfig(mode=mode, site=mine, limit=0.1), start=noise)
+    encoder = FrozenEncoder(vit, site=mine)
+    with pytest.raises(ValueError, match=f"the noise is of site '{theirs}' but the encoder was made for site '{mine}'"):
+        measure_influence(encoder, noise, images)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (16, 1), (1, 1), (17, 32)])
+def test_noise_of_one_token_is_not_spread_over_all(
+    vit: NormalizedModel, images: Tensor, shape: tuple[int, int]
+) -> None:
+    noise = synthesize(vit, images, SynthesisConfig(steps=1))
+    cut = replace(noise, tokens=torch.ones(1, *shape))
+    with pytest.raises(ValueError, match=r"noise must have shape \[\.\.\., 16, 32\].*site 'patch'; got"):
+        measure_influence(vit, cut, images)
+    encoder = FrozenEncoder(vit)
+    with pytest.raises(ValueError, match=r"noise must have shape \[\.\.\., 16, 32\]"):
+        perturb(encoder, encoder.embed(images), torch.ones(8, *shape))
+
+
+@pytest.mark.parametrize("mode", ["per_image", "boundary"])
+def test_a_mean_over_processes_is_for_the_universal_mode(vit: NormalizedModel, images: Tensor, mode: str) -> None:
+    with pytest.raises(ValueError, match=rf"mean is for mode 'universal'; got config\.mode='{mode}'"):
+        synthesize(vit, images, SynthesisConfig(mode=mode), mean=lambda value: value)
+
+
+class _Loader:
+    """Batches whose sizes are known only when they are read."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("source", [list, _Loader])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("mode", MODES)
+def test_two_image_sizes_are_refused_by_both(
+    make_vit: Callable[..., NormalizedModel], mode: str, site: str, source: type
+) -> None:
+    """A model may take any size; noise has one."""
+    vit = make_vit(dynamic_img_size=True)
+    small, large = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 24, 16)
+    config = SynthesisConfig(mode=mode, site=site, limit=0.1, steps=3, stop="never")
+    assert len(synthesize(vit, source([large] * 3), config)) == (1 if mode == "universal" else 6)
+    calls = count_calls(vit)
+    message = "all images of a synthesis, the check images too, must be of one size; got 16x16 and 24x16"
+    with pytest.raises(ValueError, match=message):
+        synthesize(vit, source([small, small, large]), config)
+    if source is list:
+        assert not calls, "refused before any work"
+    if mode == "universal":
+        with pytest.raises(ValueError, match=r"must be of one size; got (16x16 and 24x16|24x16 and 16x16)"):
+            synthesize(vit, source([small, small]), config, check=[large])
+
+
+def count_calls(vit: NormalizedModel) -> list[int]:
+    calls: list[int] = []
+    vit.network.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
 class _Interrupting(nn.Module):
     """Raises KeyboardInterrupt at its n-th call."""
 
@@ -255,21 +370,37 @@ class _Interrupting(nn.Module):
         return self.module(x)
 
 
+def cpu_out_of_memory() -> Exception:
+    """torch's own error of a CPU: a RuntimeError that has no class of its own."""
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**50)
+    return error.value
+
+
+ERRORS = {
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory: can't allocate memory"),
+    "cpu": cpu_out_of_memory,
+    "python": lambda: MemoryError("can't allocate memory"),
+}
+
+
+@pytest.mark.parametrize("device", ERRORS)
+@pytest.mark.parametrize("mode", ["per_image", "boundary"])
 @pytest.mark.parametrize("good", [0, 2])
 def test_out_of_memory_keeps_the_images_that_are_done(
-    vit: NormalizedModel, images: Tensor, good: int, monkeypatch: pytest.MonkeyPatch
+    vit: NormalizedModel, images: Tensor, good: int, mode: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = synthesis.own_noise, iter(range(9))
 
     def failing(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         if next(calls) == good:
-            raise torch.OutOfMemoryError("tried to allocate 1 PiB")
+            raise ERRORS[device]()
         return real(*args)
 
     monkeypatch.setattr(synthesis, "own_noise", failing)
-    config = SynthesisConfig(mode="boundary", limit=0.25)
+    config = SynthesisConfig(mode=mode, limit=0.25, steps=2)
     with pytest.raises(
-        SynthesisOutOfMemoryError, match=rf"after {2 * good} images: give smaller batches.*1 PiB"
+        SynthesisOutOfMemoryError, match=rf"after {2 * good} images: give smaller batches.*can't allocate memory"
     ) as error:
         synthesize(vit, images.split(2), config)
     monkeypatch.setattr(synthesis, "own_noise", real)
@@ -277,6 +408,104 @@ def test_out_of_memory_keeps_the_images_that_are_done(
     assert (kept is None) == (good == 0)
     if kept is not None:
         assert torch.equal(kept.tokens, synthesize(vit, images[:4].split(2), config).tokens)
+
+
+@pytest.mark.parametrize("device", ERRORS)
+@pytest.mark.parametrize("mode", MODES)
+def test_out_of_memory_in_the_first_embedding_is_named(
+    vit: NormalizedModel, images: Tensor, mode: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Tensor:
+        raise ERRORS[device]()
+
+    monkeypatch.setattr(FrozenEncoder, "embed", failing)
+    with pytest.raises(SynthesisOutOfMemoryError, match=r"ran out of memory after 0 .*can't allocate memory") as error:
+        synthesize(vit, images, SynthesisConfig(mode=mode))
+    assert error.value.noise is None
+
+
+@pytest.mark.parametrize("device", ERRORS)
+def test_out_of_memory_while_a_bank_is_judged_keeps_it(
+    vit: NormalizedModel, images: Tensor, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SynthesisConfig(limit=0.25, steps=2, stop="never")
+    whole = synthesize(vit, images, config)
+
+    def failing(*_: Any, **__: Any) -> Tensor:
+        raise ERRORS[device]()
+
+    monkeypatch.setattr(synthesis, "judge", failing)
+    with pytest.raises(SynthesisOutOfMemoryError, match="after 2 steps") as error:
+        synthesize(vit, images, config)
+    assert error.value.noise is not None
+    assert error.value.noise.tokens.equal(whole.tokens)
+    assert error.value.noise.influence.isnan().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_other_errors_stay_what_they_are(
+    vit: NormalizedModel, images: Tensor, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Tensor:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(FrozenEncoder, "embed", failing)
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        synthesize(vit, images, SynthesisConfig(mode=mode))
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("change", [{"limit": 1e300}, {"limit": 1e38, "smooth_limit": 3e38}])
+def test_limits_beyond_float32_are_refused(
+    vit: NormalizedModel, images: Tensor, mode: str, site: str, change: dict[str, float]
+) -> None:
+    if "smooth_limit" in change and site != "pixels":
+        return
+    with pytest.raises(ValueError, match=r"limit must be >= 0 and <= 3\.40282e\+38; got"):
+        synthesize(vit, images, SynthesisConfig(mode=mode, site=site, **change))
+
+
+DIVERGING = [
+    {"mode": "universal", "lr": 1e30, "steps": 3},
+    {"mode": "universal", "lr": 1e30, "steps": 1},  # finite itself, but nothing is seen through it
+    {"mode": "universal", "lr": 1e300, "steps": 1},
+    {"mode": "universal", "limit": 1e37},
+    {"mode": "universal", "limit": 1e37, "stop": "batch", "on_unmet": "raise"},
+    {"mode": "per_image", "lr": 1e30},
+    {"mode": "per_image", "limit": 1e37},
+    {"mode": "boundary", "step_size": 1e30},
+    {"mode": "boundary", "step_size": 1e300},
+    {"mode": "boundary", "limit": 1e37},
+]
+NOT_FINITE = r"of \d noises, or the model's outputs under them, are not finite: lower config\.limit"
+
+
+@pytest.mark.parametrize("settings", DIVERGING, ids=str)
+def test_noise_that_is_not_finite_is_refused(vit: NormalizedModel, images: Tensor, settings: dict[str, Any]) -> None:
+    with pytest.raises(NoiseNotFiniteError, match=NOT_FINITE):
+        synthesize(FrozenEncoder(vit, backend="reference"), images, SynthesisConfig(**settings))
+
+
+@pytest.mark.parametrize("settings", DIVERGING, ids=str)
+def test_a_fast_backend_refuses_it_or_has_finite_noise_and_says_that_it_is_unmet(
+    vit: NormalizedModel, images: Tensor, settings: dict[str, Any]
+) -> None:
+    """Its layer norm takes values whose squares overflow."""
+    try:
+        noise = synthesize(vit, images, SynthesisConfig(**{**settings, "on_unmet": "keep"}))
+    except NoiseNotFiniteError:
+        return
+    assert noise.tokens.isfinite().all()
+    assert noise.norm.isfinite().all()
+    assert noise.influence.isfinite().all()
+    assert settings["mode"] == "boundary" or not noise.converged.any()
+
+
+def test_noise_without_a_scale_is_zero_and_no_error(vit: NormalizedModel, images: Tensor) -> None:
+    """With on_unmet="scale" nothing may be left of a noise: that is an answer, and its influence is not known."""
+    noise = synthesize(vit, images, SynthesisConfig(limit=1e10, steps=1, on_unmet="scale", eps=1e-12))
+    assert noise.tokens.isfinite().all()
 
 
 def test_interrupt_carries_the_noise_so_far(vit: NormalizedModel, images: Tensor) -> None:

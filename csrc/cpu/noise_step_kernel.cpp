@@ -47,8 +47,11 @@ void adamw_range(const AdamWArgs& a, int64_t noise, int64_t begin, int64_t end) 
   });
 }
 
+// The range in which squares of float, and sums of them, neither underflow nor overflow.
+FASTNULL_INLINE bool ordinary(double norm) { return norm > 1e-12 && norm < 1e12; }
+
 template <typename T>
-float norm_of(const T* grad, int64_t width) {
+double norm_of(const T* grad, int64_t width) {
   // Summed in double by stretches: a float32 sum over 150,528 pixels would lose three digits.
   double total = 0.0;
   for (int64_t from = 0; from < width; from += 1024) {
@@ -59,7 +62,10 @@ float norm_of(const T* grad, int64_t width) {
     });
     total += double(sum.sum());
   }
-  return float(std::sqrt(total));
+  if (ordinary(std::sqrt(total))) return std::sqrt(total);
+  total = 0.0;
+  for (int64_t i = 0; i < width; ++i) total += double(to_float(grad[i])) * double(to_float(grad[i]));
+  return std::sqrt(total);
 }
 
 template <typename T>
@@ -78,8 +84,13 @@ void direct_noises(const DirectStepArgs& a, int64_t begin, int64_t end) {
         store(load(v + i, n) - sign * step, v + i, n);
       });
     } else {
-      const float norm = norm_of(grad, a.width);
-      const Vec inverse = Vec::set(norm == 0.0f ? 0.0f : 1.0f / norm), step = Vec::set(length);
+      const double norm = norm_of(grad, a.width);
+      if (!ordinary(norm)) {
+        const double inverse = norm == 0.0 ? 0.0 : 1.0 / norm;
+        for (int64_t i = 0; i < a.width; ++i) v[i] -= float(double(to_float(grad[i])) * inverse) * length;
+        continue;
+      }
+      const Vec inverse = Vec::set(1.0f / float(norm)), step = Vec::set(length);
       each(0, a.width, [&](int64_t i, int n) {
         store(load(v + i, n) - load(grad + i, n) * inverse * step, v + i, n);
       });

@@ -32,6 +32,8 @@ PatchImage image_of(const Tensor& t, const Tensor& like, const char* name) {
 
 void patch_project(const Tensor& noise, const Tensor& basis, int64_t patch, bool complement,
                    const std::optional<Tensor>& images, const Tensor& out) {
+  STD_TORCH_CHECK(noise.dim() == 4 && patch >= 1 && noise.size(2) % patch == 0 && noise.size(3) % patch == 0,
+                  "fastnull: noise must have shape [B, C, H, W], H and W multiples of patch_size >= 1");
   PatchArgs args{};
   args.dtype = dtype_of(noise, "noise");
   args.noise = image_of(noise, noise, "noise");

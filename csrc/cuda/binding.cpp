@@ -125,9 +125,9 @@ Image image_of(const Tensor& t, const Tensor& like, const char* name) {
 
 void patch_project_out(const Tensor& noise, const Tensor& basis, int64_t patch, bool complement,
                        const std::optional<Tensor>& images, const Tensor& out) {
-  if (noise.numel() == 0) return;
   STD_TORCH_CHECK(noise.dim() == 4 && patch >= 1 && noise.size(2) % patch == 0 && noise.size(3) % patch == 0,
-                  "fastnull: noise must have shape [B, C, H, W], H and W multiples of patch_size");
+                  "fastnull: noise must have shape [B, C, H, W], H and W multiples of patch_size >= 1");
+  if (noise.numel() == 0) return;
   PatchProjectArgs args{};
   args.dtype = dtype_of(noise, "noise");
   args.noise = image_of(noise, noise, "noise");
@@ -250,8 +250,8 @@ void direct_step_(const Tensor& noise, const Tensor& grad, const Tensor& gate, c
   const OnDevice device(noise);
   std::optional<Tensor> square_sums;  // held until the launch
   if (!sign) {
-    square_sums = torch::stable::new_empty(noise, {args.noises, (args.width + CHUNK - 1) / CHUNK});
-    args.square_sums = static_cast<float*>(square_sums->data_ptr());
+    square_sums = torch::stable::new_empty(noise, {args.noises, (args.width + CHUNK - 1) / CHUNK}, ScalarType::Double);
+    args.square_sums = static_cast<double*>(square_sums->data_ptr());
   }
   check_launched(direct_step(args, device.stream), "direct_step");
 }

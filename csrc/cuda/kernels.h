@@ -92,7 +92,7 @@ struct DirectStepArgs {
   Dtype grad_dtype;
   float* noise;  // [noises, width] dense
   const void* grad;
-  float* square_sums;  // [noises, ceil(width / CHUNK)], scratch; null: along the sign of the gradient
+  double* square_sums;  // [noises, ceil(width / CHUNK)], scratch; null: along the sign of the gradient
   const float* gate;
   const double* lr;
   int64_t width;

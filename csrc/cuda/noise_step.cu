@@ -59,8 +59,11 @@ __global__ void __launch_bounds__(THREADS) square_sums_kernel(const DirectStepAr
   const T* grad = static_cast<const T*>(args.grad) + blockIdx.y * args.width;
   const int64_t first = blockIdx.x * int64_t(CHUNK);
   const int64_t end = first + CHUNK < args.width ? first + CHUNK : args.width;
-  float sum = 0;
-  for (int64_t i = first + threadIdx.x; i < end; i += THREADS) sum += to_float(grad[i]) * to_float(grad[i]);
+  double sum = 0;  // in which the square of a float neither underflows nor overflows
+  for (int64_t i = first + threadIdx.x; i < end; i += THREADS) {
+    const double g = to_float(grad[i]);
+    sum += g * g;
+  }
   sum = sum_of_block(sum);
   if (threadIdx.x == 0) args.square_sums[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = sum;
 }
@@ -71,13 +74,13 @@ __global__ void __launch_bounds__(THREADS) direct_step_kernel(const DirectStepAr
   const float gate = args.gate[which];
   if (gate == 0) return;
   const float step = gate * float(args.lr[which]);
-  float per_norm = 1;
+  double per_norm = 1;
   if (args.square_sums != nullptr) {
-    float square = 0;
+    double square = 0;
     for (int i = threadIdx.x; i < int(gridDim.x); i += THREADS)
       square += args.square_sums[which * int64_t(gridDim.x) + i];
     square = sum_of_block(square);
-    per_norm = square == 0 ? 0 : 1 / sqrtf(square);
+    per_norm = square == 0 ? 0 : 1 / sqrt(square);
   }
   const int64_t begin = which * args.width, first = blockIdx.x * int64_t(CHUNK);
   const int64_t end = first + CHUNK < args.width ? first + CHUNK : args.width;
@@ -87,7 +90,7 @@ __global__ void __launch_bounds__(THREADS) direct_step_kernel(const DirectStepAr
 #pragma unroll
     for (int e = 0; e < COUNT; ++e) {
       const float sign = g.v[e] > 0 ? 1 : g.v[e] < 0 ? -1 : g.v[e];  // the last is 0 or NaN
-      v.v[e] -= step * (args.square_sums == nullptr ? sign : g.v[e] * per_norm);
+      v.v[e] -= step * (args.square_sums == nullptr ? sign : float(g.v[e] * per_norm));
     }
     store(args.noise + begin + i, v);
   }

@@ -8,10 +8,10 @@ namespace fastnull::cuda {
 constexpr int THREADS = 256;  // of every block that uses these
 
 // The sum of x (or the largest x) over the THREADS of a block, in every thread.
-template <typename Combine>
-__device__ __forceinline__ float of_block(float x, Combine combine) {
+template <typename T, typename Combine>
+__device__ __forceinline__ T of_block(T x, Combine combine) {
   constexpr int WARPS = THREADS / 32;
-  __shared__ float of_warp[WARPS];
+  __shared__ T of_warp[WARPS];
   for (int distance = 16; distance > 0; distance /= 2) x = combine(x, __shfl_xor_sync(0xFFFFFFFF, x, distance));
   __syncthreads();  // the values of the call before have been read
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
@@ -21,8 +21,9 @@ __device__ __forceinline__ float of_block(float x, Combine combine) {
   return x;
 }
 
-__device__ __forceinline__ float sum_of_block(float x) {
-  return of_block(x, [](float a, float b) { return a + b; });
+template <typename T>
+__device__ __forceinline__ T sum_of_block(T x) {
+  return of_block(x, [](T a, T b) { return a + b; });
 }
 __device__ __forceinline__ float largest_of_block(float x) {
   return of_block(x, [](float a, float b) { return fmaxf(a, b); });

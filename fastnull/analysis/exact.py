@@ -78,9 +78,11 @@ def energy(space: PatchNullspace, images: Mapping[str, Tensor], seed: int = 0) -
     """
     source = generator(seed)
     like = next(iter(images.values()))
-    sets = {**images, "white noise": torch.randn(like.shape, generator=source)}
+    sets = {**images, "white noise": torch.randn(like.shape, generator=source, dtype=torch.float32)}
     shape = (space.width, space.channels, *space.patch_size)
-    random = PatchNullspace.from_weight(torch.randn(shape, generator=source), tolerance=space.tolerance)
+    random = PatchNullspace.from_weight(
+        torch.randn(shape, generator=source, dtype=torch.float32), tolerance=space.tolerance
+    )
     return [
         {
             "images": label,

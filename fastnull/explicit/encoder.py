@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastnull.explicit.block import Block, Saved, Scratch
 from fastnull.explicit.class_token import ClassTokenBlock
@@ -19,7 +19,8 @@ from fastnull.explicit.float8 import check_float8
 from fastnull.explicit.folded import FoldedLinear
 from fastnull.explicit.stem_and_head import Head, Stem
 from fastnull.ops.common import empty
-from fastnull.vit.base import NormalizedModel, SplitViT
+from fastnull.sharded import Units
+from fastnull.vit.base import SplitViT
 from fastnull.vit.parts import ViTParts
 
 CPU_BYTES = 2_500_000
@@ -53,7 +54,7 @@ class ExplicitEncoder:
     ) -> None:
         if mlp_dtype is not None:
             check_float8(mlp_dtype, dtype, parts.projection.weight.device)
-        normalized = vit.model if isinstance(vit.model, NormalizedModel) else None
+        normalized = vit.normalized
         mean, std = (normalized.mean, normalized.std) if normalized else (None, None)
         self.dtype, self.compute = dtype, compute or dtype
         self._model = vit.model
@@ -80,11 +81,10 @@ class ExplicitEncoder:
         return self.stem.weight.device
 
     @torch.no_grad()
-    def sync(self, gathered: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext) -> None:
-        """Cast and fold the model's current weights into the buffers, in place.
-
-        `gathered` is what it takes to read the weights of a module: of the model for all that lies around its blocks.
-        """
+    def sync(self, units: Units | None = None) -> None:
+        """Cast and fold the model's current weights into the buffers, in place. The model may be sharded in units."""
+        # what it takes to read the weights of a module: of the model for all that lies around its blocks
+        gathered = nullcontext if units is None else units.gathered
         with gathered(self._model):
             self.stem.sync()
             self.head.sync()
@@ -221,6 +221,12 @@ class ExplicitEncoder:
             if self.blocks:
                 images = min(self._capacity, self._part or self._capacity)
                 self._scratch = Scratch(images * N, self.blocks[0], new)
+
+    def token_shape(self, site: str) -> tuple[int, int] | None:
+        """Of an image's tokens at the site; None in pixels."""
+        if site == "pixels":
+            return None
+        return self.stem.tokens if site == "block0" else len(self.stem.positions), self.width
 
     def memory(self) -> dict[str, int]:
         """Bytes held: `weights`, `kept` for the backward, and `scratch`."""

@@ -8,8 +8,10 @@ A Trainer, with one argument more:
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from fastnull.augment import NullspaceAugment
 from fastnull.compat import import_timm
 from fastnull.integrations.run import AugmentedRun, MakeAugment, place_of
 from fastnull.record import replacing
-from fastnull.vit.base import logits_of
+from fastnull.vit.base import NormalizedModel, logits_of, unwrap
 
 import_timm()  # the Trainer imports torchvision
 from transformers import PreTrainedModel, Trainer, TrainerCallback  # noqa: E402
@@ -63,7 +65,13 @@ class NullspaceCallback(TrainerCallback):
 
         Raises:
             FileNotFoundError: training resumes from a checkpoint that holds no state of it.
+            RuntimeError: the Trainer splits batches over several GPUs of one process.
         """
+        if args.n_gpu > 1:
+            raise RuntimeError(
+                f"the Trainer copies the model to {args.n_gpu} GPUs of one process (DataParallel), where noise is not "
+                "supported: start one process a GPU (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES to one"
+            )
         if state.global_step > 0:
             folder = self.checkpoint or Path(args.output_dir, f"checkpoint-{state.global_step}")
             if not Path(folder, FILE).is_file():
@@ -92,19 +100,21 @@ class NullspaceCallback(TrainerCallback):
 
 
 class NullspaceTrainer(Trainer):
-    """A Trainer for image classifiers whose training loss is criterion(clean) + criterion(noisy).
+    """A Trainer for image classifiers whose training loss is that of the clean view plus that of the noisy view.
 
-    Batches are dictionaries with `pixel_values` [B, C, H, W], as the model takes them, and `labels`. Evaluation has the
-    clean loss. Gradient accumulation gives the mean over the micro-batches.
+    The loss of a view is what Trainer computes for it: the model's own (`config.problem_type`: single label, multi
+    label or regression), `compute_loss_func`, or label smoothing, normalised over an accumulated batch as there. Other
+    loss functions: `criterion`. Evaluation has the loss of the clean images.
 
     Args:
         args, kwargs: of Trainer.
         augment, batches: of NullspaceCallback.
-        criterion: (logits [B, K], labels [B] or soft [B, K]) → mean. None is cross entropy with the training
-            arguments' label_smoothing_factor.
-    """
+        criterion: (logits [B, K], labels) → mean, in place of the model's own loss, averaged over the parts of an
+            accumulated batch. Soft labels [B, K] need one: transformers takes float labels for several labels an image.
+            A model that computes no loss has cross entropy, with the training arguments' label_smoothing_factor.
 
-    loss_is_scaled_for_ga = False
+    Batches are dictionaries with the images as `pixel_values` [B, C, H, W], as the model takes them, and `labels`.
+    """
 
     def __init__(
         self,
@@ -115,9 +125,15 @@ class NullspaceTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        # the loss is a mean over its batch, whatever keywords the model's forward takes
-        self.model_accepts_loss_kwargs = False
-        self.criterion = criterion or nn.CrossEntropyLoss(label_smoothing=self.args.label_smoothing_factor)
+        if criterion is not None and self.compute_loss_func is not None:
+            raise ValueError("give either criterion or compute_loss_func, not both")
+        if criterion is None and self.compute_loss_func is None:
+            criterion = _missing_loss(unwrap(self.model), self.args.label_smoothing_factor)
+        self.criterion = criterion
+        if criterion is not None:
+            # its loss is a mean over its batch, whatever keywords the model's forward takes
+            self.model_accepts_loss_kwargs = False
+            self.loss_is_scaled_for_ga = False
         self.nullspace = NullspaceCallback(augment, batches, attach=False)
         self.add_callback(self.nullspace)
 
@@ -136,16 +152,54 @@ class NullspaceTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The augmentation's loss in training, that of clean images in evaluation; on request logits too."""
-        images, labels = inputs["pixel_values"], inputs["labels"]
+        """The loss of both views in training, that of clean images in evaluation; on request the (clean) outputs too.
+
+        An augmentation with a share has one view.
+        """
         if model.training:
-            self.augment.model = model  # as the Trainer wraps it: DDP exchanges gradients there
+            if "pixel_values" not in inputs:
+                raise ValueError(f"batches must hold the images as pixel_values; got the keys {list(inputs)}")
+            images = inputs["pixel_values"]
             self.augment.place = place_of(images)
-            loss, logits = self.augment.loss(images, labels, self.criterion)
+            views = self.augment.outputs(images, lambda: self._view(model, inputs, num_items_in_batch))
         else:
-            logits = logits_of(model(images))
-            loss = self.criterion(logits, labels)
-        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+            views = [self._view(model, inputs, num_items_in_batch)]
+        loss = sum(view.loss for view in views)
+        return (loss, views[0].outputs) if return_outputs else loss
+
+    def _view(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> _View:
+        """One forward of the model, and its loss."""
+        inputs = dict(inputs)  # Trainer takes the labels out
+        if self.criterion is None:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return _View(loss, logits_of(outputs), outputs)
+        labels = inputs.pop("labels")
+        logits = logits_of(model(**inputs) if _takes(model, "pixel_values") else model(inputs["pixel_values"]))
+        loss = self.criterion(logits, labels)
+        return _View(loss, logits, {"loss": loss, "logits": logits})
+
+
+@dataclass(frozen=True)
+class _View:
+    loss: Tensor
+    logits: Tensor  # [B, K]
+    outputs: Any  # as Trainer.compute_loss returns them
+
+
+def _missing_loss(model: nn.Module, smoothing: float) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The criterion for a model whose forward takes no labels; None for one that does."""
+    if _takes(model, "labels"):
+        return None
+    network: Any = model.network if isinstance(model, NormalizedModel) else model
+    kind = getattr(getattr(network, "config", None), "problem_type", None)
+    if kind is not None and hasattr(network, "loss_function") and not smoothing:
+        return lambda logits, labels: network.loss_function(labels, logits, network.config)
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether the forward of a model, wrappers removed, has a parameter of that name."""
+    return name in inspect.signature(type(unwrap(model)).forward).parameters
 
 
 def _load_if_renamed(model: nn.Module, folder: Path) -> None:

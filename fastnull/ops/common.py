@@ -139,9 +139,26 @@ def triton_problem(device: torch.device) -> str:
     return ""
 
 
+def check_positive(name: str, value: int) -> None:
+    """Raise TypeError or ValueError unless value is a whole number of at least 1: kernels divide by it."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # where it may be a symbol, whose value is checked when it is known: by the kernel
+        return
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value!r}")
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """True if autograd would record an operation on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Inside, arithmetic is in the tensors' own dtypes, also where the caller has an autocast region."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastnull.checks import check_choice
-from fastnull.ops.common import compute_dtype, define, empty, needs_grad, use_native
+from fastnull.ops.common import check_positive, compute_dtype, define, empty, needs_grad, use_native
 
 KINDS = ("l2", "l2_squared")
 REDUCTIONS = ("mean", "none")
@@ -129,7 +129,8 @@ def _check(clean_logits: Tensor, noisy_logits: Tensor, kind: str, groups: int) -
         raise ValueError(f"clean_logits and noisy_logits must have shape [B, K]; got {clean} and {noisy}")
     if noisy[0] and (clean[0] == 0 or noisy[0] % clean[0]):
         raise ValueError(f"the rows of noisy_logits must be a multiple of those of clean_logits; got {noisy}, {clean}")
-    if groups < 1 or noisy[0] % groups:
+    check_positive("groups", groups)
+    if noisy[0] % groups:
         raise ValueError(f"groups must divide the {noisy[0]} rows of noisy_logits; got {groups}")
 
 
@@ -158,6 +159,8 @@ def noise_objective(
     """
     _check(clean_logits, noisy_logits, kind, groups)
     check_choice("reduction", reduction, REDUCTIONS)
+    if batch is not None:
+        check_positive("batch", batch)
     rows = noisy_logits.shape[0] // groups
     scale = 1.0 / (batch or rows) if reduction == "mean" and rows else 1.0
     return NoiseObjective(*_objective_fwd(clean_logits.detach(), noisy_logits.detach(), kind, scale, groups))

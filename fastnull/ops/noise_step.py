@@ -7,11 +7,14 @@ that a stop rule or the boundary rule is one `torch.where` on the device:
         v *= 1 - lr * weight_decay;  m += (1 - beta1) (g - m);  s = beta2 s + (1 - beta2) g^2
         v -= lr / (1 - beta1^t) * m / (sqrt(s) / sqrt(1 - beta2^t) + eps)
     normalised:  v -= gate * lr * grad / ||grad||        (the norm of the whole noise; no step where it is 0)
+                 The norm is taken so that squares neither underflow nor overflow: 1e-40 is as good as 1.
     sign:        v -= gate * lr * sign(grad)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -75,8 +78,10 @@ def direct_step_ref(noise: Tensor, grad: Tensor, gate: Tensor, lr: Tensor, sign:
     if sign:
         direction = g.sign() + g * 0  # sign(NaN) is 0: let NaN through
     else:
-        norm = g.flatten(1).norm(dim=1)
-        direction = g * _column(torch.where(norm == 0, 0.0, 1 / norm), noise)
+        # in float64 the square of a float32 neither underflows nor overflows
+        norm = torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64)
+        inverse = torch.where(norm == 0, 0.0, 1 / norm).view(-1, *[1] * (g.ndim - 1))
+        direction = (g * inverse).to(noise.dtype)
     moved = noise - direction * (_column(gate, noise) * _column(lr, noise))
     noise.copy_(torch.where(_column(gate, noise) != 0, moved, noise))
 
@@ -102,10 +107,20 @@ def _per_noise(name: str, value: Tensor | float, noise: Tensor, dtype: torch.dty
 def _check(noise: Tensor, grad: Tensor) -> None:
     if noise.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"noise must be float32 or float64 (small steps vanish in narrower ones); got {noise.dtype}")
-    if not noise.is_contiguous():
-        raise ValueError(f"noise must be dense: it is changed in place; its strides are {noise.stride()}")
+    if any(stride == 0 and size > 1 for stride, size in zip(noise.stride(), noise.shape, strict=True)):
+        raise ValueError(f"noise must not be expanded: it is changed in place; its strides are {noise.stride()}")
     if noise.ndim < 2 or grad.shape != noise.shape:
         raise ValueError(f"noise and grad must have one shape [M, ...]; got {list(noise.shape)}, {list(grad.shape)}")
+
+
+@contextmanager
+def _dense(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """The tensors as kernels address them; what those wrote is afterwards in the tensors, whatever their strides."""
+    dense = [tensor.contiguous() for tensor in tensors]
+    yield dense
+    for tensor, written in zip(tensors, dense, strict=True):
+        if written is not tensor:
+            tensor.copy_(written)
 
 
 def _native(noise: Tensor, grad: Tensor) -> bool:
@@ -127,7 +142,7 @@ def adamw_step(
     """One AdamW step of each noise whose gate is not 0, in place.
 
     Args:
-        noise: [M, ...] dense, float32 or float64.
+        noise: [M, ...], float32 or float64, any strides (what is not dense costs a copy there and back).
         grad: [M, ...], any floating dtype and strides.
         state: of `AdamWState.zeros(noise)`, updated in place.
         gate: [M], [] or a number: 0 stays, +1 descends, -1 ascends.
@@ -139,11 +154,12 @@ def adamw_step(
     _check(noise, grad)
     gates = _per_noise("gate", gate, noise, torch.float32)
     rates = _per_noise("lr", lr, noise, torch.float64)
-    arguments = (state.exp_avg, state.exp_avg_sq, state.steps, gates, rates, *betas, eps, weight_decay)
+    settings = (gates, rates, *betas, eps, weight_decay)
     if _native(noise, grad):
-        torch.ops.fastnull.adamw_step_(noise, grad.contiguous(), *arguments)
+        with _dense(noise, state.exp_avg, state.exp_avg_sq, state.steps) as (v, *moments):
+            torch.ops.fastnull.adamw_step_(v, grad.contiguous(), *moments, *settings)
     else:
-        adamw_step_ref(noise, grad, *arguments)
+        adamw_step_ref(noise, grad, state.exp_avg, state.exp_avg_sq, state.steps, *settings)
 
 
 def _direct_step(noise: Tensor, grad: Tensor, gate: Tensor | float, lr: Tensor | float, sign: bool) -> None:
@@ -151,7 +167,8 @@ def _direct_step(noise: Tensor, grad: Tensor, gate: Tensor | float, lr: Tensor |
     gates = _per_noise("gate", gate, noise, torch.float32)
     rates = _per_noise("lr", lr, noise, torch.float64)
     if _native(noise, grad):
-        torch.ops.fastnull.direct_step_(noise, grad.contiguous(), gates, rates, sign)
+        with _dense(noise) as (v,):
+            torch.ops.fastnull.direct_step_(v, grad.contiguous(), gates, rates, sign)
     else:
         direct_step_ref(noise, grad, gates, rates, sign)
 

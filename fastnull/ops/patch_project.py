@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnull.ops.common import compute_dtype, define, empty, needs_grad, use_native
+from fastnull.ops.common import check_positive, compute_dtype, define, empty, needs_grad, no_autocast, use_native
 
 
 def _unfold(images: Tensor, p: int) -> Tensor:
@@ -37,7 +37,7 @@ def patch_project_ref(
     """`patch_project` in plain torch."""
     wide = compute_dtype(noise.dtype)
     v, basis = _unfold(noise.to(wide), patch_size), basis.to(wide)
-    with torch.autocast(noise.device.type, enabled=False):  # 16-bit products would leak
+    with no_autocast(noise.device):  # 16-bit products would leak
         seen = (v @ basis) @ basis.t()
     result = _fold(v - seen if complement else seen, noise.shape, patch_size)
     return (result if images is None else result + images.to(wide)).to(noise.dtype)
@@ -111,8 +111,10 @@ def patch_project(
         the embedding maps it to zero.
 
     Raises:
-        ValueError: shapes that do not fit; the message holds them.
+        TypeError: patch_size is no integer.
+        ValueError: shapes that do not fit, or a patch_size below 1; the message holds them.
     """
+    check_positive("patch_size", patch_size)
     if not torch.compiler.is_compiling():
         if noise.ndim != 4 or noise.shape[2] % patch_size or noise.shape[3] % patch_size:
             raise ValueError(

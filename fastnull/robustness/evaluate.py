@@ -20,6 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastnull.checks import as_type, check_choice, check_device, check_number, is_out_of_memory
+from fastnull.classes import check_same_classes
 from fastnull.noise import Noise
 from fastnull.paths import check_output
 from fastnull.progress import progress_bar
@@ -93,7 +94,7 @@ def evaluate(
         corruptions: names of fastnull.robustness.CORRUPTIONS, computed in memory.
         severities: any of 1 .. 5, of corruptions in memory and of imagenet-c.
         root: folder of the published test sets.
-        source: transfer: the attacks are made on this model and tried on `model`.
+        source: transfer: the attacks are made on this model, of the same classes, and tried on `model`.
         noise: of suite `noise`, from any model whose site has the same shape: image i gets noise i mod M. Its
             permutation, of equal norm, is measured beside it.
         frost_folder: pictures for the corruption frost; None takes those that the package makes.
@@ -130,6 +131,8 @@ def evaluate(
     for name, module in (("model", model), ("source", source)):
         if not isinstance(module, nn.Module) and not (name == "source" and module is None):
             raise TypeError(f"{name} must be a torch.nn.Module; got {type(module).__name__}")
+    if source is not None:
+        check_same_classes(model, source, name="source")
     if out is not None:
         check_output(out, {}, name="out")
     if device is None:

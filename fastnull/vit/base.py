@@ -5,17 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastnull.checks import check_choice
+from fastnull.vit.exact import class_forward, foreign_hooks, own_methods
 from fastnull.vit.parts import UnsupportedModelError, ViTParts
 
 SITES = ("patch", "block0", "pixels")
 """Where noise is added: the output of the patch embedding (the published method), the input of the first block
 (prefix tokens included), or the image itself in [0, 1] pixels."""
+
+
+_inside_frozen: ContextVar[bool] = ContextVar("inside_frozen", default=False)
 
 
 class NormalizedModel(nn.Module):
@@ -82,7 +87,8 @@ class SplitViT(ABC):
 
     Attributes:
         model: what the user gave, compile and DDP wrappers removed.
-        network: the ViT itself, without a NormalizedModel around it.
+        network: the ViT itself, without any wrapper around it (NormalizedModel, PEFT's).
+        normalized: the NormalizedModel around it, or None.
         patch_module: the module whose output is the `patch` site.
         block0_module: the module whose output is the `block0` site. Not the first block's input: activation
             checkpointing runs blocks twice, and their hooks inside its recording.
@@ -102,9 +108,9 @@ class SplitViT(ABC):
     num_prefix_tokens: int
     batch_may_grow: bool = True
 
-    def __init__(self, model: nn.Module, network: nn.Module) -> None:
-        self.model = model
-        self.network = network
+    def __init__(self, model: nn.Module) -> None:
+        self.model = unwrap(model)
+        self.network, self.normalized = unwrapped(model)
 
     def parts(self) -> ViTParts:
         """The model's parts by name, for the encoders that are written out by hand.
@@ -128,7 +134,7 @@ class SplitViT(ABC):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Pixels → what the network takes; the identity where the model does not normalise."""
-        return self.model.normalize(images) if isinstance(self.model, NormalizedModel) else images
+        return images if self.normalized is None else self.normalized.normalize(images)
 
     @abstractmethod
     def patch(self, images: Tensor) -> Tensor:
@@ -145,6 +151,13 @@ class SplitViT(ABC):
     @abstractmethod
     def head(self, features: Tensor) -> Tensor:
         """Encoder output [B, P + N, D] → logits [B, K]."""
+
+    def whole(self, images: Tensor) -> Tensor:
+        """The model's own forward, hooks of others included: images [B, C, H, W] → logits [B, K]."""
+        if wrappers_are_plain(self.model):
+            # not the call: hooks of ours on the model are for the user's forwards
+            return logits_of(class_forward(self.network)(self.normalize(images)))
+        return logits_of(self.model._call_impl(images))  # not compiled
 
     def embed(self, images: Tensor, site: str) -> Tensor:
         """Images [B, C, H, W] → the tensor at `site`, where noise is added."""
@@ -163,14 +176,51 @@ class SplitViT(ABC):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model under torch.compile's and DistributedDataParallel's wrappers."""
+    """The model under torch.compile's, DistributedDataParallel's and PEFT's wrappers."""
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        # not hasattr: PEFT's wrappers have every attribute of what is inside
+        inside = _under_peft(model)
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif inside is not None:
+            model = inside
         elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         else:
             return model
+
+
+def _under_peft(model: nn.Module) -> nn.Module | None:
+    """What a PeftModel (or its tuner, as LoraModel) wraps; None for other modules. By name, so nothing is imported."""
+    if not any(kind.__module__.partition(".")[0] == "peft" for kind in type(model).__mro__):
+        return None
+    return next((model._modules[name] for name in ("base_model", "model") if name in model._modules), None)
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, NormalizedModel | None]:
+    """The network under all wrappers, and the NormalizedModel that was among them or None."""
+    normalized = None
+    while True:
+        model = unwrap(model)
+        if isinstance(model, NormalizedModel):
+            normalized, model = model, model.network
+        elif type(model).__name__ == "TimmWrapperForImageClassification":  # timm's model within a transformers one
+            model = model.timm_model
+        else:
+            return model, normalized
+
+
+def wrappers_are_plain(model: nn.Module) -> bool:
+    """Whether a model is its network behind the normalisation: nobody's hooks on either, no methods of their own."""
+    while True:
+        model = unwrap(model)
+        changed = isinstance(model, NormalizedModel) and type(model).forward is not NormalizedModel.forward
+        if changed or foreign_hooks(model) or own_methods(model):
+            return False
+        inner = model.network if isinstance(model, NormalizedModel) else unwrapped(model)[0]
+        if inner is model:
+            return True
+        model = inner
 
 
 def logits_of(output: Any) -> Tensor:
@@ -198,15 +248,12 @@ def split(model: nn.Module) -> SplitViT:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    model = unwrap(model)
-    network = unwrap(model.network) if isinstance(model, NormalizedModel) else model
-    if type(network).__name__ == "TimmWrapperForImageClassification":  # timm's model within a transformers one
-        network = network.timm_model
+    network, _ = unwrapped(model)
     if type(network).__module__.startswith("timm.") or hasattr(network, "_pos_embed"):
         from fastnull.vit.timm_vit import TimmViT
 
-        if TimmViT.supports(network):
-            return TimmViT(model, network)
+        if TimmViT.supports(network) and wrappers_are_plain(model):
+            return TimmViT(model)
     # these import no library: they know its models by their classes' names
     from fastnull.vit.open_clip_vit import OpenClipViT
     from fastnull.vit.timm_hooked import TimmHooked
@@ -244,19 +291,30 @@ def as_split(model: nn.Module | SplitViT, site: str = "patch") -> SplitViT:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside; every module's mode and every requires_grad flag as before after."""
+    """Eval mode and no parameter gradients inside; every module's mode and every requires_grad flag as before after.
+
+    The flags are set, `eval` is not called: some modules change their weights there (loralib's merge).
+    """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    inside = _inside_frozen.set(True)
     try:
-        model.eval()
+        for module, _ in modes:
+            module.training = False
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield
     finally:
+        _inside_frozen.reset(inside)
         for module, mode in modes:
             module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def inside_frozen() -> bool:
+    """Whether this runs inside `frozen`: hooks that add noise for training keep still there."""
+    return _inside_frozen.get()
 
 
 def check_site(site: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastnull.vit.base import NormalizedModel, SplitViT, logits_of, unwrap
+from fastnull.vit.base import SplitViT
 
 
 class HookedViT(SplitViT):
@@ -40,8 +40,7 @@ class HookedViT(SplitViT):
         image_size: tuple[int, int] | None = None,
         num_prefix_tokens: int = 0,
     ) -> None:
-        model = unwrap(model)
-        super().__init__(model, unwrap(model.network) if isinstance(model, NormalizedModel) else model)
+        super().__init__(model)
         self.patch_module = self._named(patch)
         self._block0 = None if block0 is None else self._named(block0)
         self.projection = self._projection()
@@ -71,7 +70,7 @@ class HookedViT(SplitViT):
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
     def patch(self, images: Tensor) -> Tensor:
-        return self._run(self.normalize(images), leave=self.patch_module)
+        return self._run(images, leave=self.patch_module)
 
     def prepare(self, patches: Tensor) -> Tensor:
         """Patch tokens → input of the first block; where there is no such site, `encode` takes the patch tokens."""
@@ -87,11 +86,11 @@ class HookedViT(SplitViT):
         return features
 
     def embed(self, images: Tensor, site: str) -> Tensor:
-        return images if site == "pixels" else self._run(self.normalize(images), leave=self.site_module(site))
+        return images if site == "pixels" else self._run(images, leave=self.site_module(site))
 
     def logits(self, tokens: Tensor, site: str) -> Tensor:
         if site == "pixels":
-            return self._run(self.normalize(tokens))
+            return self._run(tokens)
         return self._run(self._blank(tokens), enter=self.site_module(site), tokens=tokens)
 
     def _run(
@@ -102,7 +101,7 @@ class HookedViT(SplitViT):
         tokens: Tensor | None = None,
         leave: nn.Module | None = None,
     ) -> Tensor:
-        """The network's forward, with `tokens` for the output of `enter`, up to the output of `leave` or the logits."""
+        """The model's forward, with `tokens` for the output of `enter`, up to the output of `leave` or the logits."""
         entered = enter is None
 
         def put(module: nn.Module, args: Any, output: Any) -> Any:
@@ -115,8 +114,7 @@ class HookedViT(SplitViT):
 
         handles = [module.register_forward_hook(hook) for module, hook in ((enter, put), (leave, take)) if module]
         try:
-            # not the call: hooks on the model itself belong to whoever put them there
-            output = self.network.forward(images)
+            logits = self.whole(images)
         except _Reached as reached:
             return reached.tokens
         finally:
@@ -124,7 +122,7 @@ class HookedViT(SplitViT):
                 handle.remove()
         if not entered or leave is not None:
             raise RuntimeError(f"the forward of {type(self.network).__name__} does not call the module of a site")
-        return logits_of(output)
+        return logits
 
     def _blank(self, tokens: Tensor) -> Tensor:
         assert self.image_size is not None

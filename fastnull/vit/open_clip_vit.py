@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastnull.vit.base import NormalizedModel, SplitViT, split, unwrap
+from fastnull.vit.base import SplitViT, split, unwrapped
 from fastnull.vit.hooked import HookedViT
 
 TOWERS = ("VisionTransformer", "TimmModel")
@@ -19,8 +19,7 @@ class OpenClipViT(HookedViT):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        inner = unwrap(model)
-        network = unwrap(inner.network) if isinstance(inner, NormalizedModel) else inner
+        network, _ = unwrapped(model)
         if not hasattr(network, "trunk"):
             super().__init__(model, "conv1", "ln_pre", num_prefix_tokens=1)
             return

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastnull.vit.exact import is_plain_convolution, is_plain_linear, is_plain_norm
+
 
 class UnsupportedModelError(ValueError):
     """A part of the model has no hand-written form; the message names it."""
@@ -33,7 +35,13 @@ class LiveLinear:
 
     @classmethod
     def joined(cls, *linears: nn.Linear) -> LiveLinear:
-        """Several linears of one input as one, outputs in order; a bias that only some have counts as 0."""
+        """Several linears of one input as one, outputs in order; a bias that only some have counts as 0.
+
+        Raises:
+            UnsupportedModelError: one of them is not nn.Linear itself.
+        """
+        for linear in linears:
+            need(is_plain_linear(linear), f"a linear of type {type(linear).__name__}")
 
         def bias() -> Tensor | None:
             if all(linear.bias is None for linear in linears):
@@ -114,3 +122,19 @@ class ViTParts:
     pool_start: int
     fc_norm: nn.LayerNorm | None
     heads: list[tuple[int, nn.Linear]]
+
+    def check(self) -> None:
+        """Raise UnsupportedModelError unless every part computes what torch's own class does: no subclass, nothing
+        around its weights.
+        """
+        need(is_plain_convolution(self.projection), f"a patch embedding by {type(self.projection).__name__}")
+        linears = [linear for _, linear in self.heads]
+        norms = [self.norm_pre, self.norm, self.fc_norm]
+        for block in self.blocks:
+            linears += [block.qkv, block.proj, block.fc1, block.fc2]  # type: ignore[list-item]
+            norms += [block.norm1, block.norm2, block.q_norm, block.k_norm]
+        for linear in linears:
+            plain = isinstance(linear, LiveLinear) or is_plain_linear(linear)
+            need(plain, f"a linear of type {type(linear).__name__}")
+        for norm in norms:
+            need(norm is None or is_plain_norm(norm), f"a norm of type {type(norm).__name__}")

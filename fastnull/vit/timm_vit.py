@@ -15,8 +15,9 @@ class TimmViT(SplitViT):
     With `dynamic_img_size` timm's patch embedding returns [B, H, W, D]; patch tokens then keep that shape.
     """
 
-    def __init__(self, model: nn.Module, network: nn.Module) -> None:
-        super().__init__(model, network)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        network = self.network
         self.patch_module = network.patch_embed
         self.block0_module = network.norm_pre
         self.projection = network.patch_embed.proj

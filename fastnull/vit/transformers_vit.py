@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastnull.vit.base import NormalizedModel, unwrap
+from fastnull.vit.base import unwrapped
 from fastnull.vit.hooked import HookedViT
 from fastnull.vit.parts import ViTParts
 from fastnull.vit.pooled import PooledClassifier
@@ -25,8 +25,7 @@ class TransformersViT(HookedViT):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        inner = unwrap(model)
-        network = unwrap(inner.network) if isinstance(inner, NormalizedModel) else inner
+        network, _ = unwrapped(model)
         patch = _patch_name(network)
         assert patch is not None
         embeddings = patch.rpartition(".")[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastnull.vit.base import NormalizedModel, SplitViT, logits_of, unwrap
+from fastnull.vit.base import SplitViT
 
 
 class WholeModel(SplitViT):
@@ -15,8 +15,7 @@ class WholeModel(SplitViT):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        model = unwrap(model)
-        super().__init__(model, unwrap(model.network) if isinstance(model, NormalizedModel) else model)
+        super().__init__(model)
         first = next((module for module in self.network.modules() if isinstance(module, nn.Conv2d)), None)
         if first is None:
             raise ValueError(f"{type(self.network).__name__} has no convolution, so it takes no images")
@@ -44,8 +43,7 @@ class WholeModel(SplitViT):
     def logits(self, tokens: Tensor, site: str) -> Tensor:
         if site != "pixels":
             raise ValueError(self._without(site))
-        # not the call: hooks on the model itself belong to whoever put them there
-        return logits_of(self.network.forward(self.normalize(tokens)))
+        return self.whole(tokens)
 
     def _without(self, site: str) -> str:
         return f"{type(self.network).__name__} has no site {site!r}, only 'pixels': it is not split into tokens"

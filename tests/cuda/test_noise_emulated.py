@@ -117,6 +117,19 @@ def test_zero_and_nan_gradients(kernels: torch._ops._OpNamespace, sign: bool) ->
     assert noise[2].isfinite().all()
 
 
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-23, 1.0, 1e19, 3e38])
+def test_a_normalised_step_has_its_length_for_gradients_of_any_size(
+    kernels: torch._ops._OpNamespace, size: float
+) -> None:
+    direction = torch.linspace(-1, 1, 2050, dtype=torch.float64)  # more than a chunk
+    grad = guarded((torch.stack([direction, torch.zeros(2050)]) * size).float())
+    noise, ones = guarded(torch.zeros(2, 2050)), torch.ones(2)
+    kernels.direct_step_(noise, grad, ones, 0.5 * ones.double(), False)
+    expected = -0.5 * grad[0].double() / grad[0].double().norm()
+    torch.testing.assert_close(noise[0].double(), expected, rtol=1e-6, atol=1e-9)
+    assert not noise[1].any()
+
+
 def test_bad_input(kernels: torch._ops._OpNamespace) -> None:
     noise, gate, lr = torch.zeros(2, 8), torch.ones(2), torch.ones(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="grad must be dense with 16 elements, it has 8"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from fastnull.augment import NullspaceAugment
 from fastnull.integrations.transformers import FILE, NullspaceCallback, NullspaceTrainer, Trainer
+from fastnull.vit import NormalizedModel
 
 from transformers import (  # isort: skip  (after fastnull: see fastnull.compat)
     PrinterCallback,
@@ -19,16 +22,17 @@ from transformers import (  # isort: skip  (after fastnull: see fastnull.compat)
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.modeling_outputs import ImageClassifierOutput  # isort: skip
 
 COUNT = 24
 
 
-def model(**changes: Any) -> ViTForImageClassification:
+def model(
+    kind: type[ViTForImageClassification] = ViTForImageClassification, *, num_labels: int = 10, **changes: Any
+) -> ViTForImageClassification:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, **changes}
-    return ViTForImageClassification(
-        ViTConfig(image_size=16, patch_size=4, num_labels=10, initializer_range=0.2, **sizes)
-    )
+    return kind(ViTConfig(image_size=16, patch_size=4, num_labels=num_labels, initializer_range=0.2, **sizes))
 
 
 def samples() -> list[dict[str, Any]]:
@@ -80,12 +84,6 @@ def test_training_has_both_views_and_evaluation_one(tmp_path: Path) -> None:
         clean = F.cross_entropy(network.eval()(images()).logits, labels, label_smoothing=0.1)
     assert seen == pytest.approx(float(clean), abs=1e-5)
     assert mean > 1.5 * seen
-    network.train()
-    soft = {"pixel_values": images(), "labels": F.one_hot(labels, 10).float()}
-    loss, outputs = trainer.compute_loss(network, soft, return_outputs=True)
-    trainer.augment.step = 6
-    assert torch.equal(loss, trainer.compute_loss(network, {**soft, "labels": labels}))
-    torch.testing.assert_close(outputs["logits"], network(images()).logits)
 
 
 def test_resumed_in_mid_epoch_it_ends_bit_for_bit_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,3 +179,151 @@ def test_accumulated_gradients_are_the_mean_over_the_batch(tmp_path: Path) -> No
     start = list(model().parameters())
     for whole, parts, before in zip(trained(8, 1), trained(4, 2), start, strict=True):
         torch.testing.assert_close(parts - before, whole - before, rtol=1e-4, atol=1e-6)
+
+
+def silent(network: nn.Module) -> NullspaceAugment:
+    """Noise of length 0: both views are the clean one."""
+    return NullspaceAugment(network, "random", limit=0.0)
+
+
+def focal(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    losses = F.cross_entropy(outputs["logits"], labels, reduction="none")
+    return ((1 - (-losses).exp()) ** 2 * losses).sum() / (num_items_in_batch or len(labels))
+
+
+class Weighted(ViTForImageClassification):
+    """A user's model with a loss of its own in its forward."""
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        logits = super().forward(pixel_values).logits
+        weights = torch.arange(1.0, 11.0)
+        return ImageClassifierOutput(None if labels is None else F.cross_entropy(logits, labels, weights), logits)
+
+
+CLASSES = torch.arange(COUNT) % 10
+NUMBERS = torch.linspace(-1, 1, COUNT)
+SEVERAL = (torch.arange(COUNT)[:, None] % torch.arange(2, 12) == 0).float()
+
+LOSSES: dict[str, tuple[Any, Tensor, dict[str, Any], dict[str, Any]]] = {
+    # model, labels, training arguments, arguments of the Trainer
+    "one label": (model, CLASSES, {}, {}),
+    "one label, said": (lambda: model(problem_type="single_label_classification"), CLASSES, {}, {}),
+    "several labels": (lambda: model(problem_type="multi_label_classification"), SEVERAL, {}, {}),
+    "several labels, seen": (model, SEVERAL, {}, {}),
+    "a number": (lambda: model(num_labels=1), NUMBERS, {}, {}),
+    "several numbers": (lambda: model(num_labels=2, problem_type="regression"), NUMBERS[:, None].repeat(1, 2), {}, {}),
+    "label smoothing": (model, CLASSES, {"label_smoothing_factor": 0.1}, {}),
+    "compute_loss_func": (model, CLASSES, {}, {"compute_loss_func": focal}),
+    "the model's own": (lambda: model(Weighted), CLASSES, {}, {}),
+}
+
+
+def labelled(labels: Tensor) -> list[dict[str, Any]]:
+    return [{**sample, "labels": label} for sample, label in zip(samples(), labels, strict=True)]
+
+
+def with_labels(
+    kind: type[Trainer], folder: Path, case: str, arguments: dict[str, Any], **extra: Any
+) -> tuple[Trainer, list[dict[str, Any]]]:
+    make, labels, more, functions = LOSSES[case]
+    trainer = build(kind, folder, make(), arguments={**arguments, **more}, **functions, **extra)
+    trainer.train_dataset = trainer.eval_dataset = labelled(labels)
+    return trainer, trainer.train_dataset
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_loss_of_a_view_is_the_trainers(case: str, tmp_path: Path) -> None:
+    """So with noise of length 0 a step is twice as long as Trainer's, in whatever way it accumulates gradients."""
+
+    def trained(kind: type[Trainer], rate: float, **extra: Any) -> tuple[Trainer, list[Tensor]]:
+        # three parts of 8, 8 and 4 images, which a mean over parts weighs wrongly
+        arguments = {
+            "gradient_accumulation_steps": 3,
+            "max_steps": 1,
+            "optim": "sgd",
+            "learning_rate": rate,
+            "max_grad_norm": 0.0,
+        }
+        trainer, data = with_labels(kind, tmp_path, case, arguments, **extra)
+        trainer.train_dataset = data[:20]
+        trainer.train()
+        return trainer, weights(trainer)
+
+    plain, expected = trained(Trainer, 0.2)
+    ours, seen = trained(NullspaceTrainer, 0.1, augment=silent)
+    assert ours.augment.step == 3
+    start = list(LOSSES[case][0]().parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(expected, start, strict=True))
+    for mine, theirs in zip(seen, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("case", ["several labels", "a number"])
+def test_noisy_view_has_the_models_own_loss_too(case: str, tmp_path: Path) -> None:
+    labels = LOSSES[case][1]
+    ours, _ = with_labels(NullspaceTrainer, tmp_path, case, {"max_steps": 1})
+    ours.train()
+    network = ours.model.train()
+    batch = {"pixel_values": images()[:8], "labels": labels[:8]}
+    ours.augment.step = 5
+    loss, outputs = ours.compute_loss(network, batch, return_outputs=True)
+    assert set(batch) == {"pixel_values", "labels"}, "the caller's own"
+    with ours.augment:
+        ours.augment.step = 5
+        noisy = network(**batch)
+    assert not torch.allclose(noisy.logits, outputs.logits)
+    torch.testing.assert_close(loss, outputs.loss + noisy.loss)
+    own = F.binary_cross_entropy_with_logits if case == "several labels" else lambda z, y: F.mse_loss(z[:, 0], y)
+    torch.testing.assert_close(noisy.loss, own(noisy.logits, labels[:8]))
+
+
+def test_criterion_takes_the_place_of_the_models_loss(tmp_path: Path) -> None:
+    def mixed(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=0.2)
+
+    soft = torch.softmax(torch.randn(COUNT, 10), dim=1)
+    trainer = build(NullspaceTrainer, tmp_path, model(), criterion=mixed, arguments={"max_steps": 1})
+    trainer.train_dataset = trainer.eval_dataset = labelled(soft)
+    trainer.train()
+    with torch.no_grad():
+        expected = mixed(trainer.model.eval()(images()).logits, soft)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
+    with pytest.raises(ValueError, match="give either criterion or compute_loss_func, not both"):
+        build(NullspaceTrainer, tmp_path, model(), criterion=mixed, compute_loss_func=focal)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_model_without_a_loss_of_its_own_has_one_that_fits(
+    several: bool, tmp_path: Path, make_vit: Callable[..., NormalizedModel]
+) -> None:
+    kind = {"problem_type": "multi_label_classification"} if several else {}
+    labels = SEVERAL if several else CLASSES
+    own = F.binary_cross_entropy_with_logits if several else F.cross_entropy
+    networks = [NormalizedModel(model(**kind), [0.5] * 3, [0.5] * 3)]
+    if not several:
+        networks.append(make_vit())  # nothing of transformers in it
+    for network in networks:
+        # it calls its images `images`
+        arguments = {"max_steps": 1, "remove_unused_columns": False, "label_names": ["labels"]}
+        trainer = build(NullspaceTrainer, tmp_path, network, arguments=arguments)
+        data = [{**sample, "pixel_values": sample["pixel_values"].sigmoid()} for sample in labelled(labels)]
+        trainer.train_dataset = trainer.eval_dataset = data
+        trainer.train()
+        assert trainer.augment.stats["norm"] > 0
+        with torch.no_grad():
+            expected = own(network.eval()(images().sigmoid()), labels)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_batches_without_images_say_so(tmp_path: Path) -> None:
+    trainer = build(NullspaceTrainer, tmp_path, model(), arguments={"max_steps": 1})
+    trainer.train()
+    with pytest.raises(ValueError, match=r"batches must hold the images as pixel_values; got the keys \['x'\]"):
+        trainer.compute_loss(trainer.model.train(), {"x": images()})
+
+
+def test_several_gpus_of_one_process_are_refused() -> None:
+    callback = NullspaceCallback()
+    with pytest.raises(RuntimeError, match=r"2 GPUs of one process \(DataParallel\)"):
+        callback.on_train_begin(SimpleNamespace(n_gpu=2), SimpleNamespace(global_step=0), None, model=model())

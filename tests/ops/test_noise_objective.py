@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -148,6 +150,12 @@ def test_bad_arguments_are_named() -> None:
         ops.noise_objective(x, torch.zeros(6, 3))
     with pytest.raises(ValueError, match="groups must divide the 4 rows"):
         ops.noise_objective(x, x, groups=3)
+    for name, value in itertools.product(("groups", "batch"), (0, -1, -4)):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1; got {value}"):
+            ops.noise_objective(x, x, **{name: value})
+    for name, wrong in itertools.product(("groups", "batch"), (1.0, "2", True)):
+        with pytest.raises(TypeError, match=f"{name} must be an integer; got"):
+            ops.noise_objective(x, x, **{name: wrong})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

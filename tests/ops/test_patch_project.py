@@ -145,6 +145,25 @@ def test_bad_arguments_are_named() -> None:
         ops.patch_project(torch.zeros(1, 3, 8, 8), basis, 4, True, torch.zeros(2, 3, 8, 8))
 
 
+@pytest.mark.parametrize("patch_size", [0, -1, -4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_patch_size_below_one_is_refused(backend: str, patch_size: int) -> None:
+    """By the function, and by the op itself, which would leave its output as it was allocated."""
+    noise, basis = torch.zeros(1, 3, 8, 8), torch.zeros(48, 3)
+    with testing.use_backend(backend):
+        with pytest.raises(ValueError, match=f"patch_size must be at least 1; got {patch_size}"):
+            ops.patch_project(noise, basis, patch_size, True)
+        if backend != "reference":
+            with pytest.raises(RuntimeError, match="multiples of patch_size >= 1"):
+                torch.ops.fastnull.patch_project_out(noise, basis, patch_size, True, None, torch.empty_like(noise))
+
+
+@pytest.mark.parametrize("patch_size", [4.0, "4", True, None])
+def test_a_patch_size_that_is_no_integer_is_refused(patch_size: object) -> None:
+    with pytest.raises(TypeError, match="patch_size must be an integer; got"):
+        ops.patch_project(torch.zeros(1, 3, 8, 8), torch.zeros(48, 3), patch_size, True)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     noise = testing.randn((2, 3, 8, 12), torch.float32, torch.Generator().manual_seed(7))

@@ -30,8 +30,8 @@ def test_the_encoder_is_the_model(make_vit: Callable[..., Any], settings: dict[s
     truth = exact.input_gradient(tokens, cotangent.double())
 
     frozen = FrozenEncoder(model, dtype=dtype, backend=DEVICE)
-    if frozen._explicit.last is not None:
-        frozen._explicit.last.tokens = dtype  # as on a GPU
+    if frozen._encoder.last is not None:
+        frozen._encoder.last.tokens = dtype  # as on a GPU
     theirs = FrozenEncoder(model, dtype=dtype, backend="reference").input_gradient(tokens.to(dtype), cotangent)
     mine = frozen.input_gradient(tokens.to(dtype), cotangent)
     eps = torch.finfo(dtype).eps

@@ -138,6 +138,40 @@ def test_direct_steps(shape: tuple[int, ...], dtype: torch.dtype) -> None:
             assert moved[2].equal(noise[2])
 
 
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-23, 1.0, 1e19, 3e38])
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_a_normalised_step_has_its_length_for_gradients_of_any_size(size: float) -> None:
+    direction = torch.linspace(-1, 1, 1300, dtype=torch.float64)  # more than a chunk
+    grad = (torch.stack([direction, torch.zeros(1300)]) * size).float()
+    noise = torch.zeros(2, 1300, device=DEVICE)
+    ops.normalized_step(noise, grad.to(DEVICE), lr=0.5)
+    expected = -0.5 * grad[0].double() / grad[0].double().norm()
+    torch.testing.assert_close(noise[0].cpu().double(), expected, rtol=1e-6, atol=1e-9)
+    assert not noise[1].any()
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "reversed"])
+@pytest.mark.parametrize("step", ["adamw", "normalized", "sign"])
+def test_any_memory_format_gives_the_same_bits(step: str, layout: str) -> None:
+    start, (grad,) = noise_and_grads((3, 3, 4, 5), 1, seed=50)
+    results = []
+    for laid_out in (False, True):
+        noise, g, state = start.clone(), grad.clone(), ops.AdamWState.zeros(start)
+        if laid_out and layout == "channels_last":
+            noise, g = (x.contiguous(memory_format=torch.channels_last) for x in (noise, g))
+        elif laid_out:
+            noise, g = (x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for x in (noise, g))
+        strides = noise.stride()
+        if step == "adamw":
+            ops.adamw_step(noise, g, state, lr=0.1)
+        else:
+            (ops.normalized_step if step == "normalized" else ops.sign_step)(noise, g, lr=0.1)
+        assert noise.stride() == strides
+        results.append(noise)
+    assert results[1].equal(results[0])
+    assert not results[0].equal(start)
+
+
 @pytest.mark.filterwarnings("ignore:divide by zero")
 def test_properties_of_direct_steps() -> None:
     """A normalised step has length lr; a zero gradient moves nothing; NaN goes through; no noise, no launch."""

@@ -1,0 +1,163 @@
+"""Whether a model is exactly what its classes say, so that reading its weights is as good as calling its modules.
+
+A fast encoder reads weights and never calls the modules. It would pass over whatever a user put around a module's
+`forward`: a hook, a parametrisation, a LoRA layer, a subclass, a function assigned to the instance. `first_difference`
+names the first such place, and `snapshot` tells later whether the model is still the one that was looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+LIBRARIES = ("torch", "timm", "transformers", "torchvision", "open_clip", "fastnull")
+"""Packages whose classes compute what the adapters know. A class of anyone else may compute anything."""
+
+WATCHERS = ("torch.distributed.", "torch.nn.parallel.", "torch._dynamo.", "transformers.utils.", "wandb.", "fastnull.")
+"""Modules whose hooks change no result in eval mode: sharding, output recording, logging, and our own."""
+
+WRAPPERS = ("torch.", "accelerate.")
+"""Modules whose wrappers around a `forward` change its precision at most (autocast, casts of the output)."""
+
+_HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
+
+
+def first_difference(modules: Iterable[tuple[str, nn.Module]], known_classes: bool = True) -> str | None:
+    """What the first module differs in from its class, as a noun phrase; None where no module does.
+
+    Args:
+        modules: (name, module) pairs, as `named_modules` gives them.
+        known_classes: whether a class from outside LIBRARIES is a difference.
+    """
+    for name, module in modules:
+        where = name or f"the {type(module).__name__}"
+        kind = type(module)
+        if nn.utils.parametrize.is_parametrized(module):
+            return f"{where} with parametrized weights"
+        if known_classes and _origin(kind).partition(".")[0] not in LIBRARIES:
+            return f"{where} of type {kind.__name__} from {_origin(kind)}"
+        for method in own_methods(module):
+            return f"{where} with a {method} assigned to the instance"
+        for hook, what in foreign_hooks(module):
+            return f"{where} with a {what} ({getattr(hook, '__qualname__', type(hook).__name__)})"
+    for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
+        for hook in getattr(torch_module, name, {}).values():
+            if not _written_in(hook, WATCHERS):
+                return f"a global forward hook ({getattr(hook, '__qualname__', type(hook).__name__)})"
+    return None
+
+
+def foreign_hooks(module: nn.Module) -> list[tuple[Any, str]]:
+    """Hooks on a module that may change what it computes: (hook, kind)."""
+    return [
+        (hook, what)
+        for name, what in _HOOKS.items()
+        for hook in (getattr(module, name, None) or {}).values()
+        if not _written_in(hook, WATCHERS)
+    ]
+
+
+def own_methods(module: nn.Module) -> list[str]:
+    """Names of the class's methods that were replaced on this instance. A `forward` under an autocast wrapper, as
+    accelerate puts one around it, is none."""
+    if "_orig_mod" in module._modules:  # torch.compile's wrapper, which calls the module inside
+        return []
+    replaced = [name for name, value in vars(module).items() if _is_function(value) and hasattr(type(module), name)]
+    return [name for name in replaced if _is_replaced(module, name)]
+
+
+def _is_replaced(module: nn.Module, name: str) -> bool:
+    method = getattr(type(module), name)
+    function = vars(module)[name]
+    inner = getattr(function, "__func__", function)
+    while inner is not method:
+        wrapped = getattr(inner, "__wrapped__", None)
+        if wrapped is None or not _written_in(inner, WRAPPERS):
+            return inspect.isfunction(method)
+        inner = getattr(wrapped, "__func__", wrapped)
+    return False
+
+
+def _is_function(value: object) -> bool:
+    return isinstance(value, (types.FunctionType, types.MethodType, functools.partial))
+
+
+def class_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward to call for what the module computes in its own precision: without accelerate's autocast wrapper."""
+    if "forward" in own_methods(module):
+        return module.forward
+    return functools.partial(type(module).forward, module)
+
+
+def snapshot(model: nn.Module, parameters: bool = True) -> list[Any]:
+    """The objects that make a model what it is: modules, classes, assigned functions, hooks and parameters.
+
+    Two snapshots that are `same` were taken of one model without a change of its structure between them; values of
+    parameters are no part of it.
+
+    Args:
+        model: any.
+        parameters: whether the parameters belong to it (a sharded model exchanges them in every pass).
+    """
+    found: list[Any] = []
+    for module in model.modules():
+        own = module.__dict__
+        found += (module, type(module))
+        found += [value for value in own.values() if _is_function(value)]
+        if any(own[name] for name in _HOOKS):
+            found += [hook for hook, _ in foreign_hooks(module)]
+        if parameters:
+            found += own["_parameters"].values()
+    return found
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    """Whether two snapshots hold the same objects."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def is_plain_linear(module: object) -> bool:
+    """Whether a module computes x W^T + b and nothing else: nn.Linear itself, no subclass but torch's alias of it."""
+    return type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def is_plain_convolution(module: nn.Module) -> bool:
+    """Whether a module is nn.Conv2d itself, without padding, dilation and groups."""
+    if type(module) is not nn.Conv2d:
+        return False
+    padded = module.padding != "valid" and (module.padding == "same" or any(module.padding))
+    return not padded and tuple(module.dilation) == (1, 1) and module.groups == 1
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm of a library over the last dimension."""
+    known = _origin(type(module)).partition(".")[0] in LIBRARIES
+    return known and isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
+
+
+def _origin(kind: type) -> str:
+    return kind.__module__ or ""
+
+
+def _written_in(function: Any, modules: tuple[str, ...]) -> bool:
+    """Whether the code of a hook or wrapper stands in one of these modules.
+
+    `__module__` would not do: functools.wraps copies it from what is wrapped.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    if inspect.isfunction(function):
+        return function.__globals__.get("__name__", "").startswith(modules)
+    return _origin(type(function)).startswith(modules)
