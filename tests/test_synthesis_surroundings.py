@@ -53,11 +53,11 @@ CASES = [
 ]
 
 
-def made(vit: NormalizedModel, batches: list[Tensor], backend: str, case: tuple[str, str, dict[str, Any]]) -> Noise:
+def made(encoder: FrozenEncoder, batches: list[Tensor], case: tuple[str, str, dict[str, Any]]) -> Noise:
     mode, site, settings = case
     limit = 0.1 if site == "pixels" else 1.0
     config = SynthesisConfig(mode=mode, site=site, limit=limit, count=2, steps=3, eps=0.01, **settings)
-    return synthesize(FrozenEncoder(vit, backend=backend, site=site), batches, config)
+    return synthesize(encoder, batches, config)
 
 
 def assert_same(mine: Noise, theirs: Noise) -> None:
@@ -74,9 +74,10 @@ def test_synthesis_is_the_same_bit_for_bit(
     vit: NormalizedModel, case: tuple[str, str, dict[str, Any]], backend: str, surroundings: str
 ) -> None:
     batches = list(torch.rand(9, 3, 16, 16).split(3))
-    expected = made(vit, batches, backend, case)
+    encoder = FrozenEncoder(vit, backend=backend, site=case[1])
+    expected = made(encoder, batches, case)
     with SURROUNDINGS[surroundings]():
-        assert_same(made(vit, batches, backend, case), expected)
+        assert_same(made(encoder, batches, case), expected)
 
 
 def in_memory(images: Tensor, layout: str) -> Tensor:
@@ -94,8 +95,9 @@ def test_images_of_any_memory_format_give_the_same_noise(
     vit: NormalizedModel, case: tuple[str, str, dict[str, Any]], backend: str, layout: str
 ) -> None:
     batches = list(torch.rand(9, 3, 16, 16).split(3))
-    expected = made(vit, batches, backend, case)
-    noise = made(vit, [in_memory(batch, layout) for batch in batches], backend, case)
+    encoder = FrozenEncoder(vit, backend=backend, site=case[1])
+    expected = made(encoder, batches, case)
+    noise = made(encoder, [in_memory(batch, layout) for batch in batches], case)
     # a convolution may add up in another order
     torch.testing.assert_close(noise.tokens, expected.tokens, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(noise.influence, expected.influence, rtol=1e-3, atol=1e-6)
