@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,6 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnull.analysis.approximate import over_lambda, over_norm
+from fastnull.analysis.exact import energy, leak
+from fastnull.analysis.spectrum import jacobian_spectra
+from fastnull.analysis.transfer import transfer
 from fastnull.encoder import FrozenEncoder
 from fastnull.gauss_newton import gauss_newton_step
 from fastnull.nullspace import PatchNullspace
@@ -189,3 +194,32 @@ def test_a_float64_model_computes_in_float64(vit: NormalizedModel, images: Tenso
     """In its own dtype, whatever the default: the guard of the tests above against a cast to float32 of everything."""
     noise = synthesize(vit.double(), images.double(), SynthesisConfig(mode="boundary"))
     assert noise.tokens.dtype == torch.float64
+
+
+def test_analyses_are_the_same_under_a_float64_default(vit: NormalizedModel, images: Tensor) -> None:
+    encoder, config = FrozenEncoder(vit), SynthesisConfig(limit=1.0, steps=2, eps=0.05)
+    other = copy.deepcopy(vit)
+    other.network.head.weight.data.mul_(0.5)
+    noise = synthesize(encoder, images, config)
+
+    def analysed() -> list[Any]:
+        spectra = jacobian_spectra(vit, images[:2], 4)
+        return [
+            energy(PatchNullspace.from_model(vit), {"images": images}),
+            leak(vit, images, scales=(0.1,)),
+            over_norm(encoder, noise, images, (0.5, 1.0)),
+            over_lambda(encoder, [images], images, config, (0.1,)),
+            transfer({"one": vit, "other": other}, [images], images, {"universal": config}),
+            *(spectrum.values.tolist() for spectrum in spectra),
+        ]
+
+    expected = analysed()
+    with float64_by_default():
+        assert analysed() == expected
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_the_leak_of_a_dtype_is_that_dtypes(vit: NormalizedModel, images: Tensor, surroundings: str) -> None:
+    expected = leak(vit, images, scales=(0.1,))
+    with SURROUNDINGS[surroundings]():
+        assert leak(vit, images, scales=(0.1,)) == expected
