@@ -94,7 +94,8 @@ class FrozenEncoder:
 
     def _choose(self) -> None:
         """Take the fast encoder where it is allowed and proven, else the model's own modules."""
-        explicit = _explicit(self.vit, self.dtype, self._asked, self.site, self.mlp_dtype)
+        with _no_autocast(self._device):
+            explicit = _explicit(self.vit, self.dtype, self._asked, self.site, self.mlp_dtype)
         self._encoder: ExplicitEncoder | AutogradEncoder = explicit or AutogradEncoder(self.vit, self.dtype)
         self.backend = "reference" if explicit is None else self._device.type
         self.products = self._encoder.compute

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -283,6 +284,139 @@ def test_augmentation_made_before_compile_runs_inside_it(vit: NormalizedModel, i
     torch.testing.assert_close(aug.loss(images, labels, F.cross_entropy)[0], eager)
 
 
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("part", ["patch_embed", "norm_pre", "blocks", "head", "network"])
+def test_frozen_parts_in_eval_mode_take_no_noise_away(
+    vit: NormalizedModel, images: Tensor, labels: Tensor, mode: str, site: str, part: str
+) -> None:
+    aug = ready(vit, images, mode, site, share=0.0)
+    network = vit.network
+    (network if part == "network" else network.get_submodule(part)).requires_grad_(False).eval()
+    loss, clean = aug.loss(images, labels, F.cross_entropy)
+    assert float(aug.stats["norm"]) > 0
+    assert abs(float(loss) - 2 * float(F.cross_entropy(clean, labels))) > 1e-6
+    clean = clean.detach()
+    with aug:
+        assert not torch.allclose(vit(images), clean)
+        vit.training = False  # the mode of the model that is called, whatever its parts are in
+        assert torch.equal(vit(images), clean)
+
+
+def nested_compiled(vit: NormalizedModel, images: Tensor) -> NormalizedModel:
+    torch._dynamo.reset()  # after many compilations it would run eagerly
+    model = NormalizedModel(torch.compile(vit.network, backend="eager"), [0.5] * 3, [0.5] * 3).train()
+    model(images)
+    return model
+
+
+def test_a_network_compiled_inside_the_wrapper_is_found(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    model = nested_compiled(vit, images)
+    aug = NullspaceAugment(model, "random")
+    with pytest.raises(RuntimeError, match=r"compiled and run before NullspaceAugment was created"):
+        aug.loss(images, labels, F.cross_entropy)
+    assert aug.step == 0
+    with pytest.warns(UserWarning, match=r"torch._dynamo.reset\(\) is called"):
+        aug.attach()
+    assert not torch.allclose(model(images), vit(images))
+    assert aug.step == 1
+
+
+def test_the_hook_form_too_gives_noise_or_an_error(vit: NormalizedModel, images: Tensor) -> None:
+    model = nested_compiled(vit, images)
+    aug = NullspaceAugment(model, "random")
+    aug._attached = True  # as if its compilation had not been seen
+    with pytest.raises(RuntimeError, match="noise was asked for in this training forward and none was added"):
+        model(images)
+    model.eval()(images)
+
+
+def test_noise_goes_where_the_patch_embedding_is_now(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    aug = ready(vit, images, "boundary")
+    old = vit.network.patch_embed
+    vit.network.patch_embed = copy.deepcopy(old)
+    vit.network.patch_embed.train()
+    loss, clean = aug.loss(images, labels, F.cross_entropy)
+    assert abs(float(loss) - 2 * float(F.cross_entropy(clean, labels))) > 1e-6
+    assert not old._forward_hooks
+    assert len(vit._forward_pre_hooks) == len(vit._forward_hooks) == 1
+
+
+def test_a_model_under_checkpointing_as_a_whole_is_refused(
+    vit: NormalizedModel, images: Tensor, labels: Tensor
+) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    aug = ready(vit, images, "boundary")
+    with aug, pytest.raises(RuntimeError, match="checkpoint its blocks, not the model"):
+        F.cross_entropy(checkpoint(vit, images, use_reentrant=False), labels).backward()
+
+
+def test_an_error_inside_the_model_leaves_no_noise_behind(vit: NormalizedModel, images: Tensor) -> None:
+    aug = ready(vit, images, "random").attach()
+    head, vit.network.head = vit.network.head, torch.nn.Linear(5, 10)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        vit(images)
+    vit.network.head = head
+    before = aug.step
+    vit.network.patch_embed(images)
+    assert aug.step == before, "no forward of the model runs"
+
+
+def test_detaching_without_a_forward_warns(vit: NormalizedModel, images: Tensor) -> None:
+    aug = ready(vit, images, "random")
+    with pytest.warns(UserWarning, match="no training forward of the model ran while"), aug:
+        vit.eval()(images)
+    vit.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with aug:
+            vit(images)
+        aug.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("mode", MODES)
+def test_noise_is_bitwise_the_same_inside_autocast(
+    vit: NormalizedModel, images: Tensor, mode: str, site: str, backend: str, dtype: torch.dtype
+) -> None:
+    made = []
+    for inside in (False, True):
+        with torch.autocast("cpu", dtype=dtype, enabled=inside):
+            aug = ready(vit, images, mode, site, backend=backend, share=0.0)
+            tokens = aug.encoder.embed(images)
+            aug.encoder.sync()
+            made.append((tokens, aug.encoder(tokens), aug.draw(tokens)))
+    for outside, inside_ in zip(*made, strict=True):
+        assert torch.equal(outside, inside_)
+
+
+def test_images_by_keyword(vit: NormalizedModel, images: Tensor) -> None:
+    aug = ready(vit, images, "random", "pixels", share=0.0).attach()
+    clean = vit.eval()(images)
+    vit.train()
+    assert not torch.allclose(vit(images=images), clean)
+    assert aug.step == 1
+    with pytest.raises(ValueError, match=r"pixels in \[0, 1\]"):
+        vit(images=3 * images)
+    with pytest.raises(TypeError, match="it got none"):
+        vit()
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("mode", MODES)
+def test_any_memory_format(vit: NormalizedModel, images: Tensor, labels: Tensor, mode: str, site: str) -> None:
+    losses = []
+    for given in (images, images.contiguous(memory_format=torch.channels_last), images.flip(3).flip(3)):
+        aug = ready(vit, images, mode, site, share=0.0)
+        aug.step = 0
+        losses.append(aug.loss(given, labels, F.cross_entropy)[0])
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+
+
 def test_plain_timm_model_takes_normalised_images(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
     network = vit.network.train()
     aug = NullspaceAugment(network, "boundary")
@@ -300,11 +434,33 @@ def test_autocast_around_the_loss(vit: NormalizedModel, images: Tensor, labels: 
     assert abs(loss.item() - exact.item()) < 0.05 * exact.item()
 
 
-def test_misuse_has_clear_errors(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+def test_a_bad_state_changes_nothing(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    aug = ready(vit, images, "universal", limit=1.0)
+    aug.loss(images, labels, F.cross_entropy)
+    good = copy.deepcopy(aug.state_dict())
+    bads: list[dict[str, Any]] = [{key: value for key, value in good.items() if key != gone} for gone in good]
+    bads += [{**good, "config": {**good["config"], "epsilon": 1}}, {**good, "bank": {"tokens": good["bank"]["tokens"]}}]
+    for bad in bads:
+        with pytest.raises(ValueError, match="state must be what state_dict"):
+            aug.load_state_dict({**bad, **({"step": 99} if "step" in bad else {})})
+        assert aug.step == good["step"]
+        assert torch.equal(aug.bank.tokens, good["bank"]["tokens"])
+
+
+def test_misuse_has_clear_errors(
+    vit: NormalizedModel, images: Tensor, labels: Tensor, make_vit: Callable[..., NormalizedModel]
+) -> None:
     with pytest.raises(ValueError, match=r"mode must be one of .* Did you mean 'boundary'"):
         NullspaceAugment(vit, "boundry")
-    with pytest.raises(ValueError, match="either config or eps"):
-        NullspaceAugment(vit, "boundary", eps=0.1, config=SynthesisConfig(mode="boundary"))
+    config = SynthesisConfig(mode="boundary")
+    for name, value in {"eps": 0.1, "limit": 1, "steps": 2, "site": "pixels", "count": 5, "seed": 7}.items():
+        with pytest.raises(ValueError, match=f"either config or {name}, not both"):
+            NullspaceAugment(vit, "boundary", config=config, **{name: value})
+    with pytest.raises(ValueError, match=r"site 'block0' needs every token, and the model drops 30% of them"):
+        NullspaceAugment(make_vit(patch_drop_rate=0.3), site="block0")
+    for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match="images must be of a floating dtype"):
+            NullspaceAugment(vit, "boundary").encoder.embed(images.to(dtype))
     aug = NullspaceAugment(vit.eval(), "universal")
     with pytest.raises(RuntimeError, match=r"call model.train\(\) first"):
         aug.loss(images, labels, F.cross_entropy)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.checks import check_choice
-from fastnull.vit.exact import class_forward, foreign_hooks, own_forward
+from fastnull.vit.exact import class_forward, foreign_hooks, own_methods
 from fastnull.vit.parts import UnsupportedModelError, ViTParts
 
 SITES = ("patch", "block0", "pixels")
@@ -200,11 +200,11 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, NormalizedModel | None]:
 
 
 def wrappers_are_plain(model: nn.Module) -> bool:
-    """Whether a model is its network behind the normalisation: nobody's hooks on either, no forward of their own."""
+    """Whether a model is its network behind the normalisation: nobody's hooks on either, no methods of their own."""
     while True:
         model = unwrap(model)
         changed = isinstance(model, NormalizedModel) and type(model).forward is not NormalizedModel.forward
-        if changed or foreign_hooks(model) or own_forward(model) is not None:
+        if changed or foreign_hooks(model) or own_methods(model):
             return False
         inner = model.network if isinstance(model, NormalizedModel) else unwrapped(model)[0]
         if inner is model:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,8 +47,8 @@ def first_difference(modules: Iterable[tuple[str, nn.Module]], known_classes: bo
             return f"{where} with parametrized weights"
         if known_classes and _origin(kind).partition(".")[0] not in LIBRARIES:
             return f"{where} of type {kind.__name__} from {_origin(kind)}"
-        if own_forward(module) is not None:
-            return f"{where} with a forward assigned to the instance"
+        for method in own_methods(module):
+            return f"{where} with a {method} assigned to the instance"
         for hook, what in foreign_hooks(module):
             return f"{where} with a {what} ({getattr(hook, '__qualname__', type(hook).__name__)})"
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
@@ -67,28 +68,40 @@ def foreign_hooks(module: nn.Module) -> list[tuple[Any, str]]:
     ]
 
 
-def own_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """The `forward` that was assigned to this instance; None where it is the class's, perhaps under an autocast wrapper
-    as accelerate puts one around it."""
-    function = module.__dict__.get("forward")
-    if function is None or "_orig_mod" in module._modules:  # torch.compile's wrapper calls the module inside
-        return None
+def own_methods(module: nn.Module) -> list[str]:
+    """Names of the class's methods that were replaced on this instance. A `forward` under an autocast wrapper, as
+    accelerate puts one around it, is none."""
+    if "_orig_mod" in module._modules:  # torch.compile's wrapper, which calls the module inside
+        return []
+    replaced = [name for name, value in vars(module).items() if _is_function(value) and hasattr(type(module), name)]
+    return [name for name in replaced if _is_replaced(module, name)]
+
+
+def _is_replaced(module: nn.Module, name: str) -> bool:
+    method = getattr(type(module), name)
+    function = vars(module)[name]
     inner = getattr(function, "__func__", function)
-    while inner is not type(module).forward:
+    while inner is not method:
         wrapped = getattr(inner, "__wrapped__", None)
         if wrapped is None or not _written_in(inner, WRAPPERS):
-            return function  # type: ignore[no-any-return]
+            return inspect.isfunction(method)
         inner = getattr(wrapped, "__func__", wrapped)
-    return None
+    return False
+
+
+def _is_function(value: object) -> bool:
+    return isinstance(value, (types.FunctionType, types.MethodType, functools.partial))
 
 
 def class_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward to call for what the module computes in its own precision: without accelerate's autocast wrapper."""
-    return own_forward(module) or functools.partial(type(module).forward, module)
+    if "forward" in own_methods(module):
+        return module.forward
+    return functools.partial(type(module).forward, module)
 
 
 def snapshot(model: nn.Module, parameters: bool = True) -> list[Any]:
-    """The objects that make a model what it is: modules, classes, assigned forwards, hooks and parameters.
+    """The objects that make a model what it is: modules, classes, assigned functions, hooks and parameters.
 
     Two snapshots that are `same` were taken of one model without a change of its structure between them; values of
     parameters are no part of it.
@@ -100,7 +113,8 @@ def snapshot(model: nn.Module, parameters: bool = True) -> list[Any]:
     found: list[Any] = []
     for module in model.modules():
         own = module.__dict__
-        found += (module, type(module), own.get("forward"))
+        found += (module, type(module))
+        found += [value for value in own.values() if _is_function(value)]
         if any(own[name] for name in _HOOKS):
             found += [hook for hook, _ in foreign_hooks(module)]
         if parameters:

@@ -1,4 +1,5 @@
-"""timm's models with a `patch_embed` that are no plain VisionTransformer: EVA, BEiT, CaiT, Swin, XCiT and others."""
+"""timm's models with a `patch_embed` that are not a plain VisionTransformer: EVA, BEiT, CaiT, Swin, XCiT and others,
+and a VisionTransformer that somebody put hooks or other methods on."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from torch import nn
 from fastnull.vit.base import unwrapped
 from fastnull.vit.hooked import HookedViT
 
-BLOCK0 = {"Eva": "norm_pre", "Beit": "pos_drop", "Cait": "pos_drop"}
-"""Class → the module whose output enters the first block. Hierarchical models have no one place for it."""
+BLOCK0 = {"VisionTransformer": "norm_pre", "Eva": "norm_pre", "Beit": "pos_drop", "Cait": "pos_drop"}
+"""Class, or a base class → the module whose output enters the first block. Hierarchical models have no one place for
+it."""
 
 
 class TimmHooked(HookedViT):
@@ -16,7 +18,7 @@ class TimmHooked(HookedViT):
 
     def __init__(self, model: nn.Module) -> None:
         network, _ = unwrapped(model)
-        block0 = BLOCK0.get(type(network).__name__)
+        block0 = next((BLOCK0[kind.__name__] for kind in type(network).__mro__ if kind.__name__ in BLOCK0), None)
         # CaiT's class token joins after its blocks
         prefix = 0 if type(network).__name__ == "Cait" else getattr(network, "num_prefix_tokens", 0)
         super().__init__(model, "patch_embed", block0, num_prefix_tokens=prefix)

@@ -33,10 +33,8 @@ class TimmViT(SplitViT):
         """Whether the network is a VisionTransformer whose forward is the chain below."""
         from timm.models.vision_transformer import VisionTransformer
 
-        # a subclass or an instance with a forward of its own would be split wrongly without a word
+        # a subclass with a forward of its own would be split wrongly without a word
         kind = type(network)
-        if "forward_features" in network.__dict__ or "forward_head" in network.__dict__:
-            return False
         return (
             isinstance(network, VisionTransformer)
             and kind.forward_features is VisionTransformer.forward_features
