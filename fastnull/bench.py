@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from fastnull.checks import check_choice, check_number
+from fastnull.checks import check_choice, check_device, check_fields, check_number
+from fastnull.paths import check_output
 from fastnull.record import provenance, replacing, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +109,7 @@ class BenchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for dtype in self.dtypes:
             check_choice("dtype", dtype, DTYPES)
         check_choice("compile_mode", self.compile_mode, COMPILE_MODES)
@@ -157,6 +159,7 @@ def bench(args: argparse.Namespace) -> None:
         print(compare(*(read_rows(path) for path in args.compare)))
         return
     if args.plot is not None:
+        check_output(args.plot[1], {"RESULT": args.plot[0]}, name="FIGURE")
         from fastnull.bench_plot import plot
 
         suites = [check_choice("suite", name, SUITES) for name in args.only or SUITES]
@@ -168,6 +171,7 @@ def bench(args: argparse.Namespace) -> None:
             raise ValueError("--tune needs a CUDA device: torch sees none")
         print(f"tiles: {_suite('tune').tune(args.out or RESULTS)}")
         return
+    check_output(args.out or RESULTS, {}, files=("*.json", "rows.csv"))
     base = BenchSettings.quickly() if args.quick else BenchSettings()
     asked = {
         name: getattr(args, name)
@@ -200,7 +204,7 @@ def run_bench(
     for name in suites:
         check_choice("suite", name, SUITES)
     common = _suite("common")
-    device = torch.device(settings.device)
+    device = check_device(settings.device)
     threads = torch.get_num_threads()
     try:
         if settings.threads is not None:

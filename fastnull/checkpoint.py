@@ -15,8 +15,9 @@ import os
 import pickle
 import re
 import shutil
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,18 @@ from torch import Tensor, nn
 
 from fastnull.logs import Log
 from fastnull.record import provenance, replacing, write_json
+from fastnull.run_lock import check_unlocked, locked
 from fastnull.sharded import whole_state_dict
 from fastnull.sharded_state import check_shares
+from fastnull.tensor_files import write_tensors
 from fastnull.vit import NormalizedModel, unwrap
 
 MARK = b"fastnull-state-1"
 _DIGEST = hashlib.sha256().digest_size
 _STATE = re.compile(r"state-(\d{9})\.pt")
 _OWN_FILES = ("config.json", "metrics.jsonl", "best.safetensors", "last.safetensors")
+RUN_FILES = (*_OWN_FILES, "state-*.pt", "state-*.shares")
+"""Patterns of all that a run writes in its folder."""
 
 FREE_KEYS = frozenset(
     {"out", "overwrite", "resume", "checkpoint_every", "keep_last", "log_every", "progress", "workers", "device"}
@@ -59,10 +64,11 @@ class RunFolder:
 
     Attributes:
         changed: setting → `was` and `now`.
+        run: what tells this run from all others, in config.json and in its states; None before either is there.
 
     Raises:
         ValueError: the folder holds a run and neither is asked for; a resumed run differs in a setting without
-            `force`, or in one that its states are tied to.
+            `force`, or in one that its states are tied to; another process writes there.
     """
 
     def __init__(
@@ -79,16 +85,34 @@ class RunFolder:
         self._config_file = self.path / "config.json"
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out must be a folder; {self.path} is a file")
+        check_unlocked(self.path)
+        self._config, self._overwrite, self._resume, self._force = config, overwrite, resume, force
+        self.changed: dict[str, dict[str, Any]] = {}
+        self.run: str | None = None
+        self._check()
+        self._log: Log | None = None
+        self._lines = 0  # of metrics.jsonl
+
+    def _check(self) -> None:
         held = self._held()
-        if held and not (overwrite or resume):
+        if held and not (self._overwrite or self._resume):
             raise ValueError(
                 f"out {self.path} holds a run already: resume=True goes on with it, overwrite=True starts over"
             )
-        self._overwrite, self._force = overwrite, force
-        self.changed: dict[str, dict[str, Any]] = {}
-        if held and resume:
-            self._compare(config)
-        self._log: Log | None = None
+        if held and self._resume:
+            self._compare(self._config)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder; inside, this process alone writes there.
+
+        Raises:
+            ValueError: another process does; or the folder is no more as the constructor found it, and it would refuse.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path):
+            self._check()  # another process may have been there in the meantime
+            yield
 
     def open(self) -> None:
         """Make the folder, or clear it of the run that is overwritten: not before the new run is known to start."""
@@ -115,18 +139,21 @@ class RunFolder:
         Args:
             config, device, extra: what is written.
             step: that the run begins behind.
-            data: what the run learns from, as JSON: a resumed run has the same.
+            data: what the run learns from, as JSON: a resumed run has the same, and the same `classes` (in extra).
 
         Raises:
             ValueError: a resumed run has other data, without `force`.
         """
         before = self._written() if self._config_file.exists() else {}
-        if before.get("data", data) != data:
-            self.changed["data"] = {"was": before["data"], "now": data}
-            self._refuse()
+        # the same number of images of other classes is other data
+        for key, now in (("data", data), ("classes", extra.get("classes"))):
+            if before.get(key) is not None and before[key] != now:
+                self.changed[key] = {"was": before[key], "now": now}
+        self._refuse()
         if before and not self.changed:
             return
-        about = {"config": config, "data": data, **extra, "provenance": provenance(device)}
+        self.run = self.run or uuid.uuid4().hex
+        about = {"run": self.run, "config": config, "data": data, **extra, "provenance": provenance(device)}
         if self.changed:
             about["changes"] = [*before.get("changes", ()), {"step": step, "changed": self.changed}]
         write_json(self._config_file, about)
@@ -137,26 +164,71 @@ class RunFolder:
         """Append a line to metrics.jsonl, and send it where `log_to` says."""
         if self._log is not None:
             self._log(record)
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        line = json.dumps(record, allow_nan=False) + "\n"
+        self._lines += 1
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self.metrics)) from error
 
     def log_to(self, log: Log) -> None:
         """From now on records go there too."""
         self._log = log
 
-    def rewind(self, step: int) -> None:
-        """Drop the metrics after `step`, and a line that a crash cut off: the resumed run writes them again."""
-        if not self.metrics.exists():
+    def rewind(self, step: int, epochs: Sequence[dict[str, Any]] = (), lines: int = 0) -> None:
+        """Drop the metrics after `step`, and a line that a crash cut off: the resumed run writes them again.
+
+        Where others are lost too, there is a warning, and the records of epochs come back.
+
+        Args:
+            step: of the state from which the run goes on.
+            epochs: records of epochs up to there, which the state has.
+            lines: of metrics.jsonl up to there, when the state was written.
+        """
+        if not self.metrics.exists() and not (epochs or lines):
             return
-        kept = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        kept = [record for record in self._read_metrics() if record["step"] <= step]
+        there = {record["step"] for record in kept if record.get("kind") == "epoch"}
+        lost = [record for record in epochs if record["step"] not in there]
+        if lost or len(kept) < lines:
+            back = f", those of {len(lost)} epochs come back from the training state" if lost else ""
+            count = max(lines - len(kept), len(lost))
+            warnings.warn(
+                f"{self.metrics} lacks {count} records up to step {step}{back}; the others are lost", stacklevel=2
+            )
+            kept = sorted([*kept, *lost], key=lambda record: record["step"])  # stable: as they were logged
         with replacing(self.metrics) as beside:
-            beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._lines = len(kept)
+
+    def _read_metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; warns of a line that is none, unless it is a last one that a crash cut off."""
+        if not self.metrics.exists():
+            return []
+        *whole, rest = self.metrics.read_bytes().split(b"\n")
+        found = []
+        for number, line in enumerate([*whole, rest], start=1):
+            try:
+                record = json.loads(line)
+                if isinstance(record, dict) and type(record.get("step")) is int:
+                    found.append(record)
+                    continue
+            except ValueError:  # no JSON, or no UTF-8
+                pass
+            if number <= len(whole):
+                warnings.warn(
+                    f"{self.metrics}, line {number}, is no record with a step and is left out: {line[:80]!r}",
+                    stacklevel=3,
+                )
+        return found
 
     def save_state(self, state: dict[str, Any], step: int, keep: int) -> Path:
-        """Write the training state of a step and remove all but the newest `keep`."""
+        """Write the training state of a step and remove those before it but for the newest `keep` - 1."""
         path = state_path(self.path, step)
-        write_state(path, state)
-        for old in self.states()[keep:]:
+        write_state(path, {**state, "run": self.run, "lines": self._lines})
+        # one of a later step, which could not be read, stays: it must not push this one out
+        for old in [other for other in self.states() if other.name <= path.name][keep:]:
             old.unlink()
             shutil.rmtree(old.with_suffix(".shares"), ignore_errors=True)
         return path
@@ -165,18 +237,27 @@ class RunFolder:
         """The newest training state that is whole; None where there is none at all.
 
         Raises:
-            ValueError: there are states and none of them can be read.
+            ValueError: there are states and none of them can be read, or the newest is of another run.
         """
         problems = []
         for path in self.states():
             try:
                 state = read_state(path)
+                if not isinstance(state, dict) or type(state.get("step")) is not int:
+                    raise ValueError(f"training state {path} holds no state with a step")
                 if "shares" in state:
                     check_shares(path.with_suffix(".shares"), state["shares"])
-                return state
             except ValueError as error:
                 problems.append(str(error))
                 warnings.warn(f"{error}; using the state before it", stacklevel=2)
+                continue
+            if self._config_file.exists() and state.get("run") != self.run:
+                raise ValueError(
+                    f"training state {path} is of another run ({state.get('run')}) than {self._config_file} "
+                    f"({self.run}): move it to where it belongs"
+                )
+            self.run = state.get("run")
+            return state
         if problems:
             raise ValueError(f"no training state in {self.path} can be read: {'; '.join(problems)}")
         return None
@@ -198,7 +279,7 @@ class RunFolder:
             written = json.loads(self._config_file.read_text(encoding="utf-8"))
             if not isinstance(written["config"], dict):
                 raise TypeError("its config is no mapping")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self._config_file} is no configuration of a run: {error}") from error
         return written
 
@@ -206,7 +287,8 @@ class RunFolder:
         """Find what has changed; raise where it may not."""
         if not self._config_file.exists():
             return
-        before = self._written()["config"]
+        written = self._written()
+        before, self.run = written["config"], written.get("run")
         now = json.loads(json.dumps(config))  # tuples become lists, as in the file
         keys = sorted((before.keys() | now.keys()) - FREE_KEYS)
         pairs = {key: {"was": before.get(key), "now": now.get(key)} for key in keys}
@@ -309,21 +391,9 @@ def _state_dict_is(network: nn.Module, weights: dict[str, Tensor] | None) -> Ite
 
 
 def _save_alone(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
-    # clones: tied weights share memory, which the format does not allow
-    weights = {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
-    with replacing(path) as beside:
-        save_file(weights, beside, metadata={"about": json.dumps(about)})
+    write_tensors(path, network.state_dict(), {"about": json.dumps(about)})
 
 
 def _network(model: nn.Module) -> nn.Module:
     model = unwrap(model)
     return unwrap(model.network) if isinstance(model, NormalizedModel) else model
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import math
-from collections.abc import Iterable, Iterator
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -14,6 +20,9 @@ from torch import Tensor
 
 RANGE_TOLERANCE = 1e-6
 """How far outside [0, 1] a pixel may lie: resampling in float32 leaves values such as -3e-8."""
+
+SUM_TOLERANCE = 0.01
+"""How far from 1 the probabilities of an image may add up: those of 16 bits are rounded."""
 
 _CPU_OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -61,13 +70,117 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.{hint}")
 
 
+def check_fields(config: Any) -> None:
+    """Check the type of every field of a dataclass against its annotation; for its `__post_init__`.
+
+    Fields are replaced by what `as_type` makes of them, also where the dataclass is frozen.
+
+    Raises:
+        TypeError: a value of another type; the message names the field, the type and the value.
+        ValueError: NaN where a number is meant.
+    """
+    for name, hint in _hints(config.__class__).items():
+        value = getattr(config, name)
+        found = as_type(name, value, hint)
+        if found is not value:
+            object.__setattr__(config, name, found)
+
+
+def as_type(name: str, value: Any, hint: Any) -> Any:
+    """Return `value` if it is of the annotated type, as plain Python has it.
+
+    A bool is no number; an int passes for a float. NumPy's numbers and bools become Python's, a path becomes a string
+    where a string is meant, and a list a tuple where a tuple is meant.
+
+    Args:
+        name: what the message calls the value.
+        hint: a class, Any, None, a tuple or mapping of those, or a union of those.
+
+    Raises:
+        TypeError, ValueError: as `check_fields`.
+    """
+    numpy = sys.modules.get("numpy")  # who has not imported it has none of its numbers
+    if numpy is not None and isinstance(value, numpy.generic):
+        value = value.item()
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for kind in kinds:
+        origin = typing.get_origin(kind) or kind
+        if kind is Any:
+            return value
+        if origin in (int, float):
+            if isinstance(value, (int, origin)) and not isinstance(value, bool):
+                if value != value:
+                    raise ValueError(f"{name} must be {_described(hint)}; got {value!r}")
+                return value
+        elif origin is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
+        elif origin is tuple:
+            if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+                return _tuple(name, value, typing.get_args(kind))
+        elif origin in (dict, Mapping):
+            if isinstance(value, Mapping):
+                return _mapping(name, value, typing.get_args(kind))
+        elif isinstance(value, origin):
+            return value
+    raise TypeError(f"{name} must be {_described(hint)}; got {value!r} of type {type(value).__name__}")
+
+
+def _tuple(name: str, values: Sequence[Any], kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values as a tuple of the annotated types: (T, ...) is any number of T, nothing any values."""
+    if not kinds:
+        return tuple(values)
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(values)
+    if len(kinds) != len(values):
+        raise TypeError(f"{name} must hold {len(kinds)} values; got {values!r}")
+    found = tuple(as_type(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(values, kinds, strict=True)))
+    same = type(values) is tuple and all(map(_is, found, values))
+    return values if same else found  # type: ignore[return-value]
+
+
+def _mapping(name: str, values: Mapping[Any, Any], kinds: tuple[Any, ...]) -> Mapping[Any, Any]:
+    key_kind, kind = kinds or (Any, Any)
+    found = {as_type(f"a key of {name}", k, key_kind): as_type(f"{name}[{k!r}]", v, kind) for k, v in values.items()}
+    same = all(map(_is, found, values)) and all(map(_is, found.values(), values.values()))
+    return values if same else found
+
+
+def _is(one: Any, other: Any) -> bool:
+    return one is other
+
+
+def _described(hint: Any) -> str:
+    """An annotated type in words."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_described, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        kinds = [kind for kind in typing.get_args(hint) if kind is not Ellipsis]
+        return f"a tuple of which each is {' or '.join(dict.fromkeys(map(_described, kinds)))}"
+    words = {int: "an integer", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
+    words |= {dict: "a mapping", Mapping: "a mapping", tuple: "a tuple"}
+    kind = typing.get_origin(hint) or hint
+    return words.get(kind) or f"a {getattr(kind, '__name__', kind)}"
+
+
+@functools.cache
+def _hints(config: type[Any]) -> dict[str, Any]:
+    """Field → annotated type of a dataclass."""
+    hints = typing.get_type_hints(config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+
+
 def check_number(
     name: str, value: float, low: float | None = None, high: float | None = None, *, exclusive: bool = False
 ) -> None:
-    """Raise ValueError unless low <= value <= high (low < value where `exclusive`); NaN and Inf never pass."""
+    """Raise ValueError unless low <= value <= high (low < value where `exclusive`); NaN and Inf never pass.
+
+    Raises TypeError where it is no number.
+    """
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}")
     above = low is None or (value > low if exclusive else value >= low)
     below = high is None or value <= high
-    if above and below and math.isfinite(value):
+    if above and below and (isinstance(value, int) or math.isfinite(value)):
         return
     bounds = []
     if low is not None:
@@ -75,6 +188,28 @@ def check_number(
     if high is not None:
         bounds.append(f"<= {high:g}")
     raise ValueError(f"{name} must be {' and '.join(bounds) or 'a finite number'}; got {value!r}")
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device of a name such as "cpu" or "cuda:1". Raises ValueError for one that torch does not know or have."""
+    try:
+        found = torch.device(device)
+        if isinstance(device, str) and str(found) != device:  # numbers above 127 wrap around
+            raise RuntimeError
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be cpu, cuda, cuda:0 or another of torch's; got {device!r}") from None
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            built = "" if torch.version.cuda or torch.version.hip else " (this torch was built without CUDA)"
+            raise ValueError(f"device {str(found)!r} is not here: torch sees {count} CUDA devices{built}")
+    elif found.type != "cpu":
+        try:
+            torch.zeros(1, device=found).cpu()
+        except Exception as error:  # every backend has its own
+            first = str(error).strip().partition("\n")[0]
+            raise ValueError(f"device {str(found)!r} cannot be used here: {first}") from error
+    return found
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -128,15 +263,38 @@ def check_labels(labels: Tensor, num_classes: int, batch: int, *, name: str = "l
         raise TypeError(f"{name} must be a tensor; got {type(labels).__name__}")
     if labels.ndim == 0 or labels.shape[0] != batch:
         raise ValueError(f"{name} must hold one entry per image ({batch}); got shape {list(labels.shape)}")
-    if labels.ndim == 2:
+    if labels.ndim == 2 and not labels.is_complex():
         if labels.shape[1] != num_classes:
             raise ValueError(f"soft {name} must have {num_classes} classes; got {labels.shape[1]}")
         check_finite(name, labels)
         return
-    if labels.ndim != 1 or labels.is_floating_point():
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
         seen = f"{labels.dtype} {list(labels.shape)}"
         raise ValueError(f"{name} must be integers [B] or soft labels [B, classes]; got {seen}")
     if labels.numel() and not values_are_trusted():
-        low, high = (int(x) for x in torch.aminmax(labels))
+        low, high = (int(x) for x in torch.aminmax(labels.long()))  # torch compares no uint16
         if low < 0 or high >= num_classes:
             raise ValueError(f"{name} must lie in 0..{num_classes - 1}; got values from {low} to {high}")
+
+
+def as_labels(labels: Tensor, num_classes: int, batch: int, *, name: str = "labels") -> Tensor:
+    """Labels as a cross entropy takes them: class indices [B] in int64, or probabilities [B, num_classes] in float32.
+
+    Takes integers of any width, bools, one-hot and soft labels of any dtype.
+
+    Raises:
+        TypeError, ValueError: as `check_labels`; soft labels that are no probabilities.
+    """
+    check_labels(labels, num_classes, batch, name=name)
+    if labels.ndim == 1:
+        return labels.long()
+    labels = labels.float()
+    if not values_are_trusted() and len(labels):
+        low, sums = labels.min(), labels.sum(1)
+        worst = sums[(sums - 1).abs().argmax()]
+        if low < 0 or abs(worst - 1) > SUM_TOLERANCE:
+            raise ValueError(
+                f"soft {name} must be probabilities, each >= 0 and 1 in sum; got a value of {low:.4g} and a sum of "
+                f"{worst:.4g}"
+            )
+    return labels

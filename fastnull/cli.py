@@ -14,38 +14,58 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from fastnull import __version__, commands
-from fastnull.options import add_options, number
+from fastnull.options import add_options, check_given, number
+from fastnull.streams import lasting_streams
 
-ERRORS = (ValueError, TypeError, ImportError, OSError, RuntimeError)
-"""What is told in one line. RuntimeError covers our own EpsilonNotMetError and DivergenceError, and torch's."""
+_PLAIN = (ValueError, TypeError, ImportError, OSError)
+"""Errors whose text is for users."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 2 for an error, 130 for Ctrl-C.
 
+    A closed standard output or error, or one whose reader has left, changes nothing of the work and its exit code.
+
     Args:
         argv: words after the program's name; None takes the process's own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
+    with lasting_streams() as failed:
+        code = _run(words)
+    if failed and code == 0:
+        return _tell(OSError(f"the work is done, but its output cannot be written: {failed[0]}"))
+    return code
+
+
+def _run(words: Sequence[str]) -> int:
     try:
         args = _parser().parse_args(words)
+        check_given(args)
         args.run(args)
     except KeyboardInterrupt as stop:
         print(f"\nfastnull: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         return 130
-    except ERRORS as error:
-        if debug:
+    except Exception as error:
+        if "--debug" in words:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        # the functions behind name their arguments, the user has options
-        text = re.sub(r"\b(resume|overwrite|force)=True\b", r"--\1", text)
-        hint = " (--debug shows where)" if type(error) is RuntimeError else ""
-        # torchrun mixes what its processes write
-        rank = os.environ.get("RANK", "0")
-        print(f"fastnull: error: {'' if rank == '0' else f'process {rank}: '}{text}{hint}", file=sys.stderr)
-        return 2
+        return _tell(error)
     return 0
+
+
+def _tell(error: Exception) -> int:
+    """Print an error in one line; returns the exit code."""
+    text = " ".join(str(error).split())
+    kind = type(error)
+    # torch tells of most things by RuntimeError; other kinds that are not ours say little without their names
+    if not (isinstance(error, _PLAIN) or kind.__module__.startswith("fastnull.")) or not text:
+        text = f"{'' if kind is RuntimeError and text else f'{kind.__name__}: '}{text} (--debug shows where)"
+    # the functions behind name their arguments, the user has options
+    text = re.sub(r"\b(resume|overwrite|force)=True\b", r"--\1", text)
+    # torchrun mixes what its processes write
+    rank = os.environ.get("RANK", "0")
+    if sys.stderr is not None:
+        print(f"fastnull: error: {'' if rank == '0' else f'process {rank}: '}{text}", file=sys.stderr)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -142,7 +162,7 @@ def _compare(command: Command) -> None:
     parser.add_argument("--overwrite", action="store_true", help="start over in a folder that holds a comparison")
     parser.add_argument("--resume", action="store_true", help="go on in it; what is finished is not done again")
     parser.add_argument(
-        "--recipes", dest="recipes_file", metavar="FILE",
+        "--recipes", metavar="FILE",
         help='more methods, JSON: {"name": {"augment": "boundary", "eps": 0.5, ...}, ...}, fields of finetune',
     )  # fmt: skip
     add_options(parser, CompareSettings, skip=("recipes",), title="the comparison")
@@ -322,7 +342,7 @@ def _evaluate(command: Command) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="leave out image files that cannot be read, count them")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help=f"processes that load images {shown}")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help=f"images at once {shown}")
-    parser.add_argument("--limit", type=int, metavar="N", help="use the first N images only")
+    parser.add_argument("--limit", type=int, metavar="N", help="use N images only, drawn evenly over the classes")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=f"of starts and corruptions {shown}")
 
 

@@ -15,8 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fastnull import distributed
-from fastnull.checks import check_number
-from fastnull.options import from_file, from_options
+from fastnull.checks import check_device, check_number
+from fastnull.options import check_given, from_options, read_fields
+from fastnull.paths import check_output
+
+SUBSET = "drawn evenly over the classes by the seed"
+"""What a record says of the images that `tune` and `analyze` take."""
 
 
 class InterruptedWork(KeyboardInterrupt):
@@ -25,12 +29,14 @@ class InterruptedWork(KeyboardInterrupt):
 
 def demo(args: argparse.Namespace) -> None:
     """Run the demo and say where its report is."""
-    from fastnull.demo import DemoSettings, run_demo
+    from fastnull.compare import OWN_FILES
+    from fastnull.demo import NOISE, DemoSettings, run_demo
 
     settings = DemoSettings.quickly() if args.quick else DemoSettings()
     if args.seeds is not None:
         settings = replace(settings, seeds=args.seeds)
     jobs = min(4, _cores()) if args.jobs is None else args.jobs
+    check_output(args.out, {}, files=("demo.json", NOISE, *OWN_FILES))
     try:
         page = run_demo(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=jobs)
     except KeyboardInterrupt:
@@ -41,13 +47,16 @@ def demo(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Compare ways of finetuning, print the tables and say where the report is."""
-    from fastnull.compare import CompareSettings, run_compare
+    from fastnull.compare import OWN_FILES, CompareSettings, run_compare
+    from fastnull.record import read_json
     from fastnull.report.comparison import format_comparison
-    from fastnull.report.runs import read_json
 
-    recipes = {} if args.recipes_file is None else read_json(Path(args.recipes_file))
+    check_output(
+        args.out, {"--recipes": args.recipes}, files=("comparison.json", "comparison.md", *OWN_FILES)
+    )  # fmt: skip
+    recipes = {} if args.recipes is None else read_json(Path(args.recipes))
     settings = CompareSettings(methods=(*CompareSettings.methods, *recipes), recipes=recipes)
-    settings = from_options(settings, args)
+    settings = from_options(settings, args, recipes=recipes)
     jobs = min(4, _cores()) if args.jobs is None else args.jobs
     try:
         record = run_compare(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=jobs)
@@ -76,6 +85,8 @@ def analyze(args: argparse.Namespace) -> None:
     from fastnull.analysis.run import check_free, write_analysis
 
     settings = from_options(AnalysisSettings(), args)
+    written = [f"{name}{rest}" for name in args.what for rest in (".json", "-*.csv", ".png", ".svg")]
+    check_output(args.out, _inputs(args), files=written)
     for name in args.what:
         check_free(Path(args.out) / f"{name}.json", args.overwrite)
     if args.others and args.model is None:
@@ -104,20 +115,26 @@ def _subjects(args: argparse.Namespace) -> tuple[str, nn.Module, dict[str, nn.Mo
     for option in ("checkpoint", "pretrained", "num_classes"):
         if getattr(args, option):
             raise ValueError(f"--{option.replace('_', '-')} needs --model")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = small_model(args.data, seed=args.seed, device=device)
+    model = small_model(args.data, seed=args.seed, device=_device(args))
     return f"seed {args.seed}", model, small_family(args.data, model, args.seed) if "transfer" in args.what else {}
 
 
 def finetune(args: argparse.Namespace) -> None:
     """Finetune as the options say; the settings and weights lie in the output folder."""
+    from fastnull.checkpoint import RUN_FILES
     from fastnull.finetune import FinetuneConfig
     from fastnull.finetune import finetune as run
 
     base = FinetuneConfig() if args.preset is None else FinetuneConfig.published(args.preset)
-    if args.config is not None:
-        base = from_file(base, args.config)
-    config = from_options(base, args)
+    file = None if args.config is None else read_fields(FinetuneConfig, args.config)
+    config = from_options(base, args, file)
+    given = config.to_dict()
+    check_given(given)  # those of the file too
+    if config.device is not None:
+        check_device(config.device)
+    if config.out is not None:
+        read = argparse.Namespace(**{**vars(args), **given, "model": None})
+        check_output(config.out, _inputs(read), files=RUN_FILES)
     if args.dry_run:
         from fastnull.dry_run import dry_run
 
@@ -160,8 +177,15 @@ def evaluate(args: argparse.Namespace) -> None:
     from fastnull.robustness.metrics import ALEXNET_ERRORS
     from fastnull.robustness.suites import FOLDER_SUITES
 
-    if args.out is not None and Path(args.out).exists() and not (args.overwrite or args.resume):
-        raise ValueError(f"{args.out} exists: --resume completes it, --overwrite replaces it")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume completes the file and --overwrite replaces it: give one of them")
+    for option in ("resume", "overwrite"):
+        if getattr(args, option) and args.out is None:
+            raise ValueError(f"--{option} needs --out FILE")
+    if args.out is not None:
+        check_output(args.out, _inputs(args))
+        if Path(args.out).exists() and not (args.overwrite or args.resume):
+            raise ValueError(f"{args.out} exists: --resume completes it, --overwrite replaces it")
     model = open_model(args)
     data: Any = None
     if args.data != "imagenet-val" and set(args.suite) - set(FOLDER_SUITES):
@@ -206,6 +230,9 @@ def report(args: argparse.Namespace) -> None:
     """Write a report from results."""
     from fastnull.report import write_report
 
+    # folders of results may hold the report: it replaces none of their files
+    inputs = {"RESULTS": [source for source in args.sources if os.path.isfile(source)]}
+    check_output(args.out, inputs, files=("report.html", "report.md", "figures/*.png"))
     page = write_report(args.sources, args.out, overwrite=args.overwrite)
     print(f"report: {page} (and {page.with_name('report.md').name} beside it)")
 
@@ -215,13 +242,15 @@ def tune(args: argparse.Namespace) -> None:
     from fastnull.noise_tuning import format_tried, try_settings, write_tried
 
     check_number("images", args.images, 1)
+    if args.out is not None:
+        check_output(args.out, _inputs(args), files=("tune.json", "tune.png"))
     model = open_model(args).eval()
     images, _ = _two_sets(args, model)
     about = {name: getattr(args, name) for name in ("mode", "site", "limits", "eps", "steps", "seed")}
     rows = try_settings(model, images, progress=True, **about)
     print(format_tried(rows, args.site), end="")
     if args.out is not None:
-        about |= {"model": args.model, "data": args.data, "images": len(images)}
+        about |= {"model": args.model, "data": args.data, "images": len(images), "subset": SUBSET}
         print(f"written: {', '.join(map(str, write_tried(rows, args.out, about, str(images.device))))}")
 
 
@@ -238,6 +267,7 @@ def synthesize(args: argparse.Namespace) -> None:
     base = SynthesisConfig() if args.preset is None else SynthesisConfig.published(args.preset)
     config = from_options(base, args)
     out = Path(args.out)
+    check_output(out, _inputs(args))
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists: --overwrite replaces it")
     check_number("images", args.images, 1)
@@ -273,13 +303,17 @@ def open_model(args: argparse.Namespace) -> nn.Module:
     """The model that --model (a name, or a file of `save_checkpoint`) and --checkpoint give, on --device.
 
     Raises:
-        FileNotFoundError, ValueError: no such file or name.
+        FileNotFoundError, ValueError: no such file or name, or no such device here.
     """
     from fastnull.models import create_model, load_model
 
+    device = _device(args)
     if Path(args.model).is_file():
         if args.checkpoint is not None:
             raise ValueError(f"--checkpoint is for a model by name; {args.model} is a file that holds weights itself")
+        for option, given in (("pretrained", args.pretrained), ("num-classes", args.num_classes is not None)):
+            if given:
+                raise ValueError(f"--{option} is for a model by name; {args.model} is a file, which says that itself")
         model: nn.Module = load_model(args.model)
     elif Path(args.model).suffix in (".safetensors", ".pth", ".pt"):
         raise FileNotFoundError(f"there is no file {args.model}")
@@ -289,17 +323,37 @@ def open_model(args: argparse.Namespace) -> nn.Module:
         model = create_model(
             args.model, num_classes=args.num_classes, pretrained=args.pretrained, checkpoint=args.checkpoint
         )
-    # torchrun starts one process a GPU
-    local = os.environ.get("LOCAL_RANK", "0")
-    device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     return model.to(device)
 
 
+def _device(args: argparse.Namespace) -> torch.device:
+    """--device, or the GPU of this process where there is one: torchrun starts one process a GPU."""
+    local = os.environ.get("LOCAL_RANK", "0")
+    return check_device(args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+
+
+def _inputs(args: argparse.Namespace) -> dict[str, Any]:
+    """The files and folders that a command reads, by option; names of models and data sets are none."""
+    from fastnull.data import EMBEDDED
+
+    found: dict[str, Any] = {}
+    for name in ("model", "checkpoint", "source", "noise", "start", "others", "config", "sources"):
+        given = getattr(args, name, None)
+        texts = [given] if isinstance(given, str) else given or []
+        found[f"--{name}"] = [text for text in texts if os.path.isfile(text)]
+    for name in ("data", "data_dir", "root", "frost"):
+        given = getattr(args, name, None)
+        found[f"--{name.replace('_', '-')}"] = None if given in EMBEDDED else given
+    return found
+
+
 def _two_sets(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Up to --images training images to learn from, and test images to judge on; [n, C, H, W] in [0, 1]."""
+    """Up to --images training images to learn from, and test images to judge on, drawn by the seed evenly over their
+    classes (where those are known without reading the images), in a random order; [n, C, H, W] in [0, 1]."""
     from fastnull.data import Samples, embedded, evaluation_data, open_source, to_pixels
     from fastnull.finetune import FinetuneConfig
     from fastnull.rng import generator
+    from fastnull.subset import even_subset, labels_of
     from fastnull.view import View
 
     view = View.of(model)
@@ -309,11 +363,16 @@ def _two_sets(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tenso
         train = embedded(args.data, model)[0]
     elif source.transforms:
         train = Samples(train, view.evaluation(), view.channels)
-    test: Any = evaluation_data(args.data, model, data_dir=args.data_dir, download=args.download)
+    where = {"data_dir": args.data_dir, "download": args.download}
+    test: Any = evaluation_data(args.data, model, **where, labelled=False)  # for the images alone
     seed = getattr(args, "seed", 0)
     sets = []
     for data, key in ((train, 0), (test, 1)):
-        chosen = torch.randperm(len(data), generator=generator(seed, key))[: args.images].tolist()
+        # in the order of a draw: a batch of class-sorted images would hold few classes
+        drawn = torch.randperm(len(data), generator=generator(seed, key))
+        labels = labels_of(data)
+        some = drawn if labels is None else drawn[torch.isin(drawn, even_subset(labels, args.images, seed))]
+        chosen = some[: args.images].tolist()
         sets.append(torch.stack([to_pixels(data[index][0]) for index in chosen]))
     return sets[0], sets[1]
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,20 +24,23 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastnull.checks import check_choice, check_number
+from fastnull.checks import check_choice, check_fields, check_number
 from fastnull.data import EMBEDDED, embedded, evaluation_data, hold_out
 from fastnull.encoder import FrozenEncoder
 from fastnull.finetune import FinetuneConfig, finetune
-from fastnull.models import load_model
+from fastnull.models import create_model, load_model
 from fastnull.progress import progress_bar
-from fastnull.record import provenance, write_json
+from fastnull.recipe import make_plan
+from fastnull.record import provenance, read_json, replacing, write_json
 from fastnull.report import write_report
 from fastnull.report.comparison import format_comparison, summarize_runs
-from fastnull.report.runs import METRICS, RESULTS, load_runs
+from fastnull.report.runs import METRICS, RESULTS, load_runs, read_metrics
 from fastnull.rng import generator
-from fastnull.robustness import DEMO_CORRUPTIONS, evaluate
+from fastnull.robustness import CORRUPTIONS, DEMO_CORRUPTIONS, corrupt, evaluate
+from fastnull.robustness.corruptions import SEVERITIES
 from fastnull.solvers import norms, valid_noise
 from fastnull.starts import in_proportion, start_noise
+from fastnull.subset import even_subset
 from fastnull.synthesis import SynthesisConfig
 from fastnull.workers import one_thread, report_done, run_in_processes
 
@@ -74,6 +78,16 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 PRETRAINED = "pretrained"
+FIXED = frozenset(
+    {"model", "num_classes", "img_size", "pretrained", "checkpoint", "data", "data_dir", "download", "val_fraction"}
+    | {"val_seed", "epochs", "compute_budget", "device", "shard", "seed", "label", "log", "progress"}
+    | {"out", "overwrite", "resume", "force"}
+)
+"""Fields of FinetuneConfig that are no recipe's to set: all methods of a comparison have them alike, or it has them
+itself."""
+OWN_FILES = ("seed-*", "workers.log", "report/report.html", "report/report.md", "report/figures/*.png")
+"""Patterns of what lies in the folder beside the settings."""
+_NAME = re.compile(r"\w([\w .+=,()-]{0,78}[\w+)])?")
 SPLITS = ("test", "held-out")
 HELD_OUT = 0.2
 """Share of the training images that the split `held-out` keeps back."""
@@ -101,7 +115,12 @@ class CompareSettings:
         pgd_steps: of PGD.
         corruptions: names of fastnull.robustness.CORRUPTIONS.
         severities: of the corruptions.
-        images: images that are evaluated; none: all.
+        images: images that are evaluated, evenly from all classes; none: all.
+
+    Raises:
+        TypeError: a field of another type.
+        ValueError: a value that is not allowed; a method that is unknown or could not be a folder's name; a recipe that
+            is none, or sets what all methods have alike.
     """
 
     data: str = "digits"
@@ -122,20 +141,43 @@ class CompareSettings:
     images: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_choice("data", self.data, EMBEDDED)
         check_choice("split", self.split, SPLITS)
-        check_number("seeds", self.seeds, 1)
+        for name in ("seeds", "pretrain_epochs", "batch_size", "pgd_steps"):
+            check_number(name, getattr(self, name), 1)
         check_number("first_seed", self.first_seed, 0)
-        if not self.methods:
-            raise ValueError("methods must name at least one")
-        if len(set(self.methods)) < len(self.methods):
+        for name in ("pretrain_lr", "budget", "lr"):
+            check_number(name, getattr(self, name), 0, exclusive=True)
+        if self.images is not None:
+            check_number("images", self.images, 1)
+        for name in ("methods", "eps", "corruptions", "severities"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one")
+        for radius in self.eps:
+            check_number("eps", radius, 0, 255)
+        for corruption in self.corruptions:
+            check_choice("corruption", corruption, CORRUPTIONS)
+        for severity in self.severities:
+            check_number("severities", severity, SEVERITIES[0], SEVERITIES[-1])
+        for name in (*self.recipes, *self.methods):
+            _check_name(name)
+        if len({name.lower() for name in self.methods}) < len(self.methods):
             raise ValueError(f"methods must differ; got {', '.join(self.methods)}")
-        for method in self.methods:
-            recipe = self.recipe(method)
-            model = recipe.get(NORM_OF)
-            if model is not None and model not in self.methods:
-                raise ValueError(f"method {method} takes the norm of {model}, which must be among the methods too")
+        for method in dict.fromkeys((*self.recipes, *self.methods)):
             self.configuration(method)
+        for method in self.methods:
+            model = self.recipe(method).get(NORM_OF)
+            if model is not None:
+                self._check_model_of(method, model)
+
+    def _check_model_of(self, method: str, model: Any) -> None:
+        """Raise ValueError where `model` has no norm to give: one that runs, adds noise and waits for no other one."""
+        if model not in self.methods:
+            raise ValueError(f"method {method} takes the norm of {model}, which must be among the methods too")
+        if NORM_OF in self.recipe(model) or self.configuration(model).augment == "none":
+            why = "takes another one's itself" if NORM_OF in self.recipe(model) else "adds no noise"
+            raise ValueError(f"recipe of {method}: {NORM_OF} must name a method with a norm of its own; {model} {why}")
 
     def recipe(self, method: str) -> Mapping[str, Any]:
         """The changes that make a method. Raises ValueError for an unknown one."""
@@ -145,6 +187,11 @@ class CompareSettings:
     def configuration(self, method: str, **common: Any) -> FinetuneConfig:
         """A method's configuration over `common` fields. Raises ValueError, TypeError for a recipe that is none."""
         recipe = self.recipe(method)
+        for name in recipe:
+            if name in FIXED:
+                raise ValueError(
+                    f"recipe of {method}: {name} is not for a recipe: all methods of a comparison have it alike"
+                )
         changes = {name: value for name, value in recipe.items() if name != NORM_OF}
         try:
             config = FinetuneConfig.from_dict({**common, **changes})
@@ -208,7 +255,8 @@ def run_compare(
         "provenance": provenance(),
     }
     write_json(folder / "comparison.json", record)
-    (folder / "comparison.md").write_text(format_comparison(record), encoding="utf-8")
+    with replacing(folder / "comparison.md") as beside:
+        beside.write_text(format_comparison(record), encoding="utf-8")
     write_report([folder], folder / "report", overwrite=True)
     return record
 
@@ -241,8 +289,9 @@ def run_methods(
     """
     check_number("jobs", jobs, 1)
     _check_extras(settings, kind)
-    _prepare(folder, settings, kind, overwrite, resume)
     tasks = list(_tasks(folder, settings, label))
+    _check_tasks(settings, tasks)
+    _prepare(folder, settings, kind, overwrite, resume)
     total = len(tasks)
     with one_thread(), progress_bar(total, show=progress, unit=" run", desc=kind) as bar:
         if jobs == 1:
@@ -295,26 +344,77 @@ def _check_extras(settings: CompareSettings, kind: str) -> None:
             raise ImportError(f"the {kind} needs {package}: pip install fastnull[demo] ({error})") from error
 
 
+def _check_name(name: str) -> None:
+    """Raise ValueError for a method's name that cannot be a folder's in the comparison, everywhere and in tables."""
+    if not _NAME.fullmatch(name) or name.lower() == PRETRAINED:
+        raise ValueError(
+            f"a method's name is a folder's too: it must begin with a letter or digit, hold only letters, digits, "
+            f"spaces and . _ - + = , ( ), not end in a dot, and not be {PRETRAINED!r}; got {name!r}"
+        )
+
+
+def _check_tasks(settings: CompareSettings, tasks: Sequence[Task]) -> None:
+    """Raise ValueError for what would else stop the runs after the first training: budgets and corruptions.
+
+    Seeds differ in nothing that counts here.
+    """
+    of_one_seed = [task for task in tasks if task.seed == settings.first_seed]
+    model = create_model(EMBEDDED[settings.data].model)
+    train = embedded(settings.data, model)[0]
+    config = of_one_seed[0].config
+    kept = hold_out(train, config.val_fraction, config.val_seed)[0]
+    for task in of_one_seed:
+        try:
+            make_plan(task.config, len(kept))
+        except ValueError as error:
+            text = str(error).replace("compute_budget", "budget")
+            raise ValueError(f"{task.method or PRETRAINED}: {text}") from error
+    image = train[0][0].unsqueeze(0)
+    for corruption in settings.corruptions:
+        for severity in settings.severities:
+            try:
+                corrupt(image, corruption, severity)
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"corruption {corruption} does not take these images: {error}") from error
+
+
 def _prepare(folder: Path, settings: CompareSettings, kind: str, overwrite: bool, resume: bool) -> None:
+    """Make the folder ready and write the settings; raise where something is in the way.
+
+    Runs are in the way once one of them is finished. Before that the settings may change: what was begun under others
+    is removed, and what was begun under the same ones goes on.
+    """
     if overwrite and resume:
         raise ValueError("give either resume or overwrite, not both")
     path = folder / f"{kind}.json"
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder; {folder} is a file")
-    if path.exists() and not (overwrite or resume):
-        raise ValueError(f"{folder} holds a {kind} already: resume=True goes on with it, overwrite=True starts over")
-    if not path.exists() and folder.is_dir() and any(folder.iterdir()):
+    held = path.exists()
+    if not held and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no {kind}: give another folder")
-    if path.exists() and resume:
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    changed: list[str] = []
+    if held and not overwrite:
+        finished = any(folder.glob(f"seed-*/*/{RESULTS}"))
+        if finished and not resume:
+            raise ValueError(
+                f"{folder} holds a {kind} already: resume=True goes on with it, overwrite=True starts over"
+            )
+        before = _settings_in(path, kind)
         now = json.loads(json.dumps(asdict(settings)))  # tuples become lists, as in the file
         changed = [entry.name for entry in fields(settings) if before.get(entry.name) != now[entry.name]]
-        if changed:
+        if finished and changed:
             raise ValueError(f"cannot resume the {kind} in {folder} with other settings: {', '.join(changed)}")
-    elif path.exists():
+    if held and (overwrite or changed):
         for found in folder.glob("seed-*"):
             shutil.rmtree(found)
     write_json(path, {"settings": asdict(settings)})
+
+
+def _settings_in(path: Path, kind: str) -> dict[str, Any]:
+    settings = read_json(path).get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is no record of a {kind}: it holds no settings; overwrite=True starts over")
+    return settings
 
 
 def _tasks(folder: Path, settings: CompareSettings, label: bool) -> Iterator[Task]:
@@ -391,12 +491,13 @@ def _evaluation_data(config: FinetuneConfig, split: str, model: nn.Module) -> Da
 
 def _equal_norm(config: FinetuneConfig, other: Path) -> FinetuneConfig:
     """Random noise with its limits scaled to the mean norm that the noise of another run had over its steps."""
-    lines = (other / METRICS).read_text(encoding="utf-8").splitlines()
-    seen = [record["norm"] for record in map(json.loads, lines) if record["kind"] == "step" and "norm" in record]
+    records = read_metrics(other / METRICS)
+    seen = [record["norm"] for record in records if record.get("kind") == "step" and "norm" in record]
     if not seen:
         raise ValueError(f"{other} logged no norm of its noise: it cannot be the model of random noise")
     model = load_model(config.checkpoint or "").eval()
-    images = embedded(config.data, model)[0].tensors[0][:CALIBRATION_IMAGES]
+    images, labels = embedded(config.data, model)[0].tensors
+    images = images[even_subset(labels, CALIBRATION_IMAGES, 0)]
     inputs = FrozenEncoder(model, site=config.site).embed(images)
     start = config.synthesis()
     assert start is not None

@@ -25,9 +25,21 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from fastnull.checks import check_number
-from fastnull.image_files import ImageFiles, ImageFolder, Sample, to_pixels
+from fastnull.classes import classes_of, match_classes, model_names, names_of
+from fastnull.image_files import (
+    BadImageError,
+    ImageFiles,
+    ImageFolder,
+    Sample,
+    class_folders,
+    eight_bits,
+    image_mode,
+    read_image,
+    to_pixels,
+)
 from fastnull.photos import PHOTOS, photos
 from fastnull.rng import generator, preserved
+from fastnull.subset import labels_of
 from fastnull.view import View
 
 if TYPE_CHECKING:
@@ -119,42 +131,61 @@ def open_source(config: FinetuneConfig) -> Source:
     """Find the training data that `config.data` names (with config.data_dir and config.download).
 
     Raises:
-        ValueError: no such folder or dataset, or one that is a stream.
+        ValueError: no such folder or dataset, one that is a stream, or one of a single class.
     """
     if config.data in EMBEDDED:
-        names = EMBEDDED[config.data].classes
-        return Source(None, len(names), names)
+        classes = EMBEDDED[config.data].classes
+        return Source(None, len(classes), classes)
     if _timm_name(config.data):
         found = _timm_dataset(config.data, config.data_dir, "train", config.download)
-        classes = getattr(found, "classes", None) or getattr(getattr(found, "reader", None), "class_to_idx", None)
-        return Source(found, len(classes) if classes else None, transforms=True)
+        names = names_of(found)
+        return Source(found, None if names is None else len(names), names, transforms=True)
     folder = ImageFolder(_split_folder(config.data, ("train",)))
     return Source(folder, len(folder.classes), folder.classes, transforms=True)
 
 
 def evaluation_data(
-    data: str, model: nn.Module, *, data_dir: str | None = None, download: bool = False, skip_bad: bool = False
+    data: str,
+    model: nn.Module,
+    *,
+    data_dir: str | None = None,
+    download: bool = False,
+    skip_bad: bool = False,
+    labelled: bool = True,
 ) -> Dataset[tuple[Tensor, int]]:
     """The test set that belongs to `FinetuneConfig.data`: finetuning never sees it.
 
+    Labels are those of the model: matched by name where it knows its classes (see fastnull.classes). One that does not
+    is taken to have those of the training data in their order, and must have as many.
+
     Args:
-        data, data_dir, download: as in FinetuneConfig.
-        model: its configuration gives image size, crop and interpolation.
+        data, data_dir, download: as in FinetuneConfig. A folder needs no train/ where the model has names.
+        model: its configuration gives image size, crop and interpolation, and its classes the labels.
         skip_bad: of a folder: see ImageFiles.
+        labelled: False is for images alone: labels are the data's own, whatever classes the model has.
 
     Returns:
         A dataset of (image [C, H, W] in [0, 1], label).
+
+    Raises:
+        ValueError: no such data, or classes that are not the model's.
     """
+    known = classes_of(model) if labelled else None
     if data in EMBEDDED:
-        return embedded(data, model)[1]
+        images, labels = embedded(data, model)[1].tensors
+        return TensorDataset(images, torch.tensor(match_classes(known, EMBEDDED[data].classes, name=data))[labels])
     view = View.of(model)
     evaluation = view.evaluation()
     if _timm_name(data):
         base = _timm_dataset(data, data_dir, "validation", download)
-        return Samples(base, lambda image: to_pixels(evaluation(image)), view.channels)
-    train = ImageFolder(_split_folder(data, ("train",)))
-    tested = ImageFolder(_split_folder(data, _TEST_FOLDERS), train.classes)
-    return ImageFiles(tested, evaluation, view.channels, skip_bad)
+        names = names_of(base)
+        matched = None if names is None else match_classes(known, names, name=data)
+        return Samples(base, lambda image: to_pixels(evaluation(image)), view.channels, classes=matched)
+    tested = _split_folder(data, _TEST_FOLDERS)
+    if not isinstance(known, list):
+        train = [folder.name for folder in class_folders(_split_folder(data, ("train",)))]
+        known = model_names(known, train, name=f"{data}/train")
+    return ImageFiles(ImageFolder(tested, known), evaluation, view.channels, skip_bad)
 
 
 class Samples(Dataset[tuple[Tensor, Any]]):
@@ -163,8 +194,12 @@ class Samples(Dataset[tuple[Tensor, Any]]):
     Args:
         base: yields (PIL image or tensor, label).
         transform: applied to the image; None leaves it.
-        channels: PIL images are turned into grey (1) or RGB (3) ones.
+        channels: PIL images are turned into grey (1) or RGB (3) ones; None leaves them.
         seed: of the draws.
+        classes: the label that each class number of `base` becomes (see `match_classes`); None leaves labels.
+
+    Raises:
+        ValueError: another number of channels.
     """
 
     def __init__(
@@ -173,9 +208,12 @@ class Samples(Dataset[tuple[Tensor, Any]]):
         transform: Callable[[Any], Tensor] | None = None,
         channels: int | None = None,
         seed: int = 0,
+        classes: Sequence[int] | None = None,
     ) -> None:
         self.base, self.transform, self.seed = base, transform, seed
-        self.mode = {1: "L", 3: "RGB"}.get(channels or 0)
+        self.mode = None if channels is None else image_mode(channels)
+        in_order = classes is None or list(classes) == list(range(len(classes)))
+        self.labels = None if classes is None or in_order else torch.tensor(classes)
         # tensors in memory draw nothing, and keying costs as much as fetching them
         self.draws = not isinstance(base.dataset if isinstance(base, Subset) else base, TensorDataset)
 
@@ -185,15 +223,40 @@ class Samples(Dataset[tuple[Tensor, Any]]):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Any]:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         if not self.draws:
-            return self.base[index]
-        with keyed(self.seed, epoch, index):
             image, label = self.base[index]
-            if self.mode and hasattr(image, "convert"):
-                image = image.convert(self.mode)
+            return image, self._label(label)
+        with keyed(self.seed, epoch, index):
+            image, label = self.base[index] if self.mode is None else self._read(index, self.mode)
             image = image if self.transform is None else self.transform(image)
         if not isinstance(image, Tensor):
             raise TypeError(f"data must yield image tensors [C, H, W]; got {type(image).__name__} for image {index}")
-        return image, label
+        return image, self._label(label)
+
+    def _read(self, index: int, mode: str) -> tuple[Any, Any]:
+        """An image file, decoded; whatever fails on the way is that file's fault."""
+        if index >= len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        try:
+            image, label = self.base[index]
+            return eight_bits(image, mode) if hasattr(image, "convert") else image, label
+        except BadImageError:
+            raise
+        except Exception as error:
+            raise BadImageError(f"data: cannot read image {index}: {str(error) or type(error).__name__}") from error
+
+    @property
+    def targets(self) -> Tensor | None:
+        """All labels [n], where they can be told without reading images."""
+        found = labels_of(self.base)
+        return found if found is None or self.labels is None else self.labels[found]
+
+    def _label(self, label: Any) -> Any:
+        """A class number of the data → the model's."""
+        if self.labels is None:
+            return label
+        if isinstance(label, Tensor) and label.ndim:
+            raise ValueError(f"labels must be class numbers where data and model have names; got {list(label.shape)}")
+        return int(self.labels[int(label)])
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -300,12 +363,17 @@ def _timm_name(data: str) -> bool:
 
 
 def _timm_dataset(name: str, root: str | None, split: str, download: bool) -> Any:
+    if root is None and not name.lower().startswith("hfds/"):  # Hugging Face has a cache of its own
+        raise ValueError(f"data {name!r} needs data_dir (--data-dir), the folder where timm keeps it")
     try:
         found = _timm_data().create_dataset(name, root=root, split=split, download=download)
-    except (AssertionError, RuntimeError, FileNotFoundError) as error:
+    except (AssertionError, RuntimeError, ValueError, TypeError, ImportError, OSError) as error:
         raise ValueError(f"data {name!r} (data_dir {root!r}, download {download}) cannot be opened: {error}") from error
-    # timm would go on to the next image in silence where one cannot be read
+    # timm would go on to the next image in silence where one cannot be read, and clip more than 8 bits to white
     found._max_retries = 1
+    found.input_img_mode = None
+    if hasattr(found, "loader"):  # torchvision's folders clip too
+        found.loader = read_image
     return found
 
 

@@ -18,6 +18,7 @@ from fastnull.record import provenance, write_json
 from fastnull.report import DEMO, write_report
 from fastnull.report.illustrations import FILE as NOISE
 from fastnull.report.illustrations import illustrate
+from fastnull.subset import even_subset
 from fastnull.workers import one_thread
 
 METHODS = ("clean-only", "random", "universal", "boundary-tokens", "boundary-pixels", "adversarial")
@@ -94,6 +95,8 @@ def _illustrate(folder: Path, settings: DemoSettings, *, again: bool) -> None:
     if config is None or (path.exists() and not again):
         return
     train, test = digits()
-    images = test.tensors[0][: settings.images]
+    images, labels = test.tensors
+    if settings.images is not None:
+        images = images[even_subset(labels, settings.images, 0)]
     model = load_model(weights(folder, settings.first_seed))
     illustrate(model, train.tensors[0], images, config, settings.batch_size).save(path)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed, nn
 
+from fastnull.checks import check_device
 from fastnull.rng import Place
 
 Value = TypeVar("Value")
@@ -80,7 +81,7 @@ class Processes:
 
     def device(self, asked: str | None) -> torch.device:
         """The device of this process: `asked`, or None for a GPU where there is one; GPUs are shared out by rank."""
-        device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = check_device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None and not self.alone:
             return torch.device("cuda", torch.cuda.current_device())
         return device

@@ -10,7 +10,7 @@ from fastnull.data import to_pixels
 from fastnull.distributed import Processes
 from fastnull.encoder import FrozenEncoder
 from fastnull.finetune import Prepared, prepare
-from fastnull.inspection import format_table, inspect_models
+from fastnull.inspection import format_table, inspect_model
 from fastnull.recipe import FinetuneConfig, make_plan, views_of
 from fastnull.rng import preserved
 
@@ -58,10 +58,8 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
         "(estimates, of one process)",
         "",
     ]
-    try:
-        table = format_table(inspect_models([config.model]))
-    except ValueError as error:
-        table = f"nullspace: {error}"
+    weights = config.checkpoint or ("pretrained" if config.pretrained else "random")
+    table = format_table([{**inspect_model(model, config.model), "weights": weights}])
     return "\n".join([*lines, table.rstrip("\n"), ""])
 
 

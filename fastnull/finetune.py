@@ -14,18 +14,19 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from fastnull.checkpoint import RunFolder, gathered_weights, save_weights, state_path
-from fastnull.checks import check_images, check_labels
+from fastnull.checks import as_labels, check_images
+from fastnull.classes import classes_of, match_classes, model_names, names_of, shortened
 from fastnull.data import (
     EpochBatches,
     Samples,
@@ -43,13 +44,14 @@ from fastnull.progress import progress_bar
 from fastnull.recipe import FinetuneConfig, make_plan
 from fastnull.rng import preserved
 from fastnull.sharded_state import write_shares
+from fastnull.subset import even_subset, labels_of
 from fastnull.training import DivergenceError, FinetuneResult, Training
 from fastnull.view import View
-from fastnull.vit import NormalizedModel
+from fastnull.vit import NormalizedModel, unwrap
 
 __all__ = ["DivergenceError", "FinetuneConfig", "FinetuneResult", "finetune"]
 
-Data: TypeAlias = "Dataset[Any] | tuple[Tensor, Tensor]"
+Data: TypeAlias = "Dataset[Any] | Sequence[Any]"
 
 CHECK_BATCHES = 4
 """Batches of held-out images that judge the influence of a universal noise."""
@@ -76,8 +78,9 @@ def finetune(
         config: the run.
         model: takes pixels in [0, 1] and returns logits [B, K]; trained in place. None makes the one that `config`
             names; with one given, the configuration's own model settings are only recorded.
-        train_data: a dataset of (image, label), images [C, H, W] as bytes or floats in [0, 1], or a pair of tensors;
-            None opens `config.data`.
+        train_data: a dataset of (image, label), images [C, H, W] as bytes or floats in [0, 1], or a pair (images,
+            labels) of tensors or NumPy arrays; None opens `config.data`. A label is a class number, or K probabilities
+            (one-hot, or soft labels).
         val_data: as train_data, chooses the best epoch; None holds out config.val_fraction of the training data.
 
     Raises:
@@ -101,12 +104,15 @@ def finetune(
         train, validation = ready.train, ready.validation
         plan = make_plan(config, len(train), processes.world)
         training = Training(config, ready.model, plan, ready.num_classes, device, processes)
-        state = processes.from_first(lambda: None if folder is None else _open(folder, config))
+        state = processes.from_first(lambda: None if folder is None else _open(folder, config, stack))
         if state is not None:
             assert config.out is not None
-            training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shares"))
+            try:
+                training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shares"))
+            except (LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f"a state in {config.out} is damaged or of another version: {error!r}") from error
         if folder is not None:
-            folder.rewind(training.step)
+            folder.rewind(training.step, training.history, 0 if state is None else state.get("lines", 0))
             if config.log is not None:
                 log = Log(config.log, folder.path, config.to_dict())
                 stack.callback(log.close)
@@ -130,7 +136,8 @@ def finetune(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run starts from: data, and a model that takes it. `num_classes` are those of its logits."""
+    """What a run starts from: data, and a model that takes it. `num_classes` are those of its logits, which `classes`
+    names."""
 
     model: nn.Module
     train: Samples
@@ -148,9 +155,16 @@ def prepare(
 ) -> Prepared:
     """Open the data, make the model and show it an image. Arguments and errors are those of `finetune`."""
     source = _source(config, train_data)
-    model = (_create_model(config, source.num_classes) if model is None else model).to(device)
-    train, validation = _datasets(config, source, val_data, model)
-    return Prepared(model, train, validation, _try_out(model, train, device), source.classes)
+    if source.classes is not None and len(source.classes) < 2:
+        raise ValueError(f"training data must have at least two classes; it has only {shortened(source.classes)}")
+    model = (_create_model(config, source) if model is None else model).to(device)
+    labels = _match_classes(model, source)
+    train, validation = _datasets(config, source, labels, val_data, model)
+    num_classes = _try_out(model, train, validation, device)
+    if num_classes < 2:
+        raise ValueError(f"the model must have at least two classes to learn; its logits have {num_classes}")
+    known = classes_of(model)
+    return Prepared(model, train, validation, num_classes, known if isinstance(known, list) else source.classes)
 
 
 def _train(
@@ -166,23 +180,23 @@ def _train(
     rows = processes.rows(plan.batch_size, pairs=config.mixing)
     order = EpochBatches(len(train), plan.batch_size, plan.steps_per_epoch, config.seed, rows)
     batches = loader(train, order, workers=config.workers, device=training.device, persistent=True)
-    held_out = None
+    held_out = check = None
     if validation is not None:
-        share = _share(validation, processes)
-        held_out = loader(
-            share, -(-config.batch_size // processes.world), workers=config.workers, device=training.device
-        )
+        share, size = _share(validation, processes), -(-config.batch_size // processes.world)
+        held_out = loader(share, size, workers=config.workers, device=training.device)
+        if config.augment == "universal":
+            even = _even(share, CHECK_BATCHES * size, config.seed)
+            check = loader(even, size, workers=config.workers, device=training.device)
     bar = progress_bar(plan.steps, show=config.progress and processes.first, initial=training.step, desc=config.augment)
     with bar:
         while training.step < plan.steps:
             order.epoch, order.start = divmod(training.step, plan.steps_per_epoch)
             if training.lacks_bank:
                 refreshing = _RefreshBatches(train, training, stop)
-                _log(folder, training.refresh(refreshing, refreshing.check_images(held_out)))
+                _log(folder, training.refresh(refreshing, refreshing.check_images(check)))
             training.model.train()
             for images, labels in batches:
-                _check_batch(images, labels, num_classes)
-                training.train_step(images, labels)
+                training.train_step(images, _checked(images, labels, num_classes))
                 bar.update()
                 ends_epoch = training.step % plan.steps_per_epoch == 0 or training.step == plan.steps
                 if training.step % config.log_every == 0 or ends_epoch:
@@ -202,14 +216,23 @@ def _train(
             stop.leave_if_requested(training)
 
 
+def _even(data: Dataset[Any], count: int, seed: int) -> Subset[Any]:
+    """`count` images, drawn evenly over the classes where these are known: the first ones may be of a few alone."""
+    labels = labels_of(data)
+    if labels is None:
+        labels = torch.zeros(len(data), dtype=torch.long)  # type: ignore[arg-type]
+    return Subset(data, even_subset(labels, count, seed).tolist())
+
+
 def _folder(config: FinetuneConfig) -> RunFolder | None:
     if config.out is None:
         return None
     return RunFolder(config.out, config.to_dict(), overwrite=config.overwrite, resume=config.resume, force=config.force)
 
 
-def _open(folder: RunFolder, config: FinetuneConfig) -> dict[str, Any] | None:
-    """Make the folder ready; the state to go on from, where there is one."""
+def _open(folder: RunFolder, config: FinetuneConfig, stack: ExitStack) -> dict[str, Any] | None:
+    """Make the folder ready, and this process's alone until the end; the state to go on from, where there is one."""
+    stack.enter_context(folder.locked())
     folder.open()
     return folder.load_state() if config.resume else None
 
@@ -226,18 +249,20 @@ def _share(validation: Samples, processes: Processes) -> Dataset[Any]:
 def _source(config: FinetuneConfig, train_data: Data | None) -> Source:
     if train_data is None:
         return open_source(config)
-    return Source(_as_dataset("train_data", train_data), config.num_classes)
+    data = _as_dataset("train_data", train_data)
+    names = names_of(data)
+    return Source(data, config.num_classes if names is None else len(names), names)
 
 
-def _create_model(config: FinetuneConfig, data_classes: int | None) -> nn.Module:
+def _create_model(config: FinetuneConfig, source: Source) -> nn.Module:
     from fastnull.models import create_model
 
-    num_classes = config.num_classes or data_classes
+    num_classes = config.num_classes or source.num_classes
     if num_classes is None:
         raise ValueError("num_classes is needed: the data does not say how many classes it has")
     # not every architecture has drop path
     regularised: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
-    return create_model(
+    model = create_model(
         config.model,
         num_classes=num_classes,
         pretrained=config.pretrained,
@@ -245,10 +270,35 @@ def _create_model(config: FinetuneConfig, data_classes: int | None) -> nn.Module
         img_size=config.img_size,
         **regularised,
     )
+    if model.classes is None or source.classes is None:
+        return model
+    try:
+        match_classes(model.classes, source.classes)
+    except ValueError:
+        warnings.warn(
+            f"{config.checkpoint}: its head is for other classes ({shortened(model.classes)}); the model's new head "
+            f"for {shortened(source.classes)} starts fresh",
+            UserWarning,
+            stacklevel=4,
+        )
+        model.network.reset_classifier(num_classes)
+        model.classes = None
+    return model
+
+
+def _match_classes(model: nn.Module, source: Source) -> list[int] | None:
+    """The label of each of the data's classes; a model without names of its classes gets them from the data."""
+    if source.classes is None:
+        return None
+    labels = match_classes(classes_of(model), source.classes, name="the training data")
+    inner = unwrap(model)
+    if isinstance(inner, NormalizedModel):
+        inner.classes = model_names(classes_of(model), source.classes)
+    return labels
 
 
 def _datasets(
-    config: FinetuneConfig, source: Source, val_data: Data | None, model: nn.Module
+    config: FinetuneConfig, source: Source, labels: list[int] | None, val_data: Data | None, model: nn.Module
 ) -> tuple[Samples, Samples | None]:
     """Training images through random transforms, held-out ones through evaluation's; tensors stay as they are."""
     if not source.transforms and (config.auto_augment or config.reprob):
@@ -261,18 +311,22 @@ def _datasets(
         view = View.of(model)
         augmented, plain, channels = view.training(config), view.evaluation(), view.channels
     if val_data is not None:
-        return Samples(train, augmented, channels, config.seed), Samples(_as_dataset("val_data", val_data))
+        held_out = _as_dataset("val_data", val_data)
+        names = names_of(held_out)
+        known = classes_of(model)
+        if names is None:
+            matched = labels  # whoever gives none numbers as in the training data
+        else:
+            matched = match_classes(known if isinstance(known, list) else source.classes, names, name="val_data")
+        return Samples(train, augmented, channels, config.seed, labels), Samples(held_out, classes=matched)
     kept, held = hold_out(train, config.val_fraction, config.val_seed)
-    validation = None if held is None else Samples(held, plain, channels, config.seed)
-    return Samples(kept, augmented, channels, config.seed), validation
+    validation = None if held is None else Samples(held, plain, channels, config.seed, labels)
+    return Samples(kept, augmented, channels, config.seed, labels), validation
 
 
 def _as_dataset(name: str, data: Data) -> Dataset[Any]:
-    if isinstance(data, tuple):
-        images, labels = data
-        if len(images) != len(labels):
-            raise ValueError(f"{name} must hold a label for each image; got {len(images)} images, {len(labels)} labels")
-        data = TensorDataset(images, labels)
+    if isinstance(data, (tuple, list)) and data and hasattr(data[0], "dtype"):  # the images as one array
+        data = _pair(name, data)
     if isinstance(data, DataLoader) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(
             f"{name} must be a dataset with a length and an index, or a pair of tensors, so that its order can be "
@@ -280,34 +334,68 @@ def _as_dataset(name: str, data: Data) -> Dataset[Any]:
         )
     if len(data) == 0:
         raise ValueError(f"{name} must hold at least one image; it is empty")
-    return data
+    return data  # type: ignore[return-value]
+
+
+def _pair(name: str, pair: Sequence[Any]) -> TensorDataset:
+    """(images, labels), each a tensor, an array or a list, as a dataset."""
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a pair of tensors, images and labels; got {len(pair)}")
+    try:
+        images, labels = (torch.as_tensor(part) for part in pair)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a pair of tensors, images and labels: {error}") from error
+    if images.ndim == 0 or labels.ndim == 0 or len(images) != len(labels):
+        raise ValueError(
+            f"{name} must hold a label for each image; got images {list(images.shape)}, labels {list(labels.shape)}"
+        )
+    return TensorDataset(images, labels)
 
 
 @torch.no_grad()
-def _try_out(model: nn.Module, train: Samples, device: torch.device) -> int:
-    """Show the model one image, so that a wrong size is told before anything is written; returns its classes."""
-    image = train[0][0]
+def _try_out(model: nn.Module, train: Samples, validation: Samples | None, device: torch.device) -> int:
+    """Show the model an image of each set, so that a wrong size or label is told before anything is written; returns
+    its classes."""
+    classes = _classes(model, "training", *_first(train, "training"), device)
+    if validation is not None:
+        _classes(model, "held-out", *_first(validation, "held-out"), device)
+    return classes
+
+
+def _first(data: Samples, which: str) -> tuple[Tensor, Any]:
+    sample = data.base[0]
+    if not isinstance(sample, Sequence) or len(sample) != 2:
+        what = f"{len(sample)} values" if isinstance(sample, Sequence) else type(sample).__name__
+        raise TypeError(f"the {which} data must yield pairs (image, label); got {what}")
+    return data[0]
+
+
+def _classes(model: nn.Module, which: str, image: Tensor, label: Any, device: torch.device) -> int:
+    """Classes of the logits for an image [C, H, W], with which its label must go."""
+    if not isinstance(image, Tensor):
+        raise TypeError(f"the {which} images must be tensors [C, H, W]; got {type(image).__name__}")
     images = to_pixels(image.unsqueeze(0), device)
     # a grey image would pass for a coloured one: the mean and the standard deviation broadcast
     channels = model.mean.shape[1] if isinstance(model, NormalizedModel) else None
-    check_images(images, name="training images", channels=channels)
+    check_images(images, name=f"{which} images", channels=channels)
     training = model.training
     try:
         logits = model.eval()(images)
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the model does not take the training images {list(image.shape)}: {error}") from error
+        raise ValueError(f"the model does not take the {which} images {list(image.shape)}: {error}") from error
     finally:
         model.train(training)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise TypeError(f"model must return logits [B, K]; got {type(logits).__name__}")
+    as_labels(default_collate([label]), logits.shape[1], 1, name=f"{which} labels")
     return logits.shape[1]
 
 
-def _check_batch(images: Tensor, labels: Tensor, num_classes: int) -> None:
-    """On the host, before the batch travels: no step waits for the device."""
+def _checked(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """The labels as training takes them. On the host, before the batch travels: no step waits for the device."""
     if images.dtype != torch.uint8:
         check_images(images)
-    check_labels(labels, num_classes, len(images))
+    return as_labels(labels, num_classes, len(images))
 
 
 @torch.no_grad()  # no inference_mode: what FSDP2 gathers into would be of no use for training
@@ -319,10 +407,11 @@ def _accuracy(training: Training, batches: DataLoader[Any], num_classes: int) ->
     # all gather the weights as often as the process with the most batches: there the last images count no more
     more = training.processes.greatest(len(batches)) - len(batches) if training.sharded else 0
     for images, labels in batches:
-        _check_batch(images, labels, num_classes)
+        labels = _checked(images, labels, num_classes)
+        classes = labels.argmax(1) if labels.ndim == 2 else labels  # of soft labels the likeliest
         with training.autocast():
             logits = model(to_pixels(images, training.device))
-        correct += (logits.argmax(1) == labels.to(training.device)).sum()
+        correct += (logits.argmax(1) == classes.to(training.device)).sum()
         total += len(labels)
     for _ in range(more):
         with training.autocast():
@@ -418,7 +507,24 @@ def _shown(record: dict[str, Any], training: Training) -> dict[str, str]:
 
 def _log(folder: RunFolder | None, record: dict[str, Any]) -> None:
     if folder is not None:
-        folder.log(record)
+        with _telling_what_is_left(folder, f"cannot log step {record['step']}"):
+            folder.log(record)
+
+
+@contextmanager
+def _telling_what_is_left(folder: RunFolder, what: str) -> Iterator[None]:
+    """Adds to the error of a write from which state the run can go on."""
+    try:
+        yield
+    except OSError as error:
+        kept = folder.states()
+        left = (
+            f"the state of step {int(kept[0].stem[6:])} is whole: resume=True goes on from it"
+            if kept
+            else "there is no state yet"
+        )
+        file = f" ({error.filename})" if error.filename else ""
+        raise OSError(error.errno, f"{what}: {error.strerror or error}{file}; {left}") from error
 
 
 def _save(training: Training, folder: RunFolder | None, *, best: bool = False) -> None:
@@ -427,7 +533,8 @@ def _save(training: Training, folder: RunFolder | None, *, best: bool = False) -
         return
     training.check_finite()
     weights = None
-    try:
+    telling = nullcontext() if folder is None else _telling_what_is_left(folder, f"cannot save step {training.step}")
+    with telling:
         state = training.state_dict()
         if training.sharded:
             shares = state_path(training.config.out, training.step).with_suffix(".shares")
@@ -435,16 +542,6 @@ def _save(training: Training, folder: RunFolder | None, *, best: bool = False) -
             weights = gathered_weights(training.evaluated)
         if folder is not None:  # the first process writes the rest
             _write(training, folder, state, weights, best=best)
-    except OSError as error:
-        if folder is None:
-            raise
-        kept = folder.states()
-        left = (
-            f"the state of step {int(kept[0].stem[6:])} is whole: resume=True goes on from it"
-            if kept
-            else "there is no state yet"
-        )
-        raise OSError(error.errno, f"cannot save step {training.step}: {error.strerror or error}; {left}") from error
 
 
 def _write(

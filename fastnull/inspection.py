@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastnull.checks import check_finite
 from fastnull.compat import import_timm
-from fastnull.models import create_model, read_state_dict
+from fastnull.models import check_types, create_model, read_state_dict
 from fastnull.nullspace import PatchNullspace, patch_projection
 from fastnull.vit.base import NormalizedModel, SplitViT, as_split, unwrap
 from fastnull.vit.pooled import PooledClassifier
@@ -257,6 +257,7 @@ def _materialize(network: nn.Module, projection: nn.Conv2d, checkpoint: str | os
     if weight is None or weight.shape != projection.weight.shape:
         found = "nothing" if weight is None else f"shape {list(weight.shape)}"
         raise ValueError(f"{checkpoint}: {key} must have shape {list(projection.weight.shape)}; the file holds {found}")
+    check_types({key: weight}, {key: projection.weight}, checkpoint)
     check_finite(f"{checkpoint}: {key}", weight)
     projection.weight = nn.Parameter(weight, requires_grad=False)
 

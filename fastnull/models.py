@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.checks import check_number
+from fastnull.checks import as_type, check_number
+from fastnull.classes import check_names, classes_of
 from fastnull.compat import import_timm
-from fastnull.record import provenance, replacing
+from fastnull.record import provenance
+from fastnull.tensor_files import write_tensors
+from fastnull.view import per_channel
 from fastnull.vit.base import NormalizedModel, unwrap
 
 FORMAT = "fastnull model 1"
@@ -68,7 +71,8 @@ def create_model(
         kwargs: go to timm, such as drop_path_rate.
 
     Returns:
-        The model in training mode on the CPU; its attribute `recipe` says how to make it again.
+        The model in training mode on the CPU; its attribute `recipe` says how to make it again, and `classes` the names
+        of its classes where the checkpoint has them (one of `save_checkpoint`) and its head is kept, else None.
 
     Raises:
         ValueError: unknown name (the nearest are named), an argument out of range or unknown to the model, or weights
@@ -89,6 +93,9 @@ def create_model(
     if checkpoint is not None:
         state = read_state_dict(checkpoint)
         _load(model.network, state, Path(checkpoint), new_head=num_classes is not None, resize=img_size is not None)
+        names = _stored_names(Path(checkpoint))
+        # a head of another size was left out, and the names with it
+        model.classes = names if names is not None and len(names) == model.recipe["num_classes"] else None
     return model
 
 
@@ -97,16 +104,17 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], **metadata: 
 
     Args:
         model: compile and DDP wrappers are removed. One that `create_model` did not make is written too (the weights
-            of its network), but only its owner can build the model for them; `load_model` says so.
+            of its network), but only its owner can build the model for them; `load_model` says so. The names of its
+            classes are written where it has them (`model.classes`, see fastnull.classes.classes_of).
         path: ends in .safetensors; written beside and renamed, so a reader never sees half a file.
         metadata: anything JSON can hold, kept under `metadata` in the file.
 
     Raises:
         TypeError: `metadata` or an argument the model was created with is nothing that JSON can hold.
-        ValueError: another suffix, or weights that are not finite.
+        ValueError: another suffix, weights that are not finite, or `model.classes` that are no names of as many classes
+            as the model has.
+        OSError: the file cannot be written.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors; got {path.name!r}")
@@ -114,6 +122,10 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], **metadata: 
     network = unwrap(model.network) if isinstance(model, NormalizedModel) else model
     recipe = getattr(model, "recipe", None)
     about = {"metadata": metadata, "classes": getattr(network, "num_classes", None), **(recipe or {})}
+    if isinstance(model, NormalizedModel):
+        check_names(model.classes, getattr(network, "num_classes", None))
+    names = classes_of(model)
+    about["class_names"] = names if isinstance(names, list) else None
     about |= {"name": recipe["name"] if recipe else type(network).__name__, "rebuilds": recipe is not None}
     about["provenance"] = provenance(next(network.parameters()).device)
     if isinstance(model, NormalizedModel):
@@ -123,35 +135,80 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], **metadata: 
     except (TypeError, ValueError) as error:
         raise TypeError(f"the model's arguments and metadata must be plain JSON values: {error}") from error
     header["format"] = FORMAT
-    tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    tensors = network.state_dict()
     _check_finite(tensors, f"the weights for {path}")
-    with replacing(path) as beside:
-        save_file(tensors, str(beside), metadata=header)
+    write_tensors(path, tensors, header)
 
 
 def load_model(path: str | os.PathLike[str]) -> NormalizedModel:
-    """Rebuild the model in a file of `save_checkpoint`, with its own mean and std; weights in float32, on the CPU.
+    """Rebuild the model in a file of `save_checkpoint`, with its own mean, std and `classes` (the names of its classes,
+    None where the file has none); weights in float32, on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of `save_checkpoint`, a broken one, or one of a model that `create_model` did not make.
+        ValueError: not a file of `save_checkpoint`, a broken one, one of a model that `create_model` did not make, or
+            with names of another number of classes.
     """
     header = read_metadata(path)
+    _check_header(path, header)
     if not header["rebuilds"]:
         raise ValueError(
             f"{path} holds the weights of a {header['name']} that fastnull.create_model did not make, so it cannot be "
             "built from the file: build it yourself and load fastnull.models.read_state_dict(path)"
         )
     recipe = {key: header[key] for key in ("name", "num_classes", "img_size", "channels", "normalize", "kwargs")}
-    model = _build(recipe, pretrained=False)
+    try:
+        model = _build(recipe, pretrained=False)
+    except Exception as error:  # whatever timm makes of arguments that nobody ever gave it
+        raise ValueError(f"{path}: its metadata describes no model: {_first_line(error)}") from error
     _load(model.network, read_state_dict(path), Path(path), new_head=False, resize=False)
+    _check_normalisation(path, header["mean"], header["std"], model.mean.shape[1])
     for buffer, values in ((model.mean, header["mean"]), (model.std, header["std"])):
         buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
+    model.classes = header.get("class_names")  # files of earlier versions have none
+    try:
+        check_names(model.classes, header["classes"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its metadata is damaged: {error}") from error
     return model
 
 
+_HEADER: dict[str, Any] = {
+    "name": str, "num_classes": int | None, "img_size": int | tuple[int, ...] | None, "channels": int | None,
+    "normalize": bool, "kwargs": dict[str, Any], "classes": int | None,
+    "mean": tuple[float, ...], "std": tuple[float, ...],
+}  # fmt: skip
+"""What `load_model` reads, and its type."""
+
+
+def _check_header(path: str | os.PathLike[str], header: dict[str, Any]) -> None:
+    """Raise ValueError unless the metadata of a file has all that makes its model again."""
+    kinds = {"rebuilds": bool, **(_HEADER if header.get("rebuilds") else {"name": str})}
+    missing = [key for key in kinds if key not in header]
+    if missing:
+        raise ValueError(f"{os.fspath(path)} is damaged: its metadata lacks {', '.join(missing)}")
+    try:
+        for key, kind in kinds.items():
+            as_type(key, header[key], kind)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} is damaged: {error} in its metadata") from error
+
+
+def _check_normalisation(path: str | os.PathLike[str], mean: Any, std: Any, channels: int) -> None:
+    """Raise ValueError unless these are a mean >= 0 and a standard deviation > 0 of each channel's pixels in [0, 1]."""
+    for name, values, exclusive in (("mean", mean, False), ("std", std, True)):
+        if not isinstance(values, Sequence) or len(values) != channels:
+            raise ValueError(f"{path}: {name} must hold a number for each of {channels} channels; got {values!r}")
+        for value in values:
+            try:
+                check_number(f"{path}: {name}", value, 0, exclusive=exclusive)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file of `save_checkpoint` says of its model: name, classes, kwargs, mean, std, provenance and the rest.
+    """What a file of `save_checkpoint` says of its model: name, classes (how many), class_names (a list or None),
+    kwargs, mean, std, provenance and the rest.
 
     Raises:
         FileNotFoundError: no such file.
@@ -172,8 +229,20 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     try:
         return {key: value if key == "format" else json.loads(value) for key, value in header.items()}
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its metadata is damaged: {error}") from error
+
+
+def _stored_names(path: Path) -> list[str] | None:
+    """The names of classes in a checkpoint, where it is one of `save_checkpoint` that has them."""
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        header = read_metadata(path)
+        check_names(header.get("class_names"), header.get("classes"))
+    except (TypeError, ValueError):  # another program's
+        return None
+    return header.get("class_names")
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -243,7 +312,7 @@ def _build(recipe: dict[str, Any], *, pretrained: bool) -> NormalizedModel:
         _check_finite(network.state_dict(), f"timm's weights of {name}")
     config = timm.data.resolve_model_data_config(network)
     count = channels or len(config["mean"])
-    mean, std = (_per_channel(config[key], count) if recipe["normalize"] else [b] * count
+    mean, std = (per_channel(config[key], count) if recipe["normalize"] else [b] * count
                  for key, b in (("mean", 0.0), ("std", 1.0)))  # fmt: skip
     model = NormalizedModel(network, mean, std)
     # timm's own number of classes for a name may change; 0 stands for a model without a head
@@ -270,13 +339,6 @@ def _check_name(name: str, timm: Any, pretrained: bool) -> None:
     if tag and name not in tagged:
         near = difflib.get_close_matches(name, tagged, n=3, cutoff=0.0)
         raise ValueError(f"{architecture} has no weights tagged {tag!r}; nearest are {', '.join(near) or 'none'}")
-
-
-def _per_channel(values: Sequence[float], count: int) -> list[float]:
-    """Values of three colours → `count` channels, as timm turns the weights of the first layer."""
-    if count == 1:
-        return [sum(values) / len(values)]
-    return [values[i % len(values)] for i in range(count)]
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
@@ -318,9 +380,30 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
-    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    valued = {key: value for key, value in state.items() if isinstance(value, Tensor) and not value.is_meta}
+    bad = [key for key, value in valued.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if bad:
         raise ValueError(f"{where}: NaN or Inf in {len(bad)} tensors: {_few(bad)}")
+
+
+def check_types(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raise ValueError where a tensor of a file is of another kind than the model's of its name, in `own`.
+
+    Any floating dtype is taken for a floating weight. Integers there are a quantised model's, whose scales are lost.
+    """
+    bad = [
+        f"{key} is {value.dtype}{'' if value.layout is torch.strided else f' ({value.layout})'}, not {own[key].dtype}"
+        for key, value in state.items()
+        if key in own and (_kind(value) != _kind(own[key]) or value.layout is not torch.strided)
+    ]
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} tensors of another type than the model's: {_few(bad)}")
+
+
+def _kind(value: Tensor) -> str:
+    if value.is_quantized or value.is_complex() or value.is_floating_point():
+        return "quantised" if value.is_quantized else "complex" if value.is_complex() else "floating"
+    return "bool" if value.dtype == torch.bool else "integer"
 
 
 def _few(names: Sequence[str]) -> str:
@@ -329,8 +412,9 @@ def _few(names: Sequence[str]) -> str:
 
 def _load(network: nn.Module, state: dict[str, Tensor], path: Path, *, new_head: bool, resize: bool) -> None:
     """Load weights that must fit, except for a head or position embedding whose size the user asked to change."""
-    _check_finite(state, str(path))
     own = network.state_dict()
+    check_types(state, own, path)
+    _check_finite(state, str(path))
     if resize and "pos_embed" in own and "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
         adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
         if adapt is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnull.checks import check_finite
+from fastnull.checks import as_type, check_finite
 from fastnull.vit.base import check_site
 
 FORMAT = "fastnull-noise-1"
@@ -71,15 +71,11 @@ class Noise:
         Raises:
             ValueError: the noise is not finite.
         """
-        from safetensors.torch import save_file
-
-        from fastnull.record import replacing
+        from fastnull.tensor_files import write_tensors
 
         check_finite("noise", self.tokens)
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
         metadata = {"format": FORMAT, "site": self.site, "metadata": json.dumps(self.metadata)}
-        with replacing(path) as beside:
-            save_file(tensors, beside, metadata=metadata)
+        write_tensors(path, {name: getattr(self, name) for name in _TENSORS}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Noise:
@@ -107,9 +103,9 @@ class Noise:
             raise ValueError(f"{path} is no whole safetensors file (truncated, or a pickle?): {error}") from error
         check_noise(tensors, str(path))
         try:
-            metadata = json.loads(header["metadata"])
+            metadata = as_type("metadata", json.loads(header["metadata"]), dict[str, Any])
             return cls(**tensors, site=check_site(header["site"]), metadata=metadata)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} has a broken header: {error}") from error
 
 

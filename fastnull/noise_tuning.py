@@ -101,9 +101,12 @@ def try_settings(
             raise ValueError(f"{name} must hold at least one number")
         for value in values:
             check_number(name, value, 0, exclusive=True)
+    if steps is not None:
+        check_number("steps", steps, 1)
     if mode == "universal" and len(images) < 2:
         raise ValueError(f"images must be at least 2 in universal mode; got {len(images)}")
-    steps = steps or defaults.get("steps", UNIVERSAL_STEPS)
+    if steps is None:
+        steps = defaults.get("steps", UNIVERSAL_STEPS)
     others = {name: value for name, value in defaults.items() if name not in ("eps", "limit", "steps")}
     base = SynthesisConfig(mode=mode, site=encoder.site, steps=steps, seed=seed, **others)
     learned, judged = images.chunk(2) if mode == "universal" else (images, images)

@@ -101,8 +101,8 @@ class PatchNullspace:
             TypeError: not a model.
             ValueError: no patch embedding, or one whose patches overlap, are padded, dilated or grouped.
         """
-        whole = unwrap(model.model if isinstance(model, SplitViT) else model)
         weight = patch_projection(model).weight.detach()
+        whole = unwrap(model.model if isinstance(model, SplitViT) else model)
         if isinstance(whole, NormalizedModel):
             weight = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
             weight = weight / whole.std.to(weight.dtype)  # [D, C, ph, pw] / [1, C, 1, 1]

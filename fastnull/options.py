@@ -13,7 +13,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastnull.checks import check_choice
+from fastnull.checks import as_type, check_choice
+from fastnull.paths import check_readable
 
 Settings = TypeVar("Settings")
 
@@ -53,19 +54,43 @@ def add_options(
             group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=name, help=shown, **how)
 
 
-def from_options(base: Settings, arguments: argparse.Namespace, **changes: Any) -> Settings:
-    """`base` with the fields that were given on the command line, and then `changes`."""
+def from_options(
+    base: Settings, arguments: argparse.Namespace, file: Mapping[str, Any] | None = None, **changes: Any
+) -> Settings:
+    """`base` with the fields of a file (see `read_fields`), over them those that were given on the command line, and
+    then `changes`. They are checked together: what a field needs may come from either.
+    """
     names = {field.name for field in fields(base)}  # type: ignore[arg-type]
     given = {name: value for name, value in vars(arguments).items() if name in names}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return replace(base, **{**given, **changes})  # type: ignore[type-var]
+    return replace(base, **{**(file or {}), **given, **changes})  # type: ignore[type-var]
 
 
-def from_file(base: Settings, path: str | os.PathLike[str]) -> Settings:
-    """`base` with the fields that a YAML file names: `batch_size: 64`, values written as on the command line.
+POSITIONAL = ("models", "what", "sources")
+
+
+def check_given(arguments: argparse.Namespace | Mapping[str, Any]) -> None:
+    """Check what every option has in common, of any command: no text is empty, and none names a pipe or a device.
 
     Raises:
-        ValueError: not YAML, not a mapping, an unknown field (with the nearest known one), a value of another type.
+        ValueError: an empty text (as a path it would be the working directory), or see `check_readable`.
+    """
+    values = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    for name, value in values.items():
+        option = name if name in POSITIONAL else f"--{name.replace('_', '-')}"
+        for text in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(text, str):
+                if not text.strip():
+                    raise ValueError(f"{option} must not be empty")
+                check_readable(option, text)
+
+
+def read_fields(settings: type[Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of a dataclass that a YAML file names: `batch_size: 64`, values written as on the command line.
+
+    Raises:
+        ValueError: no regular file, not YAML, not a mapping, a field twice, an unknown one (with the nearest known
+            one), a value of another type.
         FileNotFoundError: no such file.
         ImportError: PyYAML is not installed.
     """
@@ -73,33 +98,43 @@ def from_file(base: Settings, path: str | os.PathLike[str]) -> Settings:
         import yaml
     except ImportError as error:
         raise ImportError(f"a configuration file needs PyYAML (pip install pyyaml): {error}") from error
+    check_readable("a configuration", path)
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = {} if node is None else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no date
         raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `field: value` lines; it holds a {type(values).__name__}")
-    hints = typing.get_type_hints(type(base))
+    lines: dict[str, int] = {}
+    for key, _ in [] if node is None else node.value:
+        line = key.start_mark.line + 1
+        if key.value in lines:  # YAML's reader takes the last
+            raise ValueError(f"{path}: {key.value} is given twice, in lines {lines[key.value]} and {line}")
+        lines[key.value] = line
+    hints = typing.get_type_hints(settings)
     given = {}
     for name, value in values.items():
         check_choice(f"{path}: field", name, hints)
         given[name] = _read(f"{path}: {name}", value, hints[name])
-    return replace(base, **given)  # type: ignore[type-var]
+    return given
 
 
 def _read(name: str, value: Any, hint: Any) -> Any:
     """A value of a file as its field has it: YAML takes 1e-5 and 8/255 for text."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"{name} must not be empty")
     try:
         if isinstance(value, str) and bool not in kinds:
             return _converter(hint)(value)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{name}: {error}") from error
-    fits = type(value) in kinds or (type(value) is int and float in kinds)
-    if not fits:
-        wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise ValueError(f"{name} must be {wanted}; got {value!r}")
-    return float(value) if type(value) is int and int not in kinds else value
+    try:
+        return as_type(name, value, hint)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def number(text: str) -> float:
@@ -108,6 +143,14 @@ def number(text: str) -> float:
         return float(Fraction(text)) if "/" in text else float(text)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is no number, nor a fraction such as 8/255") from None
+
+
+def yes_or_no(text: str) -> bool:
+    """True or False as people write them: true, yes, on, 1; false, no, off, 0."""
+    known = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true (yes, on, 1) nor false (no, off, 0)")
+    return known[text.lower()]
 
 
 def attribute_docs(settings: type[Any]) -> Mapping[str, str]:
@@ -125,7 +168,7 @@ def _converter(hint: Any) -> Callable[[str], Any]:
     """The function that reads a value of an annotated type; `none` gives None where the type allows it."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     (kind,) = [kind for kind in kinds if kind is not type(None)]
-    read: Callable[[str], Any] = number if kind is float else kind
+    read: Callable[[str], Any] = {float: number, bool: yes_or_no}.get(kind, kind)
     if len(kinds) == 1:
         return read
 

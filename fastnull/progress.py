@@ -11,12 +11,15 @@ LOG_INTERVAL = 30.0
 
 def watched() -> bool:
     """Whether the bars go to a terminal."""
-    return sys.stderr.isatty()
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def progress_bar(total: int | None, *, show: bool = True, **options: Any) -> Any:
-    """A tqdm bar on stderr; `options` are tqdm's (desc, unit, initial, ...). A silent stand-in unless `show`."""
-    if not show:
+    """A tqdm bar on stderr; `options` are tqdm's (desc, unit, initial, ...). A silent stand-in unless `show`.
+
+    Without a stderr (2>&-) nothing is shown.
+    """
+    if not show or sys.stderr is None:
         return _Silent()
     from tqdm import tqdm
 

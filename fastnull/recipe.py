@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from fastnull.augment import DEFAULTS, SHARES
-from fastnull.checks import check_choice, check_number
+from fastnull.checks import check_choice, check_fields, check_number
 from fastnull.encoder import BACKENDS
 from fastnull.logs import LOGS
 from fastnull.vit import SITES
@@ -36,6 +35,7 @@ class FinetuneConfig:
     """A finetuning run. Every field is documented beside it; `fields(FinetuneConfig)` carry the text as metadata.
 
     Raises:
+        TypeError: a value of another type than the field's (NumPy's numbers pass); the message names the field.
         ValueError: a value that is not allowed; the message names the field.
     """
 
@@ -143,6 +143,7 @@ class FinetuneConfig:
     progress: bool = option(True, "show a progress bar")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_choice("augment", self.augment, AUGMENTS)
         check_choice("site", self.site, SITES)
         check_choice("backend", self.backend, BACKENDS)
@@ -153,14 +154,6 @@ class FinetuneConfig:
             check_choice("log", self.log, LOGS)
             if self.out is None:
                 raise ValueError("log needs a folder too: give out")
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if value is None:
-                continue
-            if entry.type in ("int", "int | None") and (not isinstance(value, int) or isinstance(value, bool)):
-                raise TypeError(f"{entry.name} must be an integer; got {value!r}")
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, entry.name, os.fspath(value))
         for name, low, high, exclusive in _RANGES:
             value = getattr(self, name)
             if value is not None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import glob
+import hashlib
 import json
 import os
 import platform
+import re
+import secrets
+import stat
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +22,7 @@ from typing import Any
 import torch
 
 from fastnull import __version__
+from fastnull.paths import check_readable, check_replaceable
 
 
 def commit() -> str | None:
@@ -85,21 +90,74 @@ def provenance(device: torch.device | str = "cpu", **extra: Any) -> dict[str, An
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it is flushed and renamed over `path`, else removed.
 
-    A reader sees the old file or the whole new one, also after a crash or a full disk.
+    A reader sees the old file or the whole new one, also after a crash or a full disk. A new file has the mode that the
+    umask leaves, a replaced one keeps its own.
+
+    Raises:
+        ValueError: at `path` lies something that is no regular file: a link, a device, a pipe, a folder.
     """
     path = Path(path)
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
+    beside = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    # made by the system's rules for new files (umask, access lists); tempfile's would be for the owner alone
+    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as made:
+        mode = os.fstat(made.fileno()).st_mode
     try:
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
+        if os.path.lexists(path):
+            check_replaceable(path)
+            mode = path.stat().st_mode
+        # who writes may have put another file there, as safetensors does
+        os.chmod(beside, stat.S_IMODE(mode))
         os.replace(beside, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # of a full disk the system does not say which file it was
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_left_over(path: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left of writing `path`: temporary files of `replacing` whose process is gone.
+
+    Those of other machines, other users and live processes stay.
+    """
+    if os.name != "posix":  # elsewhere there is no harmless way to ask for a process
+        return
+    path = Path(path)
+    ours = re.compile(rf"\.{re.escape(path.name)}\.{_machine()}-([0-9]+)-[0-9a-f]{{8}}\.tmp")
+    for beside in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        found = ours.fullmatch(beside.name)
+        if found is None or _is_alive(int(found[1])):
+            continue
+        about = os.lstat(beside)
+        if stat.S_ISREG(about.st_mode) and about.st_uid == os.geteuid():
+            beside.unlink(missing_ok=True)
+
+
+@functools.cache
+def _machine() -> str:
+    """Tells machines apart, and containers, whose processes have numbers of their own."""
+    try:
+        numbering = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        numbering = 0
+    return hashlib.blake2b(f"{platform.node()}/{numbering}".encode(), digest_size=3).hexdigest()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -107,6 +165,25 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False, default=_plain)
     with replacing(path) as beside:
         beside.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON file that holds a table.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no regular file, not JSON, or no table in it; the message names the file.
+    """
+    check_readable("a record", path)
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {os.fspath(path)}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{os.fspath(path)} is no record of fastnull: it holds a {type(value).__name__}")
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.batches import Batches, as_batches, count_images, embed_batch, one_size
-from fastnull.checks import check_choice, check_finite, check_number, is_out_of_memory
+from fastnull.checks import check_choice, check_fields, check_finite, check_number, is_out_of_memory
 from fastnull.encoder import FrozenEncoder
 from fastnull.noise import Noise
 from fastnull.objective import OBJECTIVES, PREDICTION, influence
@@ -34,7 +36,11 @@ from fastnull.universal import Mean, UniversalRun, judge, scaled_to_eps
 from fastnull.vit.base import SITES, SplitViT
 
 MODES = ("universal", "per_image", "boundary")
+BANK_COPIES = 6
+"""Tensors as large as the bank that a universal run has at once: noise, change, moments, and a step's own."""
 BISECTIONS = 20
+MOST_NOISES = 100_000
+"""In a bank. Each costs a pass over every batch of images in every step."""
 ON_UNMET = ("keep", "scale", "raise")
 SCHEDULES = ("cosine", "constant", "published")
 SOLVERS = ("gauss_newton", "adamw")
@@ -116,6 +122,7 @@ class SynthesisConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, allowed in (
             ("mode", MODES),
             ("site", SITES),
@@ -144,8 +151,8 @@ class SynthesisConfig:
         check_number("image_ratio", self.image_ratio, 0, 1, exclusive=True)
         for name in ("weight_decay", "log_norm_weight"):
             check_number(name, getattr(self, name), 0)
-        for name in ("count", "rounds"):
-            check_number(name, getattr(self, name), 1)
+        check_number("count", self.count, 1, MOST_NOISES)
+        check_number("rounds", self.rounds, 1)
         if self.steps is not None:
             check_number("steps", self.steps, 1)
         if self.step_size is not None:
@@ -316,6 +323,7 @@ def _universal(
     with _memory_kept(message, so_far):
         data = Batches(encoder, batches, check, config)
         total = config.steps or config.rounds * data.per_round
+        _check_room((config.count, *data.shape), encoder.device)
         run = UniversalRun(encoder, data, config, _starts((config.count, *data.shape), config, data.like, start), mean)
         bar = progress_bar(total, show=progress, desc="synthesize", unit=" step")
         try:
@@ -337,6 +345,22 @@ def _memory_kept(message: Callable[[], str], so_far: Callable[[], Noise | None])
         if not is_out_of_memory(error):
             raise
         raise SynthesisOutOfMemoryError(f"{message()} {error}", so_far()) from error
+
+
+def _check_room(shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise ValueError where a bank of this shape [M, ...] can never fit the device: before it swaps for hours."""
+    needed = BANK_COPIES * 4 * math.prod(shape)
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[1]
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > room:
+        raise ValueError(
+            f"count must be less: {shape[0]} noises of {list(shape[1:])} with their steps need about "
+            f"{needed / 1e9:.3g} GB; {device} has {room / 1e9:.3g} GB"
+        )
 
 
 def _universal_result(

@@ -30,6 +30,8 @@ from fastnull.vit.layers import Layered
 STEP_KEY = 1
 """With the seed and the step the key of a step's random numbers."""
 _NEVER = 2**62
+_ENTRIES = {"step", "scaler", "augment", "loss_sum", "history", "best", "spent", "seconds"}
+"""Of a training state, besides the weights."""
 
 
 class DivergenceError(RuntimeError):
@@ -115,11 +117,7 @@ class Training:
         self.optimizer = _optimizer(config, model)
         self.scheduler = _scheduler(config, plan, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
-        self.mixup = None
-        if config.mixing:
-            self.mixup = timm.data.Mixup(
-                config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes
-            )
+        self._num_classes = num_classes
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
@@ -192,12 +190,12 @@ class Training:
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         """One update from this process's rows of a checked batch on the host: images [B, C, H, W] (bytes or pixels),
-        labels [B]."""
+        class indices [B] in int64 or probabilities [B, K] in float32."""
         seed_everything(self.config.seed, STEP_KEY, self.step)
         images, labels = to_pixels(images, self.device), labels.to(self.device, non_blocking=True)
         images = images.to(memory_format=self._memory_format)
-        if self.mixup is not None:
-            images, labels = self.mixup(images, labels)
+        if self.config.mixing:
+            images, labels = self._mixed(images, labels)
         if not self.processes.first:
             # what is mixed is the same everywhere, but drop path is not
             torch.manual_seed(generator(self.config.seed, STEP_KEY, self.step, self.processes.rank).initial_seed())
@@ -223,6 +221,18 @@ class Training:
         bad_step = torch.where(torch.isfinite(self._loss), _NEVER, self.step)
         self._bad_step = torch.minimum(self._bad_step, bad_step)
         self._spent += self.plan.step_cost * self.plan.batch_size
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels after Mixup or CutMix; the labels as probabilities [B, K], smoothed."""
+        count = len(images)
+        # timm mixes class indices alone. Those of the rows come back as the parts that rows have in each other
+        mixup = import_timm().data.Mixup(self.config.mixup, self.config.cutmix, label_smoothing=0.0, num_classes=count)
+        images, parts = mixup(images, torch.arange(count, device=images.device))  # [B, B]
+        if labels.ndim == 1:
+            labels = F.one_hot(labels, self._num_classes).float()
+        labels = torch.lerp(labels, torch.full_like(labels, 1 / self._num_classes), self.config.smoothing)
+        own, other = (part.diagonal().to(labels.dtype).unsqueeze(1) for part in (parts, parts.flip(1)))  # [B, 1]
+        return images, own * labels + other * labels.flip(0)
 
     def _backward(self, place: Place | None, images: Tensor, labels: Tensor) -> None:
         """Add the gradients, loss and statistics of one part of a batch: the parts' means."""
@@ -339,8 +349,12 @@ class Training:
             shares: where `write_shares` put `shares`, if the run was sharded.
 
         Raises:
-            ValueError: the state is of another model.
+            ValueError: the state is of another model, or lacks an entry.
         """
+        weights = {"sharded"} if "sharded" in state else {"model", "optimizer", "ema"}
+        missing = sorted((_ENTRIES | weights) - state.keys())
+        if missing:
+            raise ValueError(f"the training state is of another version of fastnull: it lacks {', '.join(missing)}")
         average = None if self.ema is None else self.ema.module
         fresh = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         try:
@@ -393,8 +407,8 @@ class Training:
         )
 
     def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy in float32, with class indices or (after Mixup, which smooths itself) soft labels."""
-        smoothing = 0.0 if self.mixup is not None else self.config.smoothing
+        """Cross entropy in float32, with class indices or probabilities (after `_mixed` they are smoothed already)."""
+        smoothing = 0.0 if self.config.mixing else self.config.smoothing
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
@@ -423,10 +437,20 @@ def _augment(
 
 
 def _optimizer(config: FinetuneConfig, model: nn.Module) -> torch.optim.Optimizer:
-    optim = import_timm().optim
-    check_choice("opt", config.opt, optim.list_optimizers())
+    check_choice("opt", config.opt, import_timm().optim.list_optimizers())
     network = unwrap(model)
     network = network.network if isinstance(network, NormalizedModel) else network
+    try:
+        optimizer = _made_by_timm(config, network)
+    except (AssertionError, ImportError) as error:  # those of other packages, or for a GPU alone
+        raise ValueError(f"opt {config.opt!r} cannot be used here: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(f"opt {config.opt!r} takes second derivatives of the loss, which finetuning does not make")
+    return optimizer
+
+
+def _made_by_timm(config: FinetuneConfig, network: nn.Module) -> torch.optim.Optimizer:
+    optim = import_timm().optim
     settings = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
     if config.layer_decay is not None and not hasattr(network, "group_matcher"):  # no timm model
         try:

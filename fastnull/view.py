@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,10 @@ class View:
 
     @classmethod
     def of(cls, model: nn.Module) -> View:
-        """Read it off a timm model (in a NormalizedModel or plain); 224 pixels where a model says nothing."""
+        """Read it off a timm model (in a NormalizedModel or plain); 224 pixels where a model says nothing.
+
+        Mean and std have a value for each channel, as `create_model` makes them of those of three colours.
+        """
         network = unwrap(model)
         network = unwrap(getattr(network, "network", network))
         config = import_timm().data.resolve_model_data_config(network)
@@ -46,8 +50,8 @@ class View:
             channels=channels,
             interpolation=config["interpolation"],
             crop=config["crop_pct"],
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
+            mean=per_channel(config["mean"], channels),
+            std=per_channel(config["std"], channels),
         )
 
     def evaluation(self) -> Callable[[Any], Tensor]:
@@ -57,19 +61,46 @@ class View:
         )
 
     def training(self, config: FinetuneConfig) -> Callable[[Any], Tensor]:
-        """Random crop, flip, RandAugment or colour jitter, random erasing; PIL image → bytes [C, H, W]."""
-        transform = import_timm().data.create_transform(
-            self.size,
-            is_training=True,
-            normalize=False,
-            scale=(config.crop_scale, 1.0),
-            hflip=config.hflip,
-            color_jitter=config.color_jitter or None,
-            auto_augment=config.auto_augment,
-            interpolation=self.interpolation,
-            mean=self.mean,
-        )
+        """Random crop, flip, RandAugment or colour jitter, random erasing; PIL image → bytes [C, H, W].
+
+        Grey images are augmented as grey ones: what changes colours alone leaves them.
+
+        Raises:
+            ValueError: an auto_augment that timm does not know.
+        """
+        try:
+            _check_policy(config.auto_augment)
+            transform = import_timm().data.create_transform(
+                self.size,
+                is_training=True,
+                normalize=False,
+                scale=(config.crop_scale, 1.0),
+                hflip=config.hflip,
+                color_jitter=config.color_jitter or None,
+                auto_augment=config.auto_augment,
+                interpolation=self.interpolation,
+                mean=self.mean,
+            )
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise ValueError(
+                f"auto_augment must be a policy of timm such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original' or "
+                f"'3a'; got {config.auto_augment!r} ({error})"
+            ) from error
         return _Erasing(transform, config.reprob, self.mean, self.std) if config.reprob else transform
+
+
+def _check_policy(policy: str | None) -> None:
+    """timm passes over sections of a policy that have no number in them, but for RandAugment's sets (t...)."""
+    for section in (policy or "").split("-")[1:]:
+        if not re.search(r"\d", section) and not section.startswith("t"):
+            raise ValueError(f"section {section!r} has no number")
+
+
+def per_channel(values: Sequence[float], count: int) -> tuple[float, ...]:
+    """Values of three colours → `count` channels, as timm turns the weights of the first layer."""
+    if count == 1:
+        return (sum(values) / len(values),)
+    return tuple(values[i % len(values)] for i in range(count))
 
 
 class _Erasing:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import warnings
 
 import pytest
@@ -178,3 +180,119 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
     with pytest.raises(ValueError, match="Out of range"):
         run.log({"step": 5, "loss": float("nan")})
+
+
+def test_metrics_that_are_lost_are_told_and_epochs_come_back(tmp_path):
+    run = folder(tmp_path)
+    epochs = [{"kind": "epoch", "step": step, "loss": step / 10} for step in (2, 4)]
+    logged = [{"step": 1}, {"step": 2}, epochs[0], {"step": 3}, {"step": 4}, epochs[1]]
+    for record in logged:
+        run.log(record)
+    state = read_state(run.save_state({"step": 4}, 4, keep=2))
+    assert state["lines"] == 6
+    whole = run.metrics.read_text()
+
+    def resumed(text, warns):
+        run.metrics.write_text(text)
+        again = folder(tmp_path, resume=True)
+        with pytest.warns(UserWarning, match=warns) if warns else contextlib.nullcontext():
+            again.rewind(4, epochs, state["lines"])
+        return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resumed(whole, None) == logged
+        assert resumed(whole + '{"step": 5}\n{"step": 6, "lo', None) == logged
+    lines = whole.splitlines(keepends=True)
+    assert resumed("".join(lines[:2]), "lacks 4 records up to step 4, those of 2 epochs") == [*logged[:2], *epochs]
+    assert resumed("".join(lines[:4]), "lacks 2 records up to step 4, those of 1 epochs") == [*logged[:4], epochs[1]]
+    assert resumed("".join(lines[1:]), r"lacks 1 records up to step 4; the others") == logged[1:]
+    assert resumed("", "lacks 6 records") == epochs
+    run.metrics.unlink()
+    again = folder(tmp_path, resume=True)
+    with pytest.warns(UserWarning, match="lacks 6 records"):
+        again.rewind(4, epochs, state["lines"])
+    again.log({"step": 5})
+    assert read_state(again.save_state({"step": 5}, 5, keep=2))["lines"] == 3  # what there is from now on
+
+
+BAD_LINES = {
+    "word": b"nonsense", "number": b"5", "list": b"[1]", "no step": b'{"loss": 1}', "text for a step": b'{"step": "x"}',
+    "no step at all": b'{"step": null}', "bytes": b"\xff\xfe", "cut off": b'{"step": 2, "lo', "nothing": b"",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_of_the_metrics_is_named_and_does_not_block(tmp_path, case):
+    run = folder(tmp_path)
+    run.metrics.write_bytes(b'{"step": 1}\n' + BAD_LINES[case] + b'\n{"step": 2}\n')
+    with pytest.warns(UserWarning, match=r"metrics.jsonl, line 2, is no record with a step and is left out"):
+        run.rewind(2)
+    assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    one, other = folder(tmp_path / "one"), folder(tmp_path / "other")
+    assert one.run
+    assert other.run
+    assert one.run != other.run
+    one.save_state(state(1), 1, keep=2)
+    foreign = other.save_state(state(2), 2, keep=2)
+    shutil.copy(foreign, one.path)
+    with pytest.raises(ValueError, match=rf"state-000000002.pt is of another run \({other.run}\) than .*\({one.run}\)"):
+        folder(one.path, resume=True).load_state()
+    (one.path / foreign.name).unlink()
+    again = folder(one.path, resume=True)
+    assert same(again.load_state(), state(1))
+    assert again.run == one.run
+    # one that lost its settings keeps the name that its states have
+    (one.path / "config.json").unlink()
+    again = RunFolder(one.path, CONFIG, resume=True)
+    again.load_state()
+    again.describe(CONFIG, "cpu")
+    assert json.loads((one.path / "config.json").read_text())["run"] == one.run
+
+
+def test_an_overwritten_folder_holds_another_run(tmp_path):
+    first = folder(tmp_path).run
+    assert folder(tmp_path, overwrite=True).run not in (None, first)
+
+
+def test_runs_from_before_runs_had_names_go_on(tmp_path):
+    run = folder(tmp_path)
+    write_state(tmp_path / "state-000000001.pt", state(1))
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["run"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    again = folder(tmp_path, resume=True)
+    assert same(again.load_state(), state(1))
+    again.save_state(state(2), 2, keep=2)
+    assert same(folder(tmp_path, resume=True).load_state(), state(2))
+    assert run.run is not None
+
+
+def test_a_later_state_that_cannot_be_read_does_not_push_others_out(tmp_path):
+    run = folder(tmp_path)
+    for step in (1, 9):
+        run.save_state(state(step), step, keep=2)
+    run.states()[0].write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="state-000000009"):
+        run.load_state()
+    run.save_state(state(2), 2, keep=1)
+    assert [path.name for path in run.states()] == ["state-000000009.pt", "state-000000002.pt"]
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"weights": torch.zeros(1)}, {"step": "two"}, torch.zeros(2)], ids=str)
+def test_a_state_without_a_step_is_none(tmp_path, content):
+    run = folder(tmp_path)
+    write_state(tmp_path / "state-000000001.pt", content)
+    with pytest.warns(UserWarning, match="holds no state with a step"), pytest.raises(ValueError, match="can be read"):
+        run.load_state()
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff", b"[]", b"{}", b'{"config": 3}'])
+def test_broken_settings_are_named(tmp_path, text):
+    folder(tmp_path)
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"config.json is no configuration of a run"):
+        RunFolder(tmp_path, CONFIG, resume=True)

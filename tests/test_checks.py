@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
+from fastnull.analysis import AnalysisSettings
+from fastnull.bench import BenchSettings
 from fastnull.checks import (
     RANGE_TOLERANCE,
     check_choice,
+    check_fields,
     check_finite,
     check_images,
     check_labels,
@@ -18,6 +25,8 @@ from fastnull.checks import (
     is_out_of_memory,
     trusted_values,
 )
+from fastnull.recipe import FinetuneConfig
+from fastnull.synthesis import SynthesisConfig
 
 
 def test_choice() -> None:
@@ -53,6 +62,142 @@ def test_numbers_that_pass(value: float, limits: tuple[float | None, float | Non
 def test_numbers_that_do_not(value: float, limits: tuple, exclusive: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_number("eps", value, *limits, exclusive=exclusive)
+
+
+@pytest.mark.parametrize("value", ["3", b"3", None, True, [1.0], object()])
+def test_what_is_no_number_is_said_to_be_none(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"^eps must be a number; got .* of type \w+$"):
+        check_number("eps", value, 0, 1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    count: int = 1
+    rate: float = 0.5
+    on: bool = False
+    name: str = "a"
+    limit: float | None = None
+    folder: str | None = None
+    switch: bool | None = None
+    sizes: tuple[int, ...] = ()
+    pair: tuple[int, float] = (1, 2.0)
+    names: tuple[str, ...] | None = None
+    table: Mapping[str, Mapping[str, Any]] | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [
+        ("count", numpy.int64(3), 3),
+        ("count", numpy.uint8(3), 3),
+        ("count", 10**30, 10**30),
+        ("rate", 1, 1),
+        ("rate", numpy.float32(0.25), 0.25),
+        ("rate", numpy.float64(0.25), 0.25),
+        ("rate", numpy.int16(2), 2),
+        ("on", numpy.bool_(True), True),
+        ("name", numpy.str_("b"), "b"),
+        ("name", Path("a") / "b", "a/b"),
+        ("limit", None, None),
+        ("limit", math.inf, math.inf),
+        ("folder", Path("a"), "a"),
+        ("switch", False, False),
+        ("sizes", [1, numpy.int64(2)], (1, 2)),
+        ("sizes", range(2), (0, 1)),
+        ("pair", [3, numpy.float32(0.5)], (3, 0.5)),
+        ("names", ["a"], ("a",)),
+        ("names", None, None),
+        ("table", {"a": {"b": [1]}}, {"a": {"b": [1]}}),
+        ("dtype", torch.float16, torch.float16),
+    ],
+)
+def test_fields_of_their_type_become_plain(field: str, value: Any, kept: Any) -> None:
+    found = getattr(Settings(**{field: value}), field)
+    assert found == kept
+    assert type(found) is type(kept)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("count", "3", "^count must be an integer; got '3' of type str$"),
+        ("count", 3.0, "^count must be an integer; got 3.0 of type float$"),
+        ("count", True, "^count must be an integer; got True of type bool$"),
+        ("count", numpy.bool_(True), "^count must be an integer; got True"),
+        ("count", None, "^count must be an integer; got None"),
+        ("count", torch.tensor(3), r"^count must be an integer; got tensor\(3\) of type Tensor$"),
+        ("rate", "0.5", "^rate must be a number; got '0.5'"),
+        ("rate", False, "^rate must be a number; got False"),
+        ("rate", 1j, "^rate must be a number; got 1j"),
+        ("rate", math.nan, "^rate must be a number; got nan$"),
+        ("rate", numpy.float32("nan"), "^rate must be a number; got nan$"),
+        ("on", "no", "^on must be True or False; got 'no' of type str$"),
+        ("on", 1, "^on must be True or False; got 1 of type int$"),
+        ("on", None, "^on must be True or False; got None"),
+        ("name", 5, "^name must be a string; got 5"),
+        ("name", None, "^name must be a string; got None"),
+        ("limit", "none", "^limit must be a number or None; got 'none'"),
+        ("limit", math.nan, "^limit must be a number or None; got nan"),
+        ("switch", "no", "^switch must be True or False or None; got 'no'"),
+        ("sizes", 3, "^sizes must be a tuple of which each is an integer; got 3"),
+        ("sizes", "123", "^sizes must be a tuple of which each is an integer; got '123'"),
+        ("sizes", (1, "2"), r"^sizes\[1\] must be an integer; got '2'"),
+        ("pair", (1, 2, 3), r"^pair must hold 2 values; got \(1, 2, 3\)$"),
+        ("pair", (1.5, 2), r"^pair\[0\] must be an integer; got 1.5"),
+        ("table", {"a": 1}, r"^table\['a'\] must be a mapping; got 1"),
+        ("table", {1: {}}, "^a key of table must be a string; got 1"),
+        ("table", [], "^table must be a mapping or None"),
+        ("dtype", "float32", "^dtype must be a dtype; got 'float32'"),
+    ],
+)
+def test_fields_of_another_type_are_named(field: str, value: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Settings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [FinetuneConfig(), SynthesisConfig(), AnalysisSettings(), BenchSettings()],
+    ids=lambda settings: type(settings).__name__,
+)
+def test_every_field_of_a_configuration_is_checked(settings: Any) -> None:
+    """A value of no field's type is refused by name, and a default comes back as it is."""
+    for field in fields(settings):
+        with pytest.raises(TypeError, match=rf"^{field.name} must be .*; got <object"):
+            replace(settings, **{field.name: object()})
+    again = replace(settings)
+    assert again == settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (FinetuneConfig, {"out": "run", "overwrite": "no"}),
+        (FinetuneConfig, {"out": "run", "resume": "no"}),
+        (FinetuneConfig, {"pretrained": 1}),
+        (FinetuneConfig, {"lr": "1e-4"}),
+        (FinetuneConfig, {"batch_size": 8.0}),
+        (FinetuneConfig, {"augment": None}),
+        (FinetuneConfig, {"num_classes": "10"}),
+        (SynthesisConfig, {"growing": "no"}),
+        (SynthesisConfig, {"keep": "False"}),
+        (SynthesisConfig, {"eps": "0.1"}),
+        (SynthesisConfig, {"count": True}),
+    ],
+)
+def test_words_are_no_switches_and_no_numbers(kind: Any, values: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=rf"^{list(values)[-1]} must be"):
+        kind(**values)
+
+
+def test_numbers_of_numpy_make_the_same_configuration() -> None:
+    found = FinetuneConfig(lr=numpy.float64(1e-3), epochs=numpy.int32(3), compile=numpy.bool_(False))
+    assert found == FinetuneConfig(lr=1e-3, epochs=3)
+    assert all(type(value) in (int, float, bool, str, type(None)) for value in found.to_dict().values())
 
 
 def test_finite() -> None:

@@ -17,7 +17,9 @@ import torch
 
 from fastnull import __version__, commands
 from fastnull.cli import main
+from fastnull.data import EMBEDDED, embedded
 from fastnull.finetune import FinetuneConfig
+from fastnull.models import create_model
 from fastnull.noise import Noise
 from fastnull.options import add_options, attribute_docs, from_options, number
 from fastnull.synthesis import SynthesisConfig, SynthesisInterrupted, synthesize
@@ -98,6 +100,28 @@ def test_options_from_a_dataclass() -> None:
     assert from_options(Settings(name="kept"), given) == Settings(rate=0.5, steps=None, name="kept", fast=False)
     # what is not given must not hide a preset
     assert from_options(Settings(steps=7), parser.parse_args([])) == Settings(steps=7)
+
+
+def test_switches_with_three_states() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        keep: bool | None = None
+
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser, Settings)
+    for text, value in {
+        "False": False,
+        "no": False,
+        "off": False,
+        "0": False,
+        "TRUE": True,
+        "yes": True,
+        "none": None,
+    }.items():
+        assert from_options(Settings(), parser.parse_args(["--keep", text])).keep is value
+    for text in ("", "2", "falsch", "None of these"):
+        with pytest.raises(argparse.ArgumentError, match="neither true"):
+            parser.parse_args(["--keep", text])
 
 
 @pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.5", 0.5), ("1e-3", 1e-3)])
@@ -246,7 +270,7 @@ def test_interrupted_demo_says_how_to_go_on(
         (["evaluate", "--model", "vit_digits", "--eps", "2"], "eps must be"),
         (["compare", "--out", "x", "--seeds", "0"], "seeds must be"),
         (["compare", "--out", "x", "--methods", "trade"], "Did you mean 'trades'"),
-        (["compare", "--out", "x", "--recipes", "/no/where.json"], "cannot be read as JSON"),
+        (["compare", "--out", "x", "--recipes", "/no/where.json"], "there is no file /no/where.json"),
         (["report", "nowhere"], "there are no results at nowhere"),
         (["inspect"], "MODEL"),
     ],
@@ -258,6 +282,49 @@ def test_errors_are_one_line(words: list[str], message: str, capsys: pytest.Capt
 def test_a_model_file_takes_no_second_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = run / "last.safetensors"
     assert "holds weights itself" in error_of(capsys, "evaluate", "--model", model, "--checkpoint", model)
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["tune"], ["synthesize", "--out", "n.safetensors"]])
+@pytest.mark.parametrize("option", [["--num-classes", "10"], ["--num-classes", "0"], ["--pretrained"]])
+def test_a_model_file_has_its_classes_and_weights(
+    run: Path, command: list[str], option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_of(capsys, *command, "--model", run / "last.safetensors", *option)
+    assert f"{option[0]} is for a model by name; " in line
+
+
+def test_evaluate_completes_a_file_or_replaces_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "--model", "vit_digits", "--resume", "--overwrite"]
+    assert "give one of them" in error_of(capsys, *words, "--out", tmp_path / "results.json")
+    for option in ("--resume", "--overwrite"):
+        assert f"{option} needs --out FILE" in error_of(capsys, "evaluate", "--model", "vit_digits", option)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_evaluate_waits_for_no_pipe(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "results.json")
+    words = ["evaluate", "--model", "vit_digits", "--out", str(tmp_path / "results.json"), option]
+    assert "named pipe" in error_of(capsys, *words)
+
+
+@pytest.mark.parametrize("number", ["10", "1000000", "1000000000000"])
+def test_evaluate_limits_of_any_size(run: Path, number: str, tmp_path: Path) -> None:
+    words = ["evaluate", "--model", str(run / "last.safetensors"), "--suite", "clean", "--limit", number]
+    assert main([*words, "--out", str(tmp_path / "results.json")]) == 0
+    protocol = json.loads((tmp_path / "results.json").read_text())["protocol"]
+    assert protocol["n"] == min(int(number), 500)
+    assert protocol["subset"] == f"{number}, drawn evenly over the classes by the seed"
+
+
+def test_evaluate_writes_its_file_without_a_terminal(run: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "fastnull", "evaluate", "--model", str(run / "last.safetensors"), "--suite", "clean"]
+    out = tmp_path / "results.json"
+    shell = " ".join(f"'{word}'" for word in [*words, "--limit", "20", "--out", str(out)])
+    done = subprocess.run(["sh", "-c", f"{shell} >&- 2>&-"], timeout=120, check=False)
+    assert done.returncode == 0
+    assert json.loads(out.read_text())["results"]["clean"] >= 0
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -273,6 +340,30 @@ def test_unexpected_runtime_error_points_to_debug(
 
     monkeypatch.setattr(commands, "report", broken)
     assert "two lines (--debug shows where)" in error_of(capsys, "report", "x")
+
+
+@pytest.mark.parametrize("data", ["digits", "photos"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_images_of_a_part_are_even_over_the_classes(data: str, seed: int) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    model = create_model(f"vit_{data}").eval()
+    classes = len(EMBEDDED[data].classes)
+    args = argparse.Namespace(data=data, data_dir=None, download=False, images=3 * classes, seed=seed)
+    for images, whole in zip(commands._two_sets(args, model), embedded(data, model), strict=True):
+        known = {image.numpy().tobytes(): int(label) for image, label in whole}
+        labels = [known[image.numpy().tobytes()] for image in images]
+        assert sorted(labels) == sorted(list(range(classes)) * 3)
+        assert labels != sorted(labels)  # or a batch would hold few classes
+    args.seed = seed + 1
+    assert not torch.equal(commands._two_sets(args, model)[0], images)
+
+
+def test_tune_says_which_images(run: Path, tmp_path: Path) -> None:
+    words = ["tune", "--model", str(run / "last.safetensors"), "--images", "10", "--limits", "1", "--eps", "0.1"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    settings = json.loads((tmp_path / "tune.json").read_text())["settings"]
+    assert (settings["images"], settings["subset"]) == (10, "drawn evenly over the classes by the seed")
 
 
 @pytest.mark.slow

@@ -204,11 +204,136 @@ def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:
         ({"data": "cifar"}, "data must be one of 'digits', 'photos'"),
         ({"split": "train"}, "split must be one of"),
         ({"seeds": 0}, "seeds must be"),
+        ({"seeds": True}, "seeds must be an integer"),
+        ({"budget": "156"}, "budget must be a number"),
+        ({"budget": 0}, "budget must be > 0"),
+        ({"lr": -1}, "lr must be > 0"),
+        ({"pretrain_lr": float("nan")}, "pretrain_lr must be a number"),
+        ({"pretrain_epochs": 0}, "pretrain_epochs must be >= 1"),
+        ({"pgd_steps": 0}, "pgd_steps must be >= 1"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"images": 0}, "images must be >= 1"),
+        ({"corruptions": ("fgo",)}, "Did you mean 'fog'"),
+        ({"corruptions": ()}, "corruptions must name at least one"),
+        ({"corruptions": "fog"}, "corruptions must be a tuple"),
+        ({"severities": (0,)}, "severities must be >= 1"),
+        ({"severities": (6,)}, "severities must be >= 1 and <= 5"),
+        ({"eps": ()}, "eps must name at least one"),
+        ({"eps": (256,)}, "eps must be >= 0 and <= 255"),
+        ({"eps": ("8/255",)}, r"eps\[0\] must be a number"),
+        ({"methods": ("random-tokens", "boundary-tokens", "BOUNDARY-tokens")}, "methods must differ"),
+        ({"recipes": {"x": 5}}, r"recipes\['x'\] must be a mapping"),
+        ({"recipes": {"x": None}}, r"recipes\['x'\] must be a mapping"),
+        ({"recipes": {"x": ["none"]}}, r"recipes\['x'\] must be a mapping"),
+        ({"recipes": [1]}, "recipes must be a mapping"),
+        ({"recipes": {5: {}}}, "a key of recipes must be a string"),
+        ({"recipes": {"x": {"augment": ["none"]}}}, "recipe of x: augment must be a string"),
+        ({"methods": ("x",), "recipes": {"x": {"augment": "random", "norm_of": 5}}}, "takes the norm of 5"),
+        (
+            {"methods": ("x",), "recipes": {"x": {"augment": "random", "norm_of": "x"}}},
+            "norm of its own; x takes another one's itself",
+        ),
+        (
+            {"methods": ("x", "clean-only"), "recipes": {"x": {"augment": "random", "norm_of": "clean-only"}}},
+            "clean-only adds no noise",
+        ),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         CompareSettings(**changes)
+
+
+BAD_NAMES = (
+    "../x", "a/b", "/x", ".", "..", ".hidden", "a\\b", "", " ", "x.", "x ", "a|b", "a\nb", "a\0b", "-x", "pretrained",
+    "Pretrained", "x" * 81,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_are_no_folders(name: str) -> None:
+    for methods in ((name,), ("clean-only",)):  # also where it does not run
+        with pytest.raises(ValueError, match="a method's name is a folder's too"):
+            CompareSettings(methods=methods, recipes={name: {"augment": "none"}})
+
+
+@pytest.mark.parametrize("name", ["x", "mine.v2", "ε 0.5", "eps=0.5 (tokens)", "x" * 80])
+def test_names_that_are_folders(name: str) -> None:
+    assert CompareSettings(methods=(name,), recipes={name: {"augment": "none"}}).recipe(name) == {"augment": "none"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("out", "elsewhere"), ("checkpoint", "x"), ("overwrite", True), ("seed", 1), ("data", "photos"), ("model", "x"),
+     ("compute_budget", 1), ("epochs", 3), ("label", "x"), ("resume", False), ("val_fraction", 0.5)],
+)  # fmt: skip
+def test_recipes_do_not_set_what_all_have_alike(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"recipe of x: {field} is not for a recipe"):
+        CompareSettings(methods=("x",), recipes={"x": {"augment": "none", field: value}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 0.1}, r"clean-only: budget 0.1 .* does not pay for one step"),
+        ({"recipes": {"wide": {"augment": "none", "opt": "adamw", "accumulate": 7}}}, "wide: batch_size must divide"),
+    ],
+)
+def test_what_would_fail_later_is_told_before_anything_is_written(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_compare(tmp_path / "out", replace(TINY, **changes), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corruption_that_the_images_do_not_allow_is_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(images: torch.Tensor, severity: int, random: object) -> torch.Tensor:
+        raise ValueError("too small")
+
+    monkeypatch.setitem(fastnull.compare.CORRUPTIONS, "contrast", fails)
+    with pytest.raises(ValueError, match="corruption contrast does not take these images: too small"):
+        run_compare(tmp_path / "out", TINY, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_without_a_finished_run_do_not_block(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    begun, state = out / "seed-3" / "pretrained", out / "seed-3" / "pretrained" / "state-000000001.pt"
+
+    def prepare(settings: CompareSettings, **how: bool) -> None:
+        fastnull.compare._prepare(out, settings, "comparison", how.get("overwrite", False), how.get("resume", False))
+
+    prepare(TINY)
+    begun.mkdir(parents=True)
+    state.write_text("begun")
+    for resume in (False, True):
+        prepare(TINY, resume=resume)  # the same settings: it goes on
+        assert state.exists()
+    prepare(replace(TINY, seeds=3))  # the corrected command: it starts over
+    assert not begun.exists()
+    assert record_of(out)["settings"]["seeds"] == 3
+    (out / "seed-3" / "clean-only").mkdir(parents=True)
+    (out / "seed-3" / "clean-only" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a comparison already"):
+        prepare(replace(TINY, seeds=3))
+    with pytest.raises(ValueError, match=r"cannot resume the comparison in .* with other settings: seeds"):
+        prepare(TINY, resume=True)
+    assert (out / "seed-3" / "clean-only" / "results.json").exists()
+    prepare(TINY, overwrite=True)
+    assert not (out / "seed-3").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "{}", '{"settings": 5}', '{"settings": null}'])
+def test_a_damaged_record_is_told_by_name(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "comparison.json"
+    path.write_text(text)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"comparison\.json"):
+            run_compare(tmp_path, TINY, resume=resume, progress=False)
+    assert path.read_text() == text
 
 
 def test_command_with_recipes_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

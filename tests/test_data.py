@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy
 import pytest
 import torch
 from pictures import write_pictures
+from PIL import Image
 from torch.utils.data import TensorDataset
 
 from fastnull.data import (
     EpochBatches,
+    ImageFiles,
     ImageFolder,
     Samples,
     digits,
@@ -23,6 +26,8 @@ from fastnull.data import (
     to_pixels,
 )
 from fastnull.finetune import FinetuneConfig
+from fastnull.image_files import BadImageError
+from fastnull.models import create_model
 from fastnull.photos import Crops
 from fastnull.view import View
 
@@ -62,8 +67,6 @@ def test_digits_are_always_the_same_split():
 
 
 def test_folder_classes_are_in_natural_order(tmp_path):
-    from PIL import Image
-
     for name in ("10", "9", "1"):
         (tmp_path / name / "deeper").mkdir(parents=True)
         Image.new("L", (4, 4)).save(tmp_path / name / "deeper" / "a.PNG")  # grey, upper-case suffix, nested
@@ -82,7 +85,7 @@ def test_folder_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no image"):
         ImageFolder(tmp_path)
-    with pytest.raises(ValueError, match="training data lacks: empty"):
+    with pytest.raises(ValueError, match="does not know: empty"):
         ImageFolder(tmp_path, ["cat"])
 
 
@@ -132,8 +135,15 @@ def test_timm_dataset(tmp_path, model):
         patch.setattr(torchvision.datasets.cifar.CIFAR10, "_check_integrity", lambda self: True)
         patch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
         found = open_source(FinetuneConfig(data="torch/cifar10", data_dir=str(tmp_path)))
-        tested = evaluation_data("torch/cifar10", model, data_dir=str(tmp_path))
+        tested = evaluation_data("torch/cifar10", model, data_dir=str(tmp_path), labelled=False)
+        with pytest.raises(ValueError, match=r"torch/cifar10 has 10 classes .*, the model 3 without names"):
+            evaluation_data("torch/cifar10", model, data_dir=str(tmp_path))
+        backwards = create_model("vit_digits", num_classes=10)
+        backwards.classes = [str(k) for k in range(10)][::-1]
+        reversed_labels = evaluation_data("torch/cifar10", backwards, data_dir=str(tmp_path))
     assert found.num_classes == 10
+    assert found.classes == [str(k) for k in range(10)]
+    assert [reversed_labels[index][1] for index in range(4)] == [9, 8, 7, 0]
     assert len(found.train) == 20
     view = View.of(model)
     image, label = Samples(found.train, view.training(FinetuneConfig()), view.channels)[3]
@@ -186,7 +196,7 @@ def test_evaluation_data_is_pixels(pictures, model):
     assert image.dtype == torch.float32
     assert 0 <= image.min() < image.max() <= 1
     assert label == 0
-    assert len(evaluation_data("digits", model)) == 500
+    assert len(evaluation_data("digits", create_model("vit_digits"))) == 500
 
 
 def test_batches_do_not_depend_on_workers_or_on_where_they_start(pictures, model):
@@ -268,3 +278,174 @@ def test_to_pixels():
 def test_samples_that_are_no_tensors_are_refused(pictures):
     with pytest.raises(TypeError, match="must yield image tensors"):
         Samples(ImageFolder(pictures / "train"))[0]
+
+
+def _labels(data):
+    return sorted({int(data[index][1]) for index in range(len(data))})
+
+
+@pytest.mark.parametrize(
+    ("known", "train", "tested", "labels"),
+    [
+        (["cat", "dog", "frog"], None, ["dog", "frog"], [1, 2]),
+        (["cat", "dog", "frog"], ["dog", "frog"], ["dog", "frog"], [1, 2]),
+        (["frog", "dog", "cat"], ["cat", "dog", "frog"], ["cat", "frog"], [0, 2]),
+        (None, ["cat", "dog", "frog"], ["dog", "frog"], [1, 2]),  # the training folder numbers them
+    ],
+)
+def test_labels_of_a_folder_are_the_models(tmp_path, model, known, train, tested, labels):
+    for split, names in (("train", train or ()), ("val", tested)):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "a.png")
+    named = copy.copy(model)
+    named.classes = known
+    assert _labels(evaluation_data(str(tmp_path), named)) == labels
+
+
+@pytest.mark.parametrize(
+    ("known", "names", "message"),
+    [
+        (
+            ["cat", "dog", "frog"],
+            ["dog", "bird"],
+            r"does not know: bird\. Its 2 classes are bird, dog; the model's 3 are",
+        ),
+        (None, ["dog", "frog"], "2 classes .dog, frog., the model 3 without names"),
+        (None, ["a", "b", "c", "d"], "4 classes .a, b, c, d., the model 3 without names"),
+    ],
+)
+def test_a_folder_of_other_classes_is_refused(tmp_path, model, known, names, message):
+    for split in ("train", "val"):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "a.png")
+    named = copy.copy(model)
+    named.classes = known
+    with pytest.raises(ValueError, match=message):
+        evaluation_data(str(tmp_path), named)
+    assert len(evaluation_data(str(tmp_path), named, labelled=False)) == len(names)  # images alone have no labels
+
+
+def test_labels_of_embedded_data_are_the_models():
+    model = create_model("vit_digits")
+    plain = evaluation_data("digits", model).tensors[1]
+    model.classes = [str(digit) for digit in range(10)][::-1]
+    assert torch.equal(evaluation_data("digits", model).tensors[1], 9 - plain)
+    model.classes = [f"number {digit}" for digit in range(10)]
+    with pytest.raises(ValueError, match="digits has classes that the model does not know: 0, 1"):
+        evaluation_data("digits", model)
+    with pytest.raises(ValueError, match=r"digits has 10 classes .*, the model 13 without names"):
+        evaluation_data("digits", create_model("vit_photos"))
+
+
+def test_wordnet_folders_meet_imagenet_models(tmp_path):
+    for name in ("n01443537", "n15075141"):
+        for split in ("train", "val"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "a.png")
+    model = create_model("vit_digits", num_classes=1000)
+    assert _labels(evaluation_data(str(tmp_path), model)) == [1, 999]
+
+
+def test_samples_take_the_models_labels():
+    base = TensorDataset(torch.zeros(3, 1, 2, 2), torch.arange(3))
+    assert [Samples(base, classes=[5, 0, 2])[index][1] for index in range(3)] == [5, 0, 2]
+    assert [int(Samples(base, classes=[0, 1, 2])[index][1]) for index in range(3)] == [0, 1, 2]
+    soft = TensorDataset(torch.zeros(3, 1, 2, 2), torch.eye(3))
+    with pytest.raises(ValueError, match="must be class numbers"):
+        Samples(soft, classes=[1, 0, 2])[0]
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_image_files_have_one_or_three_channels(pictures, channels):
+    files = ImageFolder(pictures / "train")
+    for build in (lambda: Samples(files, None, channels), lambda: ImageFiles(files, numpy.asarray, channels)):
+        with pytest.raises(ValueError, match=f"takes images of {channels} channels; image files give 1"):
+            build()
+
+
+POLICIES = [None, "rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original", "3a"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_for_any_number_of_colours(pictures, channels, policy):
+    view = View.of(create_model("vit_digits", channels=channels))
+    assert len(view.mean) == len(view.std) == channels
+    config = FinetuneConfig(auto_augment=policy, color_jitter=0.4, reprob=0.5)
+    data = Samples(ImageFolder(pictures / "train"), view.training(config), channels)
+    for epoch in range(3):
+        for index in range(0, len(data), 2):
+            image = data[index, epoch][0]
+            assert image.shape == (channels, 16, 16)
+            assert image.dtype == torch.uint8
+
+
+def test_erasing_grey_images_fills_in_their_own_noise(pictures):
+    view = View.of(create_model("deit_tiny_patch16_224", channels=1, img_size=32, depth=1))
+    assert view.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
+    plain = {"crop_scale": 1.0, "hflip": 0.0, "color_jitter": 0.0}
+    files = ImageFolder(pictures / "train")
+    before = Samples(files, view.training(FinetuneConfig(**plain)), 1)[0][0]
+    after = Samples(files, view.training(FinetuneConfig(**plain, reprob=1.0)), 1)[0][0]
+    changed = before != after
+    assert 0 < changed.sum() < 0.5 * changed.numel()
+
+
+@pytest.mark.parametrize("policy", ["rubbish", "rand-mfoo"])
+def test_unknown_policies_are_named(model, policy):
+    with pytest.raises(ValueError, match=f"auto_augment must be a policy of timm.*got '{policy}'"):
+        View.of(model).training(FinetuneConfig(auto_augment=policy))
+
+
+class _Files(torch.utils.data.Dataset):
+    """What timm's data sets yield: PIL images of any mode, or an error."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if isinstance(self.images[index], Exception):
+            raise self.images[index]
+        return self.images[index], index
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_deep_images_of_other_data_sets_are_scaled(channels):
+    ramp = numpy.arange(256, dtype=numpy.uint16).reshape(16, 16)
+    deep = Image.fromarray(ramp * 257)
+    floats, bytes_ = Image.fromarray((ramp / 255).astype(numpy.float32)), Image.fromarray(ramp.astype(numpy.uint8))
+    images = [deep, Image.fromarray((ramp * 257).astype(">u2")), deep.convert("I"), floats, bytes_]
+    data = Samples(_Files(images), lambda image: torch.from_numpy(numpy.array(image)), channels)
+    for index in range(len(images)):
+        assert torch.equal(data[index][0].reshape(16, 16, -1)[..., 0], torch.from_numpy(ramp.astype(numpy.uint8)))
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("Failed to load"), OSError("truncated"), Image.DecompressionBombError("too large")]
+)
+def test_an_image_of_another_data_set_that_cannot_be_read_is_named(fault):
+    with pytest.raises(BadImageError, match=f"cannot read image 1: {fault}"):
+        Samples(_Files([Image.new("L", (4, 4)), fault]), None, 3)[1]
+
+
+def test_torchvisions_folders(tmp_path):
+    """Through timm's name for them: read as ours are, named by their folders."""
+    ramp = numpy.arange(256, dtype=numpy.uint16).reshape(16, 16)
+    for split, names in (("train", "ab"), ("val", "b")):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(ramp * 257).save(tmp_path / split / name / "x.png")
+    found = open_source(FinetuneConfig(data="torch/image_folder", data_dir=str(tmp_path)))
+    assert found.classes == ["a", "b"]
+    assert len(numpy.unique(numpy.asarray(found.train[0][0]))) == 256
+    model = create_model("vit_digits", num_classes=2)
+    model.classes = ["a", "b"]
+    assert [label for _, label in evaluation_data("torch/image_folder", model, data_dir=str(tmp_path))] == [1]
+    (tmp_path / "val" / "b" / "x.png").write_bytes(b"")
+    with pytest.raises(BadImageError, match=r"val/b/x\.png"):
+        evaluation_data("torch/image_folder", model, data_dir=str(tmp_path))[0]

@@ -44,6 +44,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "universal without held-out images": {"augment": "universal", "val_fraction": 0.0},
     "mixed": {"augment": "boundary", **MIXED},
     "in parts": {"augment": "boundary", "accumulate": 2, **MIXED},
+    "soft labels in parts": {"augment": "boundary", "soft": True, "accumulate": 2, **MIXED},
     "compiled, channels last": {"augment": "boundary", "compile": True, "channels_last": True},
 }
 ROUNDED: dict[str, dict[str, Any]] = {
@@ -67,7 +68,9 @@ def train(changes: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:
     """Train in float64, where rounding is no excuse, but for ROUNDED; returns the weights."""
     images, labels = digits()[0].tensors
     model = untrained("amp" not in changes)
-    config = replace(SMALL, **changes, out=str(out))
+    if changes.get("soft"):
+        labels = 0.9 * torch.eye(10)[labels] + 0.01
+    config = replace(SMALL, **{name: value for name, value in changes.items() if name != "soft"}, out=str(out))
     return finetune(config, model, (images[:48], labels[:48])).model.state_dict()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ import torch
 from fastnull.cli import main
 from fastnull.dry_run import _encoder, _kept, dry_run
 from fastnull.finetune import FinetuneConfig
-from fastnull.models import create_model
-from fastnull.options import from_file
+from fastnull.models import create_model, save_checkpoint
+from fastnull.options import read_fields
 
 pytest.importorskip("sklearn")
 
@@ -32,6 +33,25 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, capsys: 
     assert "of weights in the synthesis's encoder" in text
     assert "| vit_digits |" in text  # the nullspace
     assert not out.exists()
+
+
+def test_dry_run_looks_at_the_model_that_would_be_trained(tmp_path: Path) -> None:
+    """Its size, and the nullspace of its weights: not those of the architecture's name."""
+    model = create_model("vit_digits", img_size=16)
+    with torch.no_grad():
+        model.network.patch_embed.proj.weight[5:] = 0
+    weights = tmp_path / "weights.safetensors"
+    save_checkpoint(model, weights)
+    table = dry_run(FinetuneConfig(checkpoint=str(weights), img_size=28)).split("\n\n")[1]
+    heads, _, cells = ([cell.strip() for cell in row.split("|")] for row in table.splitlines())
+    row = dict(zip(heads, cells, strict=True))
+    assert (row["model"], row["weights"]) == ("vit_digits", str(weights))
+    assert (row["tokens"], row["rank"], row["nullity"]) == ("49", "5", "43")
+    assert " random |" in dry_run(FinetuneConfig())
+
+
+def test_a_model_without_a_nullspace_to_measure_is_told() -> None:
+    assert "resnet18: " in dry_run(FinetuneConfig(model="resnet18", augment="none")).splitlines()[-1]
 
 
 def test_the_encoder_of_the_synthesis_counts() -> None:
@@ -71,7 +91,7 @@ def test_settings_from_a_file_under_options(tmp_path: Path) -> None:
     file.write_text(
         "augment: none\nlr: 1e-3\nattack_eps: 4/255\nclip_grad: none\nepochs: 1\ntrain_ratio: 0.1\nema_decay: 0\n"
     )
-    config = from_file(FinetuneConfig(clip_grad=1.0), file)
+    config = replace(FinetuneConfig(clip_grad=1.0), **read_fields(FinetuneConfig, file))
     assert (config.lr, config.attack_eps, config.clip_grad, config.ema_decay) == (1e-3, 4 / 255, None, 0.0)
     words = ["--config", str(file), "--lr", "0.25", "--no-progress", "--out", str(tmp_path / "run")]
     assert main(["finetune", *words]) == 0
@@ -85,16 +105,61 @@ def test_settings_from_a_file_under_options(tmp_path: Path) -> None:
     [
         ("batchsize: 64", "field must be one of .* got 'batchsize'. Did you mean 'batch_size'"),
         ("epochs: many", "epochs: invalid literal"),
-        ("epochs: 2.5", "epochs must be int; got 2.5"),
-        ("pretrained: 3", "pretrained must be bool; got 3"),
-        ("pretrained: maybe", "pretrained must be bool; got 'maybe'"),
-        ("lr: yes", "lr must be float; got True"),
+        ("epochs: 2.5", "epochs must be an integer; got 2.5"),
+        ("pretrained: 3", "pretrained must be True or False; got 3"),
+        ("pretrained: maybe", "pretrained must be True or False; got 'maybe'"),
+        ("lr: yes", "lr must be a number; got True"),
         ("augment: boundry", "Did you mean 'boundary'"),
+        ("false", "must hold `field: value` lines; it holds a bool"),
         ("- lr", "must hold `field: value` lines; it holds a list"),
         ("lr: [", "is no YAML file"),
+        ("seed: 2024-13-45", "is no YAML file"),
+        ("lr: [1e-3]", "lr must be a number; got"),
+        ("lr: .nan", "lr must be a number; got nan"),
+        ("lr: 1\nepochs: 2\nlr: 2", "run.yaml: lr is given twice, in lines 1 and 3"),
+        ("overwrite: no\nout: a\noverwrite: yes", "overwrite is given twice, in lines 1 and 3"),
+        ("1: 2", "field must be one of"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        from_file(FinetuneConfig(), tmp_path / "run.yaml")
+        replace(FinetuneConfig(), **read_fields(FinetuneConfig, tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("resume: true", ["--out", "{out}"], {"resume": True}),
+        ("overwrite: true", ["--out", "{out}"], {"overwrite": True}),
+        ("overwrite: true", ["--out", "{out}", "--no-overwrite", "--resume"], {"resume": True, "overwrite": False}),
+        ("force: true", ["--resume", "--out", "{out}"], {"force": True}),
+        ("min_lr: 1e-2", ["--lr", "0.1"], {"min_lr": 0.01, "lr": 0.1}),
+        ("mixup: 0.5\nbatch_size: 7", ["--batch-size", "8"], {"mixup": 0.5, "batch_size": 8}),
+        ("noise_preset: first", ["--augment", "universal"], {"noise_preset": "first"}),
+        ("augment: trades", ["--noise-share", "0.5", "--augment", "boundary"], {"augment": "boundary"}),
+        ("log: tensorboard", ["--out", "{out}"], {"log": "tensorboard"}),
+    ],
+)
+def test_a_file_and_options_are_checked_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: list[str], expected: dict[str, Any]
+) -> None:
+    """What a field of the file needs may stand on the command line."""
+    seen: list[FinetuneConfig] = []
+
+    def run(config: FinetuneConfig) -> str:
+        seen.append(config)
+        return ""
+
+    monkeypatch.setattr("fastnull.dry_run.dry_run", run)
+    (tmp_path / "run.yaml").write_text(text)
+    words = [word.replace("{out}", str(tmp_path / "run")) for word in words]
+    assert main(["finetune", "--dry-run", "--config", str(tmp_path / "run.yaml"), *words]) == 0
+    assert {name: seen[0].to_dict()[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("text", ["resume: true", "min_lr: 1", "log: wandb", "force: true"])
+def test_what_no_option_completes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["finetune", "--dry-run", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "fastnull: error: " in capsys.readouterr().err

@@ -9,34 +9,44 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import torch
 from pictures import write_pictures
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from fastnull.checkpoint import read_state
+from fastnull.checkpoint import read_state, write_state
 from fastnull.compat import import_timm
 from fastnull.data import digits, evaluation_data
-from fastnull.finetune import DivergenceError, FinetuneConfig, finetune
-from fastnull.models import create_model
-from fastnull.recipe import AUGMENTS, make_plan
+from fastnull.distributed import Processes
+from fastnull.finetune import DivergenceError, FinetuneConfig, _RefreshBatches, finetune
+from fastnull.models import create_model, load_model, save_checkpoint
+from fastnull.recipe import ATTACKS, AUGMENTS, make_plan
 from fastnull.training import Training
+from fastnull.vit import SITES
 
 # 48 of the digits: 43 after the hold-out, 2 batches of 16 an epoch and a rest, so that the order matters
 SMALL = FinetuneConfig(
     augment="none", epochs=3, batch_size=16, lr=2e-3, attack_steps=2, noise_steps=2, limit=0.25, log_every=1,
     progress=False,
 )  # fmt: skip
+MIXED = {"mixup": 0.4, "cutmix": 0.5, "smoothing": 0.1}
+SGD = replace(SMALL, opt="sgd", lr=0.05)
+"""The first steps of AdamW have the gradient's sign alone, which rounding turns."""
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +230,162 @@ def test_full_disk_is_told_and_the_state_before_stays(tmp_path, few, monkeypatch
     assert not list((tmp_path / "full").glob(".*.tmp"))
     finetune(replace(config, resume=True), train_data=few)
     assert_same_run(tmp_path / "whole", tmp_path / "full")
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Inside, the system lets no file grow beyond `size` bytes: to whoever writes it is a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("size", "file", "made"),
+    [(100_000, "best.safetensors", True), (100_000, "best.safetensors", False), (300_000, "state-000000004.pt", True)],
+    ids=["weights", "weights of another's model", "state"],
+)
+def test_every_writer_tells_of_a_full_disk(tmp_path, few, monkeypatch, size, file, made):
+    """By the system's own error: safetensors has another one of its own."""
+    model = create_model("vit_digits", num_classes=10)
+    model = model if made else nn.Sequential(model)
+    config = replace(SMALL, num_classes=10, out=str(tmp_path))
+    with ExitStack() as stack:
+        stop_after(monkeypatch, 3, lambda: stack.enter_context(largest_file(size)))
+        monkeypatch.setattr(Training, "end_epoch", best_of_all(Training.end_epoch))
+        with pytest.raises(
+            OSError, match=rf"cannot save step 4: File too large \(.*{file}\); the state of step 2 is whole"
+        ):
+            finetune(config, model, few)
+    assert not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    assert finetune(replace(config, resume=True), model, few).history[-1]["step"] == 6
+
+
+def best_of_all(end_epoch):
+    """Every epoch is better than those before it."""
+
+    def end(self: Training, accuracy: float | None) -> dict:
+        self.best_accuracy = None
+        return end_epoch(self, accuracy)
+
+    return end
+
+
+def test_metrics_and_settings_tell_of_a_full_disk(tmp_path, few, monkeypatch):
+    config = replace(SMALL, num_classes=10, out=str(tmp_path))
+    with largest_file(100), pytest.raises(OSError, match=r"File too large: '.*config.json'"):
+        finetune(config, train_data=few)
+    with ExitStack() as stack:
+        stop_after(
+            monkeypatch, 3, lambda: stack.enter_context(largest_file((tmp_path / "metrics.jsonl").stat().st_size))
+        )
+        with pytest.raises(
+            OSError, match=r"cannot log step 3: File too large \(.*jsonl\); the state of step 2 is whole"
+        ):
+            finetune(config, train_data=few)
+    monkeypatch.undo()
+    finetune(replace(config, resume=True), train_data=few)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def tied(model: nn.Module) -> None:
+    """Two names for one parameter."""
+    blocks = model.network.blocks
+    blocks[1].attn.proj.weight = blocks[0].attn.proj.weight
+
+
+def in_one_storage(model: nn.Module) -> None:
+    """Parameters that are views of one long tensor, as flattened ones are."""
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    start = 0
+    for parameter in model.parameters():
+        parameter.data = flat[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+
+
+def transposed(model: nn.Module) -> None:
+    """Not contiguous."""
+    for block in model.network.blocks:
+        block.attn.proj.weight.data = block.attn.proj.weight.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["create_model's", "another's"])
+@pytest.mark.parametrize("lay", [tied, in_one_storage, transposed])
+def test_weights_are_saved_however_they_lie_in_memory(tmp_path, few, lay, made):
+    model = create_model("vit_digits", num_classes=10)
+    lay(model)
+    result = finetune(
+        replace(SMALL, num_classes=10, epochs=1, out=str(tmp_path)), model if made else nn.Sequential(model), few
+    )
+    written = load_file(result.last_path)
+    assert len(written) == len(model.network.state_dict())
+    for name, value in model.network.state_dict().items():
+        assert torch.equal(written[name if made else f"0.network.{name}"], value), name
+    if made:
+        images = few[0][:4]
+        assert torch.equal(load_model(result.last_path).eval()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_a_run_in_use_is_left_alone(tmp_path, few, monkeypatch, how):
+    pytest.importorskip("fcntl")
+    config = replace(SMALL, num_classes=10, out=str(tmp_path / "run"))
+    refused = []
+
+    def second() -> None:
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+        with pytest.raises(ValueError, match=f"is in use by process {os.getpid()}"):
+            finetune(replace(config, **{how: True}), train_data=few)
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+        refused.append(1)
+
+    stop_after(monkeypatch, 3, second)
+    finetune(config, train_data=few)
+    assert refused
+    monkeypatch.undo()
+    finetune(replace(config, out=str(tmp_path / "whole")), train_data=few)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    finetune(replace(config, **{how: True}), train_data=few)  # nobody holds it any more
+
+
+def test_a_state_of_another_run_does_not_go_on(tmp_path, few):
+    config = replace(SMALL, num_classes=10)
+    for name, seed in (("one", 0), ("other", 1)):
+        finetune(replace(config, seed=seed, epochs=2 + seed, out=str(tmp_path / name)), train_data=few)
+    foreign = sorted((tmp_path / "other").glob("state-*.pt"))[-1]
+    shutil.copy(foreign, tmp_path / "one")
+    with pytest.raises(ValueError, match=f"{foreign.name} is of another run"):
+        finetune(replace(config, epochs=2, resume=True, out=str(tmp_path / "one")), train_data=few)
+
+
+def test_metrics_cut_before_the_state_are_told_and_epochs_come_back(tmp_path, few):
+    config = replace(SMALL, num_classes=10, epochs=2, out=str(tmp_path))
+    finetune(config, train_data=few)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:1]) + lines[1][:10])
+    with pytest.warns(UserWarning, match="lacks 5 records up to step 4, those of 2 epochs come back"):
+        finetune(replace(config, resume=True), train_data=few)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert found == [json.loads(lines[row]) for row in (0, 2, 5)]
+
+
+@pytest.mark.parametrize(
+    "entry", ["step", "model", "optimizer", "ema", "scaler", "augment", "history", "best", "seconds"]
+)
+def test_a_state_that_lacks_an_entry_is_told(tmp_path, few, entry):
+    config = replace(SMALL, num_classes=10, epochs=1, keep_last=1, out=str(tmp_path))
+    finetune(config, train_data=few)
+    (path,) = tmp_path.glob("state-*.pt")
+    state = read_state(path)
+    del state[entry]
+    write_state(path, state)
+    with pytest.raises(ValueError, match=rf"it lacks {entry}|holds no state with a {entry}"):
+        finetune(replace(config, resume=True), train_data=few)
 
 
 def test_torn_state_costs_the_steps_since_the_one_before(tmp_path, few):
@@ -539,6 +705,145 @@ def test_image_folder_is_finetuned_and_evaluated(tmp_path):
     assert accuracy > 0.5  # cat, flower and temple differ in colour
 
 
+def _coloured(root: Path, names: dict[str, tuple[int, int, int]]) -> Path:
+    """A folder of classes that differ in colour alone, four images each in train/ and val/."""
+    for split in ("train", "val"):
+        for name, colour in names.items():
+            (root / split / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (16, 16), colour).save(root / split / name / f"{number}.png")
+    return root
+
+
+RED, GREEN, BLUE = (220, 30, 30), (30, 220, 30), (30, 30, 220)
+
+
+def test_labels_mean_the_models_classes_all_the_way(tmp_path):
+    """A model of three classes, its file, folders that have two of them or name them in another order."""
+    three = _coloured(tmp_path / "three", {"cat": RED, "dog": GREEN, "frog": BLUE})
+    config = replace(SMALL, data=str(three), epochs=20, batch_size=12, lr=5e-3, img_size=16, val_fraction=0.0,
+                     color_jitter=0.0, out=str(tmp_path / "run"))  # fmt: skip
+    result = finetune(config)
+    assert result.model.classes == ["cat", "dog", "frog"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["classes"] == ["cat", "dog", "frog"]
+    model = load_model(tmp_path / "run" / "last.safetensors").eval()
+    assert model.classes == ["cat", "dog", "frog"]
+
+    def accuracy(data: Path, model: nn.Module = model) -> float:
+        images, labels = zip(*evaluation_data(str(data), model), strict=True)
+        return (model(torch.stack(images)).argmax(1) == torch.tensor(labels)).float().mean().item()
+
+    assert accuracy(three) == 1
+    two = _coloured(tmp_path / "two", {"dog": GREEN, "frog": BLUE})
+    assert accuracy(two) == 1
+    with pytest.raises(ValueError, match="does not know: bird"):
+        accuracy(_coloured(tmp_path / "bird", {"bird": RED, "dog": GREEN}))
+
+    # going on from the file with a folder of the same classes keeps its head, whatever the order of the names
+    turned = copy.deepcopy(model)
+    turned.classes = ["frog", "cat", "dog"]
+    for parameter in turned.network.head.parameters():
+        parameter.data = parameter.data[[2, 0, 1]]
+    save_checkpoint(turned, tmp_path / "turned.safetensors")
+    again = finetune(replace(config, checkpoint=str(tmp_path / "turned.safetensors"), epochs=1, lr=1e-9, out=None))
+    assert again.model.classes == ["frog", "cat", "dog"]
+    assert again.history[0]["loss"] < 2 * result.history[-1]["loss"] + 0.01  # 2.5 and more with labels in other places
+    assert accuracy(three, again.model.eval()) == 1
+
+
+def test_a_head_for_other_classes_starts_fresh(tmp_path):
+    model = create_model("vit_digits", num_classes=2)
+    model.classes = ["cat", "dog"]
+    path = tmp_path / "pets.safetensors"
+    save_checkpoint(model, path)
+    data = _coloured(tmp_path / "data", {"bird": RED, "frog": GREEN})
+    config = replace(SMALL, data=str(data), checkpoint=str(path), img_size=16, batch_size=8, epochs=1, lr=1e-9)
+    with pytest.warns(UserWarning, match=r"for other classes \(cat, dog\); .*head for bird, frog starts fresh"):
+        found = finetune(config).model
+    assert found.classes == ["bird", "frog"]
+    assert not torch.allclose(found.network.head.weight, model.network.head.weight, atol=1e-3)
+    torch.testing.assert_close(found.network.blocks[0].attn.qkv.weight, model.network.blocks[0].attn.qkv.weight)
+
+
+def test_a_given_model_must_have_the_datas_classes(tmp_path):
+    data = str(_coloured(tmp_path / "data", {"bird": RED, "frog": GREEN}))
+    config = replace(SMALL, data=data, img_size=16, batch_size=8, epochs=1)
+    with pytest.raises(ValueError, match=r"the training data has 2 classes .bird, frog., the model 10 without names"):
+        finetune(config, model=create_model("vit_digits"))
+    named = create_model("vit_digits", num_classes=2)
+    named.classes = ["bird", "dog"]
+    with pytest.raises(ValueError, match="the training data has classes that the model does not know: frog"):
+        finetune(config, model=named)
+
+
+class _Named(TensorDataset):
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> None:
+        super().__init__(images, labels)
+        self.classes = classes
+
+
+def test_held_out_images_are_matched_by_name(few):
+    images, labels = few
+    names = [str(digit) for digit in range(10)]
+    plain = finetune(replace(SMALL, num_classes=10), train_data=few, val_data=few)
+    turned = _Named(images, 9 - labels, names[::-1])
+    train = _Named(images, labels, names)
+    assert finetune(SMALL, train_data=train, val_data=turned).history[-1]["val_accuracy"] == pytest.approx(
+        plain.history[-1]["val_accuracy"]
+    )
+    with pytest.raises(ValueError, match="val_data has classes that the model does not know: ten"):
+        finetune(SMALL, train_data=train, val_data=_Named(images, labels, ["ten"]))
+
+
+@pytest.mark.parametrize("how", ["folder", "data", "model"])
+def test_one_class_teaches_nothing(tmp_path, few, how):
+    config, arguments = SMALL, {}
+    if how == "folder":
+        config = replace(SMALL, data=str(_coloured(tmp_path, {"cat": RED})), img_size=16)
+    elif how == "data":
+        arguments = {"train_data": _Named(few[0], torch.zeros(48, dtype=torch.long), ["0"])}
+    else:
+        config, arguments = replace(SMALL, num_classes=1), {"train_data": (few[0], torch.zeros(48, dtype=torch.long))}
+    with pytest.raises(ValueError, match="at least two classes"):
+        finetune(config, **arguments)
+
+
+def test_resume_with_other_classes_is_refused(tmp_path):
+    data = _coloured(tmp_path / "data", {"cat": RED, "dog": GREEN})
+    config = replace(SMALL, data=str(data), img_size=16, batch_size=8, epochs=1, out=str(tmp_path / "run"))
+    finetune(config)
+    (data / "train" / "cat").rename(data / "train" / "emu")
+    with pytest.raises(ValueError, match=r"other settings: classes \(was \['cat', 'dog'\], now \['dog', 'emu'\]\)"):
+        finetune(replace(config, resume=True, epochs=1))
+
+
+def test_grey_models_learn_from_augmented_files(tmp_path):
+    data = _coloured(tmp_path / "data", {"cat": RED, "dog": GREEN})
+    config = replace(SMALL, data=str(data), batch_size=8, epochs=1, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5)
+    model = create_model("vit_digits", num_classes=2, channels=1)
+    assert math.isfinite(finetune(config, model=model).history[-1]["loss"])
+    with pytest.raises(ValueError, match="takes images of 4 channels; image files give 1"):
+        finetune(config, model=create_model("vit_digits", num_classes=2, channels=4))
+
+
+def test_universal_noise_is_judged_on_all_classes(few, monkeypatch):
+    """Of a class-sorted set the first batches would be of a class or two."""
+    images, labels = few
+    order = labels.argsort(stable=True)
+    seen = []
+    original = _RefreshBatches.check_images
+
+    def check_images(self: _RefreshBatches, held_out: DataLoader) -> list[torch.Tensor]:
+        seen.append([label for _, labels in held_out for label in labels.tolist()])
+        return original(self, held_out)
+
+    monkeypatch.setattr(_RefreshBatches, "check_images", check_images)
+    config = replace(SMALL, augment="universal", num_classes=10, batch_size=3, epochs=1, rounds=1, eps=2.0)
+    finetune(config, train_data=few, val_data=(images[order], labels[order]))
+    assert len(seen[0]) == 12
+    assert set(seen[0]) == set(labels.tolist())
+
+
 def test_bfloat16_autocast(few):
     result = finetune(replace(SMALL, augment="boundary", num_classes=10, amp="bfloat16"), train_data=few)
     assert all(math.isfinite(record["loss"]) for record in result.history)
@@ -560,6 +865,74 @@ def test_channels_last_changes_rounding_alone(few, augment):
     weight = last.model.network.patch_embed.proj.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert [r["loss"] for r in last.history] == pytest.approx([r["loss"] for r in plain.history], rel=1e-3)
+
+
+SITED = [
+    *((augment, site) for augment in ("random", "universal", "per_image", "boundary") for site in SITES),
+    *((augment, "patch") for augment in ("none", *ATTACKS)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:the universal noise")
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["two views", "one view"])
+@pytest.mark.parametrize(("augment", "site"), SITED)
+def test_every_augmentation_takes_channels_last(few, augment, site, share):
+    if share and augment in ("none", "trades"):
+        pytest.skip("has no share")
+    config = replace(
+        SGD, epochs=1, augment=augment, site=site, num_classes=10, noise_share=share, limit=0.05, noise_step_size=0.01,
+    )  # fmt: skip
+    plain = finetune(config, None, few)
+    laid = (few[0].to(memory_format=torch.channels_last), few[1])
+    last = finetune(replace(config, channels_last=True), None, laid)
+    weight = last.model.network.patch_embed.proj.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert [r["loss"] for r in last.history] == pytest.approx([r["loss"] for r in plain.history], rel=1e-3)
+    torch.testing.assert_close(weights_of(last), weights_of(plain), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:the universal noise")
+@pytest.mark.parametrize(("augment", "site"), SITED)
+@pytest.mark.parametrize(
+    "changes", [{}, {**MIXED, "accumulate": 2, "drop_path": 0.2, "ema_decay": 0.9}], ids=["plain", "all"]
+)
+def test_another_default_dtype_changes_nothing(few, augment, site, changes):
+    """torch.set_default_dtype is for what is made without a dtype; the model has one."""
+    config = replace(
+        SGD, epochs=1, augment=augment, site=site, num_classes=10, limit=0.05, noise_step_size=0.01, **changes
+    )
+    model = create_model("vit_digits", num_classes=10)
+    right = finetune(config, copy.deepcopy(model), few)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = finetune(config, copy.deepcopy(model), few)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for value in found.model.parameters()} == {torch.float32}
+    # the start of an attack is drawn in the default dtype
+    rounding = 1e-2 if augment in ATTACKS else 1e-5
+    assert found.history[-1]["loss"] == pytest.approx(right.history[-1]["loss"], rel=rounding)
+
+
+def test_a_model_of_a_float64_default_learns():
+    torch.set_default_dtype(torch.float64)
+    try:
+        result = finetune(FinetuneConfig(augment="boundary", epochs=1, train_ratio=0.1, batch_size=16, progress=False))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for value in result.model.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize(("channels", "batch"), [(1, 8), (3, 2)])
+def test_channels_last_in_odd_shapes(few, channels, batch):
+    """One channel is contiguous in both formats, and so are the strides of one image."""
+    data = (few[0][:, :channels].to(memory_format=torch.channels_last), few[1])
+    config = replace(
+        SGD, epochs=1, batch_size=batch, augment="boundary", site="pixels", num_classes=10, channels_last=True,
+        train_ratio=0.2,
+    )  # fmt: skip
+    model = create_model("vit_digits", num_classes=10, channels=channels)
+    assert math.isfinite(finetune(config, model, data).history[-1]["loss"])
 
 
 def test_compiled_training_is_the_same(tmp_path, few, monkeypatch):
@@ -622,6 +995,135 @@ def test_bad_data(few, case, augment):
         finetune(replace(SMALL, augment=augment, num_classes=10), train_data=spoil(*few))
 
 
+TEN = torch.eye(10)
+LABELS: dict[str, Callable[[torch.Tensor], Any]] = {
+    **{str(dtype)[6:]: (lambda y, dtype=dtype: y.to(dtype)) for dtype in (
+        torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32,
+    )},
+    "numpy": lambda y: y.to(torch.int32).numpy(),
+    "list": lambda y: y.tolist(),
+    **{f"one-hot {str(dtype)[6:]}": (lambda y, dtype=dtype: TEN[y].to(dtype)) for dtype in (
+        torch.bool, torch.uint8, torch.int64, torch.float16, torch.float32, torch.float64,
+    )},
+}  # fmt: skip
+"""The same labels in other forms."""
+
+
+def weights_of(result) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in result.model.state_dict().values()])
+
+
+@pytest.fixture(scope="module")
+def by_index(few):
+    """A run on class indices in int64, without and with mixing."""
+    config = replace(SGD, num_classes=10, epochs=1)
+    return {mixed: finetune(replace(config, **(MIXED if mixed else {})), None, few, few) for mixed in (False, True)}
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["plain", "mixed"])
+@pytest.mark.parametrize("form", LABELS)
+def test_labels_of_every_form_train_the_same_model(few, by_index, form, mixed):
+    images, labels = few
+    data = (images, LABELS[form](labels))
+    config = replace(SGD, num_classes=10, epochs=1, **(MIXED if mixed else {}))
+    result = finetune(config, None, data, list(data))
+    right = by_index[mixed]
+    assert result.history[-1]["val_accuracy"] == right.history[-1]["val_accuracy"]
+    assert result.history[-1]["loss"] == pytest.approx(right.history[-1]["loss"], rel=1e-6)
+    torch.testing.assert_close(weights_of(result), weights_of(right), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_bool_labels_are_the_classes_0_and_1(few, classes):
+    images, labels = few
+    config = replace(SMALL, num_classes=classes, epochs=1)
+    right = finetune(config, None, (images, labels % 2), few[:1] + (labels % 2,))
+    result = finetune(config, None, (images, labels % 2 == 1), few[:1] + (labels % 2 == 1,))
+    assert torch.equal(weights_of(result), weights_of(right))
+    assert result.best_accuracy == right.best_accuracy
+
+
+@pytest.mark.parametrize("held_out", [3, 8, 10, 17])
+def test_accuracy_of_soft_labels_is_that_of_the_likeliest_class(held_out):
+    """One-hot labels once gave 900 %, and with any other number of held-out images than classes an error."""
+    images = torch.rand(100, 3, 16, 16)
+    soft = TEN[torch.zeros(100, dtype=torch.long)] * 0.6 + 0.04
+    config = FinetuneConfig(num_classes=10, epochs=3, batch_size=10, augment="none", lr=5e-3, progress=False)
+    result = finetune(config, None, (images, soft), (images[:held_out], soft[:held_out]))
+    assert result.best_accuracy == 100.0
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("changes", [{}, {**MIXED, "accumulate": 2}], ids=["plain", "mixed in parts"])
+@pytest.mark.filterwarnings("ignore:the universal noise")
+def test_soft_labels_train_with_every_augmentation(few, augment, changes):
+    images, labels = few
+    soft = TEN[labels] * 0.8 + 0.02
+    result = finetune(replace(SMALL, num_classes=10, epochs=1, augment=augment, **changes), None, (images, soft))
+    assert math.isfinite(result.history[-1]["loss"])
+    assert 0 <= result.best_accuracy <= 100
+
+
+def test_smoothing_is_that_of_soft_labels(few):
+    """Smoothed in the loss, in mixing, or by hand: one target."""
+    images, labels = few
+    config = replace(SGD, num_classes=10, epochs=1)
+    by_hand = finetune(config, None, (images, 0.8 * TEN[labels] + 0.02))
+    smoothed = finetune(replace(config, smoothing=0.2), None, few)
+    torch.testing.assert_close(weights_of(smoothed), weights_of(by_hand), rtol=1e-5, atol=1e-6)
+    by_hand = finetune(replace(config, mixup=0.4), None, (images, 0.8 * TEN[labels] + 0.02))
+    smoothed = finetune(replace(config, mixup=0.4, smoothing=0.2), None, few)
+    torch.testing.assert_close(weights_of(smoothed), weights_of(by_hand), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.4}, {"cutmix": 0.5}, {"mixup": 0.4, "cutmix": 0.5}], ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+def test_mixed_labels_are_those_of_timm(vit, images, settings, soft):
+    config = FinetuneConfig(augment="none", num_classes=10, batch_size=8, smoothing=0.1, progress=False, **settings)
+    training = Training(config, vit, make_plan(config, 8), 10, torch.device("cpu"), Processes())
+    labels = torch.arange(8)
+    for seed in range(5):
+        numpy.random.seed(seed)
+        right = import_timm().data.Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=10)(
+            images.clone(), labels
+        )
+        numpy.random.seed(seed)
+        found = training._mixed(images.clone(), TEN[labels] if soft else labels)
+        assert torch.equal(found[0], right[0])
+        torch.testing.assert_close(found[1], right[1])
+
+
+BAD_LABELS = {
+    "logits": (lambda x, y: (x, 9 * TEN[y] - 1), r"labels must be probabilities, .* a value of -1 and a sum of"),
+    "several classes": (lambda x, y: (x, TEN[y] + TEN[y - 1]), "a value of 0 and a sum of 2"),
+    "other classes": (lambda x, y: (x, TEN[y][:, :9]), "must have 10 classes; got 9"),
+    "fractions": (lambda x, y: (x, y + 0.5), r"must be integers \[B\] or soft labels"),
+    "complex": (lambda x, y: (x, TEN[y].to(torch.complex64)), "must be integers"),
+    "three tensors": (lambda x, y: (x, y, y), "a pair of tensors, images and labels; got 3"),
+    "words": (lambda x, y: (x, ["three"] * len(y)), "a pair of tensors, images and labels"),
+    "a number": (lambda x, y: (x, torch.tensor(3)), "a label for each image"),
+    "samples of three": (lambda x, y: [(x[0], 1, 2)] * 10, r"pairs \(image, label\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_bad_labels_are_told_before_the_first_step(few, monkeypatch, case):
+    spoil, message = BAD_LABELS[case]
+    monkeypatch.setattr(Training, "train_step", None)
+    config = replace(SMALL, num_classes=10)
+    with pytest.raises((TypeError, ValueError), match=message):
+        finetune(config, train_data=spoil(*few))
+    with pytest.raises((TypeError, ValueError), match=message):
+        finetune(config, train_data=few, val_data=spoil(*few))
+
+
+def test_a_list_of_samples_is_a_dataset(few):
+    images, labels = few
+    samples = list(zip(images, labels.tolist(), strict=True))
+    config = replace(SMALL, num_classes=10, epochs=1)
+    assert torch.equal(weights_of(finetune(config, None, samples)), weights_of(finetune(config, None, list(few))))
+
+
 def test_data_without_an_index_is_refused(few):
     with pytest.raises(TypeError, match="a length and an index"):
         finetune(replace(SMALL, num_classes=10), train_data=torch.utils.data.DataLoader([1]))
@@ -640,7 +1142,7 @@ BAD_SETTINGS = {
     "attack_steps": ({"attack_steps": 0}, "attack_steps must be >= 1"),
     "attack_eps": ({"attack_eps": 8.0}, "attack_eps must be > 0 and <= 1"),
     "epochs": ({"epochs": 0}, "epochs must be >= 1"),
-    "lr": ({"lr": float("nan")}, "lr must be > 0"),
+    "lr": ({"lr": float("nan")}, "lr must be a number; got nan"),
     "min_lr": ({"min_lr": 1.0}, "min_lr must be <= lr"),
     "odd": ({"mixup": 0.1, "batch_size": 5}, "batch_size must be even"),
     "smoothing": ({"smoothing": 1.0}, "smoothing must be >= 0 and < 1"),

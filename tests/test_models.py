@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastnull.inspection import inspect_models
 from fastnull.models import create_model, load_model, read_metadata, read_state_dict, save_checkpoint
 from fastnull.nullspace import PatchNullspace
 from fastnull.vit import NormalizedModel
@@ -219,6 +220,72 @@ def test_weights_that_are_not_finite(value: float, state: dict[str, Tensor], tmp
         create_model("vit_digits", checkpoint=path)
 
 
+TYPES = [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_weights_of_another_type_are_refused(dtype: torch.dtype, state: dict[str, Tensor], tmp_path: Path) -> None:
+    """Quantised ones, say: copied into the model they would pass for weights."""
+    path = tmp_path / "w.safetensors"
+    save_file({**state, "blocks.0.mlp.fc1.weight": state["blocks.0.mlp.fc1.weight"].to(dtype)}, path)
+    message = rf"w.safetensors: 1 tensors of another type .*: blocks.0.mlp.fc1.weight is {dtype}, not torch.float32"
+    with pytest.raises(ValueError, match=message):
+        create_model("vit_digits", checkpoint=path)
+    save_file({key: value.to(dtype) for key, value in state.items()}, path)
+    with pytest.raises(ValueError, match=rf"{len(state)} tensors of another type"):
+        create_model("vit_digits", checkpoint=path)
+    with pytest.raises(ValueError, match=rf"patch_embed.proj.weight is {dtype}, not torch.float32"):
+        inspect_models(["vit_digits"], checkpoint=path)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_saved_model_with_weights_of_another_type_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(create_model("vit_digits").to(torch.float16), path)
+    with safe_open(str(path), framework="pt") as file:
+        header = file.metadata()
+    save_file({key: value.to(dtype) for key, value in load_file(path).items()}, path, header)
+    with pytest.raises(ValueError, match="tensors of another type"):
+        load_model(path)
+
+
+def test_a_sparse_weight_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({**state, "head.weight": state["head.weight"].to_sparse()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"head.weight is torch.float32 \(torch.sparse_coo\)"):
+        create_model("vit_digits", checkpoint=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_floating_type_are_taken(dtype: torch.dtype, state: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file({key: value.to(dtype) for key, value in state.items()}, tmp_path / "w.safetensors")
+    model = create_model("vit_digits", checkpoint=tmp_path / "w.safetensors")
+    assert torch.equal(model.network.head.weight, state["head.weight"].to(dtype).float())
+
+
+BAD_NORMALISATION = {
+    "negative mean": ("mean", [0.5, -0.5, 0.5], "mean must be >= 0; got -0.5"),
+    "infinite mean": ("mean", [0.5, math.inf, 0.5], "mean must be >= 0; got inf"),
+    "NaN mean": ("mean", [math.nan, 0.5, 0.5], "mean must be .* got nan"),
+    "negative std": ("std", [-0.5, 0.5, 0.5], "std must be > 0; got -0.5"),
+    "zero std": ("std", [0.5, 0, 0.5], "std must be > 0; got 0"),
+    "infinite std": ("std", [0.5, 0.5, math.inf], "std must be > 0; got inf"),
+    "one mean": ("mean", [0.5], r"mean must hold a number for each of 3 channels; got \[0.5\]"),
+    "four stds": ("std", [0.5] * 4, "std must hold a number for each of 3 channels"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NORMALISATION)
+def test_bad_normalisation_in_a_file(case: str, tmp_path: Path) -> None:
+    name, values, message = BAD_NORMALISATION[case]
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(create_model("vit_digits"), path)
+    with safe_open(str(path), framework="pt") as file:
+        header = {**file.metadata(), name: json.dumps(values)}
+    save_file(load_file(path), path, header)
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
+
+
 def test_another_head_is_left_out_only_when_asked_for(state: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "seven.safetensors"
     save_file(create_model("vit_digits", num_classes=7).network.state_dict(), path)
@@ -348,3 +415,56 @@ def test_loading_what_is_no_model_file(state: dict[str, Tensor], tmp_path: Path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"plain\.safetensors is no whole safetensors file"):
         load_model(path)
+
+
+@pytest.mark.parametrize("names", [["cat", "dog", "frog"], ["a\nb", "caf\u00e9", "\udcff"]])
+def test_names_of_classes_are_kept(tmp_path: Path, names: list[str]) -> None:
+    path = tmp_path / "m.safetensors"
+    model = create_model("vit_digits", num_classes=3)
+    assert model.classes is None
+    model.classes = names
+    save_checkpoint(nn.DataParallel(copy.deepcopy(model)), path)
+    assert load_model(path).classes == names
+    about = read_metadata(path)
+    assert (about["classes"], about["class_names"]) == (3, names)
+    assert create_model("vit_digits", num_classes=3, checkpoint=path).classes == names
+    with pytest.warns(UserWarning, match="starts fresh"):
+        assert create_model("vit_digits", num_classes=4, checkpoint=path).classes is None
+
+
+def test_without_names_there_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(create_model("vit_digits"), path)
+    assert load_model(path).classes is None
+    assert create_model("vit_digits", checkpoint=path).classes is None
+    state = create_model("vit_digits").network.state_dict()
+    save_file(state, path)
+    assert create_model("vit_digits", checkpoint=path).classes is None
+
+
+def test_files_of_earlier_versions_have_no_names(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    _with_header(path, class_names=None)
+    assert load_model(path).classes is None
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], "cat dog frog", [1, 2, 3], {"cat": 0}])
+def test_names_that_are_none_are_refused(tmp_path: Path, names: Any) -> None:
+    path = tmp_path / "m.safetensors"
+    model = create_model("vit_digits", num_classes=3)
+    model.classes = names
+    with pytest.raises((TypeError, ValueError), match="classes must be"):
+        save_checkpoint(model, path)
+    assert not path.exists()
+    _with_header(path, class_names=json.dumps(names))
+    with pytest.raises(ValueError, match=r"m\.safetensors: its metadata is damaged: classes must be"):
+        load_model(path)
+
+
+def _with_header(path: Path, **changes: str | None) -> None:
+    """A file of a vit_digits of three classes with other metadata; None leaves an entry out."""
+    save_checkpoint(create_model("vit_digits", num_classes=3), path)
+    with safe_open(str(path), framework="pt") as file:
+        header = {**file.metadata(), **changes}
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file is no mapping)
+    save_file(weights, path, metadata={key: value for key, value in header.items() if value is not None})

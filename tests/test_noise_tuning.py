@@ -52,6 +52,8 @@ def test_defaults_follow_mode_and_site(vit: NormalizedModel, images: Tensor) -> 
         ({"mode": "random"}, "mode must be one of"),
         ({"limits": []}, "limits must hold at least one number"),
         ({"eps": [0.0]}, "eps must be > 0"),
+        ({"steps": 0}, "steps must be >= 1"),
+        ({"steps": -1}, "steps must be >= 1"),
     ],
 )
 def test_bad_settings(vit: NormalizedModel, images: Tensor, changes: dict[str, object], message: str) -> None:

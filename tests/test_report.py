@@ -10,11 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+from damage import damaged
 
 from fastnull.recipe import FinetuneConfig
-from fastnull.report import compose, write_report
+from fastnull.report import compose, page, write_report
 from fastnull.report.claims import Claim, Comparison, compare, make_claims, sentences
 from fastnull.report.document import Bullets, Details, Figure, Heading, Paragraph, Table, to_html, to_markdown
+from fastnull.report.illustrations import Illustrations
 from fastnull.report.page import _noise_settings
 from fastnull.report.runs import load_runs
 
@@ -284,3 +287,46 @@ def test_settings_of_boundary_noise_are_told() -> None:
     assert _noise_settings({**noise, "contrast": 0.2}, "random", "pixels") == "start up to ±64/255 at contrast 0.2"
     plain = {"limit": 0.25, "eps": 0.6, "steps": 3, "step_size": None, "step_spread": 0.0, "limit_spread": 0.0}
     assert _noise_settings(plain, "boundary", "patch") == "start ±0.25, ε 0.6, 3 steps"
+
+
+@pytest.mark.parametrize("name", ["results.json", "config.json", "metrics.jsonl", "demo.json"])
+def test_damaged_files_are_told_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each entry of each file in turn has a wrong type or is gone: there is a report all the same, or one error."""
+    monkeypatch.setattr(page, "accuracy_over_eps", lambda *given: Paragraph(str(given)))  # pictures take their time
+    monkeypatch.setattr(page, "corruption_bars", lambda *given: Paragraph(str(given)))
+    write_run(tmp_path / "boundary", {"augment": "boundary"}, 0, record(90.0, 50.0, 40.0))
+    demo = {"quick": True, "parameters": 5, "command": "fastnull demo", "settings": {"budget": 65}}
+    (tmp_path / "demo.json").write_text(json.dumps(demo))
+    (path,) = tmp_path.rglob(name)
+    lines = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
+    told = []
+    for number, line in enumerate(lines):
+        for what, wrong in damaged(json.loads(line)):
+            path.write_text("\n".join([*lines[:number], json.dumps(wrong), *lines[number + 1 :]]))
+            try:
+                to_html(compose(load_runs([tmp_path]), demo=page._demo_of([tmp_path])))
+            except ValueError as error:
+                told.append((what, str(error)))
+    assert len(told) > 20
+    assert [entry for entry in told if str(path) not in entry[1] or "\n" in entry[1]] == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '"x"', "null", "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("name", ["results.json", "config.json", "metrics.jsonl", "demo.json"])
+def test_what_is_no_record_is_told_by_name(name: str, text: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", {"augment": "none"}, 0, record(90.0, 50.0, 40.0))
+    (tmp_path / "demo.json").write_text("{}")
+    (path,) = tmp_path.rglob(name)
+    path.write_bytes(text.encode("latin-1"))
+    if name == "metrics.jsonl" and not text:
+        assert load_runs([tmp_path])[0].spent == {}
+        return
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        compose(load_runs([tmp_path]), demo=page._demo_of([tmp_path]))
+
+
+def test_damaged_illustrations_are_told(tmp_path: Path, runs: Path) -> None:
+    for facts in ({}, [], {"learned": 3}):
+        Illustrations({"tokens": torch.zeros(2, 2)}, facts).save(runs / "noise.safetensors")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"noise\.safetensors holds no illustrations"):
+            write_report([runs], tmp_path / "report")

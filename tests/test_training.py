@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastnull import augment
 from fastnull.augment import NullspaceAugment
 from fastnull.checks import trusted_values
+from fastnull.compat import import_timm
 from fastnull.distributed import Processes
+from fastnull.encoder import FrozenEncoder
 from fastnull.noise import Noise
 from fastnull.recipe import AUGMENTS, FinetuneConfig, make_plan
 from fastnull.training import Training
@@ -82,3 +86,74 @@ def test_the_first_batch_alone_is_searched_for_bad_values(vit: NormalizedModel, 
     aug.loss(images, labels, F.cross_entropy)
     with pytest.raises(ValueError, match="one entry per image"):
         aug.loss(images, labels[:3], F.cross_entropy)
+
+
+OPTIMIZERS = [
+    name
+    for name in import_timm().optim.list_optimizers()
+    # these need other packages and a GPU; second derivatives; half a minute each (kron)
+    if not name.startswith(("bnb", "fused", "kron")) and name != "adahessian"
+]
+FORMS: dict[str, Any] = {
+    f"{kind.__name__} {form}": lambda parameters, kind=kind, form=form: kind(parameters, lr=0.05, **{form: True})
+    for form, kinds in {
+        "fused": (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad),
+        "foreach": (
+            torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.Adamax, torch.optim.AdamW,
+            torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop,
+            torch.optim.SGD,
+        ),
+    }.items()
+    for kind in kinds
+}  # fmt: skip
+"""Of torch; the capturable ones are for a GPU alone."""
+
+
+def gaps_in_training(model: NormalizedModel, config: FinetuneConfig, images: Tensor) -> tuple[list[float], float]:
+    """How far the synthesis's logits are from the model's at each of four steps, and how far these moved meanwhile."""
+    training = Training(config, model.train(), make_plan(config, len(images)), 10, torch.device("cpu"), Processes())
+    assert training.augment.encoder.backend == "cpu"
+    gaps, seen, original = [], [], augment.own_noise
+
+    def own_noise(encoder: FrozenEncoder, tokens: Tensor, *rest: Any) -> Any:
+        right = FrozenEncoder(model, backend="reference", site=config.site)(tokens)
+        gaps.append(float((encoder(tokens) - right).abs().max()))
+        seen.append(right)
+        return original(encoder, tokens, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augment, "own_noise", own_noise)
+        for _ in range(4):
+            training.train_step(images, torch.arange(len(images)))
+    return gaps, float((seen[-1] - seen[0]).abs().max())
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *FORMS])
+def test_noise_is_made_for_the_weights_of_the_step(
+    vit: NormalizedModel, images: Tensor, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the real loop, whatever the optimiser does to the weights: fused ones leave their version as it was."""
+    config = FinetuneConfig(augment="boundary", num_classes=10, batch_size=8, lr=0.05, opt="sgd", progress=False)
+    if name in FORMS:
+        monkeypatch.setattr("fastnull.training._made_by_timm", lambda _, network: FORMS[name](network.parameters()))
+    else:
+        config = replace(config, opt=name)
+    gaps, moved = gaps_in_training(vit, config, images)
+    assert len(gaps) == 4
+    assert max(gaps) < 1e-5
+    assert moved > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adahessian", "opt 'adahessian' takes second derivatives"),
+        ("fusedadamw", "opt 'fusedadamw' cannot be used here: .*"),
+        ("bnbadamw", "opt 'bnbadamw' cannot be used here: .*"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have them")
+def test_optimisers_that_cannot_be_used_are_named(vit: NormalizedModel, name: str, message: str) -> None:
+    config = FinetuneConfig(augment="none", num_classes=10, batch_size=8, opt=name, progress=False)
+    with pytest.raises(ValueError, match=message):
+        Training(config, vit, make_plan(config, 8), 10, torch.device("cpu"), Processes())

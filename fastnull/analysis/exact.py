@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fastnull.analysis.measure import Row
 from fastnull.inspection import inspect_models
 from fastnull.nullspace import PatchNullspace
+from fastnull.ops.common import no_autocast
 from fastnull.photos import PHOTOS, load_picture
 from fastnull.rng import generator
 from fastnull.vit import frozen, split
@@ -137,7 +138,7 @@ def leak(
     rows = []
     for dtype in dtypes:
         vit = split(copy.deepcopy(model).to(dtype))
-        with frozen(vit.model):
+        with frozen(vit.model), no_autocast(clean.device):
 
             def outputs(pixels: Tensor, vit=vit, dtype=dtype) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
                 tokens = vit.patch(pixels.to(dtype))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastnull.analysis import approximate, exact, spectrum, transfer
 from fastnull.analysis.measure import Row
-from fastnull.checks import check_choice, check_images, check_number
+from fastnull.checks import check_choice, check_fields, check_images, check_number
 from fastnull.encoder import FrozenEncoder
 from fastnull.nullspace import PatchNullspace
 from fastnull.record import provenance, replacing, write_json
@@ -57,6 +57,7 @@ class AnalysisSettings:
     spectrum_images: int = 32
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, low in (("images", 2), ("batch_size", 1), ("steps", 1), ("finetune_epochs", 0), ("rank", 1)):
             check_number(name, getattr(self, name), low)
         check_number("spectrum_images", self.spectrum_images, 1)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.nullspace import PatchNullspace
-from fastnull.record import replacing
 from fastnull.report.document import Figure
 from fastnull.report.plots import exact_noise, influence_over_norm, token_noise
 from fastnull.rng import generator
 from fastnull.synthesis import Noise, SynthesisConfig, measure_influence, synthesize
+from fastnull.tensor_files import write_tensors
 from fastnull.vit import frozen
 
 FILE = "noise.safetensors"
@@ -43,10 +43,7 @@ class Illustrations:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
-        from safetensors.torch import save_file
-
-        with replacing(path) as beside:
-            save_file({k: v.contiguous() for k, v in self.tensors.items()}, beside, {"facts": json.dumps(self.facts)})
+        write_tensors(path, self.tensors, {"facts": json.dumps(self.facts)})
 
     @classmethod
     def load(cls, path: Path) -> Illustrations:

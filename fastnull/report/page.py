@@ -15,11 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastnull.checks import as_type
 from fastnull.recipe import ATTACKS
+from fastnull.record import read_json
 from fastnull.report.claims import MEASURES, Claim, make_claims, sentences
 from fastnull.report.document import Block, Bullets, Code, Details, Figure, Heading, Paragraph, Table, write_document
 from fastnull.report.plots import Series, accuracy_over_eps, corruption_bars
-from fastnull.report.runs import Run, load_runs, phrase, read_json
+from fastnull.report.runs import Run, load_runs, phrase
 
 DEMO = "demo.json"
 
@@ -352,14 +354,28 @@ def _noise_settings(noise: Mapping[str, Any], augment: str, site: str) -> str:
 
 def _demo_of(sources: Sequence[str | os.PathLike[str]]) -> dict[str, Any] | None:
     path = Path(sources[0]) / DEMO
-    return read_json(path) if len(sources) == 1 and path.is_file() else None
+    if len(sources) != 1 or not path.is_file():
+        return None
+    demo = read_json(path)
+    try:
+        for name, kind in {"quick": bool, "parameters": int, "command": str, "settings": Mapping[str, Any]}.items():
+            as_type(name, demo.get(name), kind)
+        as_type("settings['budget']", demo["settings"].get("budget"), float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no record of a demo: {error}") from error
+    return demo
 
 
 def _illustrations_of(sources: Sequence[str | os.PathLike[str]]) -> list[Figure]:
     from fastnull.report.illustrations import FILE, Illustrations
 
     path = Path(sources[0]) / FILE
-    return Illustrations.load(path).figures() if len(sources) == 1 and path.is_file() else []
+    if len(sources) != 1 or not path.is_file():
+        return []
+    try:
+        return Illustrations.load(path).figures()
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no illustrations of a report: {error!r}") from error
 
 
 def _radii(record: Mapping[str, Any], suite: str) -> dict[float, float]:

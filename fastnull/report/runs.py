@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastnull.checkpoint import FREE_KEYS
+from fastnull.checks import as_type, check_choice, check_number
+from fastnull.paths import check_readable
+from fastnull.recipe import FinetuneConfig
+from fastnull.record import read_json
+from fastnull.robustness.protocol import read_result
+from fastnull.synthesis import SynthesisConfig
 
 RESULTS, SETTINGS, METRICS = "results.json", "config.json", "metrics.jsonl"
 
@@ -26,6 +34,16 @@ _NAMES = {
 }
 _SITES = {"patch": "tokens", "block0": "block 0", "pixels": "pixels"}
 _NO_SITE = ("none", "adversarial", "trades")
+_PROTOCOL: dict[str, Any] = {
+    "n": int | None, "norm": str, "steps": int, "restarts": int, "severities": tuple[int, ...], "subset": Any,
+    "data": Any, "step_size": Any, "seed": Any, "corruption_source": Any, "dtype": Any,
+}  # fmt: skip
+"""What reports read of a protocol, and its type."""
+_SHOWN = (
+    "augment", "site", "seed", "epochs", "opt", "lr", "batch_size", "trades_beta", "attack_steps", "attack_eps",
+    "attack_step_size",
+)  # fmt: skip
+"""What they read of a run's configuration."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +93,55 @@ def load_runs(sources: Sequence[str | os.PathLike[str]]) -> list[Run]:
 
 
 def _load_run(path: Path) -> Run:
-    record = read_json(path)
-    if not all(isinstance(record.get(key), dict) for key in ("protocol", "results", "summary")):
-        raise ValueError(f"{path} is no result of evaluate(): it lacks protocol, results or summary")
+    record = read_result(path)
+    with _about(path):
+        _check(record["protocol"], "protocol", _PROTOCOL)
+        _check(record["protocol"], "protocol", {"provenance": Mapping[str, Any]}, ())
     about = path.parent / SETTINGS
     if not about.exists() or path.name != RESULTS:
         return Run(path.stem if path.name != RESULTS else path.parent.name, 0, record, {}, {})
     settings = read_json(about)
+    with _about(about):
+        _check_settings(settings)
     config = settings["config"]
     return Run(method_label(config), config["seed"], record, settings, _spent(path.parent, settings))
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Errors inside are of this file."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check(
+    values: Mapping[str, Any], where: str, kinds: Mapping[str, Any], needed: Collection[str] | None = None
+) -> None:
+    """Raise TypeError or ValueError unless `values` has all that is `needed` (None: all), each of its type."""
+    for name, kind in kinds.items():
+        if name in values:
+            as_type(f"{where}[{name!r}]", values[name], kind)
+        elif needed is None or name in needed:
+            raise ValueError(f"{where} lacks {name}")
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError unless it is a run's config.json, as far as reports read it."""
+    _check(settings, "it", {"config": Mapping[str, Any], "data": Mapping[str, Any]})
+    _check(settings, "it", {"plan": Mapping[str, Any], "synthesis": Mapping[str, Any] | None}, ())
+    config, synthesis = settings["config"], settings.get("synthesis")
+    # a run of another version may have more settings, or less
+    _check(config, "config", typing.get_type_hints(FinetuneConfig), _SHOWN)
+    check_choice("config['augment']", config["augment"], _NAMES)
+    check_choice("config['site']", config["site"], _SITES)
+    if synthesis is not None:
+        _check(synthesis, "synthesis", typing.get_type_hints(SynthesisConfig), ("limit", "eps"))
+    elif config["augment"] not in _NO_SITE:
+        raise ValueError(f"synthesis must be a mapping where augment is {config['augment']!r}; got None")
+    _check(settings["data"], "data", {"train": int})
+    check_number("data['train']", settings["data"]["train"], 1)
 
 
 def method_label(config: Mapping[str, Any]) -> str:
@@ -107,14 +165,19 @@ def phrase(run: Run) -> str:
 
 def _spent(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     """Cost and time of a run, from the last epoch in metrics.jsonl; empty where there is none."""
-    metrics = folder / METRICS
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    records = [json.loads(line) for line in lines]
+    records = read_metrics(folder / METRICS)
     epochs = [record for record in records if record.get("kind") == "epoch"]
     if not epochs:
         return {}
     last = epochs[-1]
-    late = [record["influence"] for record in records if "influence" in record and record["step"] >= last["step"] / 2]
+    with _about(folder / METRICS):
+        _check(last, "an epoch", {"cost": float, "step": float, "seconds": Mapping[str, Any]})
+        _check(last["seconds"], "an epoch's seconds", {"total": float, "synthesis_share": float})
+        for record in records:
+            _check(record, "a record", {"step": float, "influence": float}, ())
+    late = [
+        record["influence"] for record in records if "influence" in record and record.get("step", 0) >= last["step"] / 2
+    ]
     return {
         "forward_passes": last["cost"] / settings["data"]["train"],
         "steps": last["step"],
@@ -122,6 +185,27 @@ def _spent(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
         "synthesis_percent": 100 * last["seconds"]["synthesis_share"],
         **({"influence": statistics.fmean(late)} if late else {}),
     }
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records in a metrics.jsonl; none where there is no such file. Raises ValueError that names file and line."""
+    if not path.exists():
+        return []
+    check_readable("metrics", path)
+    records = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}, is no JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}, must hold a record; it holds a {type(record).__name__}")
+        records.append(record)
+    return records
 
 
 def _told_apart(runs: list[Run]) -> list[Run]:
@@ -143,14 +227,3 @@ def _told_apart(runs: list[Run]) -> list[Run]:
         count = seen[run.method, run.seed] = seen.get((run.method, run.seed), 0) + 1
         unique.append(run if count == 1 else replace(run, method=f"{run.method} ({count})"))
     return unique
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a table; raises ValueError that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is no record of fastnull: it holds a {type(value).__name__}")
-    return value

@@ -7,10 +7,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from fastnull.checks import check_images
 from fastnull.image_files import BAD
+from fastnull.rng import preserved
+from fastnull.subset import even_subset, labels_of
 
 
 class Batch(NamedTuple):
@@ -29,23 +39,29 @@ class EvaluationData:
         data: images [n, C, H, W] in [0, 1] and classes [n]; or a map-style data set of such pairs; or a DataLoader of
             such batches, in a fixed order.
         batch_size: of tensors and data sets; a DataLoader has its own.
-        limit: use the first `limit` images only.
+        limit: use so many images only, drawn evenly over the classes (`fastnull.subset.even_subset`).
         device: where the batches go.
         workers: processes that load a data set.
+        seed: of that draw.
 
     Attributes:
         total: number of images; None where the data cannot tell.
-        indexed: whether images can be asked for by number, as sharing them out needs it.
+        indexed: whether images can be asked for by number, as sharing them out needs it. Those of a DataLoader are
+            numbered in the order in which it yields them.
 
     Raises:
         TypeError: data of an unknown kind.
-        ValueError: no images, a DataLoader that shuffles, pixels outside [0, 1].
+        ValueError: no images, a DataLoader that shuffles, pixels outside [0, 1], a limit for a stream.
     """
 
-    def __init__(self, data: Any, batch_size: int, limit: int | None, device: torch.device, workers: int = 0) -> None:
-        self.batch_size, self.limit, self.device, self.workers = batch_size, limit, device, workers
-        self.total: int | None = None
-        self.indexed = True
+    def __init__(
+        self, data: Any, batch_size: int, limit: int | None, device: torch.device, workers: int = 0, seed: int = 0
+    ) -> None:
+        self.batch_size, self.device, self.workers = batch_size, device, workers
+        self.data = data
+        self.total: int | None
+        self.indexed = not isinstance(data, DataLoader)
+        order: list[Any] | None = None
         if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
             images, labels = data
             if labels.shape != images.shape[:1]:
@@ -54,21 +70,22 @@ class EvaluationData:
                 )
             self.total = len(images)
         elif isinstance(data, DataLoader):
-            if isinstance(data.sampler, RandomSampler):
-                raise ValueError("data must come in a fixed order; this DataLoader shuffles (set shuffle=False)")
-            self.indexed = False
-            if hasattr(data.dataset, "__len__") and not data.drop_last:
-                self.total = len(data.dataset)
-        elif isinstance(data, Dataset) and hasattr(data, "__len__"):
+            order = _fixed_order(data)
+            # a collate function of the user's may leave images out, and without one an item is a batch of any size
+            counted = order is not None and data.batch_sampler is not None and data.collate_fn is default_collate
+            self.total = len(order) if order is not None and counted else None
+        elif isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__"):
             self.total = len(data)
         else:
             raise TypeError(
                 f"data must be a pair of tensors (images, labels), a data set with a length or a DataLoader; "
                 f"got {type(data).__name__}"
             )
-        if self.total is not None and limit is not None:
-            self.total = min(self.total, limit)
-        self.data = data
+        self.chosen: Tensor | None = None
+        """Numbers of the images that are used [total], ascending; None is all of them."""
+        if limit is not None and self.total != 0 and (self.total is None or limit < self.total):
+            self.chosen = even_subset(self._labels(order), limit, seed)
+            self.total = len(self.chosen)
         if next(self.batches(), None) is None:
             raise ValueError("data must hold at least one image; got none")
 
@@ -86,36 +103,67 @@ class EvaluationData:
     def _by_number(self, start: int, rank: int, world: int) -> Iterator[Batch]:
         assert self.total is not None
         firsts = range(start + rank * self.batch_size, self.total, world * self.batch_size)
-        chosen = [range(first, min(first + self.batch_size, self.total)) for first in firsts]
+        parts = [slice(first, min(first + self.batch_size, self.total)) for first in firsts]
+        # slices of tensors are no copies
+        rows: list[Any] = parts if self.chosen is None else [self.chosen[part] for part in parts]
+        numbers = [torch.arange(part.start, part.stop) for part in parts] if self.chosen is None else rows
         found: Iterable[Any]
         if isinstance(self.data, Dataset):
             # a generator of its own: a loader would draw from the global one
             found = DataLoader(
-                self.data, batch_sampler=chosen, num_workers=self.workers, generator=torch.Generator().manual_seed(0)
+                self.data,
+                batch_sampler=[some.tolist() for some in numbers],
+                num_workers=self.workers,
+                generator=torch.Generator().manual_seed(0),
             )
         else:
             images, labels = self.data
-            found = ((images[numbers.start : numbers.stop], labels[numbers.start : numbers.stop]) for numbers in chosen)
-        for numbers, pair in zip(chosen, found, strict=True):
-            yield self._batch(pair, numbers.start)
+            found = ((images[some], labels[some]) for some in rows)
+        for some, pair in zip(numbers, found, strict=True):
+            yield self._batch(pair, some)
 
     def _from_loader(self, start: int) -> Iterator[Batch]:
-        seen = 0
+        seen, left = 0, start
         for pair in self.data:
             images, labels = _pair(pair)
-            first = seen
+            numbers = torch.arange(seen, seen + len(images))
             seen += len(images)
-            stop = len(images) if self.limit is None else self.limit - first
-            skipped = max(0, start - first)
-            if skipped < min(len(images), stop):
-                yield self._batch((images[skipped:stop], labels[skipped:stop]), first + skipped)
-            if self.limit is not None and seen >= self.limit:
+            if self.chosen is not None:
+                numbers = numbers[torch.isin(numbers, self.chosen)]
+            skipped = min(left, len(numbers))
+            left, numbers = left - skipped, numbers[skipped:]
+            if len(numbers):
+                rows = numbers - (seen - len(images))
+                whole = len(rows) == len(images)
+                yield self._batch((images, labels) if whole else (images[rows], labels[rows]), numbers)
+            if self.chosen is not None and seen > int(self.chosen[-1]):
                 return
 
-    def _batch(self, pair: Any, first: int) -> Batch:
+    def _labels(self, order: list[Any] | None) -> Tensor:
+        """Classes of all images [n]; read off the data set where it has a list of them."""
+        if isinstance(self.data, DataLoader):
+            if isinstance(self.data.dataset, IterableDataset):
+                raise ValueError(
+                    "limit draws evenly over the classes, and a stream (IterableDataset) has to end for that: give a "
+                    "data set with an index, or a stream of the images that are meant"
+                )
+            known = labels_of(self.data.dataset) if self.total is not None else None
+            if known is not None and order is not None and all(isinstance(number, int) for number in order):
+                return known[torch.tensor(order)]
+            found = [_pair(pair)[1] for pair in self.data]
+            return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+        if not isinstance(self.data, Dataset):
+            return self.data[1]
+        known = labels_of(self.data)
+        if known is not None:
+            return known
+        own = torch.Generator().manual_seed(0)
+        every = DataLoader(self.data, self.batch_size, num_workers=self.workers, generator=own)
+        return torch.cat([_pair(pair)[1] for pair in every])
+
+    def _batch(self, pair: Any, indices: Tensor) -> Batch:
         images, labels = _pair(pair)
         check_images(images)
-        indices = torch.arange(first, first + len(images))
         bad: list[int] = []
         if getattr(self.data, "skip_bad", False) and bool((labels == BAD).any()):
             readable = labels != BAD
@@ -128,4 +176,41 @@ class EvaluationData:
 def _pair(pair: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"data must yield pairs (images, labels); got {type(pair).__name__}")
-    return pair[0], pair[1]
+    images, labels = pair
+    for name, part in (("images", images), ("labels", labels)):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"data must yield pairs of tensors (images, labels); the {name} are {type(part).__name__}")
+    if labels.shape[:1] != images.shape[:1]:
+        raise ValueError(f"data must yield a label for each of {len(images)} images; got shape {list(labels.shape)}")
+    return images, labels
+
+
+def _fixed_order(loader: DataLoader[Any]) -> list[Any] | None:
+    """What a DataLoader asks its data set for, in the order of a pass; None for a stream, which is asked for nothing.
+
+    Raises:
+        ValueError: the order is drawn anew in every pass.
+    """
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    known = any(isinstance(s, _SHUFFLING) or getattr(s, "shuffle", None) is True for s in samplers)
+    with preserved():
+        # samplers of the user's tell in what they do
+        passes = [] if known else [_asked_for(loader) for _ in range(_PASSES)]
+    if known or any(each != passes[0] for each in passes):
+        raise ValueError(
+            "data must come in a fixed order; this DataLoader shuffles (set shuffle=False, or give a sampler that "
+            "yields the same numbers in every pass)"
+        )
+    return passes[0]
+
+
+def _asked_for(loader: DataLoader[Any]) -> list[Any]:
+    if loader.batch_sampler is None:
+        return list(loader.sampler)
+    return [number for batch in loader.batch_sampler for number in batch]
+
+
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_PASSES = 3

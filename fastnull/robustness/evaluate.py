@@ -19,17 +19,21 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastnull.checks import check_choice, check_number
+from fastnull.checks import as_type, check_choice, check_device, check_number, is_out_of_memory
+from fastnull.classes import check_same_classes
 from fastnull.noise import Noise
+from fastnull.paths import check_output
 from fastnull.progress import progress_bar
-from fastnull.record import provenance, write_json
-from fastnull.robustness.attacks.base import NORMS, check_logits, is_broken
+from fastnull.record import provenance, remove_left_over, write_json
+from fastnull.rng import preserved
+from fastnull.robustness.attacks.auto import attacks_for
+from fastnull.robustness.attacks.base import NORMS, check_logits, is_broken, model_logits
 from fastnull.robustness.batches import Batch, EvaluationData
 from fastnull.robustness.corruptions import CORRUPTIONS, DEMO_CORRUPTIONS, SEVERITIES, frost_source
 from fastnull.robustness.measurements import ATTACKS, Measurement, clean_and_attacked, corrupted, noisy, plain
 from fastnull.robustness.metrics import Accuracy
 from fastnull.robustness.protocol import data_digest, dtype_name, normalisation, resumed, tensor_digest, weights_digest
-from fastnull.robustness.suites import FOLDER_SUITES, check_layout, open_suite, suite_parts
+from fastnull.robustness.suites import FOLDER_SUITES, open_suite, suite_classes, suite_parts
 from fastnull.robustness.table import eps_name, summarize
 from fastnull.view import View
 from fastnull.vit import frozen
@@ -42,8 +46,8 @@ SYNC_ROUNDS = 8
 """Batches that each of several processes takes between two of them."""
 
 
-# iterating a DataLoader draws a seed from the global generator
-@torch.random.fork_rng(devices=[])
+# iterating a DataLoader draws from the global generators
+@preserved()
 def evaluate(
     model: nn.Module,
     data: tuple[Tensor, Tensor] | Dataset | DataLoader | None = None,
@@ -90,7 +94,7 @@ def evaluate(
         corruptions: names of fastnull.robustness.CORRUPTIONS, computed in memory.
         severities: any of 1 .. 5, of corruptions in memory and of imagenet-c.
         root: folder of the published test sets.
-        source: transfer: the attacks are made on this model and tried on `model`.
+        source: transfer: the attacks are made on this model, of the same classes, and tried on `model`.
         noise: of suite `noise`, from any model whose site has the same shape: image i gets noise i mod M. Its
             permutation, of equal norm, is measured beside it.
         frost_folder: pictures for the corruption frost; None takes those that the package makes.
@@ -102,7 +106,8 @@ def evaluate(
         out: file for the result (JSON), written after every number, and on the way to it.
         resume: take over what `out` holds already; False starts anew.
         progress: show a progress bar with the time that is left.
-        limit: use the first `limit` images of each data set only.
+        limit: use so many images of each data set only, drawn evenly over its classes by the seed: the same ones for
+            every model.
 
     Returns:
         {"protocol": what was measured and how, "results": {"clean": %, "clean_top5": %, "fgsm": {"1/255": %, …},
@@ -117,18 +122,30 @@ def evaluate(
             laid out otherwise, a file that cannot be read, data without an index shared out over processes, or `out`
             made under another protocol (the message names what differs).
     """
-    _check(suites, eps, norm, steps, restarts, corruptions, severities, batch_size, limit)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    about = {"steps": steps, "restarts": restarts, "batch_size": batch_size, "workers": workers, "seed": seed}
+    steps, restarts, batch_size, workers, seed = (as_type(name, value, int) for name, value in about.items())
+    limit = as_type("limit", limit, int | None)
+    eps, severities = as_type("eps", eps, tuple[float, ...]), as_type("severities", severities, tuple[int, ...])
+    resume, skip_bad = as_type("resume", resume, bool), as_type("skip_bad", skip_bad, bool)
+    _check(suites, eps, norm, steps, restarts, corruptions, severities, batch_size, workers, limit)
+    for name, module in (("model", model), ("source", source)):
+        if not isinstance(module, nn.Module) and not (name == "source" and module is None):
+            raise TypeError(f"{name} must be a torch.nn.Module; got {type(module).__name__}")
+    if source is not None:
+        check_same_classes(model, source, name="source")
+    if out is not None:
+        check_output(out, {}, name="out")
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    device = torch.device(device)
+    device = check_device(device)
     model.to(device)
+    if source is not None:
+        source.to(device)
     folders = [part for suite in suites if suite in FOLDER_SUITES for part in suite_parts(suite, severities)]
     for part in folders:
         if root is None:
             raise ValueError(f"suite {part.partition('/')[0]} needs root, the folder of the published test sets")
-        check_layout(part, root)
+        suite_classes(part, root, model)
     if "noise" in suites and noise is None:
         raise ValueError("suite noise needs a noise")
     main: EvaluationData | None = None
@@ -139,15 +156,15 @@ def evaluate(
                 raise ValueError(f"suites {', '.join(suites)} need data, or a root with imagenet-val")
             found = open_suite("imagenet-val", root, model, skip_bad=skip_bad)
             data, transform = found.images, f"imagenet-val, {found.transform}"
-        main = EvaluationData(data, batch_size, limit, device, workers)
+        main = EvaluationData(data, batch_size, limit, device, workers, seed)
     world = distributed.get_world_size() if _is_distributed() else 1
     if world > 1 and main is not None and not main.indexed:
         raise ValueError("a DataLoader cannot be shared out over processes: give the data set, which has an index")
     protocol: dict[str, Any] = {
         "suites": list(suites),
-        "subset": "all" if limit is None else f"first {limit}",
+        "subset": "all" if limit is None else f"{limit}, drawn evenly over the classes by the seed",
         "n": None if main is None else main.total,
-        "data": None if main is None else data_digest(main),
+        "data": None if main is None else _digest(main),
         "transform": transform,
         "folders": {name: _described(name, model) for name in suites if name in FOLDER_SUITES},
         "skip_bad": skip_bad,
@@ -162,6 +179,7 @@ def evaluate(
         "restarts": restarts,
         "random_start": True,
         "attacked": "all images",
+        "autoattack": _autoattack(source or model, main) if main is not None and "autoattack" in suites else None,
         "corruptions": list(corruptions),
         "severities": [int(severity) for severity in severities],
         "corruption_source": "computed in memory in float32, not the published JPEG files",
@@ -176,8 +194,6 @@ def evaluate(
     record: dict[str, Any] = {"protocol": protocol, "results": {}, "images": {}, "summary": {}}
     if out is not None and resume and Path(out).exists():
         record = resumed(out, protocol)
-    if source is not None:
-        source.to(device)
     todo = [
         *clean_and_attacked(model, source or model, suites, eps, norm, steps, restarts, seed),
         *(noisy(model, noise) if noise is not None and "noise" in suites else ()),
@@ -186,6 +202,8 @@ def evaluate(
     ]
     todo = [measurement for measurement in todo if _lookup(record["results"], measurement.path) is None]
     first = not _is_distributed() or distributed.get_rank() == 0
+    if out is not None and first:
+        remove_left_over(out)
     on_main = sum(measurement.suite is None for measurement in todo)
     known = main.total if main is not None and on_main else 0
     with progress_bar(None if known is None else on_main * known, show=progress and first, unit="image") as bar:
@@ -195,7 +213,7 @@ def evaluate(
             images, mask = main, None
             if measurement.suite is not None and root is not None:
                 found = open_suite(measurement.suite, root, model, skip_bad=skip_bad)
-                images, mask = EvaluationData(found.images, batch_size, limit, device, workers), found.mask
+                images, mask = EvaluationData(found.images, batch_size, limit, device, workers, seed), found.mask
                 if bar.total is not None and images.total is not None:
                     bar.total += images.total  # a folder's images are counted when its turn comes
             assert images is not None
@@ -244,12 +262,25 @@ class _Run:
         if world > 1:
             assert data.total is not None
             rounds = math.ceil((data.total - position) / (world * data.batch_size))
-        mine, skipped = Accuracy(), []
+        mine = Accuracy()
+        skipped: list[str] = []
         batches = data.batches(position, rank, world)
         for done in itertools.count(1):
-            batch = next(batches, None) if done <= rounds else None
+            try:
+                batch = next(batches, None) if done <= rounds else None
+                if batch is not None:
+                    _count(mine, model, measurement, batch, mask)
+            except (KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
+                if world == 1 and position > started["position"]:
+                    self._keep(measurement, position, mine, [*started["skipped"], *skipped], started)
+                if not is_out_of_memory(error):
+                    raise
+                kept = "" if self.out is None else f"; what is finished is in {self.out}, and resuming goes on from it"
+                raise torch.OutOfMemoryError(
+                    f"{measurement.name}: {data.device} has no memory left; smaller batches need less{kept} "
+                    f"({_first_line(error)})"
+                ) from error
             if batch is not None:
-                _count(mine, model, measurement, batch, mask)
                 skipped += [data.name(index) for index in batch.bad]
             before = position
             if world > 1:
@@ -260,15 +291,25 @@ class _Run:
             ended = done >= rounds if world > 1 else batch is None
             if ended or (self._due() if world == 1 else done % SYNC_ROUNDS == 0):
                 counts, names = _gathered(mine, skipped)
-                counts.add(started)
                 names = started["skipped"] + names
                 if ended:
+                    counts.add(started)
                     return counts, names
-                self.record["partial"] = {
-                    "measurement": measurement.name, "position": position, **counts.counts(), "skipped": names,
-                }  # fmt: skip
-                self._write()
+                self._keep(measurement, position, counts, names, started)
         raise AssertionError("unreachable")
+
+    def _keep(
+        self, measurement: Measurement, position: int, accuracy: Accuracy, skipped: list[str],
+        started: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """Write down the counts up to a position, and what was counted before."""
+        counts = Accuracy()
+        counts.add(accuracy.counts())
+        counts.add(started)
+        self.record["partial"] = {
+            "measurement": measurement.name, "position": position, **counts.counts(), "skipped": skipped,
+        }  # fmt: skip
+        self._write()
 
     def _check_same_images(self, measurement: Measurement, images: int) -> None:
         protocol = self.record["protocol"]
@@ -305,6 +346,10 @@ def _count(accuracy: Accuracy, model: nn.Module, measurement: Measurement, batch
         raise ValueError(f"{measurement.name}: {error}") from error
 
 
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
@@ -324,7 +369,7 @@ def _gathered(accuracy: Accuracy, skipped: list[str]) -> tuple[Accuracy, list[st
 
 def _check(
     suites: Sequence[str], eps: Sequence[float], norm: str, steps: int, restarts: int, corruptions: Sequence[str],
-    severities: Sequence[int], batch_size: int, limit: int | None,
+    severities: Sequence[int], batch_size: int, workers: int, limit: int | None,
 ) -> None:  # fmt: skip
     for name, values in (("suites", suites), ("corruptions", corruptions)):
         if isinstance(values, str):
@@ -343,8 +388,27 @@ def _check(
             raise ValueError(f"severities must be among 1, 2, 3, 4, 5; got {severity!r}")
     for name, value in (("steps", steps), ("restarts", restarts), ("batch_size", batch_size)):
         check_number(name, value, 1)
+    check_number("workers", workers, 0)
     if limit is not None:
         check_number("limit", limit, 1)
+
+
+def _autoattack(model: nn.Module, data: EvaluationData) -> list[str]:
+    """What AutoAttack will run: fewer classes allow fewer attacks."""
+    some = next(data.batches()).images[:1]
+    with torch.no_grad(), frozen(model):
+        return list(attacks_for(model_logits(model, some).shape[1]))
+
+
+def _digest(data: EvaluationData) -> str:
+    """Of the first images; those of a DataLoader are looked at twice: streams and transforms may draw at random."""
+    digest = data_digest(data)
+    if not data.indexed and data_digest(data) != digest:
+        raise ValueError(
+            "data must yield the same images in the same order every time; the first ones of this DataLoader differ "
+            "from one pass to the next"
+        )
+    return digest
 
 
 def _described(name: str, model: nn.Module) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastnull.checks import as_type
+from fastnull.record import read_json
 from fastnull.robustness.attacks.base import model_dtype
 from fastnull.robustness.batches import EvaluationData
 from fastnull.vit import unwrap
@@ -67,16 +69,63 @@ def dtype_name(model: nn.Module, device: torch.device) -> str:
     return name
 
 
+_NUMBERS = ("clean", "clean_top5", "cw", "patch")
+_BY_RADIUS = ("fgsm", "pgd", "mi_fgsm", "apgd", "apgd_t", "autoattack")
+_BY_CORRUPTION = ("corruptions", "imagenet-c")
+_RADIUS = re.compile(r"[0-9.]+(e-?[0-9]+)?(/255)?")
+_PARTIAL = {"measurement": str, "position": int, "images": int, "top1": int, "top5": int, "skipped": list}
+
+
+def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A file of `evaluate`, every part of it of the type that it should have.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no result of `evaluate`; the message names the file and what in it is wrong.
+    """
+    try:
+        record = read_json(path)
+        for name in ("protocol", "results", "summary"):
+            if name not in record:
+                raise ValueError(f"it lacks {name}")
+            as_type(name, record[name], Mapping[str, Any])
+        for name, value in record["results"].items():
+            _check_result(f"results[{name!r}]", name, value)
+        as_type("summary", record["summary"], Mapping[str, float | None])
+        for name, about in as_type("images", record.setdefault("images", {}), Mapping[str, Any]).items():
+            as_type(f"images[{name!r}]", about, Mapping[str, int | list])
+        if "partial" in record:
+            partial = as_type("partial", record["partial"], Mapping[str, Any])
+            for name, kind in _PARTIAL.items():
+                as_type(f"partial[{name!r}]", partial.get(name), kind)
+    except (TypeError, ValueError) as error:
+        why = str(error).removeprefix(f"{os.fspath(path)} ")
+        raise ValueError(f"{os.fspath(path)} is no result of evaluate(): {why}") from error
+    return record
+
+
+def _check_result(where: str, name: str, value: Any) -> None:
+    if name in _BY_RADIUS:
+        for radius in as_type(where, value, Mapping[str, float]):
+            if not _RADIUS.fullmatch(radius):
+                raise ValueError(f'{where} must have radii such as "8/255" or "0.5"; it has {radius!r}')
+    elif name in _BY_CORRUPTION:
+        for corruption, severities in as_type(where, value, Mapping[str, Mapping[str, float]]).items():
+            if not severities:
+                raise ValueError(f"{where}[{corruption!r}] must hold a severity; it is empty")
+    elif name in _NUMBERS:
+        as_type(where, value, float)
+    else:
+        as_type(where, value, float | Mapping[str, float])
+
+
 def resumed(out: str | os.PathLike[str], protocol: Mapping[str, Any]) -> dict[str, Any]:
     """The record in `out`, if it was made under this protocol."""
     try:
-        record = json.loads(Path(out).read_text(encoding="utf-8"))
-        old = record["protocol"]
-        if not isinstance(record["results"], dict):
-            raise TypeError("results are no table")
-        record.setdefault("images", {})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{out} is no result of evaluate(): {error!r}; remove it or set resume=False") from error
+        record = read_result(out)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it or set resume=False") from error
+    old = record["protocol"]
     wanted = json.loads(json.dumps(protocol))
     unknown = {"provenance"} | ({"n"} if wanted["n"] is None else set())
     different = [

@@ -2,7 +2,8 @@
 
 Each lies in ROOT/NAME (or a link does), with a folder of images a class, named by its WordNet id (n01440764, ...); that
 of imagenet-v2 by its class number, and imagenet-c has ROOT/imagenet-c/CORRUPTION/SEVERITY/ above them, as it is
-published. Labels are those of ImageNet's 1000 classes, in the order of their WordNet ids.
+published. Labels are the model's: where it knows the names of its classes (see fastnull.classes), WordNet ids or what
+ImageNet calls them, they decide; a model without names must have ImageNet's 1000 classes in the order of their ids.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.checks import check_choice
+from fastnull.classes import classes_of, match_classes, wordnet_ids
 from fastnull.compat import import_timm
-from fastnull.image_files import ImageFiles, ImageFolder
+from fastnull.image_files import ImageFiles, ImageFolder, is_hidden
 from fastnull.robustness.corruptions import SEVERITIES
 from fastnull.robustness.metrics import ALEXNET_ERRORS
 from fastnull.view import View
@@ -53,19 +55,13 @@ FOLDER_SUITES = {
 """Name, which is the folder's too → its layout."""
 
 
-@functools.cache
-def wordnet_ids() -> tuple[str, ...]:
-    """The WordNet ids of ImageNet's 1000 classes in order (timm brings the list)."""
-    return tuple(import_timm().data.ImageNetInfo("imagenet-1k").label_names())
-
-
 @dataclass
 class FolderSet:
     """An opened test set.
 
     Attributes:
-        images: yields (image [C, H, W] in [0, 1], class 0 .. 999), or the class BAD for a file that is skipped.
-        mask: [1000] bool, the classes among which the model chooses; None where that is all of them.
+        images: yields (image [C, H, W] in [0, 1], class of the model), or the class BAD for a file that is skipped.
+        mask: [K] bool, the classes among which the model chooses; None where that is all of them.
         transform: what is done to the images, in words.
     """
 
@@ -80,20 +76,23 @@ def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, ski
     Args:
         name: of FOLDER_SUITES.
         root: the folder above the test sets.
-        model: its configuration gives image size, crop and interpolation.
+        model: its configuration gives image size, crop and interpolation, and its classes the labels.
         skip_bad: files that cannot be read get the label BAD in place of an error.
 
     Raises:
-        ValueError: a folder is missing, or holds other classes than the test set has; the message says which.
+        ValueError: a folder is missing, or holds other classes than the test set has, or than the model has; the
+            message says which.
     """
     layout = FOLDER_SUITES[name.partition("/")[0]]
-    folder, names, known = check_layout(name, root)
+    folder, _, known = check_layout(name, root)
+    places, count = suite_classes(name, root, model)
     view = View.of(model)
     files = ImageFolder(folder, known)
+    files.files = [(path, places[known[label]]) for path, label in files.files]
     transform = as_published(view) if layout.as_is else view.evaluation()
     mask = None
     if layout.classes < 1000:
-        mask = torch.tensor([name in names for name in known])
+        mask = torch.zeros(count, dtype=torch.bool).index_fill_(0, torch.tensor(sorted(places.values())), True)
     how = "as it is, resized only where the model takes another size" if layout.as_is else (
         f"resized (crop {view.crop:g}, {view.interpolation}), cropped to {view.size[0]}x{view.size[1]}"
     )  # fmt: skip
@@ -111,13 +110,60 @@ def check_layout(name: str, root: str | os.PathLike[str]) -> tuple[Path, set[str
     folder = Path(root, kind, *inner)
     if not folder.is_dir():
         raise ValueError(f"{kind}: there is no folder {folder}; {_layout_of(kind)}")
-    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    names = {path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)}
     known = [str(number) for number in range(1000)] if layout.numbered else list(wordnet_ids())
     foreign = sorted(names - set(known))
     if foreign or len(names) != layout.classes:
         what = f"among them {', '.join(foreign[:3])}" if foreign else f"not the {layout.classes} of {kind}"
         raise ValueError(f"{kind}: {folder} holds {len(names)} class folders, {what}; {_layout_of(kind)}")
     return folder, names, known
+
+
+def suite_classes(name: str, root: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, int], int]:
+    """The model's class for each class folder of a test set, and how many classes it has.
+
+    Raises:
+        ValueError: the model has other classes: another number of them, without names, or names that are not
+            ImageNet's. The message shows both lists.
+    """
+    kind = name.partition("/")[0]
+    _, folders, known = check_layout(name, root)
+    ids = [known.index(folder) for folder in sorted(folders, key=known.index)]
+    classes = classes_of(model)
+    if classes is None or isinstance(classes, int):
+        if classes not in (None, len(known)):
+            raise ValueError(f"{kind}: the model must have ImageNet's {len(known)} classes; it has {classes}")
+        return {known[index]: index for index in ids}, len(known)
+    own = [_wordnet_id(name, index) for index, name in enumerate(classes)]
+    found = match_classes(own, [wordnet_ids()[index] for index in ids], name=kind)
+    return {known[index]: place for index, place in zip(ids, found, strict=True)}, len(classes)
+
+
+def _wordnet_id(name: str, place: int) -> str:
+    """The WordNet id of a class that a model calls by it or by a name; the name itself where it is none of ImageNet's.
+
+    Two classes are called crane: where names lie in ImageNet's order, that decides.
+    """
+    meant = _wordnet_names().get(_plain(name), [])
+    if name in wordnet_ids() or (place not in meant and len(meant) != 1):
+        return name
+    return wordnet_ids()[place if place in meant else meant[0]]
+
+
+@functools.cache
+def _wordnet_names() -> dict[str, list[int]]:
+    """What ImageNet calls its classes, "tench, Tinca tinca" and each of these names → their numbers."""
+    info = import_timm().data.ImageNetInfo("imagenet-1k")
+    places: dict[str, list[int]] = {}
+    for index in range(len(wordnet_ids())):
+        whole = info.index_to_description(index)
+        for name in dict.fromkeys(map(_plain, (whole, *whole.split(",")))):
+            places.setdefault(name, []).append(index)
+    return places
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").strip().lower()
 
 
 def suite_parts(name: str, severities: Sequence[int] = SEVERITIES) -> list[str]:

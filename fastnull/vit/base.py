@@ -32,10 +32,14 @@ class NormalizedModel(nn.Module):
     Args:
         network: takes normalised images [B, C, H, W], returns logits [B, K].
         mean, std: one value a channel, in units of pixels in [0, 1].
+
+    Attributes:
+        classes: names of the classes in the order of the logits; None where nobody gave them.
     """
 
     mean: Tensor
     std: Tensor
+    classes: list[str] | None = None
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -61,7 +65,14 @@ class NormalizedModel(nn.Module):
         return cls(network, mean, std)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Pixels in [0, 1] → what `network` takes; [B, C, H, W]."""
+        """Pixels in [0, 1] → what `network` takes; [B, C, H, W].
+
+        Raises:
+            ValueError: another number of channels. One channel would be spread over three without a word.
+        """
+        channels = self.mean.shape[1]
+        if channels > 1 and images.shape[1] != channels:
+            raise ValueError(f"images must have {channels} channels, as mean and std have; got {list(images.shape)}")
         return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:

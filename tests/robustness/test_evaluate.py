@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from fastnull.robustness import CORRUPTIONS, corrupt, evaluate, fgsm, format_table, pgd
 from fastnull.robustness.metrics import ALEXNET_ERRORS
 from fastnull.robustness.table import eps_name, summarize
+from fastnull.subset import even_subset
 
 # float64 in the comparisons of batch sizes: float32 sums may differ by a bit, and a sign with it
 QUICK: dict[str, Any] = {
@@ -85,7 +86,7 @@ def test_numbers_are_those_of_the_parts(net: nn.Module) -> None:
 def test_protocol_says_what_was_done(net: nn.Module) -> None:
     protocol = evaluate(net, make_data(), limit=20, seed=3, **QUICK)["protocol"]
     assert protocol["n"] == 20
-    assert protocol["subset"] == "first 20"
+    assert protocol["subset"] == "20, drawn evenly over the classes by the seed"
     assert protocol["eps"] == ["1/255", "4/255"]
     assert protocol["mean"] == pytest.approx([0.4, 0.5, 0.6])
     assert protocol["std"] == pytest.approx([0.2, 0.25, 0.3])
@@ -121,9 +122,14 @@ def test_every_kind_of_data_and_batch_size_gives_the_same(net: nn.Module) -> Non
         assert differing <= {"provenance"}
 
 
-def test_limit_is_the_first_images(net: nn.Module) -> None:
+def test_limit_is_even_over_the_classes(net: nn.Module) -> None:
     images, labels = make_data()
-    expected = evaluate(net, (images[:21], labels[:21]), **QUICK)["results"]
+    chosen = even_subset(labels, 21, seed=0)
+    expected = evaluate(net, (images, labels), limit=21, **QUICK)["results"]
+    assert expected["clean"] == pytest.approx(accuracy(net, images[chosen], labels[chosen]))
+    # an image has the noise that it has without a limit
+    noisy = corrupt(images, "gaussian_noise", 4)[chosen]
+    assert expected["corruptions"]["gaussian_noise"]["4"] == pytest.approx(accuracy(net, noisy, labels[chosen]))
     assert evaluate(net, (images, labels), limit=21, batch_size=8, **QUICK)["results"] == expected
     loader = DataLoader(TensorDataset(images, labels), batch_size=8)
     assert evaluate(net, loader, limit=21, **QUICK)["results"] == expected

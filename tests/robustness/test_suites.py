@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastnull.cli import main
 from fastnull.data import evaluation_data
 from fastnull.robustness import evaluate, format_published
+from fastnull.robustness.batches import EvaluationData
 from fastnull.robustness.suites import FOLDER_SUITES, open_suite, wordnet_ids
 from fastnull.robustness.table import PUBLISHED, published_row
 
@@ -220,3 +221,127 @@ def test_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert "| imagenet-a | " in text
     assert "| ViT-B + nullspace, published | 81.42 |" in text
+
+
+# --- labels are those of the model's classes
+
+
+class Named(Reader):
+    """A Reader whose classes are in an order of its own, and have names; `extra` classes stand before ImageNet's."""
+
+    def __init__(self, names: list[str], order: list[int]) -> None:
+        super().__init__(classes=len(names))
+        self.classes, self.num_classes = names, len(names)  # type: ignore[assignment]
+        self.register_buffer("place", torch.tensor(order))
+
+    def forward(self, images: Tensor) -> Tensor:
+        red, green, _ = images[:, :, 8, 8].mul(255 / 8).round().long().unbind(1)
+        places = self.place[red + 32 * green]
+        return nn.functional.one_hot(places, self.num_classes).float() + 0 * self.weight
+
+
+def descriptions() -> list[str]:
+    from fastnull.compat import import_timm
+
+    info = import_timm().data.ImageNetInfo("imagenet-1k")
+    return [info.index_to_description(index) for index in range(1000)]
+
+
+SHUFFLED = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).tolist()
+"""ImageNet's class i is the model's SHUFFLED[i]."""
+
+
+def shuffled(names: list[str]) -> list[str]:
+    return [names[SHUFFLED.index(place)] for place in range(1000)]
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+def test_names_of_the_model_decide_and_not_the_order(root: Path, extra: int) -> None:
+    names = [f"none of these {index}" for index in range(extra)] + shuffled(list(wordnet_ids()))
+    model = Named(names, [extra + place for place in SHUFFLED])
+    suites = ("imagenet-val", "imagenet-a", "imagenet-v2")
+    record = evaluate(model, suites=suites, root=root, progress=False)
+    assert record["results"] == dict.fromkeys(suites, 100.0)
+    settings: dict[str, Any] = {"severities": (2,), "limit": 30, "progress": False}
+    if extra:
+        record = evaluate(model, suites=("imagenet-c",), root=root, **settings)
+        assert all(table == {"2": 100.0} for table in record["results"]["imagenet-c"].values())
+    clean = evaluate(model, suites=("clean",), root=root, limit=50, progress=False)["results"]
+    assert clean["clean"] == 100
+    mask = open_suite("imagenet-a", root, model).mask
+    assert mask is not None
+    indices = timm_list("imagenet_a_indices.txt")
+    assert mask.nonzero().flatten().tolist() == sorted(extra + SHUFFLED[int(index)] for index in indices)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda names: names,
+        lambda names: [name.split(",")[0] for name in names],
+        lambda names: [name.split(",")[0].replace(" ", "_").upper() for name in names],
+    ],
+    ids=["whole", "first", "spelt otherwise"],
+)
+def test_what_imagenet_calls_its_classes_is_known(root: Path, rename: Any) -> None:
+    # as Hugging Face's models have them; two are called crane, where the order decides
+    model = Named(rename(descriptions()), list(range(1000)))
+    results = evaluate(model, suites=("imagenet-val", "imagenet-v2", "imagenet-r"), root=root, progress=False)[
+        "results"
+    ]
+    assert set(results.values()) == {100.0}
+
+
+@pytest.mark.parametrize("suite", list(FOLDER_SUITES))
+def test_names_that_are_not_imagenets_are_refused_with_both_lists(root: Path, suite: str) -> None:
+    model = Named(["cat", "dog", "frog"], [0] * 1000)
+    with pytest.raises(ValueError) as error:
+        evaluate(model, suites=(suite,), root=root, progress=False)
+    text = str(error.value)
+    assert text.startswith(f"{suite} has classes that the model does not know: n0")
+    assert "the model's 3 are cat, dog, frog" in text
+    assert " classes are n0" in text
+
+
+def test_names_that_lack_some_are_refused(root: Path) -> None:
+    names = list(wordnet_ids())
+    names[345] = "ox"  # ImageNet's name of that class, so it is known
+    assert open_suite("imagenet-val", root, Named(names, list(range(1000))))
+    names[345] = "no ox"
+    with pytest.raises(ValueError, match="imagenet-val has classes that the model does not know: n02403003"):
+        open_suite("imagenet-val", root, Named(names, list(range(1000))))
+    # a set that does not have the class is fine
+    assert "n02403003" not in timm_list("imagenet_r_synsets.txt")
+    assert open_suite("imagenet-r", root, Named(names, list(range(1000))))
+
+
+def test_numbered_folders_are_imagenets_numbers_and_not_the_models_names(root: Path) -> None:
+    model = Named([str(index) for index in range(1000)], list(range(1000)))
+    with pytest.raises(ValueError, match="imagenet-v2 has classes that the model does not know"):
+        open_suite("imagenet-v2", root, model)
+
+
+@pytest.mark.parametrize("suite", list(FOLDER_SUITES))
+@pytest.mark.parametrize("classes", [10, 1001, 21841])
+def test_a_model_without_names_must_have_imagenets_number_of_classes(root: Path, suite: str, classes: int) -> None:
+    model = Reader(classes=classes)
+    model.num_classes = classes  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=f"{suite}: the model must have ImageNet's 1000 classes; it has {classes}"):
+        evaluate(model, suites=(suite,), root=root, progress=False)
+
+
+def test_a_limit_is_even_over_the_classes_of_a_set(root: Path, tmp_path: Path) -> None:
+    # ten images in each of the first 100 classes, one in the others
+    for index, name in enumerate(wordnet_ids()):
+        count = 10 if index < 100 else 1
+        for number in range(count):
+            place = tmp_path / "imagenet-sketch" / name / f"{number}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(root / "imagenet-val" / name / "a.png")
+    record = evaluate(Reader(), suites=("imagenet-sketch",), root=tmp_path, limit=1000, progress=False)
+    assert record["images"]["imagenet-sketch"]["n"] == 1000
+    assert record["results"]["imagenet-sketch"] == 100
+    found = open_suite("imagenet-sketch", tmp_path, Reader()).images
+    data = EvaluationData(found, 64, 1000, torch.device("cpu"))
+    labels = torch.cat([batch.labels for batch in data.batches()])
+    assert labels.tolist() == list(range(1000)), "one of each class"

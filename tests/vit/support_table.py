@@ -36,6 +36,30 @@ each and tries; a test compares.
 """
 
 TAIL = """
+## What is proven when an encoder is made
+
+The written-out encoder reads weights and never calls the model's modules, so it must be sure that this is the same
+thing. `FrozenEncoder` (and `NullspaceAugment`, `synthesize`, which make one) takes it only if
+
+1. every module is what its class says: its class comes from torch, timm, transformers, torchvision or open_clip, no
+   method of it was replaced on the instance (accelerate's autocast wrapper is known), it has no parametrised weights
+   and no hooks (those of FSDP, of output recording and of wandb are known), and linears, norms and the patch embedding
+   are torch's own;
+2. logits and input gradient of two random images are the model's own under autograd: within 3e-4 and 3e-3 of their size
+   in float32, within 0.1 and 0.3 in bfloat16. This costs one forward and backward of two images.
+
+Else the encoder runs on `reference`, and one warning names the first part that differs: adapters of PEFT and loralib,
+quantised layers and pruning run there. A forced backend raises `UnsupportedModelError`.
+
+`encoder.sync()` takes over all weights, and noise is synced at every draw: fused optimisers, writes through `.data` and
+`load_state_dict(assign=True)` leave no trace that could be relied on. It also compares the identities of modules, hooks
+and parameters; where one changed (a new head, an injected adapter, a hook) the model is split and proven anew.
+
+A training forward that should have had noise and had none raises `RuntimeError`, whatever modes, freezing, compilation
+or checkpointing are inside the model. Whether noise is on is decided by the mode of the model that is called.
+
+## Names
+
 In transformers the classifiers (`...ForImageClassification`) are meant; names before and after the renaming of
 release 5.9 are both known. Wrap them, `NormalizedModel(model, mean, std)`, with the mean and std of their image
 processor: then they take pixels in [0, 1] and return plain logits, as `finetune` and `evaluate` want it. A backbone

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnull.checks import check_choice
+from fastnull.checks import check_choice, check_number
 from fastnull.robustness.attacks.base import Victim, check_attack, model_logits, under_attack
+
+VERSIONS = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+"""The published versions: attacks that run one after the other, each on the images that withstood the ones before."""
+
+
+def attacks_for(classes: int, version: str = "standard") -> tuple[str, ...]:
+    """The attacks of a version that a model of so many classes allows.
+
+    The DLR loss needs 3 classes, and its targeted form 4. With 3 the targeted APGD gives way to the one without a
+    target; with 2 there is none of them.
+
+    Raises:
+        ValueError: fewer than 2 classes, an unknown version.
+    """
+    check_choice("version", version, VERSIONS)
+    check_number("classes of the model under autoattack", classes, 2)
+    attacks = VERSIONS[version]
+    if classes < 4:
+        attacks = tuple(dict.fromkeys("apgd-dlr" if name == "apgd-t" else name for name in attacks))
+    if classes < 3:
+        attacks = tuple(name for name in attacks if name != "apgd-dlr")
+    return attacks
 
 
 class _Logits(nn.Module):
@@ -35,7 +64,8 @@ def autoattack(
 
     Args:
         model, images, labels, eps, norm: as in `fgsm`; labels are classes [B].
-        version: `standard`, `plus` or `rand`.
+        version: `standard`, `plus` or `rand`; with 2 or 3 classes those of its attacks that these allow, see
+            `attacks_for`.
         batch_size: images at once.
         seed: of the package's random numbers. Results depend on the batch, as they do in the package.
 
@@ -44,10 +74,11 @@ def autoattack(
 
     Raises:
         ImportError: pyautoattack is not installed.
-        ValueError: as `fgsm`.
+        ValueError: as `fgsm`; fewer than 2 classes; a size of images that the package's Square attack does not take
+            (in L2, some below 25 pixels and some that are not square).
     """
     check_attack(images, eps, norm)
-    check_choice("version", version, ("standard", "plus", "rand"))
+    check_choice("version", version, VERSIONS)
     try:
         from pyautoattack import AutoAttack
     except ImportError as error:
@@ -58,6 +89,7 @@ def autoattack(
         victim = Victim(model, images, labels)
         with torch.no_grad():
             classes = victim.logits(victim.clean).shape[1]
+        attacks = attacks_for(classes, version)
         if victim.labels.ndim != 1:
             raise ValueError(f"labels must be classes [B]; got shape {list(labels.shape)}")
         if eps == 0:
@@ -66,7 +98,36 @@ def autoattack(
             _Logits(model).eval(), device=str(images.device), eps=eps, norm={"linf": "Linf", "l2": "L2"}[norm],
             seed=seed, version=version,
         )  # fmt: skip
+        attack.attacks_to_run = list(attacks)
+        if "square" in attacks and norm == "l2":
+            _check_size(attack.square, images)
         for part in (attack.apgd_targeted, attack.fab):
             part.n_target_classes = min(part.n_target_classes, classes - 1)  # 9 of its own accord, and fails below
         found, _ = attack.run_standard_evaluation(victim.clean, victim.labels, batch_size=batch_size)
         return victim.finish(found.to(images.device))
+
+
+def _check_size(square: Any, images: Tensor) -> None:
+    """Let Square lay its first tiles on a blank image: it runs last, and fails on sizes that they do not fill.
+
+    Raises:
+        ValueError: it does.
+    """
+    blank = torch.zeros_like(images[:1], dtype=torch.float32)
+    model, square.predict = square.predict, _changed
+    try:
+        square.seed = 0
+        square.perturb(blank, torch.zeros(1, dtype=torch.long, device=images.device))
+    except (RuntimeError, ZeroDivisionError) as error:
+        height, width = images.shape[2:]
+        raise ValueError(
+            f"autoattack in l2 does not take images of {height}x{width}: the tiles of pyautoattack's Square attack do "
+            "not fill them; use norm linf, or another attack"
+        ) from error
+    finally:
+        square.predict = model
+
+
+def _changed(images: Tensor) -> Tensor:
+    """Logits [B, 2] of class 0 for a blank image and 1 for any other."""
+    return F.one_hot((images != 0).flatten(1).any(1).long(), 2).float()

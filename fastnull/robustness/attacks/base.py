@@ -92,6 +92,7 @@ class Victim:
         self.criterion = criterion
         self._checked = False
         self._broken = torch.zeros((), dtype=torch.bool, device=images.device)
+        self._steep = torch.zeros_like(self._broken)
 
     def logits(self, images: Tensor) -> Tensor:
         """[B, K]. The first call checks labels and logits; later ones only note NaN, without waiting for the device."""
@@ -131,6 +132,8 @@ class Victim:
         logits = self.logits(leaf)
         values = self.loss(logits) if loss is None else loss(logits, self.labels)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        # noted where it starts: images of such a gradient give NaN logits, and NaN logits such a gradient
+        self._steep |= ~gradient.isfinite().all() & ~self._broken
         return gradient, values.detach(), logits.detach()
 
     @torch.no_grad()
@@ -140,13 +143,22 @@ class Victim:
         return self.success(logits), self.loss(logits)
 
     def finish(self, images: Tensor) -> Tensor:
-        """The attack's result in the caller's dtype, after the NaN noted on the way."""
+        """The attack's result in the caller's dtype, after the NaN noted on the way.
+
+        Raises:
+            ValueError: NaN or +Inf logits, or gradients that are not finite.
+        """
+        if not values_are_trusted() and bool(self._steep):
+            raise ValueError("the gradient of the model with respect to the images is not finite (NaN or Inf)")
         check_logits(self._broken)
         return images.detach().to(self.dtype)
 
 
 class Best:
-    """The best attack on each image so far: a success before a failure, then the larger loss."""
+    """The best attack on each image so far: a success before a failure, then the larger loss, then the later point.
+
+    The cross entropy of a prediction that is sure is 0 at every point: there the first one would be the clean image.
+    """
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -155,7 +167,7 @@ class Best:
 
     def offer(self, images: Tensor, success: Tensor, loss: Tensor) -> None:
         """Take what is better, image by image."""
-        better = (success & ~self.success) | ((success == self.success) & (loss > self.loss))
+        better = (success & ~self.success) | ((success == self.success) & (loss >= self.loss))
         self.images = torch.where(per_image(better), images, self.images)
         self.success = self.success | success
         self.loss = torch.where(better, loss.to(self.loss.dtype), self.loss)
@@ -175,26 +187,47 @@ def per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
+def scaled(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Every image times the power of two that brings its largest value near 1, and these powers [B, 1, 1, 1].
+
+    Squares of values below 1e-23 are 0 in float32, and those above 2e19 infinite. A power of two changes no bit of the
+    mantissa, so whatever is computed from the scaled values is what the values themselves give where they fit.
+    """
+    largest = tensor.detach().abs().amax((1, 2, 3), keepdim=True)
+    reach = -math.log2(torch.finfo(tensor.dtype).tiny)  # 126 in float32: further powers are no normal numbers
+    _, exponent = torch.frexp(largest)
+    power = torch.exp2((-exponent).clamp(-reach, reach).to(tensor.dtype))
+    return tensor * power, power
+
+
 def length(tensor: Tensor) -> Tensor:
     """Euclidean length of every image [B, 1, 1, 1]."""
-    return per_image(torch.linalg.vector_norm(tensor.flatten(1), dim=1))
+    near_one, power = scaled(tensor)
+    return _norm(near_one) / power
 
 
 def direction(gradient: Tensor, norm: str) -> Tensor:
     """Steepest ascent of unit size: the sign, or the gradient divided by its length (0 stays 0)."""
     if norm == "linf":
         return gradient.sign()
-    return gradient / length(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+    near_one, _ = scaled(gradient)
+    return near_one / _norm(near_one).clamp_min(torch.finfo(gradient.dtype).tiny)
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return per_image(torch.linalg.vector_norm(tensor.flatten(1), dim=1))
+
+
+def within(change: Tensor, eps: float, norm: str) -> Tensor:
+    """A change, shrunk to the ball where it is larger."""
+    if norm == "linf":
+        return change.clamp(-eps, eps)
+    return change * (eps / length(change).clamp_min(eps))
 
 
 def project(images: Tensor, clean: Tensor, eps: float, norm: str) -> Tensor:
     """Into the ball around the clean images, then into [0, 1], which moves towards them and so stays in the ball."""
-    change = images - clean
-    if norm == "linf":
-        change = change.clamp(-eps, eps)
-    else:
-        change = change * (eps / length(change).clamp_min(eps))  # longer ones alone shrink
-    return (clean + change).clamp(0, 1)
+    return (clean + within(images - clean, eps, norm)).clamp(0, 1)
 
 
 class Starts:
@@ -236,7 +269,9 @@ class Starts:
         if norm == "l2":
             size = noise[0].numel()
             # the direction of a Gaussian is uniform, so is (radius / eps)^dimension
-            gaussian = torch.erfinv(noise) * math.sqrt(2)
+            # a generator may draw an end of the interval, where erfinv is infinite
+            inside = 1 - torch.finfo(torch.float32).eps
+            gaussian = torch.erfinv(noise.clamp(-inside, inside)) * math.sqrt(2)
             radius = (self.uniform()[:, :1, :1, :1] + 1) / 2
             noise = direction(gaussian, norm) * radius ** (1 / size)
         return (self.clean + eps * noise).clamp(0, 1)

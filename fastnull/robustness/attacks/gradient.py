@@ -15,7 +15,9 @@ from fastnull.robustness.attacks.base import (
     direction,
     per_image,
     project,
+    scaled,
     under_attack,
+    within,
 )
 
 
@@ -50,7 +52,8 @@ def fgsm(
         gradient, _, _ = victim.gradient(victim.clean)
         if eps == 0:
             return images.clone()
-        return victim.finish((victim.clean + eps * direction(gradient, norm)).clamp(0, 1))
+        change = within(eps * direction(gradient, norm), eps, norm)
+        return victim.finish((victim.clean + change).clamp(0, 1))
 
 
 def pgd(
@@ -152,7 +155,8 @@ def mi_fgsm(
         adversarial, momentum = victim.clean, torch.zeros_like(victim.clean)
         for _ in range(steps):
             gradient, _, _ = victim.gradient(adversarial)
-            magnitude = per_image(gradient.abs().mean((1, 2, 3)))
-            momentum = decay * momentum + gradient / magnitude.clamp_min(torch.finfo(gradient.dtype).tiny)
+            near_one, _ = scaled(gradient)
+            magnitude = per_image(near_one.abs().mean((1, 2, 3)))
+            momentum = decay * momentum + near_one / magnitude.clamp_min(torch.finfo(gradient.dtype).tiny)
             adversarial = project(adversarial + eps / steps * direction(momentum, norm), victim.clean, eps, norm)
         return victim.finish(adversarial)

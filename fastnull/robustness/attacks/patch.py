@@ -6,11 +6,14 @@ cross entropy with respect to its pixels and that loss alone is raised, so that 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from fastnull.checks import check_images, check_number
-from fastnull.robustness.attacks.base import Best, Victim, under_attack
+from fastnull.robustness.attacks.base import Best, Victim, model_dtype, scaled, under_attack
+from fastnull.vit import frozen, split
 
 
 def patch_attack(
@@ -28,7 +31,7 @@ def patch_attack(
 
     Args:
         model, images, labels, targeted: as in `fgsm`. Both sides of the images are multiples of `patch_size`.
-        patch_size: in pixels; None is the model's own (for models that fastnull.vit can split).
+        patch_size: in pixels; None is the image area of one of the model's tokens (see `token_area`).
         patches: how many patches of the model's grid may change.
         steps, lr: of Adam, in pixels.
 
@@ -37,26 +40,25 @@ def patch_attack(
 
     Raises:
         ValueError: images outside [0, 1] or no multiple of the patch, labels out of range, NaN logits, more patches
-            than there are.
+            than there are, or no patch_size for a model whose tokens have no known area.
     """
     check_images(images)
     check_number("steps", steps, 1)
     check_number("lr", lr, 0, exclusive=True)
+    if len(images) == 0:
+        return images.clone()
     if patch_size is None:
-        from fastnull.vit import split
-
-        patch_size = int(split(model).projection.kernel_size[0])
+        patch_size = token_area(model, images)
     check_number("patch_size", patch_size, 1)
     height, width = images.shape[2:]
     if height % patch_size or width % patch_size:
         raise ValueError(f"images must have sides that are multiples of patch_size {patch_size}; got {height}x{width}")
     grid = (height // patch_size, width // patch_size)
     check_number("patches", patches, 1, grid[0] * grid[1])
-    if len(images) == 0:
-        return images.clone()
     with under_attack(model, images.device):
         victim = Victim(model, images, labels, targeted=targeted)
         gradient, _, _ = victim.gradient(victim.clean)
+        gradient, _ = scaled(gradient)  # where the model is sure, its squares would be 0
         blocks = gradient.square().unflatten(3, (grid[1], patch_size)).unflatten(2, (grid[0], patch_size))
         sensitivity = blocks.sum((1, 3, 5)).flatten(1)  # [B, C, gh, p, gw, p] → [B, gh gw]
         chosen = torch.zeros_like(sensitivity).scatter_(1, sensitivity.topk(patches, dim=1).indices, 1)
@@ -68,9 +70,47 @@ def patch_attack(
         for _ in range(steps):
             gradient, loss, logits = victim.gradient(point)
             best.offer(point.detach().clone(), victim.success(logits), loss)
-            point.grad = -gradient * mask  # Adam descends
+            # Adam descends, and stands still where gradients are far below its eps of 1e-8
+            point.grad = -scaled(gradient * mask)[0]
             adam.step()
             with torch.no_grad():
                 point.clamp_(0, 1)
         best.offer(point.detach(), *victim.score(point.detach()))
         return victim.finish(best.images)
+
+
+def token_area(model: nn.Module, images: Tensor) -> int:
+    """Side, in pixels, of the square of an image [B, C, H, W] that one patch token stands for.
+
+    It is what the patch embedding says of itself, or the strides on the way through it. Embeddings that overlap see
+    more than that of the image, and so do hybrids with a CNN in front: the squares are those that tile it.
+
+    Raises:
+        ValueError: a model without patch tokens that fastnull.vit finds, or tokens that do not tile the images.
+    """
+    adapter = split(model)
+    module = adapter.patch_module
+    if hasattr(module, "feat_ratio"):  # timm's plain and hybrid embeddings
+        area = tuple(module.feat_ratio(as_scalar=False))
+    else:
+        steps = [_pair(layer.stride) for layer in module.modules() if isinstance(layer, _STRIDED)]
+        area = math.prod(down for down, _ in steps), math.prod(right for _, right in steps)
+    height, width = images.shape[2:]
+    grid = height // area[0], width // area[1]
+    with torch.no_grad(), frozen(model):
+        shape = list(adapter.patch(images[:1].to(model_dtype(model) or images.dtype)).shape)  # [1, N, D] or a map
+    tiled = grid[0] * area[0] == height and grid[1] * area[1] == width
+    found = [*grid] in (shape[1:3], shape[2:4]) if len(shape) == 4 else shape[1] == grid[0] * grid[1]
+    if area[0] != area[1] or not (tiled and found):
+        raise ValueError(
+            f"the tokens of {type(adapter.network).__name__}, {shape}, do not tile images of {height}x{width} in "
+            f"squares (one every {area[0]}x{area[1]} pixels), so there is no patch that is a token's: give patch_size"
+        )
+    return area[0]
+
+
+_STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+def _pair(stride: int | tuple[int, int]) -> tuple[int, int]:
+    return (stride, stride) if isinstance(stride, int) else stride

@@ -94,12 +94,12 @@ def read_pictures(folder: str | os.PathLike[str]) -> tuple[Tensor, ...]:
     Raises:
         ValueError: no such folder, none in it, or one that cannot be read.
     """
-    from fastnull.image_files import IMAGE_SUFFIXES, read_image
+    from fastnull.image_files import IMAGE_SUFFIXES, is_hidden, read_image
 
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"frost: there is no folder {root}")
-    files = sorted(path for path in root.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in root.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(p.name))
     if not files:
         raise ValueError(f"frost: {root} holds no picture ({', '.join(IMAGE_SUFFIXES)})")
     pixels = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)

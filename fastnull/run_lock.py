@@ -1,0 +1,104 @@
+"""A lock on the folder of a run: one process at a time writes there."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: there a run is not locked
+    fcntl = None  # type: ignore[assignment]
+
+NAME = ".lock"
+"""The file; it names the process that holds the lock."""
+
+_held: set[int] = set()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, this process alone may write in the folder, which is there.
+
+    The system lets go of the lock when the process ends, however it ends. On file systems without locks there is a
+    warning and nothing is locked.
+
+    Raises:
+        ValueError: another process, or another run of this one, holds it; the message names the process.
+    """
+    handle = _acquire(folder)
+    if handle is None:
+        yield
+        return
+    _held.add(handle)
+    try:
+        yield
+    finally:
+        _held.discard(handle)
+        (folder / NAME).unlink(missing_ok=True)  # while it is held: nobody else has taken it over
+        os.close(handle)
+
+
+def check_unlocked(folder: Path) -> None:
+    """Raise as `locked` would now; nothing is written."""
+    if fcntl is None or not (folder / NAME).exists():
+        return
+    with open(folder / NAME, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(folder) from None
+        except OSError:
+            pass  # `locked` warns
+
+
+def _acquire(folder: Path) -> int | None:
+    """The open file with the lock on it; None where there are no locks."""
+    if fcntl is None:
+        return None
+    path = folder / NAME
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise _in_use(folder) from None
+        except OSError as error:
+            os.close(handle)
+            warnings.warn(f"{folder} cannot be locked ({error}): start no second run there", stacklevel=4)
+            return None
+        try:
+            same = os.fstat(handle).st_ino == os.stat(path).st_ino
+        except FileNotFoundError:
+            same = False
+        if same:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return handle
+        os.close(handle)  # who held it has removed the file since it was opened: there may be a new one
+
+
+def _in_use(folder: Path) -> ValueError:
+    try:
+        holder = (folder / NAME).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        holder = ""
+    return ValueError(
+        f"out {folder} is in use by {holder or 'another process'}, which writes there: wait until it ends, or give "
+        "another folder"
+    )
+
+
+def _let_go() -> None:
+    """In a forked child, which would hold the lock of a parent that was killed: a loader's worker outlives it."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

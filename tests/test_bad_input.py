@@ -1,0 +1,385 @@
+"""Every command with every kind of bad path, device, file and number: one clear line, exit code 2, nothing touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from damage import damaged
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fastnull.checkpoint import read_state, write_state
+from fastnull.cli import main
+from fastnull.models import load_model
+from fastnull.noise import Noise
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished finetuning run with results, and a noise beside it."""
+    folder = tmp_path_factory.mktemp("bad") / "run"
+    words = ["--augment", "none", "--epochs", "1", "--train-ratio", "0.1", "--no-progress"]
+    assert main(["finetune", "--out", str(folder), *words]) == 0
+    model = str(folder / "last.safetensors")
+    words = ["--limit", "8", "--suite", "clean", "--out", str(folder / "results.json")]
+    assert main(["evaluate", "--model", model, *words]) == 0
+    words = ["--images", "8", "--steps", "1", "--out", str(folder / "noise.safetensors")]
+    assert main(["synthesize", "--model", model, *words]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_hang() -> Iterator[None]:
+    """What waits for ever fails."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object, bar: bool = False) -> str:
+    """The error line of a command, which must be the only one but for notes (and, with `bar`, a progress bar)."""
+    capsys.readouterr()
+    try:
+        code: Any = main([str(word) for word in words])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    told = capsys.readouterr().err
+    lines = [line for line in told.splitlines() if not line.startswith("note:")]
+    assert code == 2, told
+    assert bar or len(lines) == 1, told
+    assert "Traceback" not in told
+    assert lines[-1].startswith("fastnull: error: ")
+    return lines[-1]
+
+
+def commands(run: Path) -> dict[str, list[str]]:
+    """Each command that writes, without its --out."""
+    model = ["--model", str(run / "last.safetensors")]
+    return {
+        "synthesize": ["synthesize", *model, "--images", "8", "--steps", "1", "--overwrite"],
+        "evaluate": ["evaluate", *model, "--limit", "8", "--suite", "clean", "--overwrite"],
+        "finetune": ["finetune", "--epochs", "1", "--overwrite"],
+        "tune": ["tune", *model, "--images", "4"],
+        "analyze": ["analyze", "exact", *model, "--data", "digits", "--overwrite"],
+        "report": ["report", str(run / "results.json"), "--overwrite"],
+        "compare": ["compare", "--seeds", "1", "--overwrite"],
+        "demo": ["demo", "--quick", "--overwrite"],
+        "bench": ["bench", "--quick", "--only", "gemm"],
+    }
+
+
+WRITERS = ("synthesize", "evaluate", "finetune", "tune", "analyze", "report", "compare", "demo", "bench")
+FOLDERS = {
+    # what a command writes in its folder, one name of each
+    "finetune": "metrics.jsonl", "tune": "tune.png", "analyze": "exact.json", "report": "report.html",
+    "compare": "comparison.md", "demo": "workers.log", "bench": "rows.csv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link", "empty", "below a file"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_where_nothing_can_be_written(
+    name: str, kind: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    if kind == "pipe":
+        os.mkfifo(out)
+    elif kind == "device":
+        out = Path(os.devnull)
+    elif kind == "link":
+        out.symlink_to("nowhere")
+    elif kind == "below a file":
+        (tmp_path / "file").write_text("kept")
+        out = tmp_path / "file" / "out"
+    before = os.lstat(out) if os.path.lexists(out) else None
+    line = refused(capsys, *commands(run)[name], "--out", "" if kind == "empty" else out)
+    assert "--out" in line or "cannot be written" in line
+    assert before is None or os.lstat(out)[:3] == before[:3]  # mode, inode, device
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_lies_in_the_folder(
+    name: str, kind: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = tmp_path / FOLDERS[name]
+    if kind == "pipe":
+        os.mkfifo(inside)
+    else:
+        (tmp_path / "real").write_text("kept")
+        inside.symlink_to("real")
+    line = refused(capsys, *commands(run)[name], "--out", tmp_path)
+    assert f"{inside} cannot be written" in line
+    assert inside.is_fifo() or (inside.is_symlink() and inside.read_text() == "kept")
+
+
+@pytest.mark.parametrize("spelling", ["same", "relative", "hard link", "link"])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("evaluate", "model"), ("synthesize", "model"), ("synthesize", "start"), ("evaluate", "noise"),
+     ("evaluate", "source"), ("synthesize", "checkpoint")],
+)  # fmt: skip
+def test_a_command_keeps_its_inputs(
+    name: str, option: str, spelling: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "input.safetensors"
+    content = (run / ("noise" if option in ("noise", "start") else "last")).with_suffix(".safetensors").read_bytes()
+    source.write_bytes(content)
+    out = source
+    if spelling == "relative":
+        out = tmp_path / "." / "x" / ".." / source.name
+        (tmp_path / "x").mkdir()
+    elif spelling != "same":
+        out = tmp_path / "other.safetensors"
+        os.link(source, out) if spelling == "hard link" else out.symlink_to(source)
+    words = [*commands(run)[name], f"--{option}", str(source)]
+    if option in ("model", "checkpoint"):
+        words[2] = {"model": str(source), "checkpoint": "vit_digits"}[option]
+    line = refused(capsys, *words, "--out", out)
+    assert f"--{option} reads" in line or "symbolic link" in line
+    assert source.read_bytes() == content
+
+
+def test_a_run_keeps_its_inputs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "last.safetensors").read_bytes()
+    words = ["finetune", "--checkpoint", run / "last.safetensors", "--out", run, "--overwrite"]
+    assert "--checkpoint reads" in refused(capsys, *words)
+    assert (run / "last.safetensors").read_bytes() == before
+    assert "--recipes reads" in refused(
+        capsys, "compare", "--recipes", _written(run / "comparison.json", "{}"), "--out", run, "--overwrite"
+    )
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_run_keeps_its_images(inside: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "images"
+    (data / "train" / "cat").mkdir(parents=True)
+    words = ["finetune", "--data", data, "--epochs", "1", "--overwrite", "--out", tmp_path if inside else data]
+    assert "--data reads" in refused(capsys, *words)
+
+
+READERS: dict[str, list[str]] = {
+    "evaluate --model": ["evaluate", "--model", "PIPE"],
+    "evaluate --checkpoint": ["evaluate", "--model", "vit_digits", "--checkpoint", "PIPE"],
+    "evaluate --source": ["evaluate", "--model", "vit_digits", "--source", "PIPE"],
+    "evaluate --noise": ["evaluate", "--model", "vit_digits", "--suite", "noise", "--noise", "PIPE"],
+    "evaluate --data": ["evaluate", "--model", "vit_digits", "--data", "PIPE"],
+    "synthesize --start": ["synthesize", "--model", "vit_digits", "--start", "PIPE", "--out", "x"],
+    "finetune --config": ["finetune", "--config", "PIPE", "--out", "x"],
+    "finetune --checkpoint": ["finetune", "--checkpoint", "PIPE", "--out", "x"],
+    "compare --recipes": ["compare", "--recipes", "PIPE", "--out", "x"],
+    "analyze --others": ["analyze", "transfer", "--model", "vit_digits", "--others", "PIPE", "--out", "x"],
+    "inspect --checkpoint": ["inspect", "vit_digits", "--checkpoint", "PIPE"],
+    "report": ["report", "PIPE"],
+    "bench --compare": ["bench", "--compare", "PIPE", "PIPE"],
+    "bench --plot": ["bench", "--plot", "PIPE", "x.png"],
+}
+
+
+@pytest.mark.parametrize("words", READERS.values(), ids=READERS)
+def test_pipes_are_not_waited_for(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    assert "is a named pipe" in refused(capsys, *(str(pipe) if word == "PIPE" else word for word in words))
+
+
+def test_pipes_among_results_and_in_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "results.json")
+    assert "results.json is a named pipe" in refused(capsys, "report", tmp_path, "--out", tmp_path / "report")
+    config = _written(tmp_path / "run.yaml", f"checkpoint: {tmp_path / 'results.json'}\nout: {tmp_path / 'run'}\n")
+    assert "is a named pipe" in refused(capsys, "finetune", "--config", config)
+    assert "out must not be empty" in refused(capsys, "finetune", "--config", _written(config, "out: ''\n"))
+
+
+DEVICES = [
+    ("rubbish", "device must be cpu, cuda"),
+    ("cuda:63", "is not here: torch sees"),
+    ("cuda:256", "device must be cpu, cuda"),
+    ("meta", "cannot be used here"),
+    ("cuda:x", "device must be cpu, cuda"),
+]
+
+
+@pytest.mark.parametrize(("device", "message"), DEVICES)
+@pytest.mark.parametrize("name", ["synthesize", "evaluate", "finetune", "tune", "analyze", "bench"])
+def test_devices(
+    name: str, device: str, message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*commands(run)[name], "--device", device, "--out", tmp_path / "out"]
+    assert message in refused(capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("evaluate", "finetune"):
+        line = refused(capsys, *commands(run)[name], "--device", "cuda", "--out", tmp_path / "out")
+        assert "device 'cuda' is not here: torch sees 0 CUDA devices" in line
+    assert "is not here" in refused(capsys, *commands(run)["finetune"], "--device", "cuda", "--dry-run", "--out", "x")
+
+
+def test_limits_beyond_float32(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for limit in ("1e300", "3e38", "inf"):
+        for mode in ("universal", "per_image", "boundary"):
+            words = [*commands(run)["synthesize"], "--limit", limit, "--mode", mode, "--out", tmp_path / "out"]
+            assert refused(capsys, *words, bar=True)
+            assert list(tmp_path.iterdir()) == []
+
+
+NUMBERS: list[tuple[str, list[str], str]] = [
+    ("synthesize", ["--count", "20000000"], "count must be"),
+    ("synthesize", ["--count", "99999999999999999999"], "count must be"),
+    ("synthesize", ["--keep", "maybe"], "neither true"),
+    ("synthesize", ["--graph", ""], "neither true"),
+    ("tune", ["--steps", "0"], "steps must be >= 1"),
+    ("tune", ["--steps", "-1"], "steps must be >= 1"),
+    ("tune", ["--limits", "0"], "limits must be > 0"),
+    ("tune", ["--limits", "nan"], "limits must be > 0"),
+    ("finetune", ["--preset", "vit_s"], "needs data_dir (--data-dir)"),
+    ("finetune", ["--data", "torch/cifar10"], "needs data_dir (--data-dir)"),
+    ("evaluate", ["--data", "torch/cifar10"], "needs data_dir (--data-dir)"),
+    ("tune", ["--data", "torch/cifar10"], "needs data_dir (--data-dir)"),
+    ("finetune", ["--img-size", "x"], "invalid int value"),
+    ("compare", ["--eps", "inf"], "eps must be"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "message"), NUMBERS)
+def test_numbers_and_names(
+    name: str, words: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, *commands(run)[name], *words, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_large_bank_that_fits_nowhere(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__)
+    line = refused(capsys, *commands(run)["synthesize"], "--count", "5000", "--out", tmp_path / "out")
+    assert "5000 noises of [16, 32] with their steps need about 0.0614 GB; cpu has 0.0041 GB" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("False", False), ("no", False), ("0", False), ("true", True), ("YES", True), ("none", None)]
+)
+def test_switches_that_have_three_states(given: str, kept: bool | None, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "noise.safetensors"
+    assert main([*commands(run)["synthesize"], "--keep", given, "--out", str(out)]) == 0
+    assert Noise.load(out).metadata["config"]["keep"] is kept
+
+
+def header_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+def test_damaged_model_files(run: Path, tmp_path: Path) -> None:
+    source, path = run / "last.safetensors", tmp_path / "model.safetensors"
+    weights, header = load_file(source), header_of(source)
+    read = {key: json.loads(value) for key, value in header.items() if key != "format"}
+    del read["provenance"], read["metadata"]  # whatever they hold
+    told = []
+    for what, wrong in damaged(read):
+        dumped = {key: json.dumps(value) for key, value in wrong.items()}
+        save_file(weights, path, {"format": header["format"], **dumped})
+        try:
+            load_model(path)
+        except ValueError as error:
+            told.append((what, str(error)))
+    assert len(told) > 50
+    assert [entry for entry in told if str(path) not in entry[1]] == []
+    for key in header:
+        save_file(weights, path, {**header, key: "{"})
+        if key != "format":
+            with pytest.raises(ValueError, match="damaged"):
+                load_model(path)
+
+
+def test_damaged_noise_files(run: Path, tmp_path: Path) -> None:
+    source, path = run / "noise.safetensors", tmp_path / "noise.safetensors"
+    tensors, header = load_file(source), header_of(source)
+    for key in ("site", "metadata"):
+        for value in (None, "{", "[]", "3", ""):
+            save_file(tensors, path, {k: v for k, v in {**header, key: value}.items() if v is not None})
+            with pytest.raises(ValueError, match="has a broken header"):
+                Noise.load(path)
+    for key in tensors:
+        save_file({name: tensor for name, tensor in tensors.items() if name != key}, path, header)
+        with pytest.raises(ValueError, match=f"lacks {key}"):
+            Noise.load(path)
+
+
+def test_damaged_states(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["finetune", "--augment", "none", "--epochs", "1", "--train-ratio", "0.1", "--no-progress"]
+    for file in ("config.json", "metrics.jsonl"):
+        (tmp_path / file).write_bytes((run / file).read_bytes())
+    (good,) = run.glob("state-*.pt")
+    state = read_state(good)
+    for wrong in [{key: value for key, value in state.items() if key != gone} for gone in state] + [{}, []]:  # type: ignore[operator]
+        write_state(tmp_path / good.name, wrong)  # type: ignore[arg-type]
+        assert "state" in refused(capsys, *words, "--out", tmp_path, "--resume", bar=True)
+    write_state(tmp_path / good.name, state)
+    assert main([*words, "--out", str(tmp_path), "--resume"]) == 0
+
+
+def test_damaged_results_are_not_resumed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results.json"
+    words = [word for word in commands(run)["evaluate"] if word != "--overwrite"]
+    good = json.loads((run / "results.json").read_text())
+    for part in ("protocol", "results", "summary", "images", "partial"):
+        for wrong in (None, 3, "x", [], True, {"clean": "x"}, {"all": 3}):
+            if part in ("results", "summary") and wrong == {"all": 3}:  # a number more does no harm
+                continue
+            out.write_text(json.dumps({**good, part: wrong}))
+            line = refused(capsys, *words, "--out", out, "--resume", bar=True)
+            assert str(out) in line
+            assert "is no result of evaluate()" in line or "another protocol" in line
+
+
+def test_auto_augment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pictures import write_pictures
+
+    pytest.importorskip("skimage")
+    data = write_pictures(tmp_path / "images")
+    for policy in ("rubbish", "rand-rubbish", "rand-m9-x", "augmix-", "3a-q"):
+        words = ["finetune", "--data", data, "--model", "vit_digits", "--auto-augment", policy, "--epochs", "1"]
+        assert "auto_augment" in refused(capsys, *words, "--out", tmp_path / "run")
+
+
+def test_other_errors_are_one_line_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (
+        KeyError("key"),
+        AssertionError(),
+        ZeroDivisionError("by zero"),
+        MemoryError(),
+        RecursionError("deep"),
+    ):
+
+        def broken(args: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("fastnull.commands.report", broken)
+        line = refused(capsys, "report", "x")
+        assert type(error).__name__ in line
+        assert line.endswith("(--debug shows where)")
+        assert main(["report", "x"]) == 2
+        with pytest.raises(type(error)):
+            main(["report", "x", "--debug"])
