@@ -32,6 +32,7 @@ from fastnull.checks import check_choice, check_labels, check_number, trusted_va
 from fastnull.encoder import FrozenEncoder
 from fastnull.replay import Replay, use_graph
 from fastnull.rng import Place, carried, generator, share_of
+from fastnull.sharded import is_sharded
 from fastnull.solvers import norms, own_noise, valid_noise
 from fastnull.starts import in_proportion, start_noise, step_sizes
 from fastnull.synthesis import Noise, SynthesisConfig, synthesize, warm_start
@@ -165,6 +166,10 @@ class NullspaceAugment:
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
         _check_tokens_stay(self.encoder, config.site)
+        if self.encoder.vit.num_classes == 1 and mode != "random":
+            raise ValueError(
+                "noise is judged by probabilities of classes; a model with one output has none that change"
+            )
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise ValueError(
                 "DataParallel runs copies of the model on several devices, which share this augmentation's state: use "
@@ -243,6 +248,12 @@ class NullspaceAugment:
     def _check(self, images: Tensor) -> None:
         if not self.encoder.vit.model.training:
             raise RuntimeError("noise is for training: call model.train() first")
+        if not self._looked and _misses_exchange(self.model):
+            warnings.warn(
+                "fastnull: several processes train, and the model of this augmentation exchanges no gradients: make the "
+                "augmentation of the wrapped model (DistributedDataParallel, or as accelerator.prepare returned it)",
+                stacklevel=3,
+            )
         with self._trusting(images):
             check_batch(self.encoder, images)
         self._looked = True
@@ -303,7 +314,15 @@ class NullspaceAugment:
         return self._bank
 
     def attach(self) -> NullspaceAugment:
-        """From now on every training forward of the model sees the noisy tokens in place of the clean ones."""
+        """From now on every training forward of the model sees the noisy tokens in place of the clean ones.
+
+        Raises:
+            RuntimeError: another augmentation is attached to the model: it would have the noise of both.
+        """
+        hooks = self.encoder.vit.model._forward_pre_hooks.values()
+        owners = [hook.owner for hook in hooks if isinstance(hook, _Hook)]
+        if any(owner is not None and owner is not self and owner._attached for owner in owners):
+            raise RuntimeError("another NullspaceAugment is attached to this model: detach() it first")
         if _is_compiled(self.model):
             warnings.warn(
                 "attaching to a compiled model: hooks are ignored where it has already run, so torch._dynamo.reset() "
@@ -530,8 +549,13 @@ class _Hook:
     def __call__(self, *args: Any) -> Any:
         return self._call(*args)
 
+    @property
+    def owner(self) -> NullspaceAugment | None:
+        """The augmentation; None where it is gone, and in a copy of the hook."""
+        return None if self._owner is None else self._owner()
+
     def _run(self, *args: Any) -> Any:
-        owner = self._owner() if self._owner is not None else None
+        owner = self.owner
         return None if owner is None else getattr(owner, self._method)(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
@@ -552,6 +576,16 @@ def _is_compiled(model: nn.Module) -> bool:
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+def _misses_exchange(model: nn.Module) -> bool:
+    """Whether gradients of this model stay in their process though there are several: the loss form calls it."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return False
+    wrapped = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+    return torch.is_grad_enabled() and not wrapped and not any(map(is_sharded, model.parameters()))
 
 
 def _check_tokens_stay(encoder: FrozenEncoder, site: str) -> None:

@@ -363,6 +363,27 @@ def test_an_error_inside_the_model_leaves_no_noise_behind(vit: NormalizedModel, 
     assert aug.step == before, "no forward of the model runs"
 
 
+def test_a_second_augmentation_is_not_attached_beside_the_first(vit: NormalizedModel, images: Tensor) -> None:
+    first, second = ready(vit, images, "random"), ready(vit, images, "random", "pixels")
+    with first:
+        vit(images)
+        with pytest.raises(RuntimeError, match="another NullspaceAugment is attached to this model"):
+            second.attach()
+        first.attach()
+    with second:
+        vit(images)
+
+
+def test_processes_that_exchange_no_gradients_are_warned_of(
+    vit: NormalizedModel, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"is_initialized": True, "get_world_size": 2, "is_available": True}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    aug = ready(vit, images, "random")
+    with pytest.warns(UserWarning, match="make the augmentation of the wrapped model"):
+        aug.loss(images, labels, F.cross_entropy)
+
+
 def test_detaching_without_a_forward_warns(vit: NormalizedModel, images: Tensor) -> None:
     aug = ready(vit, images, "random")
     with pytest.warns(UserWarning, match="no training forward of the model ran while"), aug:
@@ -458,6 +479,8 @@ def test_misuse_has_clear_errors(
             NullspaceAugment(vit, "boundary", config=config, **{name: value})
     with pytest.raises(ValueError, match=r"site 'block0' needs every token, and the model drops 30% of them"):
         NullspaceAugment(make_vit(patch_drop_rate=0.3), site="block0")
+    with pytest.raises(ValueError, match="a model with one output has none"):
+        NullspaceAugment(make_vit(num_classes=1))
     for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64):
         with pytest.raises(TypeError, match="images must be of a floating dtype"):
             NullspaceAugment(vit, "boundary").encoder.embed(images.to(dtype))
