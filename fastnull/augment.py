@@ -250,7 +250,7 @@ class NullspaceAugment:
             raise RuntimeError("noise is for training: call model.train() first")
         if not self._looked and _misses_exchange(self.model):
             warnings.warn(
-                "fastnull: several processes train, and the model of this augmentation exchanges no gradients: make the "
+                "fastnull: several processes train, and this augmentation's model exchanges no gradients: make the "
                 "augmentation of the wrapped model (DistributedDataParallel, or as accelerator.prepare returned it)",
                 stacklevel=3,
             )
