@@ -94,7 +94,7 @@ def classes_of(model: nn.Module) -> list[str] | int | None:
     network = unwrap(model.network) if isinstance(model, NormalizedModel) else model
     config = getattr(network, "config", None)
     cfg = getattr(network, "pretrained_cfg", None)
-    count = getattr(network, "num_classes", None) or getattr(config, "num_labels", None)
+    count = _outputs(network) or getattr(network, "num_classes", None) or getattr(config, "num_labels", None)
     count = count if isinstance(count, int) else None
     found = [getattr(model, "classes", None), getattr(network, "classes", None), getattr(config, "id2label", None)]
     if isinstance(cfg, Mapping):
@@ -105,6 +105,15 @@ def classes_of(model: nn.Module) -> list[str] | int | None:
         if names is not None and count in (None, len(names)):
             return names
     return count
+
+
+def _outputs(network: nn.Module) -> int | None:
+    """Outputs of a model's classifier, which may have been replaced without a word to the configuration."""
+    for name in ("classifier", "head", "fc"):
+        layer = getattr(network, name, None)
+        if isinstance(layer, nn.Linear):
+            return layer.out_features
+    return None
 
 
 def names_of(data: Any) -> list[str] | None:

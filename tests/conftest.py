@@ -12,6 +12,9 @@ from torch import Tensor
 from fastnull.compat import import_timm
 from fastnull.vit import NormalizedModel
 
+# before anything else imports torchvision, which PyPI's build beside a CPU build of torch would not survive
+import_timm()
+
 # the models here are so small that a second thread costs more than it brings
 torch.set_num_threads(1)
 

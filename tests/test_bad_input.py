@@ -333,7 +333,8 @@ def test_damaged_states(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (tmp_path / file).write_bytes((run / file).read_bytes())
     (good,) = run.glob("state-*.pt")
     state = read_state(good)
-    for wrong in [{key: value for key, value in state.items() if key != gone} for gone in state] + [{}, []]:  # type: ignore[operator]
+    parts = [{key: value for key, value in state.items() if key != gone} for gone in state if gone != "lines"]
+    for wrong in [*parts, {}, []]:  # states of earlier versions count no lines
         write_state(tmp_path / good.name, wrong)  # type: ignore[arg-type]
         assert "state" in refused(capsys, *words, "--out", tmp_path, "--resume", bar=True)
     write_state(tmp_path / good.name, state)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 from fastnull.classes import classes_of, match_classes, names_of, printable, shortened, wordnet_ids
@@ -179,3 +180,16 @@ class _Read(list):
     def __init__(self, reader: Any) -> None:
         super().__init__([None, None])
         self.reader = reader
+
+
+def test_a_replaced_head_counts_not_the_configuration() -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(num_labels=2, id2label={0: "cat", 1: "dog"})
+            self.classifier = nn.Linear(4, 2)
+
+    model = Classifier()
+    assert classes_of(model) == ["cat", "dog"]
+    model.classifier = nn.Linear(4, 10)
+    assert classes_of(model) == 10

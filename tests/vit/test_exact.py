@@ -191,6 +191,7 @@ def test_a_subclass_of_the_wrapper_is_the_model(vit: NormalizedModel, images: Te
 def test_accelerates_wrapper_changes_precision_alone(vit: NormalizedModel, images: Tensor) -> None:
     accelerate = pytest.importorskip("accelerate")
     plain = FrozenEncoder(vit)(FrozenEncoder(vit).embed(images))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # another test's precision stays else
     model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(vit)
     assert "forward" in model.__dict__
     assert own_methods(model) == []
