@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from benchmarks.attention import attention_by
 from fastnull.encoder import FrozenEncoder
 from fastnull.ops import AdamWState, adamw_step, descent_gate
-from fastnull.solvers import shared_gradient
+from fastnull.synthesis.solvers import shared_gradient
 from fastnull.vit import split
 from fastnull.vit.base import SplitViT
 

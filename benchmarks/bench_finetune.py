@@ -17,9 +17,10 @@ from benchmarks.work import ViTShape
 from fastnull.augment import NullspaceAugment
 from fastnull.bench import BenchSettings, Row
 from fastnull.distributed import Processes
-from fastnull.recipe import FinetuneConfig, make_plan
+from fastnull.finetune.config import FinetuneConfig
+from fastnull.finetune.plan import make_plan
+from fastnull.finetune.training import Training
 from fastnull.rng import generator, uniform
-from fastnull.training import Training
 from fastnull.vit import split
 
 STEPS = 3

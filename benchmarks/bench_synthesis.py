@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from benchmarks.baselines import published_synthesis
 from benchmarks.common import Case, Variant, dtypes, ratio
 from benchmarks.models import make_images, make_model, make_start, trained_digits
-from fastnull.batches import Pair
 from fastnull.bench import BenchSettings, Row
 from fastnull.encoder import FrozenEncoder
 from fastnull.synthesis import SynthesisConfig, synthesize
-from fastnull.universal import judge, scaled_to_eps
+from fastnull.synthesis.batches import Pair
+from fastnull.synthesis.universal import judge, scaled_to_eps
 
 SHARE, STEPS, BATCHES = 0.1, 40, 2
 BANK = "fastnull, one bank"

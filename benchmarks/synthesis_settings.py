@@ -25,9 +25,9 @@ from fastnull.bench import BenchSettings, format_table
 from fastnull.encoder import FrozenEncoder
 from fastnull.finetune import FinetuneConfig, finetune
 from fastnull.record import provenance
-from fastnull.solvers import norms
 from fastnull.synthesis import SynthesisConfig, synthesize, warm_start
-from fastnull.universal import judge, scaled_to_eps
+from fastnull.synthesis.solvers import norms
+from fastnull.synthesis.universal import judge, scaled_to_eps
 
 TRAINING = 9
 """Batches: the last one is what a synthesis judges its noise on, the rest of the images nobody uses."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, default_collate
 import fastnull
 from fastnull import SynthesisConfig, synthesize
 from fastnull.data import digits
-from fastnull.pixel_nullspace import PixelNullspace
+from fastnull.nullspace.pixels import PixelNullspace
 
 # after fastnull: beside a CPU build of torch it imports only then
 from torchvision.transforms import v2  # isort: skip

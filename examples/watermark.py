@@ -3,9 +3,9 @@
     python examples/watermark.py --out watermark.png
     python examples/watermark.py --checkpoint vit_small_patch32_224.safetensors --key 7
 
-A pattern drawn from the key is put into the exact nullspace of the patch embedding (fastnull.watermark), the picture is
-rounded to 8 bits as a file would be, and the mark is looked for with the right key and with a wrong one. Without a
-checkpoint the model has random weights: the nullspace is as large, only its classes mean nothing. Nothing is
+A pattern drawn from the key is put into the exact nullspace of the patch embedding (fastnull.nullspace.watermark), the
+picture is rounded to 8 bits as a file would be, and the mark is looked for with the right key and with a wrong one.
+Without a checkpoint the model has random weights: the nullspace is as large, only its classes mean nothing. Nothing is
 downloaded; the picture is scikit-image's.
 """
 
@@ -20,7 +20,7 @@ from skimage import data
 
 import fastnull
 from fastnull import PatchNullspace
-from fastnull.watermark import detect, embed, read
+from fastnull.nullspace.watermark import detect, embed, read
 
 mpl.use("Agg")
 from matplotlib import pyplot

@@ -5,31 +5,30 @@ The public names below load on first use, so that `import fastnull` and `import 
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+from fastnull.lazy import lazy_names
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "PatchNullspace": "fastnull.nullspace",
-    "FrozenEncoder": "fastnull.encoder",
-    "Noise": "fastnull.synthesis",
-    "SynthesisConfig": "fastnull.synthesis",
-    "synthesize": "fastnull.synthesis",
-    "NullspaceAugment": "fastnull.augment",
-    "FinetuneConfig": "fastnull.finetune",
-    "NormalizedModel": "fastnull.vit",
-    "create_model": "fastnull.models",
-}
+if TYPE_CHECKING:
+    from fastnull.augment import NullspaceAugment
+    from fastnull.encoder.frozen import FrozenEncoder
+    from fastnull.finetune.config import FinetuneConfig
+    from fastnull.models import create_model
+    from fastnull.noise import Noise
+    from fastnull.nullspace.patch import PatchNullspace
+    from fastnull.synthesis.config import SynthesisConfig
+    from fastnull.synthesis.run import synthesize
+    from fastnull.vit.base import NormalizedModel
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__, "fastnull.vit.base", "fastnull.noise", "fastnull.models", "fastnull.nullspace.patch",
+        "fastnull.encoder.frozen", "fastnull.synthesis.config", "fastnull.synthesis.run", "fastnull.augment",
+        "fastnull.finetune.config",
+    )  # fmt: skip
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'fastnull' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__ = [
+    "FinetuneConfig", "FrozenEncoder", "Noise", "NormalizedModel", "NullspaceAugment", "PatchNullspace",
+    "SynthesisConfig", "__version__", "create_model", "synthesize",
+]  # fmt: skip

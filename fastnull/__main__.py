@@ -2,7 +2,7 @@
 
 import sys
 
-from fastnull.cli import main
+from fastnull.cli.parser import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,15 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.batches import check_batch
 from fastnull.checks import check_choice, check_labels, check_number, trusted_values
-from fastnull.encoder import FrozenEncoder
-from fastnull.replay import Replay, use_graph
+from fastnull.distributed.sharded import is_sharded
+from fastnull.encoder.frozen import FrozenEncoder
+from fastnull.noise import Noise
 from fastnull.rng import Place, carried, generator, share_of
-from fastnull.sharded import is_sharded
-from fastnull.solvers import norms, own_noise, valid_noise
-from fastnull.starts import in_proportion, start_noise, step_sizes
-from fastnull.synthesis import Noise, SynthesisConfig, synthesize, warm_start
+from fastnull.synthesis.batches import check_batch
+from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.replay import Replay, use_graph
+from fastnull.synthesis.run import synthesize
+from fastnull.synthesis.solvers import norms, own_noise, valid_noise
+from fastnull.synthesis.starts import in_proportion, start_noise, step_sizes, warm_start
 from fastnull.vit.base import inside_frozen, logits_of
 
 MODES = ("boundary", "per_image", "universal", "random")
@@ -600,7 +602,7 @@ def _check_tokens_stay(encoder: FrozenEncoder, site: str) -> None:
 
 def __getattr__(name: str) -> Any:
     if name == "PixelNullspace":  # needs torchvision
-        from fastnull.pixel_nullspace import PixelNullspace
+        from fastnull.nullspace.pixels import PixelNullspace
 
         return PixelNullspace
     raise AttributeError(f"module 'fastnull.augment' has no attribute {name!r}")

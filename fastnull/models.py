@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.checks import as_type, check_number
-from fastnull.classes import check_names, classes_of
 from fastnull.compat import import_timm
+from fastnull.data.classes import check_names, classes_of
+from fastnull.data.view import per_channel
 from fastnull.record import provenance
 from fastnull.tensor_files import write_tensors
-from fastnull.view import per_channel
 from fastnull.vit.base import NormalizedModel, unwrap
 
 FORMAT = "fastnull model 1"
@@ -105,7 +105,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], **metadata: 
     Args:
         model: compile and DDP wrappers are removed. One that `create_model` did not make is written too (the weights
             of its network), but only its owner can build the model for them; `load_model` says so. The names of its
-            classes are written where it has them (`model.classes`, see fastnull.classes.classes_of).
+            classes are written where it has them (`model.classes`, see fastnull.data.classes.classes_of).
         path: ends in .safetensors; written beside and renamed, so a reader never sees half a file.
         metadata: anything JSON can hold, kept under `metadata` in the file.
 

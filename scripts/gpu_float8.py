@@ -19,11 +19,12 @@ import torch
 from gpu_noise import ends, relative
 from torch import Tensor, nn
 
-from fastnull.bench import ROOT, BenchSettings
+from fastnull.bench import BenchSettings
+from fastnull.bench.run import ROOT
 from fastnull.encoder import FrozenEncoder
 from fastnull.record import provenance, write_json
-from fastnull.solvers import own_gradients, shared_gradient
 from fastnull.synthesis import SynthesisConfig
+from fastnull.synthesis.solvers import own_gradients, shared_gradient
 
 sys.path.insert(0, str(ROOT))
 from benchmarks.baselines import fastnull_step

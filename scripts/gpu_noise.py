@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.bench import ROOT, BenchSettings
+from fastnull.bench import BenchSettings
+from fastnull.bench.run import ROOT
 from fastnull.encoder import FrozenEncoder
 from fastnull.record import provenance, write_json
 from fastnull.synthesis import SynthesisConfig, measure_influence, synthesize

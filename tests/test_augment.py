@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastnull.augment import MODES, NullspaceAugment
 from fastnull.encoder import FrozenEncoder
-from fastnull.objective import influence
 from fastnull.rng import Place, share_of
 from fastnull.synthesis import SynthesisConfig
+from fastnull.synthesis.objective import influence
 from fastnull.vit import SITES, NormalizedModel
 
 

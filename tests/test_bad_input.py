@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from damage import damaged
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastnull.checkpoint import read_state, write_state
 from fastnull.cli import main
+from fastnull.finetune.checkpoint import read_state, write_state
 from fastnull.models import load_model
 from fastnull.noise import Noise
+from tests.damage import damaged
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -356,7 +356,7 @@ def test_damaged_results_are_not_resumed(run: Path, tmp_path: Path, capsys: pyte
 
 
 def test_auto_augment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pictures import write_pictures
+    from tests.pictures import write_pictures
 
     pytest.importorskip("skimage")
     data = write_pictures(tmp_path / "images")
@@ -377,7 +377,7 @@ def test_other_errors_are_one_line_too(capsys: pytest.CaptureFixture[str], monke
         def broken(args: object, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr("fastnull.commands.report", broken)
+        monkeypatch.setattr("fastnull.cli.commands.report", broken)
         line = refused(capsys, "report", "x")
         assert type(error).__name__ in line
         assert line.endswith("(--debug shows where)")

@@ -25,7 +25,7 @@ from fastnull.checks import (
     is_out_of_memory,
     trusted_values,
 )
-from fastnull.recipe import FinetuneConfig
+from fastnull.finetune.config import FinetuneConfig
 from fastnull.synthesis import SynthesisConfig
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import fastnull
-from fastnull import cli
+from fastnull.cli import parser as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

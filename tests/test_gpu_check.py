@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastnull.bench import SUITES, Row, add_bench_options
+from fastnull.bench import Row, add_bench_options
+from fastnull.bench.run import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastnull.inspection import inspect_models
 from fastnull.models import create_model, load_model, read_metadata, read_state_dict, save_checkpoint
 from fastnull.nullspace import PatchNullspace
+from fastnull.nullspace.inspection import inspect_models
 from fastnull.vit import NormalizedModel
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastnull import cli
+from fastnull.cli import parser as cli
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastnull.analysis.measure import Row, controls, embedded_pairs, measured_row
-from fastnull.encoder import FrozenEncoder
-from fastnull.finetune import FinetuneConfig, finetune
+from fastnull.encoder.frozen import FrozenEncoder
+from fastnull.finetune.config import FinetuneConfig
+from fastnull.finetune.loop import finetune
 from fastnull.noise import Noise
-from fastnull.synthesis import SynthesisConfig, synthesize
+from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.run import synthesize
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """What the learned noise is scaled by."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastnull.analysis.measure import Row
-from fastnull.inspection import inspect_models
-from fastnull.nullspace import PatchNullspace
+from fastnull.data.photos import PHOTOS, load_picture
+from fastnull.nullspace.inspection import inspect_models
+from fastnull.nullspace.patch import PatchNullspace
 from fastnull.ops.common import no_autocast
-from fastnull.photos import PHOTOS, load_picture
 from fastnull.rng import generator
 from fastnull.vit import frozen, split
 

@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastnull.batches import Pair, embed_batch
-from fastnull.encoder import FrozenEncoder
-from fastnull.objective import influence
+from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.rng import generator
-from fastnull.solvers import norms, perturb
+from fastnull.synthesis.batches import Pair, embed_batch
+from fastnull.synthesis.objective import influence
+from fastnull.synthesis.solvers import norms, perturb
 
 Row: TypeAlias = dict[str, Any]
 """A line of a table: names → numbers, words or None."""

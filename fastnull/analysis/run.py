@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from fastnull.analysis import approximate, exact, spectrum, transfer
 from fastnull.analysis.measure import Row
 from fastnull.checks import check_choice, check_fields, check_images, check_number
-from fastnull.encoder import FrozenEncoder
-from fastnull.nullspace import PatchNullspace
+from fastnull.encoder.frozen import FrozenEncoder
+from fastnull.nullspace.patch import PatchNullspace
 from fastnull.record import provenance, replacing, write_json
 from fastnull.robustness.protocol import tensor_digest, weights_digest
-from fastnull.synthesis import SynthesisConfig, synthesize
+from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.run import synthesize
 
 ANALYSES = ("exact", "approximate", "spectrum", "transfer")
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from fastnull.checks import check_choice
-from fastnull.data import EMBEDDED
-from fastnull.finetune import FinetuneConfig, finetune
+from fastnull.data.sources import EMBEDDED
+from fastnull.finetune.config import FinetuneConfig
+from fastnull.finetune.loop import finetune
 from fastnull.models import create_model
 from fastnull.rng import generator
 

@@ -19,10 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastnull.analysis.measure import Row, embedded_pairs, measured_row
 from fastnull.checks import check_choice, check_number
-from fastnull.encoder import FrozenEncoder
+from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.rng import generator
 from fastnull.vit import SITES, frozen
-from fastnull.vit.base import SplitViT, as_split
+from fastnull.vit.base import SplitViT
+from fastnull.vit.split import as_split
 
 LOGITS = "logits"
 OVERSAMPLE = 8

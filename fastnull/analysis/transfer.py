@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.analysis.measure import Row, controls, embedded_pairs, measure
-from fastnull.encoder import FrozenEncoder
-from fastnull.nullspace import PatchNullspace
-from fastnull.objective import influence
+from fastnull.encoder.frozen import FrozenEncoder
+from fastnull.nullspace.patch import PatchNullspace
 from fastnull.rng import generator
-from fastnull.solvers import norms
-from fastnull.synthesis import SynthesisConfig, synthesize
+from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.objective import influence
+from fastnull.synthesis.run import synthesize
+from fastnull.synthesis.solvers import norms
 from fastnull.vit import frozen
 from fastnull.vit.base import logits_of
 

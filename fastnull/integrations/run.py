@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastnull.augment import NullspaceAugment
-from fastnull.distributed import Processes
+from fastnull.distributed.processes import Processes
 from fastnull.rng import Place
 
 MakeAugment = Callable[[Any], NullspaceAugment]

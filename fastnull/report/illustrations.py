@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.nullspace import PatchNullspace
+from fastnull.noise import Noise
+from fastnull.nullspace.patch import PatchNullspace
 from fastnull.report.document import Figure
 from fastnull.report.plots import exact_noise, influence_over_norm, token_noise
 from fastnull.rng import generator
-from fastnull.synthesis import Noise, SynthesisConfig, measure_influence, synthesize
+from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.run import measure_influence, synthesize
 from fastnull.tensor_files import write_tensors
 from fastnull.vit import frozen
 

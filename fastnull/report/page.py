@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnull.checks import as_type
-from fastnull.recipe import ATTACKS
+from fastnull.finetune.config import ATTACKS
 from fastnull.record import read_json
 from fastnull.report.claims import MEASURES, Claim, make_claims, sentences
 from fastnull.report.document import Block, Bullets, Code, Details, Figure, Heading, Paragraph, Table, write_document

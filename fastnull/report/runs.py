@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastnull.checkpoint import FREE_KEYS
 from fastnull.checks import as_type, check_choice, check_number
+from fastnull.finetune.checkpoint import FREE_KEYS
+from fastnull.finetune.config import FinetuneConfig
 from fastnull.paths import check_readable
-from fastnull.recipe import FinetuneConfig
 from fastnull.record import read_json
 from fastnull.robustness.protocol import read_result
-from fastnull.synthesis import SynthesisConfig
+from fastnull.synthesis.config import SynthesisConfig
 
 RESULTS, SETTINGS, METRICS = "results.json", "config.json", "metrics.jsonl"
 

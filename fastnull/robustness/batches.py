@@ -18,9 +18,9 @@ from torch.utils.data import (
 )
 
 from fastnull.checks import check_images
-from fastnull.image_files import BAD
+from fastnull.data.image_files import BAD
+from fastnull.data.subset import even_subset, labels_of
 from fastnull.rng import preserved
-from fastnull.subset import even_subset, labels_of
 
 
 class Batch(NamedTuple):
@@ -39,7 +39,7 @@ class EvaluationData:
         data: images [n, C, H, W] in [0, 1] and classes [n]; or a map-style data set of such pairs; or a DataLoader of
             such batches, in a fixed order.
         batch_size: of tensors and data sets; a DataLoader has its own.
-        limit: use so many images only, drawn evenly over the classes (`fastnull.subset.even_subset`).
+        limit: use so many images only, drawn evenly over the classes (`fastnull.data.subset.even_subset`).
         device: where the batches go.
         workers: processes that load a data set.
         seed: of that draw.

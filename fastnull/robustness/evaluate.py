@@ -20,7 +20,8 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastnull.checks import as_type, check_choice, check_device, check_number, is_out_of_memory
-from fastnull.classes import check_same_classes
+from fastnull.data.classes import check_same_classes
+from fastnull.data.view import View
 from fastnull.noise import Noise
 from fastnull.paths import check_output
 from fastnull.progress import progress_bar
@@ -35,7 +36,6 @@ from fastnull.robustness.metrics import Accuracy
 from fastnull.robustness.protocol import data_digest, dtype_name, normalisation, resumed, tensor_digest, weights_digest
 from fastnull.robustness.suites import FOLDER_SUITES, open_suite, suite_classes, suite_parts
 from fastnull.robustness.table import eps_name, summarize
-from fastnull.view import View
 from fastnull.vit import frozen
 
 SUITES = ("clean", *ATTACKS, "noise", "corruptions", *FOLDER_SUITES)

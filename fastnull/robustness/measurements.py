@@ -79,8 +79,8 @@ def clean_and_attacked(
 
 def noisy(model: nn.Module, noise: Noise) -> list[Measurement]:
     """The noise at its site, and its permutation."""
-    from fastnull.encoder import FrozenEncoder
-    from fastnull.solvers import perturb
+    from fastnull.encoder.frozen import FrozenEncoder
+    from fastnull.synthesis.solvers import perturb
 
     encoder = FrozenEncoder(model, site=noise.site, backend="reference")
 

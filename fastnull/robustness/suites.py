@@ -2,8 +2,9 @@
 
 Each lies in ROOT/NAME (or a link does), with a folder of images a class, named by its WordNet id (n01440764, ...); that
 of imagenet-v2 by its class number, and imagenet-c has ROOT/imagenet-c/CORRUPTION/SEVERITY/ above them, as it is
-published. Labels are the model's: where it knows the names of its classes (see fastnull.classes), WordNet ids or what
-ImageNet calls them, they decide; a model without names must have ImageNet's 1000 classes in the order of their ids.
+published. Labels are the model's: where it knows the names of its classes (see fastnull.data.classes), WordNet ids or
+what ImageNet calls them, they decide; a model without names must have ImageNet's 1000 classes in the order of their
+ids.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.checks import check_choice
-from fastnull.classes import classes_of, match_classes, wordnet_ids
 from fastnull.compat import import_timm
-from fastnull.image_files import ImageFiles, ImageFolder, is_hidden
+from fastnull.data.classes import classes_of, match_classes, wordnet_ids
+from fastnull.data.image_files import ImageFiles, ImageFolder, is_hidden
+from fastnull.data.view import View
 from fastnull.robustness.corruptions import SEVERITIES
 from fastnull.robustness.metrics import ALEXNET_ERRORS
-from fastnull.view import View
 
 
 @dataclass(frozen=True)

@@ -250,56 +250,6 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def split(model: nn.Module) -> SplitViT:
-    """Find the adapter for a model: of timm, transformers, torchvision or open_clip.
-
-    Raises:
-        TypeError: not an nn.Module.
-        ValueError: no adapter knows the model, or it has no patch embedding; the message says what is supported.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    network, _ = unwrapped(model)
-    if type(network).__module__.startswith("timm.") or hasattr(network, "_pos_embed"):
-        from fastnull.vit.timm_vit import TimmViT
-
-        if TimmViT.supports(network) and wrappers_are_plain(model):
-            return TimmViT(model)
-    # these import no library: they know its models by their classes' names
-    from fastnull.vit.open_clip_vit import OpenClipViT
-    from fastnull.vit.timm_hooked import TimmHooked
-    from fastnull.vit.torchvision_vit import TorchvisionViT
-    from fastnull.vit.transformers_vit import TransformersViT
-
-    for adapter in (TransformersViT, TorchvisionViT, OpenClipViT, TimmHooked):
-        if adapter.supports(network):
-            return adapter(model)
-    raise ValueError(
-        f"no adapter splits {type(network).__name__} into patch embedding, encoder and head. Known are timm's models "
-        "with a patch_embed, transformers' image classifiers with patches, torchvision's vit_* and open_clip's vision "
-        "towers (model.visual). For another one name its modules, fastnull.vit.HookedViT(model, patch='...', "
-        "block0='...'), or implement fastnull.vit.SplitViT (patch, prepare, encode, head), and pass that instead of "
-        "the model. Noise in pixels (site='pixels') needs no adapter"
-    )
-
-
-def as_split(model: nn.Module | SplitViT, site: str = "patch") -> SplitViT:
-    """`model` itself where it is an adapter already, else the adapter that `split` finds.
-
-    For site `pixels` a model that none knows is taken as one piece.
-    """
-    if isinstance(model, SplitViT):
-        return model
-    try:
-        return split(model)
-    except ValueError:
-        if site != "pixels":
-            raise
-        from fastnull.vit.whole import WholeModel
-
-        return WholeModel(model)
-
-
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode and no parameter gradients inside; every module's mode and every requires_grad flag as before after.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastnull.vit.base import SplitViT, split, unwrapped
+from fastnull.vit.base import SplitViT, unwrapped
 from fastnull.vit.hooked import HookedViT
+from fastnull.vit.timm_hooked import TimmHooked
+from fastnull.vit.timm_vit import TimmViT
 
 TOWERS = ("VisionTransformer", "TimmModel")
 """Classes of open_clip: its own tower, and timm's model under a projection (SigLIP)."""
@@ -23,7 +25,7 @@ class OpenClipViT(HookedViT):
         if not hasattr(network, "trunk"):
             super().__init__(model, "conv1", "ln_pre", num_prefix_tokens=1)
             return
-        trunk = split(network.trunk)
+        trunk = _split_trunk(network.trunk)
         names = {module: name for name, module in network.named_modules()}
         super().__init__(
             model, names[trunk.patch_module], _block0_name(trunk, names), num_prefix_tokens=trunk.num_prefix_tokens
@@ -42,3 +44,10 @@ def _block0_name(trunk: SplitViT, names: dict[nn.Module, str]) -> str | None:
         return names[trunk.site_module("block0")]
     except ValueError:
         return None
+
+
+def _split_trunk(trunk: nn.Module) -> SplitViT:
+    for adapter in (TimmViT, TimmHooked):
+        if adapter.supports(trunk):
+            return adapter(trunk)
+    raise ValueError(f"no adapter splits {type(trunk).__name__}, the trunk of this tower: it has no patch embedding")

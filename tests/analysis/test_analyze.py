@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnull import cli
 from fastnull.analysis import ANALYSES, AnalysisSettings, analyze, small_model, write_analysis
+from fastnull.cli import parser as cli
 from fastnull.models import create_model, save_checkpoint
 from fastnull.vit import NormalizedModel
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastnull import cli
+from fastnull.cli import parser as cli
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "analyses.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

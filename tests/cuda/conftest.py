@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import shutil
 
-import emulated
 import pytest
+
+from tests.cuda import emulated
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated import backwards, guarded, guarded_nan
 
 from fastnull import testing
 from fastnull.ops.attention import attention_dqkv_ref, attention_ref
+from tests.cuda.emulated import backwards, guarded, guarded_nan
 
 DTYPES = [torch.bfloat16, torch.float16]
 # (B, N, H, d). N: 50 = B/32, a tail of 2 in 4 tiles; 65 = a tail of 1, odd batch; 197 = B/16, two groups of key tiles;

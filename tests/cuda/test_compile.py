@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import setuptools
 import torch
-from emulated import ROOT
 
 from fastnull import _C
+from tests.cuda.emulated import ROOT
 
 ARCHITECTURES = {"sm_80", "sm_90a", "sm_100"}
 

@@ -6,7 +6,8 @@ import ctypes
 
 import pytest
 import torch
-from emulated import ROOT, backwards, build, guarded
+
+from tests.cuda.emulated import ROOT, backwards, build, guarded
 
 BUGS = {  # by their number in broken_kernels.cu
     2: "an access beyond the memory given",

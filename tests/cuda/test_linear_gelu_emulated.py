@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated import guarded, guarded_nan
 
 from fastnull import testing
 from fastnull.ops.linear_gelu import gelu_ref
+from tests.cuda.emulated import guarded, guarded_nan
 
 HALF = torch.bfloat16
 

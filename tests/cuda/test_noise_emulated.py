@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated import backwards, guarded, guarded_nan
 
 from fastnull import testing
 from fastnull.ops.noise_objective import noise_objective_ref
 from fastnull.ops.noise_step import adamw_step_ref, direct_step_ref
+from tests.cuda.emulated import backwards, guarded, guarded_nan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated import backwards, guarded, guarded_nan
 
 from fastnull import testing
 from fastnull.ops.patch_project import patch_project_ref
+from tests.cuda.emulated import backwards, guarded, guarded_nan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (B, C, H, W, p, D): p = 7 = tails everywhere, H != W; p = 5 and C = 1 = less than a step; p = 4: 160 patches,

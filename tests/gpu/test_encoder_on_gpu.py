@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from place import DEVICE, DTYPES, GPU, needs_gpu
-from test_encoder import FEATURES, cosines, exact, loud, relative
 
-from fastnull import replay
 from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
 from fastnull.ops import references
-from fastnull.replay import conditional_nodes
-from fastnull.synthesis import SynthesisConfig, measure_influence, synthesize
+from fastnull.synthesis import SynthesisConfig, measure_influence, replay, synthesize
+from fastnull.synthesis.replay import conditional_nodes
 from fastnull.vit import SITES, NormalizedModel
+from tests.encoder.test_frozen import FEATURES, cosines, exact, loud, relative
+from tests.gpu.place import DEVICE, DTYPES, GPU, needs_gpu
 
 pytestmark = needs_gpu
 Factory = Callable[..., NormalizedModel]

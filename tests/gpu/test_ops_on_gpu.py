@@ -8,13 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from place import DEVICE, DTYPES, GPU, needs_gpu, randn
 
 from fastnull import ops, testing
-from fastnull.explicit.float8 import Float8Linear
+from fastnull.encoder.explicit.float8 import Float8Linear
 from fastnull.ops.attention import attention_dqkv_ref, attention_dqkv_sdpa, attention_ref, attention_sdpa
 from fastnull.ops.linear_gelu import decode_derivative, encode_derivative, gelu_ref
 from fastnull.ops.patch_project import patch_project_ref
+from tests.gpu.place import DEVICE, DTYPES, GPU, needs_gpu, randn
 
 pytestmark = needs_gpu
 

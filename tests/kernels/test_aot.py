@@ -16,11 +16,10 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install fastnull[triton]")
 
-from ahead_of_time import Launch, compile_for, launches_of  # noqa: E402
-
 from fastnull.kernels import LAUNCHERS  # noqa: E402
 from fastnull.kernels import attention as attention_kernels  # noqa: E402
 from fastnull.kernels import layer_norm as layer_norm_kernels  # noqa: E402
+from tests.kernels.ahead_of_time import Launch, compile_for, launches_of  # noqa: E402
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from fastnull import ops, testing
 from fastnull.encoder import FrozenEncoder
-from fastnull.explicit import block
+from fastnull.encoder.explicit import block
 from fastnull.ops.linear_gelu import gelu_ref
 from fastnull.ops.linear_gelu_aux import keeps_z
 from fastnull.vit import NormalizedModel
-from tests.test_encoder import cosines, exact, loud, relative
+from tests.encoder.test_frozen import cosines, exact, loud, relative
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

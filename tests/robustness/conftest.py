@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_model import make_model
 from torch import Tensor
 
 from fastnull.vit import NormalizedModel
+from tests.robustness.small_model import make_model
 
 
 @pytest.fixture

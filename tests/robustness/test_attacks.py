@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from small_model import CLASSES, make_model
 from torch import Tensor, nn
 
 from fastnull.compat import import_timm
@@ -17,6 +16,7 @@ from fastnull.robustness import apgd, autoattack, cw_l2, fgsm, mi_fgsm, patch_at
 from fastnull.robustness.attacks.adaptive import TargetedDLR, dlr_loss
 from fastnull.robustness.attacks.base import Best
 from fastnull.vit import NormalizedModel
+from tests.robustness.small_model import CLASSES, make_model
 
 EPS = 8 / 255
 

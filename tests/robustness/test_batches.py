@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_model import CLASSES, make_model
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -28,9 +27,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from fastnull.data.subset import even_subset, labels_of
 from fastnull.robustness import evaluate
 from fastnull.robustness.batches import EvaluationData
-from fastnull.subset import even_subset, labels_of
+from tests.robustness.small_model import CLASSES, make_model
 
 COUNT = 40
 IMAGES = torch.rand(COUNT, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -213,7 +213,7 @@ def test_a_stream_needs_a_loader_and_pairs_are_tensors() -> None:
 def folder(place: Path) -> Any:
     from PIL import Image
 
-    from fastnull.image_files import ImageFiles, ImageFolder
+    from fastnull.data.image_files import ImageFiles, ImageFolder
 
     for index, label in enumerate(SORTED.tolist()):
         path = place / f"class{label}" / f"{index:03d}.png"

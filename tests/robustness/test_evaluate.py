@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import CLASSES, make_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from fastnull.data.subset import even_subset
 from fastnull.robustness import CORRUPTIONS, corrupt, evaluate, fgsm, format_table, pgd
 from fastnull.robustness.metrics import ALEXNET_ERRORS
 from fastnull.robustness.table import eps_name, summarize
-from fastnull.subset import even_subset
+from tests.robustness.small_model import CLASSES, make_model
 
 # float64 in the comparisons of batch sizes: float32 sums may differ by a bit, and a sign with it
 QUICK: dict[str, Any] = {

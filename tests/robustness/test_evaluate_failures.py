@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_model import make_model
-from test_evaluate import QUICK, Counting, make_data
 from torch import Tensor, nn
 
 from fastnull.record import remove_left_over, replacing
 from fastnull.robustness import apgd, autoattack, cw_l2, evaluate, fgsm, mi_fgsm, patch_attack, pgd
 from fastnull.vit import NormalizedModel
+from tests.robustness.small_model import make_model
+from tests.robustness.test_evaluate import QUICK, Counting, make_data
 
 CPU_MESSAGES = (
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8",

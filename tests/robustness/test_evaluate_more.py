@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from small_model import CLASSES, make_model
-from test_evaluate import QUICK, Counting, accuracy, make_data
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastnull.noise import Noise
 from fastnull.robustness import cw_l2, evaluate, fgsm, mi_fgsm, patch_attack, pgd
 from fastnull.vit import NormalizedModel
+from tests.robustness.small_model import CLASSES, make_model
+from tests.robustness.test_evaluate import QUICK, Counting, accuracy, make_data
 
 # the package's attribute of that name is the function
 MODULE = importlib.import_module("fastnull.robustness.evaluate")

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from zoo import KINDS, Kind
-
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from fastnull import PatchNullspace
 from fastnull.encoder import FrozenEncoder
 from fastnull.vit import SITES
-from fastnull.vit.base import as_split, logits_of
+from fastnull.vit.base import logits_of
 from fastnull.vit.parts import UnsupportedModelError
+from fastnull.vit.split import as_split
+from tests.vit.zoo import KINDS, Kind
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -67,7 +67,7 @@ without a classifier of its own, such as `DINOv3ViTModel`, goes into `fastnull.v
 Of an open_clip model pass `model.visual`.
 
 Commands take timm's names. `fastnull inspect` takes the others too, `torchvision:vit_b_16`, `open_clip:ViT-B-32` and
-`transformers:FOLDER` (with its config.json); in Python it is `fastnull.inspection.inspect_model(model)`.
+`transformers:FOLDER` (with its config.json); in Python it is `fastnull.nullspace.inspection.inspect_model(model)`.
 
 Another model: name its modules.
 

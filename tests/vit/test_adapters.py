@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from support_table import PAGE, images_for, missing, page, row, sites
 from torch import Tensor, nn
-from zoo import KINDS, Kind
 
 from fastnull import FrozenEncoder, PatchNullspace, SynthesisConfig, synthesize
 from fastnull.augment import NullspaceAugment
-from fastnull.explicit import ExplicitEncoder
+from fastnull.encoder.explicit.encoder import ExplicitEncoder
 from fastnull.finetune import FinetuneConfig, finetune
-from fastnull.inspection import inspect_model
+from fastnull.nullspace.inspection import inspect_model
 from fastnull.vit import HookedViT, NormalizedModel, split
-from fastnull.vit.base import as_split, logits_of
+from fastnull.vit.base import logits_of
 from fastnull.vit.parts import LiveLinear, UnsupportedModelError
+from fastnull.vit.split import as_split
+from tests.vit.support_table import PAGE, images_for, missing, page, row, sites
+from tests.vit.zoo import KINDS, Kind
 
 WRITTEN_OUT = {
     ("timm", "ViT"), ("timm", "DeiT, distilled"), ("timm", "DINOv2, registers"), ("timm", "SigLIP, average pooling"),
@@ -94,7 +95,7 @@ def test_the_written_out_encoder_is_the_model(kind: Kind, monkeypatch: pytest.Mo
     if (kind.library, kind.name) not in WRITTEN_OUT:
         with pytest.raises(UnsupportedModelError) as reason:
             as_split(model, "pixels").parts()
-        monkeypatch.setattr("fastnull.encoder._warned", set())
+        monkeypatch.setattr("fastnull.encoder.frozen._warned", set())
         with pytest.warns(UserWarning, match="runs on the reference backend: ") as said:
             assert FrozenEncoder(model.float(), site="pixels").backend == "reference"
         assert str(reason.value) in str(said[0].message)

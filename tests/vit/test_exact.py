@@ -120,7 +120,7 @@ def gap(model: nn.Module, encoder: FrozenEncoder, images: Tensor) -> float:
 def test_what_weights_do_not_tell_is_seen(
     make_vit: Callable[..., NormalizedModel], images: Tensor, change: str, site: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastnull.encoder._warned", set())
+    monkeypatch.setattr("fastnull.encoder.frozen._warned", set())
     model = make_vit(depth=3).eval()
     clean = model(images)
     live = FrozenEncoder(model, site=site)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from zoo import KINDS, Kind
 
 from fastnull.compat import import_timm
 from fastnull.distributed import Processes
+from fastnull.finetune.config import FinetuneConfig
+from fastnull.finetune.plan import make_plan
+from fastnull.finetune.training import Training
 from fastnull.models import create_model
-from fastnull.recipe import FinetuneConfig, make_plan
-from fastnull.training import Training
 from fastnull.vit import NormalizedModel
 from fastnull.vit.layers import blocks_of, layer_ids
+from tests.vit.zoo import KINDS, Kind
 
 OTHERS = [kind for kind in KINDS if kind.library in ("transformers", "torchvision")]
 TIMM = [kind for kind in KINDS if kind.library == "timm" and kind.name in ("ViT", "DINOv2, registers", "CLIP", "Swin")]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastnull.compat import import_timm
 from fastnull.vit import SITES, NormalizedModel, frozen, split, unwrap
-from fastnull.vit.base import as_split, check_site
+from fastnull.vit.base import check_site
+from fastnull.vit.split import as_split
 from fastnull.vit.timm_hooked import TimmHooked
 
 # Every branch of forward_features and forward_head that a member of the family takes. 16x16 pixels, patch 4: 16 tokens.

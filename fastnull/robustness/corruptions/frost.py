@@ -94,7 +94,7 @@ def read_pictures(folder: str | os.PathLike[str]) -> tuple[Tensor, ...]:
     Raises:
         ValueError: no such folder, none in it, or one that cannot be read.
     """
-    from fastnull.image_files import IMAGE_SUFFIXES, is_hidden, read_image
+    from fastnull.data.image_files import IMAGE_SUFFIXES, is_hidden, read_image
 
     root = Path(folder)
     if not root.is_dir():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import DEVICE, DTYPES, nan, randn
 
 from fastnull import ops, testing
 from fastnull.kernels import attention as attention_kernels
 from fastnull.ops.attention import attention_dqkv_ref, attention_ref
+from tests.kernels.interpreted.inputs import DEVICE, DTYPES, nan, randn
 
 # N: 1 = CLS alone; 50 = B/32, one tile of keys; 65 = one key over a tile of 64, in a second one of 16; 197 = /16, whole
 # rows of 256 keys or four blocks with a tail of 5; 257 = /14, 256 + 16 keys.

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import DEVICE, DTYPES
 
 from fastnull.encoder import FrozenEncoder
 from fastnull.ops import references
+from tests.kernels.interpreted.inputs import DEVICE, DTYPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import DEVICE, DTYPES, nan, randn
 
 from fastnull import ops, testing
 from fastnull.ops.linear_gelu import decode_derivative, gelu_ref
+from tests.kernels.interpreted.inputs import DEVICE, DTYPES, nan, randn
 
 KINDS = ["none", "tanh"]
 # 600 = a tile of 512 and a tail; 5 = less than a tile; 9 and 6 rows = tails of the four rows of a tile.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import DEVICE, DTYPES, nan, randn
 
 from fastnull import ops, testing
 from fastnull.ops.layer_norm import layer_norm_ref
+from tests.kernels.interpreted.inputs import DEVICE, DTYPES, nan, randn
 
 EPS = 1e-6
 # 10 and 9 rows leave a tail in tiles of 4 and 2. D: 192 = ViT-Ti, padded to 256; 768 = ViT-B, padded to 1024, next

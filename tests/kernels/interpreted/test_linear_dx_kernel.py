@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import DEVICE, DTYPES, nan, randn
 
 from fastnull import ops, testing
+from tests.kernels.interpreted.inputs import DEVICE, DTYPES, nan, randn
 
 # M, K, D: 130 and 140 = a tile of 128 and a tail; 96 = a step of 64 and a tail; 192 = whole steps, no mask.
 SIZES = [(130, 96, 140), (3, 192, 128)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DEVICE, DTYPES, randn
 
 from fastnull import ops, testing
 from fastnull.ops.noise_objective import KINDS
+from tests.kernels.interpreted.inputs import DEVICE, DTYPES, randn
 
 # K: 1000 = ImageNet, padded to 1024; 10 = padded to 16; 1 = degenerate (softmax constant).
 LOGITS = [(3, 1000), (5, 10), (2, 1)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DEVICE, DTYPES, randn
 
 from fastnull import ops, testing
 from fastnull.ops.patch_project import patch_project_ref
+from tests.kernels.interpreted.inputs import DEVICE, DTYPES, randn
 
 # (B, C, H, W, p, D): p = 7 = tails in every tile, H != W; p = 5 and C = 1, less than a tile; p = 4: 160 patches, more
 # than one tile of 128. Dropped: 14 (as 7), 16 and 32 (below, as a leak), 8 (as 4).

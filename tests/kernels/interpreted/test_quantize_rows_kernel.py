@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DEVICE, DTYPES, randn
 
 from fastnull import ops, testing
 from fastnull.ops.quantize_rows import quantize_rows_ref
+from tests.kernels.interpreted.inputs import DEVICE, DTYPES, randn
 
 if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
     pytest.skip("float8 needs a GPU of at least sm_89", allow_module_level=True)

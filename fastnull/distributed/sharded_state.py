@@ -1,0 +1,179 @@
+"""The training state of a sharded run, through torch.distributed.checkpoint (DCP): a folder, one file a process.
+
+Every process writes its shares and, on whatever number of processes, reads those of its own from the files that hold
+them. The files are safetensors: DCP's own format keeps a table of contents as a pickle, which a reader would run. What
+is not shared out (counts of steps, buffers, settings) has its place in the state file beside the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnull.distributed.processes import Processes
+from fastnull.distributed.sharded import is_sharded
+
+Tables = dict[str, dict[str, Any]]
+"""`model`, `ema` (where there is one) and `optimizer.<parameter>` → name → tensor or plain value."""
+
+
+def state_of(
+    model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is shared out, by name, and the rest: tensors and plain values, alike in all processes."""
+    tables, moments = _tables(model, average, optimizer)
+    shares = {f"{table}.{name}": value for table, name, value in _entries(tables) if is_sharded(value)}
+    rest: Tables = {table: {} for table in tables}
+    for table, name, value in _entries(tables):
+        if not is_sharded(value):
+            rest[table][name] = value
+    return shares, {"tables": rest, "param_groups": moments["param_groups"]}
+
+
+def load_state_of(
+    folder: Path,
+    rest: dict[str, Any],
+    model: nn.Module,
+    average: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    processes: Processes,
+) -> None:
+    """Take over what `state_of` gave: the shares from the folder of `write_shares`. The model need not be sharded.
+
+    Raises:
+        ValueError: the state is of another model or optimiser.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
+    tables, moments = _tables(model, average, optimizer)
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    written = reader.read_metadata().state_dict_metadata
+    targets = {f"{table}.{name}": value for table, name, value in _entries(tables)}
+    here = {f"{table}.{name}" for table, name, _ in _entries(rest["tables"])}
+    missing = sorted((written.keys() | here) ^ targets.keys())
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are only here or only in the state ({missing[0]}, ...)")
+    for name, about in written.items():
+        if about.size != targets[name].shape:
+            raise ValueError(f"{name} is {list(about.size)} in the state and {list(targets[name].shape)} here")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+            dcp.load({name: targets[name] for name in written}, storage_reader=reader, no_dist=processes.alone)
+    except CheckpointException as error:
+        raise _first_of(error) from error
+    for table, values in rest["tables"].items():
+        tables[table].update(values)
+    moments["param_groups"] = rest["param_groups"]
+    set_model_state_dict(model, tables["model"])
+    if average is not None:
+        set_model_state_dict(average, tables["ema"])
+    set_optimizer_state_dict(model, optimizer, moments)
+
+
+def load_whole_state(
+    state: dict[str, Any], model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer
+) -> None:
+    """Take over the state of a run that was not sharded: every process takes its shares of the whole tensors.
+
+    Raises:
+        KeyError, RuntimeError, ValueError: the state is of another model or optimiser.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    whole = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, state["model"], options=whole)
+    if average is not None:
+        set_model_state_dict(average, state["ema"], options=whole)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    moments = state["optimizer"]
+    named: dict[str, Any] = {
+        "state": {order[index]: values for index, values in moments["state"].items()},
+        "param_groups": [
+            {**group, "params": [order[index] for index in group["params"]]} for group in moments["param_groups"]
+        ],
+    }
+    set_optimizer_state_dict(model, optimizer, named, options=whole)
+
+
+def write_shares(folder: Path, shares: dict[str, Tensor], processes: Processes) -> dict[str, str]:
+    """Write what `state_of` gave, beside and renamed; returns the SHA-256 of each file. All processes take part.
+
+    Raises:
+        OSError: in all processes, where one could not write.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    beside = folder.with_name(f".{folder.name}.tmp")
+    processes.from_first(lambda: shutil.rmtree(beside, ignore_errors=True))
+    try:
+        dcp.save(shares, storage_writer=dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True))
+    except CheckpointException as error:
+        raise _first_of(error) from error
+    mine = sorted(os.listdir(beside))[processes.rank :: processes.world]
+    digests = processes.gathered({name: _digest(beside / name) for name in mine})
+
+    def rename() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+
+    processes.from_first(rename)
+    return {name: digest for part in digests for name, digest in part.items()}
+
+
+def check_shares(folder: Path, files: dict[str, str]) -> None:
+    """Raise ValueError unless the folder holds exactly these files, each with its SHA-256."""
+    held = sorted(os.listdir(folder)) if folder.is_dir() else []
+    if held != sorted(files):
+        raise ValueError(f"training state {folder} is not whole: it holds {len(held)} files of {len(files)}")
+    for name, digest in files.items():
+        if _digest(folder / name) != digest:
+            raise ValueError(f"training state {folder / name} is damaged: its checksum differs")
+
+
+def _tables(
+    model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer
+) -> tuple[Tables, dict[str, Any]]:
+    """The state's own tensors (moments are made where there are none yet), and the optimiser's state_dict of them."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    tables: Tables = {"model": get_model_state_dict(model)}
+    if average is not None:
+        tables["ema"] = get_model_state_dict(average)
+    return tables | {f"optimizer.{name}": values for name, values in moments["state"].items()}, moments
+
+
+def _entries(tables: Tables) -> list[tuple[str, str, Any]]:
+    return [(table, name, value) for table, values in tables.items() for name, value in values.items()]
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _first_of(error: Any) -> Exception:
+    """What went wrong in the first of the processes where something did; DCP's own error is no Exception."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    if isinstance(cause, OSError):
+        return OSError(cause.errno, f"process {rank}: {cause.strerror or cause}")
+    return RuntimeError(f"process {rank}: {cause}")

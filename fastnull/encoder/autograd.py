@@ -1,0 +1,108 @@
+"""The encoder by the model's own modules under autograd, with frozen parameters: the `reference` backend.
+
+It runs any model that an adapter splits, on any device, and is the oracle of the written-out encoder
+(fastnull.encoder.explicit), with whose methods its own agree.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastnull.distributed.sharded import Units
+from fastnull.vit.base import SplitViT, frozen
+from fastnull.vit.exact import first_difference
+
+
+class AutogradEncoder:
+    """Calls the live model where that has the dtype asked for, else a copy of it in that dtype.
+
+    Args:
+        vit: adapter of the live model.
+        dtype: of the computation.
+    """
+
+    def __init__(self, vit: SplitViT, dtype: torch.dtype) -> None:
+        self.dtype = self.compute = dtype
+        self._live = self._vit = vit
+        self._exact = True
+        if dtype != vit.projection.weight.dtype:
+            self.copy()
+
+    def copy(self) -> None:
+        """From now on call a copy of the model, which `sync` brings up to date."""
+        if self._vit is self._live:
+            self._vit = copy.deepcopy(self._live)
+            self._vit.model.to(self.dtype)
+            self._exact = first_difference(self._live.model.named_modules()) is None
+
+    @torch.no_grad()
+    def sync(self, units: Units | None = None) -> None:
+        """Bring the copy, where there is one, up to date with the live model, which may be sharded in units."""
+        if self._vit is self._live:
+            return
+        if units is None and not self._exact:
+            # such modules may keep more than weights (PEFT's active adapters, loralib's `merged`)
+            self._vit = self._live
+            self.copy()
+            return
+        mine, theirs = self._vit.model, self._live.model
+        if units is None:
+            for target, source in zip(mine.parameters(), theirs.parameters(), strict=True):
+                target.copy_(source)
+        else:
+            copies = dict(zip(theirs.modules(), mine.modules(), strict=True))
+            for unit, members in units.members.items():
+                with units.gathered(unit):
+                    for member in members:
+                        for name, source in member.named_parameters(recurse=False):
+                            getattr(copies[member], name).copy_(source)
+        for target, source in zip(mine.buffers(), theirs.buffers(), strict=True):
+            target.copy_(source)
+
+    def embed(self, images: Tensor, site: str) -> Tensor:
+        """Images [B, C, H, W] → the tensor at the site."""
+        with frozen(self._vit.model):
+            return self._vit.embed(images.to(self.dtype), site)
+
+    def logits(self, tokens: Tensor, site: str) -> Tensor:
+        """The tensor at the site → logits [B, K]."""
+        with frozen(self._vit.model):
+            return self._vit.logits(tokens.to(self.dtype), site)
+
+    def input_gradient(
+        self,
+        tokens: Tensor,
+        site: str,
+        cotangent: Callable[[Tensor, slice], Tensor],
+        by_image: bool = False,
+        sum_every: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and the gradient of Σ logits · cotangent at the site, of all images at once.
+
+        Args:
+            tokens: the tensor at the site.
+            site: which.
+            cotangent: called with logits and the images they belong to.
+            by_image: of no consequence here.
+            sum_every: sum the gradient over so many images each time, in float32 or better.
+        """
+        with frozen(self._vit.model), torch.enable_grad():
+            leaf = tokens.detach().to(self.dtype).requires_grad_(True)
+            logits = self._vit.logits(leaf, site)
+            (gradient,) = torch.autograd.grad(logits, leaf, cotangent(logits.detach(), slice(0, len(tokens))))
+        if sum_every is not None:
+            wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+            gradient = gradient.unflatten(0, (-1, sum_every)).sum(1, dtype=wide)
+        return logits.detach(), gradient
+
+    def token_shape(self, site: str) -> tuple[int, int] | None:
+        """None: the model itself says which tokens it takes."""
+        return None
+
+    def memory(self) -> dict[str, int]:
+        """Nothing is held: autograd takes its memory anew each time."""
+        return {"weights": 0, "kept": 0, "scratch": 0}

@@ -1,0 +1,80 @@
+"""A linear layer with all that lies beside it folded in, as the written-out blocks multiply by it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastnull.encoder.explicit.products import PackedProduct
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """float32, or float64 where the tensor is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class FoldedLinear:
+    """A linear whose weight [out, in] and bias [out] are buffers that `sync` fills from live parameters.
+
+    Where `packed`, the weight lies in the library's own order, once for each direction (see products.py). Such products
+    give their results in memory of their own, so `out` is room that a result may be written to, and what is returned is
+    where it is.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, packed: bool = False) -> None:
+        self._linear = linear
+        self.weight = torch.empty_like(linear.weight, dtype=dtype, requires_grad=False)
+        self.bias = torch.zeros(len(linear.weight), dtype=dtype, device=linear.weight.device)
+        self._packed = packed
+        self._product: PackedProduct | None = None
+        self._transposed: PackedProduct | None = None
+
+    def sync(self, *, before: nn.LayerNorm | None = None, rows: Tensor | None = None) -> None:
+        """Cast and fold: `before` is the norm whose affine goes in, `rows` [out] scales the output."""
+        weight = wide(self._linear.weight)
+        bias = wide(self._linear.bias) if self._linear.bias is not None else torch.zeros_like(weight[:, 0])
+        if before is not None and before.bias is not None:
+            bias = bias + weight @ wide(before.bias)
+        if before is not None and before.weight is not None:
+            weight = weight * wide(before.weight)
+        if rows is not None:
+            weight, bias = weight * wide(rows).unsqueeze(1), bias * wide(rows)
+        self.bias.copy_(bias)
+        self.store(weight)
+
+    def store(self, weight: Tensor) -> None:
+        """Take over the folded weight [out, in]."""
+        if self._packed:
+            cast = weight.to(self.bias.dtype)
+            self._product, self._transposed = PackedProduct(cast), PackedProduct(cast.t())
+            self.weight = cast.new_empty(0)
+        else:
+            self.weight.copy_(weight)
+
+    def tensors(self) -> list[Tensor]:
+        """All that is held."""
+        packed = [product.weight for product in (self._product, self._transposed) if product is not None]
+        return [self.weight, self.bias, *packed]
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [M, in] → [M, out]."""
+        if self._product is not None:
+            return self._product(x, self.bias)
+        return torch.addmm(self.bias, x, self.weight.t(), out=out)  # type: ignore[call-overload]
+
+    def without_bias(self, x: Tensor, out: Tensor) -> Tensor:
+        """x [M, in] → [M, out]."""
+        return self._product(x) if self._product is not None else torch.mm(x, self.weight.t(), out=out)
+
+    def add_to(self, residual: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        """residual [M, out] + linear(x) → [M, out]."""
+        if self._product is not None:
+            return self._product(x, self.bias, residual)
+        torch.add(residual, self.bias, out=out)
+        return out.addmm_(x, self.weight.t())
+
+    def input_gradient(self, dy: Tensor, out: Tensor | None = None) -> Tensor:
+        """dy [M, out] → dx [M, in]."""
+        if self._transposed is not None:
+            return self._transposed(dy)
+        return torch.mm(dy, self.weight, out=out)  # type: ignore[call-overload]

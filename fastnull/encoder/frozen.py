@@ -1,0 +1,349 @@
+"""The frozen encoder: logits, and the gradient of anything of the logits with respect to the tokens, never a weight's.
+
+`FrozenEncoder` is what synthesis runs hundreds of times. Its backends compute the same thing:
+    reference   the model's own modules under autograd with frozen parameters; any model with an adapter, the oracle
+    cpu         forward and input gradient written out (fastnull.encoder.explicit) on library GEMMs and the C++ ops of
+                csrc/cpu
+    cuda        the same code on cuBLAS and the Triton kernels of kernels/
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fastnull import _C
+from fastnull.checks import check_choice
+from fastnull.distributed.sharded import Held, Units, is_sharded
+from fastnull.encoder.autograd import AutogradEncoder
+from fastnull.encoder.explicit.encoder import ExplicitEncoder
+from fastnull.encoder.explicit.products import products_dtype
+from fastnull.encoder.proof import check_structure, check_values
+from fastnull.ops.attention import WIDEST_HEAD
+from fastnull.ops.common import NATIVE_DTYPES, switched_off, told, triton_problem
+from fastnull.vit.base import SplitViT, check_site
+from fastnull.vit.exact import same, snapshot
+from fastnull.vit.parts import UnsupportedModelError, ViTParts
+from fastnull.vit.split import as_split
+
+BACKENDS = ("auto", "reference", "cpu", "cuda")
+
+Cotangent: TypeAlias = "Tensor | Callable[..., Tensor | tuple[Tensor, ...]]"
+
+_warned: set[str] = set()
+
+
+class FrozenEncoder:
+    """A ViT from the noise site to the logits, in eval mode, whose weights never get a gradient.
+
+    Weights are the model's at the last `sync` (the reference backend in the model's own dtype has no copy and always
+    uses the current ones). Logits are float32 from the fast backends, whatever the compute dtype: an influence needs
+    more than bfloat16's eight bits.
+
+    Args:
+        model: a ViT (NormalizedModel, plain, compiled or DDP-wrapped), or an adapter.
+        dtype: compute dtype; None is the model's own. The fast backends have float32 and bfloat16, `cuda` also float16
+            (whose input gradients reach down to 6e-8), and `cpu`, on the ops' references, any.
+        backend: `auto` takes the fastest one for model, device and dtype, and says once why that is not the device's
+            own; `reference`, `cpu` and `cuda` force one.
+        site: `patch`, `block0` or `pixels`; see fastnull.vit.SITES.
+        mlp_dtype: torch.float8_e4m3fn multiplies in the MLPs in eight bits, forward and backward: an experiment, see
+            docs/cuda.md. It needs dtype bfloat16 and a GPU of Hopper or later; a CPU computes the same, slowly. None
+            is as everywhere else.
+
+    Attributes:
+        backend: the one in use, never `auto`.
+        dtype, site, mlp_dtype: as resolved.
+        products: dtype of the matrix products; `dtype` but for bfloat16 on a CPU that multiplies float32 faster.
+
+    Raises:
+        ValueError: unknown backend or site, a model that no adapter knows, or a forced backend that cannot run it: a
+            model on another device or on several, a part without a hand-written form (UnsupportedModelError); for
+            `cuda` also a GPU below sm_80, no Triton, float64, and heads wider than 128, which `auto` gives to torch's
+            own attention. A model that is sharded already: see `sharding`. An `mlp_dtype` that dtype, device, model or
+            backend cannot have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | SplitViT,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        site: str = "patch",
+        mlp_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._asked = check_choice("backend", backend, BACKENDS)
+        self.site = check_site(site)
+        self.vit = as_split(model, site)
+        self._model = model
+        self._units: Units | None = None
+        if any(is_sharded(parameter) for parameter in self.vit.model.parameters()):
+            raise ValueError(
+                "the model is sharded already: make the encoder (or NullspaceAugment) first, and call fully_shard "
+                "inside `with encoder.sharding():`"
+            )
+        weight = self.vit.projection.weight
+        self.dtype = dtype or weight.dtype
+        self._device = weight.device
+        self.mlp_dtype = mlp_dtype
+        self.generation = 0
+        self._choose()
+
+    def _choose(self) -> None:
+        """Take the fast encoder where it is allowed and proven, else the model's own modules."""
+        with _no_autocast(self._device):
+            explicit = _explicit(self.vit, self.dtype, self._asked, self.site, self.mlp_dtype)
+        self._encoder: ExplicitEncoder | AutogradEncoder = explicit or AutogradEncoder(self.vit, self.dtype)
+        self.backend = "reference" if explicit is None else self._device.type
+        self.products = self._encoder.compute
+        self._snapshot = snapshot(self.vit.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder's weights are."""
+        return self._device
+
+    @contextmanager
+    def sharding(self) -> Iterator[None]:
+        """Around the calls of fully_shard: of the model's blocks, and then of the model.
+
+        From then on the encoder has whole weights of its own (the reference backend a copy of the model), every process
+        all of them, and `sync` gathers one unit of the model at a time: all processes call it together.
+
+        Raises:
+            ValueError: the model was not sharded inside.
+        """
+        if isinstance(self._encoder, AutogradEncoder):
+            self._encoder.copy()
+        held = Held(self.vit.model)
+        yield
+        self._units = Units(self.vit.model, held)
+        self._snapshot = snapshot(self.vit.model, parameters=False)
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Take over the model's current weights, in place; bit for bit what a new encoder of the model has.
+
+        Where modules were replaced, wrapped or hooked since the last time, the model is split and the encoder proven
+        anew: `backend` may then be another one, and `generation` is one higher.
+
+        Raises:
+            RuntimeError: the model was moved to another device, or changed after it was sharded.
+            UnsupportedModelError: a forced backend cannot run what the model became.
+        """
+        self._check_device()
+        with _no_autocast(self._device):
+            if not self.follow():
+                self._encoder.sync(self._units)
+
+    def sync_if_changed(self) -> None:
+        """The same as `sync`: no sign of a change that torch gives is one for all optimisers."""
+        self.sync()
+
+    def follow(self) -> bool:
+        """Whether the structure of the model changed since the last look; if so, the encoder has been made anew of it.
+
+        Cheap where nothing changed: identities of modules, hooks and parameters are compared.
+        """
+        if same(snapshot(self.vit.model, parameters=self._units is None), self._snapshot):
+            return False
+        if self._units is not None:
+            raise RuntimeError(
+                "modules or hooks of the model changed after it was sharded: change it before `encoder.sharding()`"
+            )
+        if not isinstance(self._model, SplitViT):
+            self.vit = as_split(self._model, self.site)
+        self._choose()
+        self.generation += 1
+        return True
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """Images as the model takes them [B, C, H, W] → the tensor at the site: [B, N, D], [B, P + N, D] or images.
+
+        Always in `dtype`, without gradient.
+
+        Raises:
+            TypeError: images that are not of a floating dtype.
+            ValueError: of another shape, or on another device.
+            RuntimeError: the model was moved to another device.
+        """
+        self._check_images(images)
+        with _no_autocast(self._device):
+            return self._encoder.embed(images, self.site)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The tensor at the site [B, ...] → logits [B, K], without gradient.
+
+        Raises:
+            ValueError, TypeError: tokens of another shape, dtype or device.
+            RuntimeError: the model was moved to another device.
+        """
+        self._check_tokens(tokens)
+        with _no_autocast(self._device):
+            return self._encoder.logits(tokens, self.site)
+
+    def input_gradient(
+        self, tokens: Tensor, cotangent: Cotangent, *, by_image: bool = False, sum_every: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits, and the gradient of Σ logits · cotangent with respect to the tokens.
+
+        Args:
+            tokens: at the site [B, ...].
+            cotangent: [B, K], or a function of the logits that returns it, alone or first in a tuple. NaN in it gives
+                NaN in the gradient.
+            by_image: the function is called as cotangent(logits[images], images) with slices of the batch in order,
+                which it must treat image by image. The fast backends then pass the batch through in parts and keep for
+                the backward what belongs to one part: on a CPU memory stays that of 8 images (more of small models).
+                A tensor always allows that.
+            sum_every: return the gradient summed over so many images each time (in float32 or better), as a noise that
+                these images share needs it: [B / sum_every, ...]. No gradient of all images lies in memory then.
+
+        Returns:
+            logits [B, K] and the gradient in `dtype`, shaped as the tokens, or the sums.
+
+        Raises: as the call, and ValueError for a cotangent of another shape, or a `sum_every` that does not divide B.
+        """
+        self._check_tokens(tokens)
+        if sum_every is not None and (sum_every < 1 or len(tokens) % sum_every):
+            raise ValueError(f"sum_every must divide the batch of {len(tokens)} images; got {sum_every}")
+
+        def weights(logits: Tensor, images: slice) -> Tensor:
+            if isinstance(cotangent, Tensor):
+                _check_cotangent(cotangent, (len(tokens), logits.shape[1]))
+                return cotangent[images].detach().to(logits.dtype)
+            given = cotangent(logits, images) if by_image else cotangent(logits)
+            given = given[0] if isinstance(given, tuple) else given
+            _check_cotangent(given, tuple(logits.shape))
+            return given.detach().to(logits.dtype)
+
+        parts = by_image or isinstance(cotangent, Tensor)
+        with torch.no_grad(), _no_autocast(self._device):
+            return self._encoder.input_gradient(tokens.detach(), self.site, weights, parts, sum_every)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the encoder itself holds: `weights`, `kept` for the backward, `scratch`; nothing on `reference`,
+        whose memory autograd takes anew each time."""
+        return self._encoder.memory()
+
+    def _check_device(self) -> None:
+        now = self.vit.projection.weight.device
+        if now != self._device:
+            raise RuntimeError(f"the model was moved from {self._device} to {now}: make a new FrozenEncoder of it")
+
+    def _check_images(self, images: Tensor) -> None:
+        self._check_device()
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be of a floating dtype, as the model takes them; got {images.dtype}: convert pixels with "
+                "images.float() / 255"
+            )
+        if images.device != self._device:
+            raise ValueError(f"images are on {images.device}, the encoder is on {self._device}")
+        size = self.vit.image_size
+        if images.ndim != 4 or images.shape[1] != self.vit.channels or (size and tuple(images.shape[2:]) != size):
+            wanted = f"[B, {self.vit.channels}, {', '.join(map(str, size)) if size else 'H, W'}]"
+            raise ValueError(f"images must have shape {wanted}; got {list(images.shape)}")
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        self._check_device()
+        if self.site == "pixels":
+            self._check_images(tokens)
+            return
+        if not tokens.is_floating_point():
+            raise TypeError(f"tokens must be of a floating dtype; got {tokens.dtype}")
+        if tokens.device != self._device:
+            raise ValueError(f"tokens are on {tokens.device}, the encoder is on {self._device}")
+        wanted = self._encoder.token_shape(self.site)
+        if wanted is not None and tuple(tokens.shape[1:]) != wanted:
+            shape = f"[B, {', '.join(map(str, wanted))}]"
+            raise ValueError(f"tokens at site {self.site!r} must have shape {shape}; got {list(tokens.shape)}")
+
+
+def _explicit(
+    vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch", mlp_dtype: torch.dtype | None = None
+) -> ExplicitEncoder | None:
+    """The written-out encoder where the backend asks for it, model, device and dtype allow it, and it is proven."""
+    made = _written_out(vit, dtype, backend, site, mlp_dtype)
+    if made is None and mlp_dtype is not None:
+        raise ValueError(f"mlp_dtype={mlp_dtype} needs the backend 'cuda' (or 'cpu'); the model runs on 'reference'")
+    return made
+
+
+def _written_out(
+    vit: SplitViT, dtype: torch.dtype, backend: str, site: str, mlp_dtype: torch.dtype | None
+) -> ExplicitEncoder | None:
+    """`_explicit`, which may be None whatever the MLP was to have."""
+    device = vit.projection.weight.device
+    if backend == "reference" or (backend == "auto" and device.type not in NATIVE_DTYPES):
+        return None
+    if backend == "auto":
+        if switched_off() or (device.type == "cpu" and not _cpu_is_fast(dtype)):
+            return None
+    elif device.type != backend:
+        raise ValueError(f"backend {backend!r} needs a model on a device of type {backend!r}; it is on {device}")
+    try:
+        parts = _checked_parts(vit, dtype, device, backend)
+        made = ExplicitEncoder(vit, parts, dtype, products_dtype(dtype, device), mlp_dtype)
+        check_values(vit, made, site, rounded=mlp_dtype is not None)
+        return made
+    except UnsupportedModelError as reason:
+        if backend != "auto":
+            problem = f"backend {backend!r} does not support {reason}; use 'auto' or 'reference'"
+            raise UnsupportedModelError(problem) from None
+        _warn_once(f"the model runs on the reference backend: {reason} is not supported")
+        return None
+
+
+def _cpu_is_fast(dtype: torch.dtype) -> bool:
+    # without the C++ ops their references would be no faster than autograd
+    return dtype in NATIVE_DTYPES["cpu"] and _C.cpu_available()
+
+
+def _checked_parts(vit: SplitViT, dtype: torch.dtype, device: torch.device, backend: str) -> ViTParts:
+    """The parts of a model that a fast backend can run.
+
+    Raises:
+        UnsupportedModelError: it cannot; the message is a noun.
+    """
+    devices = {str(parameter.device) for parameter in vit.model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedModelError(f"a model on several devices ({', '.join(sorted(devices))})")
+    if device.type == "cuda":
+        # on their references, where the switch asks for them, the ops need neither this GPU nor Triton
+        problem = "" if switched_off() else triton_problem(device)
+        if problem:
+            told.add(device)  # by what becomes of this error
+            raise UnsupportedModelError(f"{device} ({problem})")
+        if dtype not in NATIVE_DTYPES["cuda"]:
+            raise UnsupportedModelError(f"dtype {str(dtype)[6:]} (float32, bfloat16 or float16)")
+    parts = vit.parts()
+    check_structure(vit, parts)
+    widest = max(block.proj.in_features // block.heads for block in parts.blocks)
+    if device.type == "cuda" and widest > WIDEST_HEAD:
+        if backend != "auto":
+            raise UnsupportedModelError(f"heads of {widest} (at most {WIDEST_HEAD})")
+        _warn_once(f"attention with heads of {widest} runs on torch's own operator: the kernels go to {WIDEST_HEAD}")
+    return parts
+
+
+def _check_cotangent(cotangent: Tensor, shape: tuple[int, ...]) -> None:
+    if cotangent.shape != shape:
+        raise ValueError(f"cotangent must have the logits' shape {list(shape)}; got {list(cotangent.shape)}")
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"fastnull: {message}", stacklevel=5)
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    """The dtype is this encoder's own, also inside a caller's autocast region."""
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,79 @@
+"""The proof that a written-out encoder computes what the model does: structure first, then two random images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastnull.encoder.autograd import AutogradEncoder
+from fastnull.encoder.explicit.encoder import ExplicitEncoder
+from fastnull.rng import generator
+from fastnull.vit.base import SplitViT
+from fastnull.vit.exact import first_difference
+from fastnull.vit.parts import ViTParts, need
+
+PROBES = 2
+TOLERANCES = {
+    torch.float64: (1e-9, 1e-7),
+    torch.float32: (3e-4, 3e-3),
+    torch.float16: (3e-2, 1e-1),
+    torch.bfloat16: (1e-1, 3e-1),
+}
+"""dtype → largest relative error, in L2 norm over both images, of logits and of the input gradient. Rounding leaves a
+tenth of it in deep models; what a wrong formula leaves is of the size of the values."""
+TF32 = 30
+"""Times the float32 tolerance where products may be rounded to TF32."""
+
+
+def check_structure(vit: SplitViT, parts: ViTParts) -> None:
+    """Raise UnsupportedModelError unless every module is what its class says and every part is torch's own.
+
+    Classes are looked at where the adapter is one of this package: another one answers for its model's.
+    """
+    ours = type(vit).__module__.startswith("fastnull.")
+    difference = first_difference(vit.model.named_modules(), known_classes=ours)
+    need(difference is None, str(difference))
+    parts.check()
+
+
+def check_values(vit: SplitViT, encoder: ExplicitEncoder, site: str, rounded: bool = False) -> None:
+    """Raise UnsupportedModelError unless logits and input gradient of two random images are the model's own under
+    autograd, which is asked in float32 or better.
+
+    Args:
+        vit: adapter of the live model.
+        encoder: made of it, with its current weights.
+        site: where the gradient is taken.
+        rounded: whether products are rounded to less than the encoder's dtype (8-bit MLPs): then their values are not
+            compared.
+    """
+    weight = vit.projection.weight
+    if vit.image_size is None or weight.is_meta or rounded:
+        return
+    exact = torch.float64 if encoder.dtype == torch.float64 else torch.float32
+    source = generator(0)
+    images = torch.rand(PROBES, vit.channels, *vit.image_size, generator=source).to(weight.device, exact)
+    model = AutogradEncoder(vit, exact)
+    tokens = model.embed(images, site)
+    cotangents: list[Tensor] = []
+
+    def cotangent(logits: Tensor, images: slice) -> Tensor:
+        if not cotangents:
+            cotangents.append(torch.randn(PROBES, logits.shape[1], generator=source).to(logits))
+        return cotangents[0][images].to(logits.dtype)
+
+    expected = model.input_gradient(tokens, site, cotangent)
+    own = encoder.input_gradient(encoder.embed(images, site), site, cotangent, True)
+    names = ("logits", "input gradient")
+    for name, value, wanted, tolerance in zip(names, own, expected, _tolerances(vit, encoder), strict=True):
+        error = float((value.to(exact) - wanted).norm() / wanted.norm().clamp_min(torch.finfo(exact).tiny))
+        need(error <= tolerance, f"a model whose {name} would be off by {error:.1e} of its size when written out")
+
+
+def _tolerances(vit: SplitViT, encoder: ExplicitEncoder) -> tuple[float, float]:
+    # weights are folded in float32, but for those in float64
+    folded = vit.projection.weight.dtype == torch.float64
+    dtype = torch.float32 if encoder.dtype == torch.float64 and not folded else encoder.dtype
+    logits, gradient = TOLERANCES[dtype]
+    tf32 = encoder.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 and dtype == torch.float32
+    return (TF32 * logits, TF32 * gradient) if tf32 else (logits, gradient)

@@ -1,0 +1,18 @@
+"""Experiments over several runs: comparisons at equal compute, the demo, searches for noise settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastnull.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastnull.experiments.compare import CompareSettings, run_compare
+    from fastnull.experiments.demo import DemoSettings, run_demo
+    from fastnull.experiments.noise_tuning import try_settings
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__, "fastnull.experiments.compare", "fastnull.experiments.demo", "fastnull.experiments.noise_tuning"
+    )
+
+__all__ = ["CompareSettings", "DemoSettings", "run_compare", "run_demo", "try_settings"]

@@ -1,5 +1,0 @@
-"""The encoder's forward and input gradient written out by hand, over the ops of fastnull.ops; no autograd graph."""
-
-from fastnull.explicit.encoder import ExplicitEncoder
-
-__all__ = ["ExplicitEncoder"]

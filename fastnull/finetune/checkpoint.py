@@ -1,0 +1,399 @@
+"""The folder of a run: its configuration, metrics, and the training states from which it goes on exactly.
+
+A state is one file: what torch.save writes, then a mark and the SHA-256 of all that. It is written beside and renamed,
+so a crash leaves the state before it; one that is damaged all the same is recognised, and the one before it is used.
+States hold tensors and plain values and are read with weights_only=True: a file with code in it is refused.
+What a sharded run has shared out lies in a folder beside the file, which has the checksums of the files there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnull.distributed.sharded import whole_state_dict
+from fastnull.distributed.sharded_state import check_shares
+from fastnull.finetune.logs import Log
+from fastnull.finetune.run_lock import check_unlocked, locked
+from fastnull.record import provenance, replacing, write_json
+from fastnull.tensor_files import write_tensors
+from fastnull.vit import NormalizedModel, unwrap
+
+MARK = b"fastnull-state-1"
+_DIGEST = hashlib.sha256().digest_size
+_STATE = re.compile(r"state-(\d{9})\.pt")
+_OWN_FILES = ("config.json", "metrics.jsonl", "best.safetensors", "last.safetensors")
+RUN_FILES = (*_OWN_FILES, "state-*.pt", "state-*.shares")
+"""Patterns of all that a run writes in its folder."""
+
+FREE_KEYS = frozenset(
+    {"out", "overwrite", "resume", "checkpoint_every", "keep_last", "log_every", "progress", "workers", "device"}
+    | {"label", "log", "accumulate", "channels_last", "compile", "shard", "force"}
+)
+"""Settings that a resumed run may change: they say how it runs, not what it computes. (Another kind of device, other
+parts of a batch and a compiled model round differently: the run then goes on, but not bitwise.)"""
+TIED_KEYS = frozenset({"model", "num_classes", "img_size", "opt"})
+"""Settings that a state is tied to: with another one it cannot be read, so `force` does not change them."""
+TIED_SWITCHES = frozenset({"ema_decay", "layer_decay", "weight_decay"})
+"""Settings that `force` may change, but not between on and off: a state then has other tensors, or other groups."""
+
+
+class RunFolder:
+    """Where a run writes, and where it finds what an earlier part of it wrote.
+
+    Args:
+        path: the folder; `open` makes it.
+        config: JSON-able settings of the run.
+        overwrite: remove the files of a run that is there. Nothing else in the folder is touched.
+        resume: go on with the run that is there; a folder without one starts it.
+        force: with resume, settings may differ from those that the run had; `describe` writes down which.
+
+    Attributes:
+        changed: setting → `was` and `now`.
+        run: what tells this run from all others, in config.json and in its states; None before either is there.
+
+    Raises:
+        ValueError: the folder holds a run and neither is asked for; a resumed run differs in a setting without
+            `force`, or in one that its states are tied to; another process writes there.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: dict[str, Any],
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        force: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self._config_file = self.path / "config.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out must be a folder; {self.path} is a file")
+        check_unlocked(self.path)
+        self._config, self._overwrite, self._resume, self._force = config, overwrite, resume, force
+        self.changed: dict[str, dict[str, Any]] = {}
+        self.run: str | None = None
+        self._check()
+        self._log: Log | None = None
+        self._lines = 0  # of metrics.jsonl
+
+    def _check(self) -> None:
+        held = self._held()
+        if held and not (self._overwrite or self._resume):
+            raise ValueError(
+                f"out {self.path} holds a run already: resume=True goes on with it, overwrite=True starts over"
+            )
+        if held and self._resume:
+            self._compare(self._config)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder; inside, this process alone writes there.
+
+        Raises:
+            ValueError: another process does; or the folder is no more as the constructor found it, and it would refuse.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path):
+            self._check()  # another process may have been there in the meantime
+            yield
+
+    def open(self) -> None:
+        """Make the folder, or clear it of the run that is overwritten: not before the new run is known to start."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in self._held() if self._overwrite else ():
+            file.unlink()
+        for name in (*_OWN_FILES, "state-*.pt"):  # what a killed process had not renamed yet
+            for half in self.path.glob(f".{name}.*.tmp"):
+                half.unlink()
+        for half in self.path.glob(".state-*.shares.tmp"):
+            shutil.rmtree(half)
+        for shares in self.path.glob("state-*.shares"):
+            if not shares.with_suffix(".pt").exists():  # written before it
+                shutil.rmtree(shares)
+
+    def describe(
+        self, config: dict[str, Any], device: torch.device | str, *, step: int = 0, data: Any = None, **extra: Any
+    ) -> None:
+        """Write config.json: the resolved settings and where they came from. A resumed run keeps it as it is.
+
+        Where settings have changed by `force`, the new ones go there, and what they were before under `changes`, with
+        the step from which the new ones hold; metrics.jsonl gets a line of it too.
+
+        Args:
+            config, device, extra: what is written.
+            step: that the run begins behind.
+            data: what the run learns from, as JSON: a resumed run has the same, and the same `classes` (in extra).
+
+        Raises:
+            ValueError: a resumed run has other data, without `force`.
+        """
+        before = self._written() if self._config_file.exists() else {}
+        # the same number of images of other classes is other data
+        for key, now in (("data", data), ("classes", extra.get("classes"))):
+            if before.get(key) is not None and before[key] != now:
+                self.changed[key] = {"was": before[key], "now": now}
+        self._refuse()
+        if before and not self.changed:
+            return
+        self.run = self.run or uuid.uuid4().hex
+        about = {"run": self.run, "config": config, "data": data, **extra, "provenance": provenance(device)}
+        if self.changed:
+            about["changes"] = [*before.get("changes", ()), {"step": step, "changed": self.changed}]
+        write_json(self._config_file, about)
+        if self.changed:
+            self.log({"kind": "settings", "step": step, "changed": self.changed})
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl, and send it where `log_to` says."""
+        if self._log is not None:
+            self._log(record)
+        line = json.dumps(record, allow_nan=False) + "\n"
+        self._lines += 1
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self.metrics)) from error
+
+    def log_to(self, log: Log) -> None:
+        """From now on records go there too."""
+        self._log = log
+
+    def rewind(self, step: int, epochs: Sequence[dict[str, Any]] = (), lines: int = 0) -> None:
+        """Drop the metrics after `step`, and a line that a crash cut off: the resumed run writes them again.
+
+        Where others are lost too, there is a warning, and the records of epochs come back.
+
+        Args:
+            step: of the state from which the run goes on.
+            epochs: records of epochs up to there, which the state has.
+            lines: of metrics.jsonl up to there, when the state was written.
+        """
+        if not self.metrics.exists() and not (epochs or lines):
+            return
+        kept = [record for record in self._read_metrics() if record["step"] <= step]
+        there = {record["step"] for record in kept if record.get("kind") == "epoch"}
+        lost = [record for record in epochs if record["step"] not in there]
+        if lost or len(kept) < lines:
+            back = f", those of {len(lost)} epochs come back from the training state" if lost else ""
+            count = max(lines - len(kept), len(lost))
+            warnings.warn(
+                f"{self.metrics} lacks {count} records up to step {step}{back}; the others are lost", stacklevel=2
+            )
+            kept = sorted([*kept, *lost], key=lambda record: record["step"])  # stable: as they were logged
+        with replacing(self.metrics) as beside:
+            beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._lines = len(kept)
+
+    def _read_metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; warns of a line that is none, unless it is a last one that a crash cut off."""
+        if not self.metrics.exists():
+            return []
+        *whole, rest = self.metrics.read_bytes().split(b"\n")
+        found = []
+        for number, line in enumerate([*whole, rest], start=1):
+            try:
+                record = json.loads(line)
+                if isinstance(record, dict) and type(record.get("step")) is int:
+                    found.append(record)
+                    continue
+            except ValueError:  # no JSON, or no UTF-8
+                pass
+            if number <= len(whole):
+                warnings.warn(
+                    f"{self.metrics}, line {number}, is no record with a step and is left out: {line[:80]!r}",
+                    stacklevel=3,
+                )
+        return found
+
+    def save_state(self, state: dict[str, Any], step: int, keep: int) -> Path:
+        """Write the training state of a step and remove those before it but for the newest `keep` - 1."""
+        path = state_path(self.path, step)
+        write_state(path, {**state, "run": self.run, "lines": self._lines})
+        # one of a later step, which could not be read, stays: it must not push this one out
+        for old in [other for other in self.states() if other.name <= path.name][keep:]:
+            old.unlink()
+            shutil.rmtree(old.with_suffix(".shares"), ignore_errors=True)
+        return path
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The newest training state that is whole; None where there is none at all.
+
+        Raises:
+            ValueError: there are states and none of them can be read, or the newest is of another run.
+        """
+        problems = []
+        for path in self.states():
+            try:
+                state = read_state(path)
+                if not isinstance(state, dict) or type(state.get("step")) is not int:
+                    raise ValueError(f"training state {path} holds no state with a step")
+                if "shares" in state:
+                    check_shares(path.with_suffix(".shares"), state["shares"])
+            except ValueError as error:
+                problems.append(str(error))
+                warnings.warn(f"{error}; using the state before it", stacklevel=2)
+                continue
+            if self._config_file.exists() and state.get("run") != self.run:
+                raise ValueError(
+                    f"training state {path} is of another run ({state.get('run')}) than {self._config_file} "
+                    f"({self.run}): move it to where it belongs"
+                )
+            self.run = state.get("run")
+            return state
+        if problems:
+            raise ValueError(f"no training state in {self.path} can be read: {'; '.join(problems)}")
+        return None
+
+    def weights(self) -> tuple[Path | None, Path | None]:
+        """The files of the best and the last weights, where they are."""
+        best, last = (self.path / f"{name}.safetensors" for name in ("best", "last"))
+        return best if best.exists() else None, last if last.exists() else None
+
+    def states(self) -> list[Path]:
+        """The files of training states, newest first."""
+        return sorted((path for path in self.path.glob("state-*.pt") if _STATE.fullmatch(path.name)), reverse=True)
+
+    def _held(self) -> list[Path]:
+        return [self.path / name for name in _OWN_FILES if (self.path / name).exists()] + self.states()
+
+    def _written(self) -> dict[str, Any]:
+        try:
+            written = json.loads(self._config_file.read_text(encoding="utf-8"))
+            if not isinstance(written["config"], dict):
+                raise TypeError("its config is no mapping")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self._config_file} is no configuration of a run: {error}") from error
+        return written
+
+    def _compare(self, config: dict[str, Any]) -> None:
+        """Find what has changed; raise where it may not."""
+        if not self._config_file.exists():
+            return
+        written = self._written()
+        before, self.run = written["config"], written.get("run")
+        now = json.loads(json.dumps(config))  # tuples become lists, as in the file
+        keys = sorted((before.keys() | now.keys()) - FREE_KEYS)
+        pairs = {key: {"was": before.get(key), "now": now.get(key)} for key in keys}
+        self.changed = {key: pair for key, pair in pairs.items() if pair["was"] != pair["now"]}
+        self._refuse()
+
+    def _refuse(self) -> None:
+        """Raise where something has changed without force, or something that a state is tied to."""
+        tied = {
+            key: pair
+            for key, pair in self.changed.items()
+            if key in TIED_KEYS or (key in TIED_SWITCHES and bool(pair["was"]) != bool(pair["now"]))
+        }
+        if tied:
+            raise ValueError(
+                f"cannot resume {self.path}, whose states are tied to {_listed(tied)}: a new run can start from its "
+                "weights (checkpoint)"
+            )
+        if self.changed and not self._force:
+            raise ValueError(
+                f"cannot resume {self.path} with other settings: {_listed(self.changed)}. force=True goes on with the "
+                "new ones"
+            )
+
+
+def _listed(changed: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(f"{key} (was {pair['was']!r}, now {pair['now']!r})" for key, pair in changed.items())
+
+
+def state_path(folder: str | os.PathLike[str], step: int) -> Path:
+    """The file of a run's training state; shares of a sharded one lie in the folder of that name with .shares."""
+    return Path(folder) / f"state-{step:09d}.pt"
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a training state with its checksum, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    with replacing(path) as beside, open(beside, "wb") as file:
+        file.write(payload)
+        file.write(MARK)
+        file.write(hashlib.sha256(payload).digest())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what `write_state` wrote.
+
+    Raises:
+        ValueError: truncated, damaged, of another program, or with something in it that is no tensor or plain value.
+    """
+    size = path.stat().st_size - len(MARK) - _DIGEST
+    with open(path, "rb") as file:
+        payload = file.read(max(0, size))
+        mark, digest = file.read(len(MARK)), file.read(_DIGEST)
+    if mark != MARK:
+        raise ValueError(f"training state {path} is truncated or was not written by fastnull")
+    if hashlib.sha256(payload).digest() != digest:
+        raise ValueError(f"training state {path} is damaged: its checksum differs")
+    try:
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(f"training state {path} cannot be read: {error}") from error
+
+
+def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The whole weights of a sharded model as `save_weights` takes them, in the first process; all call it."""
+    return whole_state_dict(_network(model))
+
+
+def save_weights(model: nn.Module, path: Path, weights: dict[str, Tensor] | None = None, **about: Any) -> None:
+    """Write a model's weights as safetensors: with what rebuilds it where `create_model` made it, else alone.
+
+    The names are those of the network inside a NormalizedModel, as timm has them. `weights` are written instead of the
+    model's own: those that `gathered_weights` gave.
+    """
+    model = unwrap(model)
+    network = _network(model)
+    with _state_dict_is(network, weights):
+        if hasattr(model, "recipe"):
+            from fastnull.models import save_checkpoint
+
+            save_checkpoint(model, path, **about)
+        else:
+            _save_alone(network, path, about)
+
+
+@contextmanager
+def _state_dict_is(network: nn.Module, weights: dict[str, Tensor] | None) -> Iterator[None]:
+    """Inside, the network's state_dict has these tensors in place of its own."""
+
+    def put(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+        state.update(weights or {})
+
+    handle = network.register_state_dict_post_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _save_alone(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
+    write_tensors(path, network.state_dict(), {"about": json.dumps(about)})
+
+
+def _network(model: nn.Module) -> nn.Module:
+    model = unwrap(model)
+    return unwrap(model.network) if isinstance(model, NormalizedModel) else model

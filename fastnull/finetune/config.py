@@ -1,0 +1,264 @@
+"""FinetuneConfig: what is trained, on what, with which augmentation; and what a step of it costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from fastnull.augment import DEFAULTS, SHARES
+from fastnull.checks import check_choice, check_fields, check_number
+from fastnull.encoder.frozen import BACKENDS
+from fastnull.finetune.logs import LOGS
+from fastnull.synthesis.config import SynthesisConfig
+from fastnull.vit import SITES
+
+AUGMENTS = ("none", "random", "universal", "per_image", "boundary", "adversarial", "trades")
+"""`none` trains on clean images alone; `random`, `adversarial` (PGD after Madry) and `trades` are controls; the others
+are fastnull.augment's."""
+ATTACKS = ("adversarial", "trades")
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of FinetuneConfig with its documentation, which the command line shows too."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """A finetuning run. Every field is documented beside it; `fields(FinetuneConfig)` carry the text as metadata.
+
+    Raises:
+        TypeError: a value of another type than the field's (NumPy's numbers pass); the message names the field.
+        ValueError: a value that is not allowed; the message names the field.
+    """
+
+    # the model
+    model: str = option("vit_digits", "timm model, vit_digits or vit_photos")
+    num_classes: int | None = option(None, "classes of the head; none: those of the data")
+    pretrained: bool = option(False, "start from timm's pretrained weights")
+    checkpoint: str | None = option(None, "file of weights to start from (.safetensors, .pth)")
+    img_size: int | None = option(None, "height and width in pixels; none: the model's own")
+    drop_path: float = option(0.0, "probability that a sample skips a residual branch in the last block")
+
+    # the data
+    data: str = option(
+        "digits", "digits, photos, a folder with train/ and val/ (one folder a class), or torch/... or hfds/..."
+    )
+    data_dir: str | None = option(None, "where timm keeps the data set")
+    download: bool = option(False, "let timm download the data set")
+    train_ratio: float = option(1.0, "share of the training images seen in an epoch, drawn anew each time (0, 1]")
+    val_fraction: float = option(0.1, "share of the training images held out to choose the best epoch [0, 1)")
+    val_seed: int = option(0, "seed of that choice, apart from `seed` so that runs share it")
+    workers: int = option(0, "processes that load images; 0 loads in the main one")
+    crop_scale: float = option(0.08, "image files: least area of the random crop, as a share of the image (0, 1]")
+    hflip: float = option(0.5, "image files: probability of a horizontal flip")
+    color_jitter: float = option(0.4, "image files: strength of the colour jitter; off where auto_augment is on")
+    auto_augment: str | None = option(None, "image files: timm's policy, such as rand-m9-mstd0.5-inc1")
+    reprob: float = option(0.0, "image files: probability of random erasing, with noise in place of pixels")
+
+    # the augmentation
+    augment: str = option("boundary", f"one of {', '.join(AUGMENTS)}")
+    site: str = option("patch", "where noise is added: patch, block0 or pixels")
+    noise_share: float | None = option(
+        None,
+        "share of a batch that is noisy (or attacked), every image seen once; 0: each is seen clean and noisy; "
+        "none: default",
+    )
+    eps: float | None = option(None, "influence aimed at; none: the default of augmentation and site")
+    objective: str | None = option(
+        None, "what the noise keeps (or boundary: moves) of the logits: l2, l2_squared or prediction; none: default"
+    )
+    limit: float | None = option(None, "the noise starts in U(-limit, limit), token units or pixels; none: default")
+    limit_spread: float | None = option(
+        None, "each image's limit is drawn from U((1 - spread) limit, limit); none: default [0, 1]"
+    )
+    smooth_limit: float | None = option(
+        None, "site pixels: strength of a smooth field added to each image's starting noise, in pixels; none: default"
+    )
+    noise_contrast: float | None = option(
+        None, "site pixels: contrast of an image that limits and step are for, in proportion for others; none: default"
+    )
+    noise_lr: float | None = option(None, "universal, per_image: learning rate of AdamW on the noise; none: default")
+    noise_step_size: float | None = option(
+        None, "boundary: length of an update, token units or pixels; none: 0.1 of the start's norm, 12/255 in pixels"
+    )
+    noise_step_spread: float | None = option(
+        None, "boundary: each image's step is drawn from U((1 - spread) step, step); none: default [0, 1]"
+    )
+    noise_steps: int | None = option(None, "updates of the noise; none: default (universal: rounds x their batches)")
+    rounds: int = option(3, "universal: rounds through the training batches in a refresh")
+    image_ratio: float = option(0.1, "universal: share of the training batches that a round uses (0, 1]")
+    noise_preset: str | None = option(None, "universal: published constants to start from: finetune, first, single_gpu")
+    backend: str = option("auto", "of the frozen encoder")
+    attack_eps: float = option(8 / 255, "adversarial, trades: radius of the L-infinity ball, pixels in [0, 1]")
+    attack_steps: int = option(10, "adversarial, trades: steps of PGD, from a random start")
+    attack_step_size: float = option(2 / 255, "adversarial, trades: step of PGD, pixels in [0, 1]")
+    trades_beta: float = option(6.0, "trades: weight of the divergence between the clean and the attacked view")
+    mixup: float = option(0.0, "alpha of Mixup; 0 is off")
+    cutmix: float = option(0.0, "alpha of CutMix; 0 is off, with mixup one of both is drawn a batch")
+    smoothing: float = option(0.0, "label smoothing [0, 1)")
+
+    # the optimisation
+    epochs: int = option(20, "epochs; ignored where compute_budget is given")
+    compute_budget: float | None = option(
+        None, "cost of the training in forward passes for each training image (a clean epoch is 3); sets the steps"
+    )
+    batch_size: int = option(64, "images a step, over all processes")
+    accumulate: int = option(1, "equal parts in which a process takes its images of a step, to save memory")
+    opt: str = option("adamw", "timm optimiser")
+    lr: float = option(5e-4, "highest learning rate")
+    min_lr: float = option(0.0, "learning rate at the end")
+    weight_decay: float = option(0.05, "weight decay, not on biases and norms")
+    sched: str = option("cosine", "learning rate over the steps: cosine or constant")
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up, part of the epochs")
+    layer_decay: float | None = option(None, "factor on the learning rate from each layer to the one below (0, 1]")
+    clip_grad: float | None = option(None, "largest L2 norm of the gradient")
+    ema_decay: float | None = option(None, "decay of the averaged weights, warmed up as 1 - (1 + step)^(-2/3)")
+
+    # the run
+    device: str | None = option(None, "torch device; none: cuda where there is one, else cpu")
+    amp: str | None = option(None, "autocast dtype: bfloat16 or float16; none computes in the weights' own")
+    channels_last: bool = option(
+        False, "images, and (unless sharded) weights of convolutions, in torch's channels_last memory format"
+    )
+    shard: bool = option(False, "share weights, gradients and moments out over the processes (FSDP2), not only images")
+    compile: bool = option(False, "train through torch.compile")
+    seed: int = option(0, "of everything random but the held-out images")
+    label: str | None = option(None, "what reports call the run; none: augmentation and site")
+    out: str | None = option(None, "folder for weights, metrics and training state; none writes nothing")
+    overwrite: bool = option(False, "start over in a folder that holds a run")
+    resume: bool = option(False, "go on with the run in the folder")
+    force: bool = option(False, "with resume: take over settings that differ from the run's")
+    checkpoint_every: int | None = option(None, "steps between training states; none: one an epoch")
+    keep_last: int = option(2, "training states that are kept")
+    log_every: int = option(10, "steps between lines in metrics.jsonl")
+    log: str | None = option(None, "where metrics go besides metrics.jsonl: tensorboard, wandb, trackio or mlflow")
+    progress: bool = option(True, "show a progress bar")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_choice("augment", self.augment, AUGMENTS)
+        check_choice("site", self.site, SITES)
+        check_choice("backend", self.backend, BACKENDS)
+        check_choice("sched", self.sched, ("cosine", "constant"))
+        if self.amp is not None:
+            check_choice("amp", self.amp, ("bfloat16", "float16"))
+        if self.log is not None:
+            check_choice("log", self.log, LOGS)
+            if self.out is None:
+                raise ValueError("log needs a folder too: give out")
+        for name, low, high, exclusive in _RANGES:
+            value = getattr(self, name)
+            if value is not None:
+                check_number(name, value, low, high, exclusive=exclusive)
+        for name in _BELOW_ONE:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must be >= 0 and < 1; got {value!r}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr must be <= lr ({self.lr:g}); got {self.min_lr:g}")
+        if self.mixing and self.batch_size % 2:
+            raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images; got {self.batch_size}")
+        if self.noise_preset is not None and self.augment != "universal":
+            raise ValueError(f"noise_preset is for augment='universal'; got augment={self.augment!r}")
+        if self.noise_share and self.augment in ("none", "trades"):
+            raise ValueError(
+                f"noise_share is for augmentations of one view: {self.augment!r} "
+                + ("has no noise" if self.augment == "none" else "compares two")
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("give either resume or overwrite, not both")
+        if self.force and not self.resume:
+            raise ValueError("force is for resume: the run goes on with other settings")
+        if (self.resume or self.overwrite) and self.out is None:
+            raise ValueError("resume and overwrite need a folder: give out")
+
+    @classmethod
+    def published(cls, name: str = "vit_s", **changes: Any) -> FinetuneConfig:
+        """The published recipe: about 800 steps of universal noise, ε 0.03, limit 3, on 0.4 % of ImageNet an epoch.
+
+        The published global batch is 128 (8 a device). The checkpoints are the ones that timm 0.4 had under these
+        names; which one was used is not stated. `data`, `out` and `device` are for the caller to add.
+
+        Args:
+            name: `vit_s`, `vit_b`: those runs; `madry`: the adversarial baseline of ViT-S, PGD-10 at 8/255.
+            changes: fields to change.
+        """
+        small, base = (f"vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("small", "base"))
+        common = cls(
+            model=small, pretrained=True, data="torch/imagenet", train_ratio=0.004, epochs=20, lr=1e-5, min_lr=1e-6,
+            augment="universal", noise_preset="finetune", rounds=3, image_ratio=0.1,
+        )  # fmt: skip
+        regularised: dict[str, Any] = {
+            "batch_size": 128, "weight_decay": 0.05, "drop_path": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
+            "auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "amp": "float16",
+        }  # fmt: skip
+        presets: dict[str, dict[str, Any]] = {
+            "vit_s": regularised,
+            "vit_b": {**regularised, "model": base},
+            "madry": {"augment": "adversarial", "noise_preset": None, "weight_decay": 1e-4, "color_jitter": 0.0},
+        }
+        return replace(common, **{**presets[check_choice("preset", name, presets)], **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FinetuneConfig:
+        """The inverse of `to_dict`. Raises ValueError that names unknown fields."""
+        known = [entry.name for entry in fields(cls)]
+        for name in values:
+            check_choice("field", name, known)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, JSON-able."""
+        return asdict(self)
+
+    @property
+    def mixing(self) -> bool:
+        """Whether Mixup or CutMix is on."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def share(self) -> float:
+        """`noise_share`, or its default."""
+        if self.noise_share is None:
+            return SHARES.get((self.augment, self.site == "pixels"), 0.0)
+        return self.noise_share
+
+    def synthesis(self) -> SynthesisConfig | None:
+        """The settings of NullspaceAugment; None where the augmentation is none of its modes."""
+        if self.augment in ("none", *ATTACKS):
+            return None
+        asked: dict[str, Any] = {
+            "eps": self.eps, "limit": self.limit, "lr": self.noise_lr, "steps": self.noise_steps,
+            "step_size": self.noise_step_size, "step_spread": self.noise_step_spread, "limit_spread": self.limit_spread,
+            "objective": self.objective, "smooth_limit": self.smooth_limit,
+            "contrast": self.noise_contrast,
+        }  # fmt: skip
+        asked = {name: value for name, value in asked.items() if value is not None}
+        asked |= {"site": self.site, "rounds": self.rounds, "image_ratio": self.image_ratio, "seed": self.seed}
+        if self.noise_preset is not None:
+            return SynthesisConfig.published(self.noise_preset, **asked)
+        # `random` is no synthesis: only its limits are used
+        mode = "boundary" if self.augment == "random" else self.augment
+        return SynthesisConfig(mode=mode, **{**DEFAULTS[self.augment, self.site == "pixels"], **asked})
+
+
+_RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
+    # field, least, greatest, whether the least is excluded
+    ("num_classes", 1, None, False), ("img_size", 1, None, False), ("epochs", 1, None, False),
+    ("batch_size", 1, None, False), ("accumulate", 1, None, False),
+    ("noise_steps", 1, None, False), ("noise_step_size", 0, None, True), ("rounds", 1, None, False),
+    ("attack_steps", 1, None, False), ("trades_beta", 0, None, False),
+    ("checkpoint_every", 1, None, False), ("keep_last", 1, None, False),
+    ("log_every", 1, None, False), ("workers", 0, None, False), ("train_ratio", 0, 1, True),
+    ("crop_scale", 0, 1, True), ("hflip", 0, 1, False), ("color_jitter", 0, None, False), ("reprob", 0, 1, False),
+    ("noise_share", 0, 1, False), ("eps", 0, 2, True), ("limit", 0, None, False), ("image_ratio", 0, 1, True),
+    ("limit_spread", 0, 1, False), ("noise_step_spread", 0, 1, False), ("smooth_limit", 0, None, False),
+    ("noise_contrast", 0, None, False),
+    ("noise_lr", 0, None, True),
+    ("attack_eps", 0, 1, True), ("attack_step_size", 0, 1, True), ("mixup", 0, None, False),
+    ("cutmix", 0, None, False), ("compute_budget", 0, None, True), ("lr", 0, None, True), ("min_lr", 0, None, False),
+    ("weight_decay", 0, None, False), ("warmup_epochs", 0, None, False), ("layer_decay", 0, 1, True),
+    ("clip_grad", 0, None, True),
+)  # fmt: skip
+_BELOW_ONE = ("drop_path", "val_fraction", "smoothing", "ema_decay")

@@ -1,0 +1,103 @@
+"""What a finetuning run would be: its model, nullspace, memory, steps and cost, before anything starts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from fastnull.data.image_files import to_pixels
+from fastnull.distributed.processes import Processes
+from fastnull.encoder.frozen import FrozenEncoder
+from fastnull.finetune.config import FinetuneConfig
+from fastnull.finetune.loop import Prepared, prepare
+from fastnull.finetune.plan import make_plan, views_of
+from fastnull.nullspace.inspection import format_table, inspect_model
+from fastnull.rng import preserved
+
+
+def dry_run(config: FinetuneConfig) -> str:
+    """Lines for a person. Opens the data and makes the model on the CPU; trains and writes nothing.
+
+    Where a torch.distributed group exists, of a run of all its processes.
+
+    Raises: as `finetune`, for everything that it would refuse before its first step.
+    """
+    processes = Processes()
+    with preserved():
+        prepared = prepare(config, torch.device("cpu"))
+        return _described(config, prepared, processes)
+
+
+def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes) -> str:
+    model, train = prepared.model, prepared.train
+    plan = make_plan(config, len(train), processes.world)
+    views = views_of(config)
+    images = plan.batch_size // (processes.world * config.accumulate)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    copies = 4 + (config.ema_decay is not None)  # weights, gradients, two moments
+    shares = processes.world if config.shard else 1
+    encoder = _encoder(model, config, sharded=shares > 1)
+    image = to_pixels(train[0][0].unsqueeze(0))
+    # autocast keeps copies of the weights too, once: two images tell them from what an image takes
+    once, twice = (_kept(model, image.expand(count, -1, -1, -1), config) for count in (1, 2))
+    kept = once + (images * views - 1) * (twice - once)
+    synthesis = plan.step_cost - 3 * views
+    lines = [
+        f"model      {config.model}: {parameters:,} parameters, {prepared.num_classes} classes",
+        f"data       {config.data}: {len(train)} training images, "
+        f"{0 if prepared.validation is None else len(prepared.validation)} held out",
+        f"steps      {plan.steps} of {plan.batch_size} images in {plan.epochs} epochs"
+        f" ({processes.world} processes x {config.accumulate} parts of {images})",
+        f"cost       {plan.total_cost:,} forward passes of an image at most",
+        f"synthesis  {synthesis} of {plan.step_cost} forward passes an image a step"
+        + (f"; at most {plan.refresh_cost:,} an epoch for the universal noise" if plan.refresh_cost else ""),
+        f"memory     {_size(copies * held // shares)} for weights, gradients, two moments"
+        f"{' and an average' * (copies > 4)}{f' (a share of {shares})' if shares > 1 else ''}; "
+        f"{_size(kept)} kept for the backward pass; {_size(encoder)} of weights in the synthesis's encoder "
+        "(estimates, of one process)",
+        "",
+    ]
+    weights = config.checkpoint or ("pretrained" if config.pretrained else "random")
+    table = format_table([{**inspect_model(model, config.model), "weights": weights}])
+    return "\n".join([*lines, table.rstrip("\n"), ""])
+
+
+def _encoder(model: nn.Module, config: FinetuneConfig, *, sharded: bool) -> int:
+    """Bytes of the weights that the synthesis has of its own; the reference backend copies a model only if it must."""
+    if config.augment not in ("boundary", "per_image", "universal"):
+        return 0
+    backend = "auto" if config.backend == "cuda" else config.backend  # here is the CPU
+    dtype = getattr(torch, config.amp) if config.amp else None
+    encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
+    copied = sharded or encoder.dtype != next(model.parameters()).dtype
+    if encoder.backend == "reference" and copied:
+        return sum(parameter.numel() for parameter in model.parameters()) * encoder.dtype.itemsize
+    return encoder.memory()["weights"]
+
+
+def _kept(model: nn.Module, images: Tensor, config: FinetuneConfig) -> int:
+    """Bytes that autograd keeps of images [B, C, H, W], the model's own weights apart."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    def unpack(value: Tensor) -> Tensor:
+        return value
+
+    dtype = getattr(torch, config.amp) if config.amp else None
+    with saved_tensors_hooks(pack, unpack), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        logits = model.train()(images)  # as long as they live, so does what is kept, and no address comes twice
+    kept = sum(seen.values())
+    del logits
+    return kept
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

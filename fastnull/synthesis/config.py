@@ -1,0 +1,172 @@
+"""SynthesisConfig: how noise is made, and what each setting allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastnull.checks import check_choice, check_fields, check_number
+from fastnull.synthesis.objective import OBJECTIVES, PREDICTION
+from fastnull.vit.base import SITES
+
+MODES = ("universal", "per_image", "boundary")
+MOST_NOISES = 100_000
+"""In a bank. Each costs a pass over every batch of images in every step."""
+ON_UNMET = ("keep", "scale", "raise")
+SCHEDULES = ("cosine", "constant", "published")
+SOLVERS = ("gauss_newton", "adamw")
+LR = 0.1
+STOPS = ("check", "batch", "never")
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """How noise is made. Lengths are in the units of the site: token units, or pixels in [0, 1].
+
+    Attributes:
+        mode: `universal`, `per_image` or `boundary`.
+        site: `patch`, `block0` or `pixels`.
+        count: universal: number M of noises in the bank.
+        limit: the start is drawn from U(−limit, limit).
+        limit_spread: each start has a limit of its own, drawn from U((1 − spread)·limit, limit).
+        smooth_limit: in pixels: a smooth field of up to this strength is added to each start, see
+            fastnull.synthesis.starts.
+        contrast: in pixels, boundary or per_image: start and step are for images of this contrast (standard deviation
+            of an image's values) and in proportion for others, see fastnull.synthesis.starts.in_proportion; 0: alike
+            for all.
+        eps: the influence that a noise may have.
+        solver: universal: `gauss_newton` takes the change of every image's probabilities for itself, see
+            fastnull.synthesis.gauss_newton; `adamw` follows the gradient of the mean distance between logits
+            (published). None is adamw where one of its settings is given (lr, weight_decay, another objective than l2),
+            else gauss_newton.
+        radius: gauss_newton: longest step, as a share of the noise's norm.
+        objective: `l2` or `l2_squared` distance between logits (adamw; in the other modes too), or (boundary)
+            `prediction`: the cross entropy against the class predicted without noise.
+        log_norm_weight: λ of the objective's −λ·log‖v‖ (paper, Eq. 6); 0 leaves it out.
+        lr, weight_decay: of AdamW on the noise (universal, per_image); lr None is 0.1.
+        steps: most updates a noise gets; None is rounds × the batches of a round (universal) or 30 (others).
+        rounds: universal: how often the batches are gone through.
+        image_ratio: universal: share of the batches that a round uses.
+        schedule: of lr or radius. `cosine` decays over the steps that run; `published` has the published code's period,
+            rounds × all batches, of which only image_ratio runs (so it barely decays); or `constant`.
+        stop: universal: `check` stops where the influence on the check images is below ε, `batch` where that on the
+            current minibatch is (published), `never` runs all steps.
+        on_unmet: what happens to a noise that never met ε: `keep` reports it, `scale` bisects its scale to ε, `raise`.
+        step_size: boundary: of one step; None is 0.1 × the mean norm of the start at the token sites, 4/255 in pixels.
+        step_spread: boundary: each noise has a step of its own, drawn from U((1 − spread)·step_size, step_size).
+        keep: universal: keep clean tokens and logits of the first round on the device for the later ones, where half of
+            a GPU's free memory holds them (else a warning). None does so for sequences, True for what a loader gave too
+            (the later rounds then see the images of the first, in its order), False never.
+        warm: universal: share of the last bank in the start of NullspaceAugment.refresh; the rest is fresh.
+        growing: universal: start with an eighth of each batch, and double it whenever all noises meet ε on theirs.
+        final_scale: universal: afterwards scale each noise, up or down, until its influence on the check images is just
+            below ε.
+        graph: run steps in a CUDA graph; None does so on the cuda backend. The host then learns after 8 to
+            15 steps that a noise met ε; with stop="check" the noise goes on until then.
+        seed: of the start.
+    """
+
+    mode: str = "universal"
+    site: str = "patch"
+    count: int = 1
+    limit: float = 3.0
+    limit_spread: float = 0.0
+    smooth_limit: float = 0.0
+    contrast: float = 0.0
+    eps: float = 0.03
+    objective: str = "l2"
+    log_norm_weight: float = 0.0
+    solver: str | None = None
+    radius: float = 0.1
+    lr: float | None = None
+    weight_decay: float = 0.0
+    steps: int | None = None
+    rounds: int = 3
+    image_ratio: float = 1.0
+    schedule: str = "cosine"
+    stop: str = "check"
+    on_unmet: str = "keep"
+    step_size: float | None = None
+    step_spread: float = 0.0
+    keep: bool | None = None
+    warm: float = 0.0
+    growing: bool = False
+    final_scale: bool = False
+    graph: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, allowed in (
+            ("mode", MODES),
+            ("site", SITES),
+            ("objective", OBJECTIVES),
+            ("schedule", SCHEDULES),
+            ("stop", STOPS),
+            ("on_unmet", ON_UNMET),
+        ):
+            check_choice(name, getattr(self, name), allowed)
+        check_number("eps", self.eps, 0, 2, exclusive=True)
+        for name in ("limit", "smooth_limit", "contrast"):
+            check_number(name, getattr(self, name), 0)
+        for name in ("smooth_limit", "contrast"):
+            if getattr(self, name) and self.site != "pixels":
+                raise ValueError(f"{name} is for site 'pixels'; got site={self.site!r}")
+        if self.contrast and self.mode == "universal":
+            raise ValueError("contrast is for noise of an image's own; mode 'universal' has one for all")
+        if self.objective == PREDICTION and self.mode != "boundary":
+            raise ValueError(f"objective {PREDICTION!r} is for mode 'boundary'; got mode={self.mode!r}")
+        for name in ("limit_spread", "step_spread"):
+            check_number(name, getattr(self, name), 0, 1)
+        check_number("warm", self.warm, 0, 1)
+        check_number("radius", self.radius, 0, exclusive=True)
+        if self.lr is not None:
+            check_number("lr", self.lr, 0, exclusive=True)
+        check_number("image_ratio", self.image_ratio, 0, 1, exclusive=True)
+        for name in ("weight_decay", "log_norm_weight"):
+            check_number(name, getattr(self, name), 0)
+        check_number("count", self.count, 1, MOST_NOISES)
+        check_number("rounds", self.rounds, 1)
+        if self.steps is not None:
+            check_number("steps", self.steps, 1)
+        if self.step_size is not None:
+            check_number("step_size", self.step_size, 0, exclusive=True)
+        if self.solver is not None:
+            check_choice("solver", self.solver, SOLVERS)
+        if self.solver == "gauss_newton" and self._asks_for_adamw:
+            raise ValueError("lr, weight_decay and objective are settings of solver 'adamw'; 'gauss_newton' has radius")
+
+    @property
+    def _asks_for_adamw(self) -> bool:
+        return self.lr is not None or self.weight_decay > 0 or self.objective != "l2"
+
+    @property
+    def rule(self) -> str:
+        """The solver in use: `gauss_newton` or `adamw`."""
+        if self.mode != "universal":
+            return "adamw"
+        return self.solver or ("adamw" if self._asks_for_adamw else "gauss_newton")
+
+    @property
+    def rate(self) -> float:
+        """What the schedule starts from: lr of adamw, radius of gauss_newton."""
+        return self.radius if self.rule == "gauss_newton" else self.lr or LR
+
+    @classmethod
+    def published(cls, name: str = "finetune", **changes: Any) -> SynthesisConfig:
+        """The published constants: limit, ε, AdamW's lr with its default weight decay, rounds, stop rule, schedule.
+
+        Args:
+            name: `finetune` (the recipe behind the published tables: squared distance, ε 0.03), `first` (the first
+                code release: distance, ε 0.01) or `single_gpu` (its small preset: limit 1, ε 0.001, lr 0.02).
+            changes: fields to change.
+        """
+        common = cls(
+            limit=3.0, lr=0.1, weight_decay=0.01, rounds=3, image_ratio=0.1, schedule="published", stop="batch"
+        )
+        presets = {
+            "finetune": {"eps": 0.03, "objective": "l2_squared"},
+            "first": {"eps": 0.01, "objective": "l2"},
+            "single_gpu": {"eps": 0.001, "objective": "l2", "limit": 1.0, "lr": 0.02},
+        }
+        return replace(common, **{**presets[check_choice("preset", name, presets)], **changes})

@@ -1,0 +1,360 @@
+"""`synthesize`: universal noise, or noise for each image, as a SynthesisConfig says."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnull.checks import is_out_of_memory
+from fastnull.encoder.frozen import FrozenEncoder
+from fastnull.noise import Noise
+from fastnull.ops.common import no_autocast
+from fastnull.progress import progress_bar
+from fastnull.rng import generator, preserved
+from fastnull.synthesis.batches import Batches, as_batches, count_images, embed_batch, one_size
+from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.objective import influence
+from fastnull.synthesis.replay import Replay, use_graph
+from fastnull.synthesis.solvers import norms, own_noise, perturb, spread
+from fastnull.synthesis.starts import draw_starts, in_proportion, step_sizes
+from fastnull.synthesis.universal import Mean, UniversalRun, judge, scaled_to_eps
+from fastnull.vit.base import SplitViT
+
+BANK_COPIES = 6
+"""Tensors as large as the bank that a universal run has at once: noise, change, moments, and a step's own."""
+BISECTIONS = 20
+
+
+class EpsilonNotMetError(RuntimeError):
+    """A noise never met ε and on_unmet is `raise`. The noise so far is in `noise`: no work is lost."""
+
+    def __init__(self, message: str, noise: Noise) -> None:
+        super().__init__(message)
+        self.noise = noise
+
+
+class NoiseNotFiniteError(RuntimeError):
+    """The synthesis left float32: noise of NaN or Inf, or noise under which the model's outputs are NaN."""
+
+
+class SynthesisOutOfMemoryError(RuntimeError):
+    """The device ran out of memory. No work is lost: the noise so far is in `noise`, in universal mode with an unknown
+    influence (NaN), else that of the images before; None where there is none yet."""
+
+    def __init__(self, message: str, noise: Noise | None) -> None:
+        super().__init__(message)
+        self.noise = noise
+
+
+class SynthesisInterrupted(KeyboardInterrupt):
+    """Ctrl-C during synthesis. The noise so far is in `noise`; give it as `start` to go on."""
+
+    def __init__(self, noise: Noise) -> None:
+        super().__init__("synthesis interrupted")
+        self.noise = noise
+
+
+def synthesize(
+    model: nn.Module | SplitViT | FrozenEncoder,
+    batches: Tensor | Iterable[Any],
+    config: SynthesisConfig | None = None,
+    *,
+    check: Tensor | Iterable[Any] | None = None,
+    start: Noise | Tensor | None = None,
+    progress: bool = False,
+    mean: Mean | None = None,
+) -> Noise:
+    """Make noise that the model's outputs do not see (universal, per_image) or just see (boundary).
+
+    The model's weights get no gradient; its modes, requires_grad flags and the global random generators are afterwards
+    as before. The same seed gives the same noise.
+
+    Args:
+        model: a ViT or a FrozenEncoder of it (whose site then has to be the configuration's).
+        batches: one batch [B, C, H, W], a sequence of batches (kept with their clean logits), or a re-iterable such
+            as a DataLoader (read anew each round). A batch is images or a tuple that starts with them.
+        config: see SynthesisConfig.
+        check: images to judge the universal influence on, as `batches`; the other modes have no use for them. None
+            holds out a tenth of the batches (of the images where there is one batch; of a loader the first batches,
+            which a shuffled later round can hold).
+        start: noise to start from in place of the random one: [M, ...] (universal), or one an image, in the order of
+            all images.
+        progress: show a progress bar.
+        mean: universal: takes a tensor's mean over several processes, each of which gives its own part of every batch
+            and of the check images; all get the same noise. None: this process is alone.
+
+    Returns:
+        Noise: M noises (universal) or one an image, in the order of the images.
+
+    Raises:
+        ValueError, TypeError: bad configuration, empty or bad images or of two sizes, start of another shape or site,
+            an argument that the mode has no use for.
+        EpsilonNotMetError: with on_unmet="raise".
+        NoiseNotFiniteError: the noise, or the model's output under it, is NaN or Inf.
+        SynthesisOutOfMemoryError: the device ran out of memory.
+        SynthesisInterrupted: on Ctrl-C.
+    """
+    config = config or SynthesisConfig()
+    encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=config.site)
+    if encoder.site != config.site:
+        raise ValueError(f"config.site is {config.site!r} but the encoder was made for site {encoder.site!r}")
+    if isinstance(start, Noise):
+        if start.site != config.site:
+            raise ValueError(f"start must be noise of site {config.site!r}, as config.site; it is of {start.site!r}")
+        start = start.tokens
+    if config.mode != "universal" and mean is not None:
+        raise ValueError(f"mean is for mode 'universal'; got config.mode={config.mode!r}")
+    with preserved(), no_autocast(encoder.device):
+        encoder.sync()
+        if config.mode == "universal":
+            return _universal(encoder, batches, check, config, start, progress, mean)
+        return _per_image(encoder, batches, config, start, progress)
+
+
+def measure_influence(
+    model: nn.Module | SplitViT | FrozenEncoder, noise: Noise, batches: Tensor | Iterable[Any]
+) -> Tensor:
+    """Influence of each of M universal noises: mean over all images of the batches; [M] in float32."""
+    encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=noise.site)
+    if encoder.site != noise.site:
+        raise ValueError(f"the noise is of site {noise.site!r} but the encoder was made for site {encoder.site!r}")
+    with no_autocast(encoder.device):
+        pairs = [embed_batch(encoder, batch) for batch in as_batches(batches)]
+        if not pairs:
+            raise ValueError("batches must hold at least one batch of images; it is empty")
+        return judge(encoder, noise.tokens.to(encoder.device), pairs)
+
+
+def _universal(
+    encoder: FrozenEncoder,
+    batches: Tensor | Iterable[Any],
+    check: Tensor | Iterable[Any] | None,
+    config: SynthesisConfig,
+    start: Tensor | None,
+    progress: bool,
+    mean: Mean | None,
+) -> Noise:
+    data: Batches | None = None
+    run: UniversalRun | None = None
+
+    def message() -> str:
+        steps, images = len(run.history) if run else 0, f" ({len(data.like)})" if data else ""
+        return (
+            f"{encoder.device} ran out of memory after {steps} steps: lower the images of a batch{images} or "
+            f"config.count ({config.count}), or use a 16-bit encoder."
+        )
+
+    def so_far() -> Noise | None:
+        return _universal_result(encoder, data, config, run, mean, judged=False) if data and run else None
+
+    with _memory_kept(message, so_far):
+        data = Batches(encoder, batches, check, config)
+        total = config.steps or config.rounds * data.per_round
+        _check_room((config.count, *data.shape), encoder.device)
+        run = UniversalRun(
+            encoder, data, config, draw_starts((config.count, *data.shape), config, data.like, start), mean
+        )
+        bar = progress_bar(total, show=progress, desc="synthesize", unit=" step")
+        try:
+            run.run(total, bar)
+            noise = _universal_result(encoder, data, config, run, mean)
+        except KeyboardInterrupt:
+            raise SynthesisInterrupted(_universal_result(encoder, data, config, run, mean)) from None
+        finally:
+            bar.close()
+    return _met(noise, config)
+
+
+@contextmanager
+def _memory_kept(message: Callable[[], str], so_far: Callable[[], Noise | None]) -> Iterator[None]:
+    """Make SynthesisOutOfMemoryError, with the noise so far, of a device's own error: a CPU has no class for it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SynthesisOutOfMemoryError(f"{message()} {error}", so_far()) from error
+
+
+def _check_room(shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise ValueError where a bank of this shape [M, ...] can never fit the device: before it swaps for hours."""
+    needed = BANK_COPIES * 4 * math.prod(shape)
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[1]
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > room:
+        raise ValueError(
+            f"count must be less: {shape[0]} noises of {list(shape[1:])} with their steps need about "
+            f"{needed / 1e9:.3g} GB; {device} has {room / 1e9:.3g} GB"
+        )
+
+
+def _universal_result(
+    encoder: FrozenEncoder,
+    data: Batches,
+    config: SynthesisConfig,
+    run: UniversalRun,
+    mean: Mean | None,
+    *,
+    judged: bool = True,
+) -> Noise:
+    noise, seen = run.noise, torch.full((config.count,), torch.nan)
+    if judged:
+        seen = run.seen.clone()
+        unknown = seen.isnan()
+        if unknown.any():
+            seen[unknown] = judge(encoder, noise[unknown], data.check, mean).to(seen.dtype)
+        if config.on_unmet == "scale" or config.final_scale:
+            noise, seen = scaled_to_eps(
+                encoder, noise, seen, data.check, config.eps, larger=config.final_scale, mean=mean
+            )
+        seen = seen.cpu()
+    return Noise(
+        tokens=noise,
+        influence=seen,
+        norm=norms(noise).cpu(),
+        converged=seen < config.eps,
+        steps=run.taken.cpu(),
+        site=config.site,
+        metadata=_metadata(encoder, config, check=data.check_origin, check_images=sum(len(t) for t, _ in data.check)),
+        history=run.history,
+    )
+
+
+def _per_image(
+    encoder: FrozenEncoder,
+    batches: Tensor | Iterable[Any],
+    config: SynthesisConfig,
+    start: Tensor | None,
+    progress: bool,
+) -> Noise:
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    done = 0
+    total = len(batches) if isinstance(batches, Sequence) else None
+    graph = use_graph(config.graph, encoder.device, encoder.backend)
+    solve = Replay(lambda tokens, clean, first, *size: own_noise(encoder, tokens, clean, first, config, *size), graph)
+    size = one_size(batches) if isinstance(batches, Sequence) else None
+    images = count_images(batches)
+    if start is not None and images is not None and len(start) != images:
+        raise ValueError(f"start must hold one noise an image ({images}); it holds {len(start)}")
+
+    def message() -> str:
+        return f"{encoder.device} ran out of memory after {done} images: give smaller batches, or use a 16-bit encoder."
+
+    def so_far() -> Noise | None:
+        return _per_image_result(encoder, parts, config) if parts else None
+
+    bar = progress_bar(total, show=progress, desc="synthesize", unit=" batch")
+    try:
+        with _memory_kept(message, so_far):
+            for index, batch in enumerate(as_batches(batches)):
+                tokens, clean = embed_batch(encoder, batch, size)
+                size = size or one_size([batch])
+                given = None if start is None else start[done : done + len(tokens)]
+                first = draw_starts(tuple(tokens.shape), config, tokens, given, index)
+                step = step_sizes(first, config, generator(config.seed, index, 1))
+                if given is None:
+                    first, step = in_proportion(tokens, first, step, config)
+                noise, _, taken = solve(tokens, clean, first, *([step] if isinstance(step, Tensor) else []))
+                if config.on_unmet == "scale":
+                    noise = _each_scaled_to_eps(encoder, noise, tokens, clean, config)
+                seen = influence(clean, encoder(perturb(encoder, tokens, noise)))
+                parts.append((noise.cpu(), seen.cpu(), taken.cpu()))
+                done += len(tokens)
+                bar.update()
+    except KeyboardInterrupt:
+        if parts:
+            raise SynthesisInterrupted(_per_image_result(encoder, parts, config)) from None
+        raise
+    finally:
+        bar.close()
+    if not parts:
+        raise ValueError("batches must hold at least one batch of images; it is empty")
+    if start is not None and len(start) != done:
+        raise ValueError(f"start must hold one noise an image ({done}); it holds {len(start)}")
+    return _met(_per_image_result(encoder, parts, config), config)
+
+
+def _per_image_result(
+    encoder: FrozenEncoder, parts: list[tuple[Tensor, Tensor, Tensor]], config: SynthesisConfig
+) -> Noise:
+    tokens, seen, taken = (torch.cat(column) for column in zip(*parts, strict=True))
+    if config.mode == "boundary":
+        converged = (seen > config.eps / 2) & (seen < config.eps * 2)
+    else:
+        converged = seen < config.eps
+    return Noise(
+        tokens=tokens,
+        influence=seen,
+        norm=norms(tokens),
+        converged=converged,
+        steps=taken,
+        site=config.site,
+        metadata=_metadata(encoder, config, check="each noise on its own image", check_images=len(tokens)),
+    )
+
+
+def _met(noise: Noise, config: SynthesisConfig) -> Noise:
+    """Noise that is what it says, or an error: finite, and with on_unmet="raise" converged."""
+    finite = torch.isfinite(noise.tokens).flatten(1).all(1).cpu() & torch.isfinite(noise.norm)
+    broken = ~finite | (noise.influence.isnan() & (noise.norm > 0))
+    if broken.any():
+        raise NoiseNotFiniteError(
+            f"{int(broken.sum())} of {len(noise)} noises, or the model's outputs under them, are not finite: lower "
+            f"config.limit ({config.limit:g}), lr or step_size, or give a model of a wider dtype"
+        )
+    unmet = int((~noise.converged).sum())
+    if unmet and config.on_unmet == "raise":
+        worst = float(noise.influence[~noise.converged].max())
+        raise EpsilonNotMetError(
+            f"{unmet} of {len(noise)} noises did not meet eps = {config.eps:g} (influence up to {worst:.4g}): allow "
+            "more steps, a smaller limit, a larger eps, or on_unmet='keep' or 'scale'",
+            noise,
+        )
+    return noise
+
+
+def _each_scaled_to_eps(
+    encoder: FrozenEncoder, noise: Tensor, tokens: Tensor, clean: Tensor, config: SynthesisConfig
+) -> Tensor:
+    """`scaled_to_eps` for one noise an image, all images at once."""
+
+    def below(scale: Tensor) -> Tensor:
+        return influence(clean, encoder(perturb(encoder, tokens, spread(scale, noise) * noise))) < config.eps
+
+    low = torch.zeros(len(noise), device=noise.device, dtype=noise.dtype)
+    high = torch.ones_like(low)
+    low = torch.where(below(high), high, low)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        fits = below(middle)
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return spread(low, noise) * noise
+
+
+def _metadata(encoder: FrozenEncoder, config: SynthesisConfig, **extra: Any) -> dict[str, Any]:
+    from fastnull.record import provenance
+
+    return {
+        "config": asdict(config),
+        **extra,
+        "model": type(encoder.vit.network).__name__,
+        **provenance(
+            encoder.device,
+            dtype=str(encoder.dtype),
+            products=str(encoder.products),
+            mlp_dtype=str(encoder.mlp_dtype or encoder.products),
+            backend=encoder.backend,
+            seed=config.seed,
+        ),
+    }

@@ -1,0 +1,231 @@
+"""The step rules of noise synthesis, on tensors at the site; no loops over batches, no host sync.
+
+Everywhere `tokens` is the site's tensor without noise [B, ...] and `noise` has at least float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastnull.encoder.frozen import FrozenEncoder
+from fastnull.ops import (
+    AdamWState,
+    NoiseObjective,
+    adamw_step,
+    boundary_gate,
+    descent_gate,
+    noise_objective,
+    normalized_step,
+    sign_step,
+)
+from fastnull.ops.common import no_autocast
+from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.objective import PREDICTION, prediction_gradient, probability_change
+
+BOUNDARY_STEPS = 3
+PER_IMAGE_STEPS = 30
+
+
+def own_noise(
+    encoder: FrozenEncoder,
+    tokens: Tensor,
+    clean: Tensor,
+    start: Tensor,
+    config: SynthesisConfig,
+    step_size: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One noise an image, by config.mode: `boundary_noise` or `optimized_noise`, and the updates each image got [B]."""
+    tokens, start = tokens.contiguous(), start.contiguous()  # once: the steps want dense memory
+    with no_autocast(tokens.device):
+        if config.mode != "boundary":
+            return optimized_noise(encoder, tokens, clean, start, config)
+        noise, seen = boundary_noise(encoder, tokens, clean, start, config, step_size)
+    return noise, seen, torch.full((len(tokens),), config.steps or BOUNDARY_STEPS, device=tokens.device)
+
+
+def boundary_noise(
+    encoder: FrozenEncoder,
+    tokens: Tensor,
+    clean: Tensor,
+    start: Tensor,
+    config: SynthesisConfig,
+    step_size: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Drive one noise an image to influence = ε: against the gradient where it is above, along it where below.
+
+    Args:
+        encoder: at the site.
+        tokens: at the site, without noise [B, ...].
+        clean: logits without noise [B, K].
+        start: noise to start from [B, ...].
+        config: eps, objective, steps and step_size are used.
+        step_size: [] or [B], in place of `boundary_step_size` of the start.
+
+    Returns:
+        the noise [B, ...] and the influence before the last step [B].
+    """
+    pixels = encoder.site == "pixels"
+    noise = valid_noise(tokens, start) if pixels else start.clone()
+    size = boundary_step_size(start, config) if step_size is None else step_size
+    seen = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
+    for _ in range(config.steps or BOUNDARY_STEPS):
+        seen, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
+        step = sign_step if pixels else normalized_step
+        step(noise, gradient, boundary_gate(seen, config.eps), lr=size)
+        if pixels:
+            noise = valid_noise(tokens, noise)
+    return noise, seen
+
+
+def boundary_step_size(start: Tensor, config: SynthesisConfig) -> float | Tensor:
+    """Length of a step: config.step_size, or a tenth of the mean norm of the start; a pixel's 4/255 at that site."""
+    return config.step_size or (4 / 255 if config.site == "pixels" else 0.1 * norms(start).mean())
+
+
+def optimized_noise(
+    encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, start: Tensor, config: SynthesisConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Move one noise an image by AdamW until its own influence is below ε.
+
+    Args:
+        encoder: at the site.
+        tokens: at the site, without noise [B, ...].
+        clean: logits without noise [B, K].
+        start: noise to start from [B, ...].
+        config: eps, objective, log_norm_weight, lr, weight_decay, steps and schedule are used.
+
+    Returns:
+        the noise [B, ...], the influence before the last step [B] and the updates each image got [B].
+    """
+    pixels = encoder.site == "pixels"
+    noise = valid_noise(tokens, start) if pixels else start.clone()
+    state = AdamWState.zeros(noise)
+    steps = config.steps or PER_IMAGE_STEPS
+    seen = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
+    for step in range(steps):
+        seen, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
+        gradient = gradient - log_norm_gradient(noise, config.log_norm_weight)
+        gate, lr = descent_gate(seen, config.eps), learning_rate(config, step, steps)
+        adamw_step(noise, gradient, state, gate, lr=lr, weight_decay=config.weight_decay)
+        if pixels:
+            noise = valid_noise(tokens, noise)
+    return noise, seen, state.steps
+
+
+def perturb(encoder: FrozenEncoder, tokens: Tensor, noise: Tensor) -> Tensor:
+    """Tokens [B, ...] with noise [B, ...] or [M, 1, ...] on them; pixels stay in [0, 1].
+
+    Raises:
+        ValueError: noise of another shape than the tensor at the site.
+    """
+    if noise.shape[1 - tokens.ndim :] != tokens.shape[1:]:  # one token's noise would go to all
+        raise ValueError(
+            f"noise must have shape [..., {', '.join(map(str, tokens.shape[1:]))}], that of the tensor at "
+            f"site {encoder.site!r}; got {list(noise.shape)}"
+        )
+    noisy = (tokens + noise).to(tokens.dtype)
+    return noisy.clamp(0, 1) if encoder.site == "pixels" else noisy
+
+
+def shared_gradient(
+    encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, noise: Tensor, objective: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean distance [M], mean influence [M], and the gradient of the mean distance [M, ...] of noises [M, ...] that the
+    batch [B, ...] shares, all in one pass."""
+    judged: list[NoiseObjective] = []
+    M, B = len(noise), len(tokens)
+    rows = clean.repeat(M, 1)  # [M·B, K]
+
+    def cotangent(logits: Tensor, images: slice) -> Tensor:
+        # all at once, as on a GPU: then the objective's own means are those of the noises
+        groups = M if len(logits) == M * B else 1
+        judged.append(noise_objective(rows[images], logits, objective, groups=groups, batch=B))
+        return judged[-1].cotangent
+
+    noisy = perturb(encoder, tokens, noise.unsqueeze(1))  # [M, B, ...]
+    pixels = encoder.site == "pixels"
+    sum_every = None if pixels else B
+    _, gradient = encoder.input_gradient(noisy.flatten(0, 1), cotangent, by_image=True, sum_every=sum_every)
+    if pixels:
+        gradient = (gradient.view(noisy.shape) * _moves(noisy, tokens, noise)).sum(1, dtype=noise.dtype)
+    if len(judged) == 1:
+        return judged[0].mean_loss, judged[0].mean_influence, gradient.to(noise.dtype)
+    loss = torch.cat([part.loss for part in judged]).view(M, B).mean(1)
+    influence = torch.cat([part.influence for part in judged]).view(M, B).mean(1)
+    return loss, influence, gradient.to(noise.dtype)
+
+
+def shared_rows(encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Change of each image's probabilities [M, B], and the gradient of each [M, B, ...], for noises [M, ...] that the
+    batch [B, ...] shares, all in one pass."""
+    changes: list[Tensor] = []
+    rows = clean.repeat(len(noise), 1)  # [M·B, K]
+
+    def cotangent(logits: Tensor, images: slice) -> Tensor:
+        change, direction = probability_change(rows[images], logits)
+        changes.append(change)
+        return direction
+
+    noisy = perturb(encoder, tokens, noise.unsqueeze(1))  # [M, B, ...]
+    _, gradient = encoder.input_gradient(noisy.flatten(0, 1), cotangent, by_image=True)
+    gradient = gradient.view(noisy.shape)
+    if encoder.site == "pixels":
+        gradient = gradient * _moves(noisy, tokens, noise)
+    return torch.cat(changes).view(noisy.shape[:2]).to(noise.dtype), gradient.to(noise.dtype)
+
+
+def _moves(noisy: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
+    """Where pixels [M, B, ...] move with the noise: not at the border of [0, 1]."""
+    return noisy == tokens + noise.unsqueeze(1)
+
+
+def own_gradients(
+    encoder: FrozenEncoder, tokens: Tensor, noise: Tensor, clean: Tensor, objective: str
+) -> tuple[Tensor, Tensor]:
+    """Influence [B] and the gradient [B, ...] of each image's objective with respect to its own noise."""
+    seen: list[Tensor] = []
+
+    def cotangent(logits: Tensor, images: slice) -> Tensor:
+        if objective == PREDICTION:
+            gradient, influence = prediction_gradient(clean[images], logits)
+        else:
+            judged = noise_objective(clean[images], logits, objective, reduction="none")
+            gradient, influence = judged.cotangent, judged.influence
+        seen.append(influence)
+        return gradient
+
+    _, gradient = encoder.input_gradient(perturb(encoder, tokens, noise), cotangent, by_image=True)
+    return torch.cat(seen), gradient
+
+
+def learning_rate(config: SynthesisConfig, step: int, period: int) -> float:
+    """lr of AdamW or radius of Gauss-Newton: constant, or a cosine from there to 0 over the period."""
+    if config.schedule == "constant":
+        return config.rate
+    return config.rate * (1 + math.cos(math.pi * step / period)) / 2
+
+
+def log_norm_gradient(noise: Tensor, weight: float) -> Tensor | float:
+    """Gradient of weight · log‖v‖ for each noise; v/‖v‖² times the weight."""
+    if weight == 0:
+        return 0.0
+    inverse = spread(1 / norms(noise).clamp_min(1e-30), noise)
+    return weight * (noise * inverse) * inverse  # not the square of the norm, which underflows
+
+
+def valid_noise(images: Tensor, noise: Tensor) -> Tensor:
+    """The noise cut so that images + noise are pixels in [0, 1]."""
+    return (images + noise).clamp(0, 1) - images
+
+
+def norms(noise: Tensor) -> Tensor:
+    """L2 norm of each noise; [M]. Summed in float64, in which squares of float32 neither underflow nor overflow."""
+    return torch.linalg.vector_norm(noise.flatten(1), dim=1, dtype=torch.float64).to(noise.dtype)
+
+
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """[M] → [M, 1, 1, ...], to multiply noises."""
+    return values.view(-1, *[1] * (like.ndim - 1))

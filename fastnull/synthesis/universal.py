@@ -1,0 +1,290 @@
+"""Universal synthesis: M noises shared by all images, moved together, each with a stop of its own.
+
+A step takes one batch: gradients of all noises in one pass of the encoder, one Gauss-Newton or AdamW step of those that
+move. A noise whose influence on the batch is below ε is marked on the device. The host looks at the marks and ends a
+noise where its stop rule says so: in each step, or in a graph now and then, at the marks of the look before (see
+replay.Report).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnull.encoder.frozen import FrozenEncoder
+from fastnull.ops import AdamWState, adamw_step
+from fastnull.synthesis.batches import Batches, Pair
+from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.gauss_newton import gauss_newton_step
+from fastnull.synthesis.objective import influence
+from fastnull.synthesis.replay import Replay, Report, use_graph
+from fastnull.synthesis.solvers import (
+    learning_rate,
+    log_norm_gradient,
+    norms,
+    perturb,
+    shared_gradient,
+    shared_rows,
+    spread,
+)
+
+SEARCHES = 20
+CLOSE = 0.985
+"""Least share of ε that a noise scaled to ε has."""
+MARGIN = 0.05
+"""Share of its bracket that a scale keeps from both ends."""
+LARGEST_SCALE = 4.0
+LOOK_EVERY = 8
+"""Steps of a graph from one look to the next."""
+COLUMNS = ("loss", "influence", "norm")
+"""Of the record of a step."""
+FIRST_SHARE = 8
+"""A growing batch starts as an eighth of itself."""
+MOST_IMAGES = 512
+"""Noisy images in one pass, over all noises of it."""
+
+Mean = Callable[[Tensor], Tensor]
+"""Takes the mean over processes, the same on all of them."""
+
+
+class UniversalRun:
+    """M noises on their way.
+
+    Args:
+        encoder: at the site.
+        data: batches, and the check images.
+        config: of the synthesis.
+        start: [M, ...] in float32 or float64; changed in place.
+        mean: over the processes that share out the batches; None is one process. There is no graph with it: what it
+            exchanges is no part of one.
+
+    Attributes:
+        noise: [M, ...], as far as it has come.
+        taken: updates of each [M], int64.
+        seen: influence on the check images [M] of the noises that ended for it; NaN of others, which were not judged.
+        history: a record per step: step, loss, influence, norm; means over the noises that took part.
+    """
+
+    def __init__(
+        self, encoder: FrozenEncoder, data: Batches, config: SynthesisConfig, start: Tensor, mean: Mean | None = None
+    ) -> None:
+        self._encoder, self._data, self._config, self._mean = encoder, data, config, mean
+        self.noise = start
+        self._adamw = AdamWState.zeros(start) if config.rule == "adamw" else None
+        self.taken = torch.zeros(len(start), dtype=torch.int64, device=start.device)
+        self.seen = start.new_full((len(start),), math.nan)
+        self._active = torch.ones(len(start), dtype=torch.bool, device=start.device)
+        self._marked = torch.zeros_like(self._active)
+        self._left = set(range(len(start)))  # the active ones, as the host knows them
+        self._share = FIRST_SHARE if config.growing else 1
+        self._records = torch.full((1, 3), math.nan, device=start.device, dtype=torch.float32)
+        self._done = 0
+        graph = mean is None and use_graph(config.graph, encoder.device, encoder.backend)
+        self._look_every = LOOK_EVERY if graph else 1
+        self._report = Report(self._seen()) if graph else None
+        # what a graph runs is fixed, so there all noises take part; elsewhere those that still move
+        self._all = graph
+        moments = () if self._adamw is None else (self._adamw.exp_avg, self._adamw.exp_avg_sq, self._adamw.steps)
+        changed = (self.noise, self.taken, self._marked, *moments)
+        self._step = Replay(self._one_step, graph, changed, when=lambda: self._moving().any())
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """A record per step."""
+        rows = self._records[: self._done].tolist()
+        return [{"step": step, **dict(zip(COLUMNS, row, strict=True))} for step, row in enumerate(rows)]
+
+    def run(self, total: int, bar: Any) -> None:
+        """Take up to `total` steps; `bar` is a tqdm bar."""
+        config, data = self._config, self._data
+        period = config.rounds * data.batches if config.schedule == "published" else total
+        self._records = self._records.new_empty(total, 3)
+        rates = [learning_rate(config, step, period) for step in range(total)]
+        # all at once: a copy to the device in each step would wait for the step before
+        lr = torch.tensor(rates, dtype=torch.float64).to(self._records.device)
+        for step, pair in zip(range(total), data.stream(), strict=False):
+            tokens, clean = self._part(pair)
+            (record,) = self._step(tokens, clean, lr[step])
+            self._records[step] = record
+            self._done = step + 1
+            bar.update()
+            if ((step + 1) % self._look_every == 0 or step + 1 == total) and self._look(bar):
+                break
+
+    def _one_step(self, tokens: Tensor, clean: Tensor, lr: Tensor) -> tuple[Tensor]:
+        """One step of all noises that move; the record of it [3]."""
+        config = self._config
+        holds, moving = config.stop == "batch", self._moving()
+        rows = torch.arange(len(moving), device=moving.device) if self._all else moving.nonzero().flatten()
+        change = torch.zeros_like(self.noise)
+        unknown = torch.full((len(moving),), math.nan, device=moving.device, dtype=torch.float32)
+        losses, seen = unknown, unknown.clone()
+        for part in rows.split(max(1, MOST_IMAGES // len(tokens))) if len(rows) else ():
+            loss, influences, change[part] = self._judged_and_moved(tokens, clean, self.noise[part], lr)
+            losses[part], seen[part] = loss.float(), influences.float()
+        losses, seen = torch.where(moving, losses, math.nan), torch.where(moving, seen, math.nan)
+        record = torch.stack([losses.nanmean(), seen.nanmean(), norms(self.noise).mean().float()])
+        self._marked |= seen < config.eps
+        gate = moving & ~self._marked if holds else moving
+        if self._adamw is None:
+            self.noise.copy_(torch.where(spread(gate, change), self.noise + change, self.noise))
+        else:
+            adamw_step(self.noise, change, self._adamw, gate.float(), lr=lr, weight_decay=config.weight_decay)
+        self.taken += gate
+        return (record,)
+
+    def _moving(self) -> Tensor:
+        """Which noises [M] a step moves, if they are not below ε on its batch."""
+        # the published rule tests before it updates; by the check images, a noise goes on until the host has looked
+        return self._active & ~self._marked if self._config.stop == "batch" else self._active.clone()
+
+    def _judged_and_moved(
+        self, tokens: Tensor, clean: Tensor, noise: Tensor, lr: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean distance [m] and influence [m] of noises [m, ...] on a batch, and the gradient for AdamW or the step."""
+        config, mean = self._config, self._mean
+        pull = log_norm_gradient(noise, config.log_norm_weight)
+        if self._adamw is None:
+            changes, rows = shared_rows(self._encoder, tokens, clean, noise)
+            loss, seen = changes.mean(1), changes.square().mean(1)
+            change = gauss_newton_step(noise, changes, rows, lr.to(noise.dtype), pull, mean)
+        else:
+            loss, seen, gradient = shared_gradient(self._encoder, tokens, clean, noise, config.objective)
+            change = (gradient if mean is None else mean(gradient)) - pull
+        return (loss, seen, change) if mean is None else (mean(loss), mean(seen), change)
+
+    def _part(self, pair: Pair) -> Pair:
+        """What of a batch a step uses."""
+        count = -(-len(pair[0]) // self._share)
+        return pair[0][:count], pair[1][:count]
+
+    def _seen(self) -> Tensor:
+        """What a look is at: the last record, and 1 for each marked noise [3 + M]."""
+        return torch.cat([self._records[max(self._done - 1, 0)], (self._marked & self._active).float()])
+
+    def _look(self, bar: Any) -> bool:
+        """Show how far it is, and grow the batch or end noises; True where none is left."""
+        seen = self._seen().tolist() if self._report is None else self._report.read()
+        if seen is not None:
+            columns = zip(COLUMNS, seen, strict=False)
+            bar.set_postfix({name: f"{value:.3g}" for name, value in columns}, refresh=False)
+            self._act([m for m, mark in enumerate(seen[3:]) if mark])
+        if self._report is not None:
+            self._report.send(self._seen())
+        return not self._left
+
+    def _act(self, marked: list[int]) -> None:
+        """Grow the batch where all noises that are left are marked, or end the marked ones."""
+        config = self._config
+        if self._share > 1:
+            if self._left <= set(marked):
+                self._share //= 2
+                self._marked.zero_()
+        elif config.stop != "never" and marked:
+            ends = dict.fromkeys(marked, math.nan)
+            if config.stop == "check":
+                seen = judge(self._encoder, self.noise[marked], self._data.check, self._mean).tolist()
+                ends = {m: value for m, value in zip(marked, seen, strict=True) if value < config.eps}
+            for m, value in ends.items():
+                self._active[m], self.seen[m] = False, value
+                self._left.discard(m)
+            self._marked[marked] = False
+
+
+def judge(encoder: FrozenEncoder, noise: Tensor, pairs: list[Pair], mean: Mean | None = None) -> Tensor:
+    """Influence [M] of noises [M, ...]: mean over all images, those of other processes included."""
+    seen = torch.cat([_influences(encoder, noise, *pair) for pair in pairs], dim=1)  # [M, images]
+    if mean is None:
+        return seen.mean(1)
+    total, images = mean(torch.stack([seen.sum(1), seen.new_full((len(seen),), seen.shape[1])]))  # not all hold as many
+    return total / images
+
+
+def _influences(encoder: FrozenEncoder, noise: Tensor, tokens: Tensor, clean: Tensor) -> Tensor:
+    """Influence [M, B] of each noise [M, ...] on each image [B, ...], as many noises in a pass as a step takes."""
+    parts = []
+    for part in noise.split(max(1, MOST_IMAGES // len(tokens))):
+        logits = encoder(perturb(encoder, tokens, part.unsqueeze(1)).flatten(0, 1))
+        parts.append(influence(clean, logits.view(len(part), *clean.shape)))
+    return torch.cat(parts)
+
+
+def scaled_to_eps(
+    encoder: FrozenEncoder,
+    noise: Tensor,
+    seen: Tensor,
+    pairs: list[Pair],
+    eps: float,
+    *,
+    larger: bool = False,
+    mean: Mean | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each noise at the largest scale found at which its influence is below ε: at most 1, with `larger` LARGEST_SCALE.
+
+    A search of its own for each, all judged together: in a bracket, by the power law through the last two scales, until
+    the influence is within CLOSE of ε: one to five passes over the images. Where the influence is no monotone function
+    of the scale it finds one of the borders.
+
+    Args:
+        encoder: at the site.
+        noise: [M, ...].
+        seen: influence of each as it is [M], from `judge`.
+        pairs: the images to judge on.
+        eps: the influence to stay below.
+        larger: whether a noise may grow.
+        mean: over processes that hold other images; None is one process.
+
+    Returns:
+        the noises [M, ...] and their influence [M], which is NaN where no scale was found.
+    """
+    searches = [_Search(eps, LARGEST_SCALE if larger else 1.0) for _ in noise]
+    left, influences = list(range(len(noise))), seen.tolist()
+    while left:
+        for m, value in zip(left, influences, strict=True):
+            searches[m].take(value)
+        left = [m for m in left if not searches[m].done]
+        if left:
+            scales = noise.new_tensor([searches[m].scale for m in left])
+            influences = judge(encoder, noise[left] * spread(scales, noise), pairs, mean).tolist()
+    lows, seen = (seen.new_tensor([getattr(one, name) for one in searches]) for name in ("low", "influence"))
+    return noise * spread(lows.to(noise), noise), seen
+
+
+@dataclass
+class _Search:
+    """For the scale of one noise: `scale` is the next to judge, `low` the best so far and `influence` the one there."""
+
+    eps: float
+    largest: float
+    scale: float = 1.0
+    low: float = 0.0
+    influence: float = math.nan
+    done: bool = False
+    _high: float = math.inf
+    _power: float = 2.0
+    _last: tuple[float, float] = (0.0, 0.0)
+    _looks: int = 0
+
+    def take(self, seen: float) -> None:
+        """Go on from the influence at `scale`."""
+        scale, last = self.scale, self._last
+        if seen < self.eps:
+            self.low, self.influence = scale, seen
+            self.done = seen >= CLOSE * self.eps or scale >= self.largest
+        else:
+            self._high = scale
+        if last[1] > 0 < seen != last[1]:
+            self._power = min(max(math.log(seen / last[1]) / math.log(scale / last[0]), 0.25), 16.0)
+        self._last = scale, seen
+        guess = scale * (self.eps * (1 + CLOSE) / 2 / seen) ** (1 / self._power) if seen > 0 else math.nan
+        top = min(self._high, 2 * scale, self.largest)
+        edge = MARGIN * (top - self.low) if self._high < math.inf else 0.0
+        # a NaN compares with nothing: the middle then
+        self.scale = min(max(guess, self.low + edge), top - edge) if math.isfinite(guess) else (self.low + top) / 2
+        self._looks += 1
+        self.done = self.done or self._looks == SEARCHES

@@ -1,0 +1,385 @@
+"""The command line: helps, exit codes, one-line errors, and each command on tiny inputs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastnull import __version__
+from fastnull.cli import commands, main
+from fastnull.cli.options import add_options, attribute_docs, from_options, number
+from fastnull.data import EMBEDDED, embedded
+from fastnull.finetune import FinetuneConfig
+from fastnull.models import create_model
+from fastnull.noise import Noise
+from fastnull.synthesis import SynthesisConfig, SynthesisInterrupted, synthesize
+
+COMMANDS = ("demo", "compare", "inspect", "analyze", "tune", "synthesize", "finetune", "evaluate", "report")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished finetuning run."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    words = ["--augment", "boundary", "--noise-steps", "1", "--epochs", "1", "--train-ratio", "0.1"]
+    assert main(["finetune", "--out", str(folder), "--no-progress", *words]) == 0
+    return folder
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The error line of a command that must fail with exit code 2."""
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if not line.startswith("note:")]
+    assert code == 2
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("fastnull: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"example:\n  fastnull {name}" in text
+    assert "--debug" in text
+
+
+def test_top_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["--version"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+    assert f"fastnull {__version__}" in text
+    assert torch.__version__ in text
+
+
+def test_every_setting_is_an_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, settings in (("finetune", FinetuneConfig), ("synthesize", SynthesisConfig)):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        for entry in fields(settings):
+            assert f"--{entry.name.replace('_', '-')} " in text.replace(",", " ")
+    # documented in the class docstring, not in metadata
+    assert "share of the batches that a round uses (default: 1)" in text
+    assert set(attribute_docs(SynthesisConfig)) == {entry.name for entry in fields(SynthesisConfig)}
+
+
+def test_options_from_a_dataclass() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        rate: float = 8 / 255
+        steps: int | None = 3
+        name: str | None = field(default=None, metadata={"help": "100 % of it"})
+        fast: bool = True
+
+    parser = argparse.ArgumentParser()
+    add_options(parser, Settings)
+    assert "(default: 8/255)" in parser.format_help()
+    assert "100 % of it" in parser.format_help()
+    given = parser.parse_args(["--rate", "1/2", "--steps", "none", "--no-fast"])
+    assert from_options(Settings(name="kept"), given) == Settings(rate=0.5, steps=None, name="kept", fast=False)
+    # what is not given must not hide a preset
+    assert from_options(Settings(steps=7), parser.parse_args([])) == Settings(steps=7)
+
+
+def test_switches_with_three_states() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        keep: bool | None = None
+
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser, Settings)
+    for text, value in {
+        "False": False,
+        "no": False,
+        "off": False,
+        "0": False,
+        "TRUE": True,
+        "yes": True,
+        "none": None,
+    }.items():
+        assert from_options(Settings(), parser.parse_args(["--keep", text])).keep is value
+    for text in ("", "2", "falsch", "None of these"):
+        with pytest.raises(argparse.ArgumentError, match="neither true"):
+            parser.parse_args(["--keep", text])
+
+
+@pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.5", 0.5), ("1e-3", 1e-3)])
+def test_number(text: str, value: float) -> None:
+    assert number(text) == value
+
+
+@pytest.mark.parametrize("text", ["a/b", "1/0", "", "eight"])
+def test_no_number(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="fraction such as 8/255"):
+        number(text)
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "vit_digits"]) == 0
+    assert "vit_digits" in capsys.readouterr().out
+    assert main(["inspect", "vit_digits", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["values"], row["width"], row["nullity"]) == (48, 32, 16)
+    assert "Did you mean 'vit_digits'" in error_of(capsys, "inspect", "vit_digitz")
+
+
+def test_finetune_evaluate_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((run / "config.json").read_text())["config"]
+    assert (config["augment"], config["noise_steps"], config["train_ratio"]) == ("boundary", 1, 0.1)
+    results = tmp_path / "results.json"
+    words = ["evaluate", "--model", str(run / "last.safetensors"), "--out", str(results), "--limit", "16",
+             "--suite", "clean", "fgsm", "corruptions", "--eps", "8/255", "--severities", "3"]  # fmt: skip
+    assert main(words) == 0
+    assert "FGSM 8/255" in capsys.readouterr().out
+    found = json.loads(results.read_text())
+    assert list(found["results"]["fgsm"]) == ["8/255"]
+    assert found["protocol"]["n"] == 16
+    assert "--resume completes it, --overwrite replaces it" in error_of(capsys, *words)
+    assert main([*words, "--resume"]) == 0
+    assert main([*words, "--overwrite"]) == 0
+    capsys.readouterr()
+    pytest.importorskip("matplotlib")
+    assert main(["report", str(results), "--out", str(tmp_path / "report")]) == 0
+    assert "report.html" in capsys.readouterr().out
+    line = error_of(capsys, "report", results, "--out", tmp_path / "report")
+    assert "--overwrite replaces it" in line
+    assert "overwrite=True" not in line
+
+
+def test_finetune_says_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    out = tmp_path / "run"
+    words = ["finetune", "--augment", "none", "--epochs", "1", "--train-ratio", "0.1", "--out", str(out)]
+    assert main(words) == 0
+    assert f"next: fastnull evaluate --model {out / 'last.safetensors'} --data digits" in capsys.readouterr().out
+    assert "--resume goes on with it, --overwrite starts over" in error_of(capsys, *words)
+
+
+@pytest.mark.parametrize(("mode", "judged"), [("universal", "20 held-out images"), ("boundary", "its own images")])
+def test_synthesize(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, judged: str) -> None:
+    out = tmp_path / "noise.safetensors"
+    words = ["synthesize", "--model", run / "last.safetensors", "--out", out, "--mode", mode, "--limit", "1",
+             "--images", "20", "--batch-size", "8", "--steps", "2"]  # fmt: skip
+    words = [str(word) for word in words]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert judged in text
+    assert "permuted (same norm)" in text
+    noise = Noise.load(out)
+    assert len(noise) == (1 if mode == "universal" else 20)
+    # the printed influence of noise an image is the one in the file: it was measured on the right images
+    if mode == "boundary":
+        (learned,) = [line for line in text.splitlines() if line.startswith("learned")]
+        assert float(learned.split()[1]) == pytest.approx(float(noise.influence.mean()), rel=1e-3)
+    assert "--overwrite replaces it" in error_of(capsys, *words)
+
+
+def test_synthesize_preset_and_unmet_eps(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "noise.safetensors"
+    words = ["synthesize", "--model", run / "last.safetensors", "--out", out, "--images", "8", "--preset", "first",
+             "--eps", "1e-12", "--on-unmet", "raise"]  # fmt: skip
+    line = error_of_after_bar(capsys, *words)
+    beside = tmp_path / "noise.unmet.safetensors"
+    assert str(beside) in line
+    assert not out.exists()
+    settings = Noise.load(beside).metadata["config"]
+    assert (settings["weight_decay"], settings["eps"], settings["limit"]) == (0.01, 1e-12, 3.0)
+    assert "preset must be one of" in error_of(capsys, *words[:-6], "--preset", "second")
+
+
+def error_of_after_bar(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The error line of a command that shows a progress bar first."""
+    assert main([str(word) for word in words]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fastnull: error: ")
+    return last
+
+
+def test_interrupted_synthesis_keeps_its_noise(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **settings: object) -> Noise:
+        raise SynthesisInterrupted(synthesize(*args, **{**settings, "progress": False}))
+
+    out = tmp_path / "noise.safetensors"
+    words = ["synthesize", "--model", str(run / "last.safetensors"), "--out", str(out), "--images", "8", "--steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("fastnull.synthesis.run.synthesize", interrupted)
+        assert main(words) == 130
+    beside = tmp_path / "noise.partial.safetensors"
+    assert f"--start {beside}" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*words, "--start", str(beside)]) == 0
+
+
+def test_interrupted_demo_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+
+    def stop(*args: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastnull.experiments.demo.run_demo", stop)
+    assert main(["demo", "--quick", "--seeds", "2", "--out", str(tmp_path)]) == 130
+    assert f"fastnull demo --quick --seeds 2 --out {tmp_path} --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required"),
+        (["frob"], "invalid choice"),
+        (["finetune"], "give --out"),
+        (["finetune", "--out", "x", "--augment", "boundry"], "Did you mean 'boundary'"),
+        (["finetune", "--out", "x", "--epochs", "ten"], "invalid int value"),
+        (["finetune", "--out", "x", "--epochs", "0"], "epochs must be"),
+        (["finetune", "--out", "x", "--preset", "vit_z"], "preset must be one of"),
+        (["evaluate", "--model", "nothing.safetensors"], "there is no file nothing.safetensors"),
+        (["evaluate", "--model", "vit_digits", "--eps", "8/0"], "fraction such as 8/255"),
+        (["evaluate", "--model", "vit_digits", "--suite", "fgms"], "Did you mean 'fgsm'"),
+        (["evaluate", "--model", "vit_digits", "--data", "/no/where"], "there is no folder"),
+        (["synthesize", "--model", "vit_digits", "--out", "n", "--eps", "-1"], "eps must be"),
+        (["synthesize", "--model", "vit_digits", "--out", "n", "--images", "0"], "images must be"),
+        (
+            ["evaluate", "--model", "vit_digits", "--suite", "imagenet-r", "--root", "/no/where"],
+            "ROOT/imagenet-r/CLASS/",
+        ),
+        (["evaluate", "--model", "vit_digits", "--eps", "2"], "eps must be"),
+        (["compare", "--out", "x", "--seeds", "0"], "seeds must be"),
+        (["compare", "--out", "x", "--methods", "trade"], "Did you mean 'trades'"),
+        (["compare", "--out", "x", "--recipes", "/no/where.json"], "there is no file /no/where.json"),
+        (["report", "nowhere"], "there are no results at nowhere"),
+        (["inspect"], "MODEL"),
+    ],
+)
+def test_errors_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error_of(capsys, *words)
+
+
+def test_a_model_file_takes_no_second_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = run / "last.safetensors"
+    assert "holds weights itself" in error_of(capsys, "evaluate", "--model", model, "--checkpoint", model)
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["tune"], ["synthesize", "--out", "n.safetensors"]])
+@pytest.mark.parametrize("option", [["--num-classes", "10"], ["--num-classes", "0"], ["--pretrained"]])
+def test_a_model_file_has_its_classes_and_weights(
+    run: Path, command: list[str], option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_of(capsys, *command, "--model", run / "last.safetensors", *option)
+    assert f"{option[0]} is for a model by name; " in line
+
+
+def test_evaluate_completes_a_file_or_replaces_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "--model", "vit_digits", "--resume", "--overwrite"]
+    assert "give one of them" in error_of(capsys, *words, "--out", tmp_path / "results.json")
+    for option in ("--resume", "--overwrite"):
+        assert f"{option} needs --out FILE" in error_of(capsys, "evaluate", "--model", "vit_digits", option)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_evaluate_waits_for_no_pipe(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "results.json")
+    words = ["evaluate", "--model", "vit_digits", "--out", str(tmp_path / "results.json"), option]
+    assert "named pipe" in error_of(capsys, *words)
+
+
+@pytest.mark.parametrize("number", ["10", "1000000", "1000000000000"])
+def test_evaluate_limits_of_any_size(run: Path, number: str, tmp_path: Path) -> None:
+    words = ["evaluate", "--model", str(run / "last.safetensors"), "--suite", "clean", "--limit", number]
+    assert main([*words, "--out", str(tmp_path / "results.json")]) == 0
+    protocol = json.loads((tmp_path / "results.json").read_text())["protocol"]
+    assert protocol["n"] == min(int(number), 500)
+    assert protocol["subset"] == f"{number}, drawn evenly over the classes by the seed"
+
+
+def test_evaluate_writes_its_file_without_a_terminal(run: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "fastnull", "evaluate", "--model", str(run / "last.safetensors"), "--suite", "clean"]
+    out = tmp_path / "results.json"
+    shell = " ".join(f"'{word}'" for word in [*words, "--limit", "20", "--out", str(out)])
+    done = subprocess.run(["sh", "-c", f"{shell} >&- 2>&-"], timeout=120, check=False)
+    assert done.returncode == 0
+    assert json.loads(out.read_text())["results"]["clean"] >= 0
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["report", "nowhere", "--debug"])
+
+
+def test_unexpected_runtime_error_points_to_debug(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(args: argparse.Namespace) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(commands, "report", broken)
+    assert "two lines (--debug shows where)" in error_of(capsys, "report", "x")
+
+
+@pytest.mark.parametrize("data", ["digits", "photos"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_images_of_a_part_are_even_over_the_classes(data: str, seed: int) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    model = create_model(f"vit_{data}").eval()
+    classes = len(EMBEDDED[data].classes)
+    args = argparse.Namespace(data=data, data_dir=None, download=False, images=3 * classes, seed=seed)
+    for images, whole in zip(commands._two_sets(args, model), embedded(data, model), strict=True):
+        known = {image.numpy().tobytes(): int(label) for image, label in whole}
+        labels = [known[image.numpy().tobytes()] for image in images]
+        assert sorted(labels) == sorted(list(range(classes)) * 3)
+        assert labels != sorted(labels)  # or a batch would hold few classes
+    args.seed = seed + 1
+    assert not torch.equal(commands._two_sets(args, model)[0], images)
+
+
+def test_tune_says_which_images(run: Path, tmp_path: Path) -> None:
+    words = ["tune", "--model", str(run / "last.safetensors"), "--images", "10", "--limits", "1", "--eps", "0.1"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    settings = json.loads((tmp_path / "tune.json").read_text())["settings"]
+    assert (settings["images"], settings["subset"]) == (10, "drawn evenly over the classes by the seed")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "fastnull", "finetune", "--augment", "none", "--epochs", "9999", "--out", str(out)]
+    with subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("state-*.pt")) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "--resume" in text
+    assert "Traceback" not in text
+    assert list(out.glob("state-*.pt"))

@@ -1,0 +1,195 @@
+"""Labels mean the model's classes: names of models, of data, and how they are matched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+
+from fastnull.data import Samples
+from fastnull.data.classes import classes_of, match_classes, names_of, printable, shortened, wordnet_ids
+from fastnull.data.image_files import ImageFiles, ImageFolder
+from fastnull.data.subset import labels_of
+from fastnull.models import create_model
+from fastnull.robustness import evaluate
+
+
+@pytest.mark.parametrize(
+    ("model", "folder", "labels"),
+    [
+        (["cat", "dog", "frog"], ["cat", "dog", "frog"], [0, 1, 2]),
+        (["frog", "cat", "dog"], ["cat", "dog", "frog"], [1, 2, 0]),  # another order
+        (["cat", "dog", "frog"], ["dog", "frog"], [1, 2]),  # a part
+        (["1", "2", "10"], ["10", "1", "2"], [2, 0, 1]),
+        (["caf\u00e9", "bar"], ["bar", "cafe\u0301"], [1, 0]),  # one accent, written in two ways
+        (2, ["dog", "frog"], [0, 1]),  # no names, but as many
+        (1000, ["n01440764", "n01443537", "n15075141"], [0, 1, 999]),
+        (None, ["dog", "frog"], [0, 1]),
+    ],
+)
+def test_matches(model: Any, folder: list[str], labels: list[int]) -> None:
+    assert match_classes(model, folder) == labels
+
+
+@pytest.mark.parametrize(
+    ("model", "folder", "message"),
+    [
+        (
+            ["cat", "dog"],
+            ["bird", "dog"],
+            "does not know: bird. Its 2 classes are bird, dog; the model's 2 are cat, dog",
+        ),
+        (["cat", "dog"], ["Cat", "dog"], "does not know: Cat"),
+        (["crane", "dog", "crane"], ["crane"], "the model has several: crane"),
+        (10, ["dog", "frog"], r"has 2 classes \(dog, frog\), the model 10 without names"),
+        (2, ["a", "b", "c"], "has 3 classes"),
+        (1000, ["n01440764", "n00000000"], "the model 1000 without names"),
+        ([str(k) for k in range(1000)], ["x"], r"the model's 1000 are 0, 1, 2, 3, 4, 5, \.\.\. \(994 more\)"),
+    ],
+)
+def test_mismatches_show_both_lists(model: Any, folder: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        match_classes(model, folder)
+
+
+def test_one_string_is_no_list_of_names() -> None:
+    with pytest.raises(TypeError, match="a list of names"):
+        match_classes("cat", ["c", "a", "t"])
+
+
+def test_names_in_messages_are_one_line() -> None:
+    assert printable("a\nb\udcffc é") == r"a\nb\udcffc é"
+    assert shortened(["a"] * 9) == "a, a, a, a, a, a, ... (3 more)"
+
+
+def test_classes_of_models() -> None:
+    model = create_model("vit_digits", num_classes=3)
+    assert classes_of(model) == 3
+    model.classes = ["cat", "dog", "frog"]
+    assert classes_of(model) == classes_of(torch.nn.DataParallel(model)) == ["cat", "dog", "frog"]
+    model.network.reset_classifier(2)
+    assert classes_of(model) == 2  # the names were those of the head before
+    network = create_model("vit_digits", num_classes=2).network
+    network.pretrained_cfg = {**network.pretrained_cfg, "label_names": ["cat", "dog"]}
+    assert classes_of(network) == ["cat", "dog"]
+    assert classes_of(torch.nn.Flatten()) is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ({0: "cat", 1: "dog"}, ["cat", "dog"]),
+        ({1: "dog", 0: "cat"}, ["cat", "dog"]),
+        ({0: "LABEL_0", 1: "LABEL_1"}, 2),
+    ],
+)
+def test_classes_of_hugging_face_models(labels: dict[int, str], found: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        image_size=16, patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        id2label=labels,
+    )  # fmt: skip
+    assert classes_of(transformers.ViTForImageClassification(config)) == found
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "message"),
+    [
+        (["a", "b"], ["a", "b"], None),
+        (None, ["a", "b"], None),
+        (["a", "b"], ["b", "a"], "in their order; its 2 are b, a, the model's 2 are a, b"),
+        (["a", "b"], ["a", "b", "c"], "in their order"),
+        (["a", "b"], 3, "source must have the model's 2 classes; it has 3"),
+    ],
+)
+def test_a_source_of_attacks_has_the_models_classes(one: Any, two: Any, message: str | None) -> None:
+    """An attack on the label 0 of a model that calls it otherwise would be against another class."""
+    counts = [len(known) if isinstance(known, list) else known or 2 for known in (one, two)]
+    model, source = (create_model("vit_digits", num_classes=count) for count in counts)
+    model.classes, source.classes = (names if isinstance(names, list) else None for names in (one, two))
+    images, labels = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
+
+    def attack() -> None:
+        evaluate(model, (images, labels), suites=("fgsm",), eps=(0.1,), source=source, progress=False)
+
+    if message is None:
+        attack()
+        return
+    with pytest.raises(ValueError, match=message):
+        attack()
+
+
+def test_names_of_data() -> None:
+    plain = TensorDataset(torch.zeros(3), torch.arange(3))
+    assert names_of(plain) is names_of(None) is None
+    plain.classes = ["a", "b", "c"]
+    assert names_of(Subset(plain, [0])) == ["a", "b", "c"]
+    assert names_of(SimpleNamespace(class_to_idx={"b": 1, "a": 0})) == ["a", "b"]
+    assert names_of(SimpleNamespace(class_to_idx={"b": 2, "a": 0})) is None  # labels with a gap
+    assert names_of(SimpleNamespace(reader=SimpleNamespace(class_to_idx={"b": 0, "a": 1}))) == ["b", "a"]
+    synonyms = SimpleNamespace(classes=[("tench", "Tinca tinca")], class_to_idx={"tench": 0}, wnids=["n01440764"])
+    assert names_of(synonyms) == ["n01440764"]
+    features = {"label": SimpleNamespace(names=["x", "y"])}
+    hugging_face = SimpleNamespace(reader=SimpleNamespace(dataset=SimpleNamespace(features=features)))
+    assert names_of(hugging_face) == ["x", "y"]
+    itself: Any = SimpleNamespace()
+    itself.dataset = itself
+    assert names_of(itself) is None
+
+
+def test_wordnet_ids_are_imagenets() -> None:
+    assert len(wordnet_ids()) == len(set(wordnet_ids())) == 1000
+    assert wordnet_ids()[:2] == ("n01440764", "n01443537")
+
+
+def test_labels_of_data(tmp_path: Path) -> None:
+    plain = TensorDataset(torch.zeros(4, 1), torch.tensor([3, 1, 2, 1]))
+    assert labels_of(plain).tolist() == [3, 1, 2, 1]
+    assert labels_of(Subset(plain, [2, 0])).tolist() == [2, 3]
+    assert labels_of(Samples(Subset(plain, range(3)), classes=[5, 6, 7, 8])).tolist() == [8, 6, 7]
+    assert labels_of(TensorDataset(torch.zeros(4, 1), torch.zeros(4, 3))) is None  # soft
+    assert labels_of(TensorDataset(torch.zeros(4, 1))) is None
+    assert labels_of([("image", 0)]) is None
+    for name in ("cat/a.png", "dog/b.png", "dog/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")  # nothing is read
+    folder = ImageFolder(tmp_path, ["dog", "cat"])
+    assert labels_of(folder).tolist() == labels_of(ImageFiles(folder, None, 3)).tolist() == [1, 0, 0]
+    readers = (
+        SimpleNamespace(samples=[("a", 1), ("b", 0)]),
+        SimpleNamespace(dataset=_Columns(label=[1, 0]), label_key="label"),
+    )
+    for reader in readers:
+        assert labels_of(_Read(reader)).tolist() == [1, 0]
+
+
+class _Columns(dict):
+    """A Hugging Face data set."""
+
+    features = ("label",)
+
+
+class _Read(list):
+    """A data set of timm, of two images."""
+
+    def __init__(self, reader: Any) -> None:
+        super().__init__([None, None])
+        self.reader = reader
+
+
+def test_a_replaced_head_counts_not_the_configuration() -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(num_labels=2, id2label={0: "cat", 1: "dog"})
+            self.classifier = nn.Linear(4, 2)
+
+    model = Classifier()
+    assert classes_of(model) == ["cat", "dog"]
+    model.classifier = nn.Linear(4, 10)
+    assert classes_of(model) == 10

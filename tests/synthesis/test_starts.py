@@ -1,0 +1,181 @@
+"""What noise starts from: spread of strengths, smooth fields, and the same numbers for a part of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastnull.augment import DEFAULTS, NullspaceAugment
+from fastnull.finetune.config import FinetuneConfig
+from fastnull.models import create_model
+from fastnull.rng import Place, generator, uniform
+from fastnull.synthesis import SynthesisConfig, synthesize
+from fastnull.synthesis.starts import GRIDS, MOST_CONTRAST, start_noise, step_sizes
+
+SHAPE = (400, 3, 16, 16)
+
+
+def start(**changes: Any) -> torch.Tensor:
+    config = SynthesisConfig(mode="boundary", site="pixels", **changes)
+    return start_noise(SHAPE, config, generator(1, 2), torch.empty(0))
+
+
+def test_the_plain_start_is_uniform_of_one_limit() -> None:
+    assert torch.equal(start(limit=0.25), uniform(SHAPE, 0.25, generator(1, 2), torch.empty(0)))
+
+
+def test_limits_are_spread_over_the_images() -> None:
+    strongest = start(limit=0.25, limit_spread=0.6).abs().flatten(1).amax(1) / 0.25
+    # 768 numbers of an image come close to their limit
+    assert 0.39 < float(strongest.min()) < 0.45
+    assert 0.95 < float(strongest.max()) <= 1
+    assert float(strongest.mean()) == pytest.approx(0.7, abs=0.03)
+
+
+def test_smooth_fields_are_smooth_and_as_strong_as_asked() -> None:
+    fields = start(limit=0.0, smooth_limit=0.25)
+    strongest = fields.abs().flatten(1).amax(1)
+    assert 0.2 < float(strongest.max()) <= 0.25
+    assert float(strongest.min()) < 0.02  # each image has a strength of its own
+    assert fields.mean().abs() < 0.01
+    # grid of one cell: a shift of the colours; of eight: twice as fine as the image's halves, and still no pixel noise
+    flat = fields.flatten(2).std(2).amax(1) < 1e-6
+    assert float(flat.float().mean()) == pytest.approx(1 / len(GRIDS), abs=0.08)
+    rough = (fields - F.avg_pool2d(fields, 3, 1, 1, count_include_pad=False)).square().mean()
+    white = start(limit=float(fields.std()) * 3**0.5)
+    assert rough < 0.1 * (white - F.avg_pool2d(white, 3, 1, 1, count_include_pad=False)).square().mean()
+
+
+def test_the_key_decides_and_parts_equal_the_whole() -> None:
+    torch.manual_seed(0)
+    model = create_model("vit_digits").train()
+    images = torch.rand(6, 3, 16, 16)
+    config = SynthesisConfig(
+        mode="boundary", site="pixels", limit=0.1, limit_spread=1.0, smooth_limit=0.2, steps=1, seed=3
+    )
+
+    def draw(rows: torch.Tensor | None, step: int) -> torch.Tensor:
+        augment = NullspaceAugment(model, "random", config=config)
+        augment.step = step
+        if rows is None:
+            return augment.draw(images)
+        augment.place = Place(rows, len(images))
+        return augment.draw(images[rows])
+
+    whole = draw(None, 7)
+    torch.testing.assert_close(draw(None, 7), whole, rtol=0, atol=0)
+    assert not torch.allclose(draw(None, 8), whole)
+    rows = torch.tensor([1, 4])
+    torch.testing.assert_close(draw(rows, 7), whole[rows], rtol=0, atol=0)
+    assert float((images + whole).min()) >= 0
+    assert float((images + whole).max()) <= 1
+
+
+def test_synthesis_starts_there_too() -> None:
+    torch.manual_seed(0)
+    model = create_model("vit_digits")
+    grey = torch.full((4, 3, 16, 16), 0.5)
+    config = SynthesisConfig(mode="boundary", site="pixels", limit=0.0, smooth_limit=0.25, steps=1, step_size=1e-6)
+    noise = synthesize(model, grey, config).tokens
+    assert float(noise.abs().amax()) > 0.02
+    assert float(noise.diff(dim=3).abs().amax()) < 0.25  # neighbours hardly differ
+
+
+def test_steps_are_spread_over_the_images_and_parts_get_those_of_the_whole() -> None:
+    torch.manual_seed(0)
+    model = create_model("vit_digits").train()
+    images = torch.full((200, 3, 16, 16), 0.5)
+    config = SynthesisConfig(
+        mode="boundary", site="pixels", limit=0.0, steps=1, step_size=0.1, step_spread=0.8, objective="prediction"
+    )
+
+    def draw(rows: torch.Tensor | None) -> torch.Tensor:
+        augment = NullspaceAugment(model, config=config, share=0.0)
+        if rows is None:
+            return augment.draw(images)
+        augment.place = Place(rows, len(images))
+        return augment.draw(images[rows])
+
+    # the loss of the prediction has a gradient at the image itself, where a distance has none: no start is needed
+    whole = draw(None)
+    lengths = whole.abs().flatten(1).amax(1)
+    assert 0.02 <= float(lengths.min()) < 0.03
+    assert 0.09 < float(lengths.max()) <= 0.1
+    rows = torch.tensor([3, 150])
+    torch.testing.assert_close(draw(rows), whole[rows])
+    assert step_sizes(images, replace(config, step_spread=0.0), generator(0)) == 0.1  # one for all
+
+
+def test_noise_is_in_proportion_to_contrast_and_parts_get_that_of_the_whole() -> None:
+    torch.manual_seed(0)
+    model = create_model("vit_digits").train()
+    unit = torch.rand(5, 3, 16, 16, generator=generator(1)) - 0.5
+    unit = unit / unit.flatten(1).std(1).view(-1, 1, 1, 1)
+    images = 0.5 + torch.tensor([0.0, 0.02, 0.05, 0.1, 0.2]).view(-1, 1, 1, 1) * unit
+    config = SynthesisConfig(
+        mode="boundary", site="pixels", limit=0.004, steps=1, step_size=0.01, contrast=0.1, objective="prediction"
+    )
+
+    def draw(config: SynthesisConfig, rows: torch.Tensor) -> torch.Tensor:
+        augment = NullspaceAugment(model, config=config, share=0.0)
+        augment.place = Place(rows, len(images))
+        return augment.draw(images[rows])
+
+    # a sign step from uniform noise: longest where both agree
+    share = torch.tensor([0.0, 0.2, 0.5, 1.0, MOST_CONTRAST])
+    whole = draw(config, torch.arange(5))
+    for noise in (whole, synthesize(model, images, config).tokens):
+        torch.testing.assert_close(noise.abs().flatten(1).amax(1), 0.014 * share, rtol=0.02, atol=1e-6)
+    rows = torch.tensor([1, 4])
+    torch.testing.assert_close(draw(config, rows), whole[rows])
+    plain = draw(replace(config, contrast=0.0), torch.arange(5))
+    torch.testing.assert_close(plain.abs().flatten(1).amax(1), torch.full((5,), 0.014), rtol=0.02, atol=0)
+
+
+@torch.no_grad()
+def test_noise_along_the_predictions_loss_moves_the_prediction_most() -> None:
+    torch.manual_seed(0)
+    model = create_model("vit_digits").eval()
+    images = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    clean = model(images)
+    predicted = clean.argmax(1)
+
+    def loss(objective: str) -> float:
+        config = SynthesisConfig(
+            mode="boundary", site="pixels", limit=2 / 255, steps=1, step_size=8 / 255, eps=1.9, objective=objective
+        )
+        noise = synthesize(model, images, config).tokens
+        return float(F.cross_entropy(model(images + noise), predicted))
+
+    assert loss("prediction") > max(loss("l2"), float(F.cross_entropy(clean, predicted)))
+
+
+def test_settings_reach_the_synthesis() -> None:
+    asked = {"limit": 0.1, "limit_spread": 0.5, "smooth_limit": 0.2, "objective": "l2_squared"}
+    synthesis = FinetuneConfig(augment="boundary", site="pixels", noise_step_spread=0.25, **asked).synthesis()
+    assert synthesis is not None
+    assert {name: getattr(synthesis, name) for name in asked} == asked
+    assert synthesis.step_spread == 0.25
+    # what is not asked for is the default of mode and site
+    assert synthesis.step_size == DEFAULTS["boundary", True]["step_size"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limit_spread": 1.5}, "limit_spread must be"),
+        ({"step_spread": -0.5}, "step_spread must be"),
+        ({"objective": "prediction", "mode": "universal"}, "for mode 'boundary'; got mode='universal'"),
+        ({"smooth_limit": -0.1, "site": "pixels"}, "smooth_limit must be"),
+        ({"contrast": 0.1, "mode": "boundary"}, "contrast is for site 'pixels'; got site='patch'"),
+        ({"contrast": 0.1, "site": "pixels"}, "contrast is for noise of an image's own"),
+        ({"smooth_limit": 0.1, "site": "patch"}, "smooth_limit is for site 'pixels'; got site='patch'"),
+    ],
+)
+def test_bad_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SynthesisConfig(**changes)
