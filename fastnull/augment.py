@@ -186,7 +186,8 @@ class NullspaceAugment:
         Args:
             step: of the training; the next draw takes the random numbers of this step.
             place: where the images of the next calls lie in a larger batch (a fastnull.rng.Place), if several
-                processes have parts of it, or it comes in parts one after the other. They get the noise that they would get in the whole batch. None: they are the batch.
+                processes have parts of it, or it comes in parts one after the other. They get the noise that they would
+                get in the whole batch. None: they are the batch.
 
         Returns:
             the augmentation itself.
