@@ -170,8 +170,10 @@ class NullspaceAugment:
         weakref.finalize(self, _remove, self._handles)
         _check_tokens_stay(self.encoder, config.site)
         if self.encoder.vit.num_classes == 1 and mode != "random":
-            raise ValueError(
-                "noise is judged by probabilities of classes; a model with one output has none that change"
+            warnings.warn(
+                "fastnull: noise is judged by probabilities of classes, and a model with one output has none: its "
+                "influence is 0, and the noise stays its random start",
+                stacklevel=2,
             )
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise ValueError(
