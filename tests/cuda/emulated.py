@@ -6,6 +6,7 @@ Objects are kept in build/cuda_emulator under the hash of what they were made of
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import mmap
 import os
@@ -31,13 +32,19 @@ def include_flags() -> list[str]:
 
 
 def build(name: str, sources: Iterable[Path]) -> Path:
-    """The shared object of these sources, compiled where it is not there yet."""
+    """The shared object of these sources, compiled where it is not there yet; by one process at a time."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(name, sources)
+
+
+def _build(name: str, sources: Iterable[Path]) -> Path:
     headers = sorted(p for folder in (CSRC / "cuda", EMULATOR) for p in folder.rglob("*") if p.suffix in (".h", ".cuh"))
     flags = [*FLAGS, *include_flags()]
     common = hashlib.sha256(" ".join([COMPILER, torch.__version__, *flags]).encode())
     for header in headers:
         common.update(header.read_bytes())
-    BUILD.mkdir(parents=True, exist_ok=True)
     objects = []
     for source in sources:
         key = common.copy()
