@@ -1,9 +1,8 @@
 """Where the time of a finetuning step goes: `python -m benchmarks.profile_step --model vit_small_patch16_224`.
 
 Prints each phase's share and the operators that take most, from torch.profiler, and how often a step makes the host
-wait for the device. The phases: `views` are the forward
-passes of both views with their graph, `noise` the synthesis in them, `backward`, `optimizer`. On a GPU times are those
-of its kernels.
+wait for the device. The phases: `views` are the forward passes with their graph, `noise` the synthesis in
+them, `backward`, `optimizer`. On a GPU times are those of its kernels.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 class _Marked(NullspaceAugment):
     """Names its phases in the profile."""
 
-    def _forward(self, *given: Any) -> torch.Tensor:
+    def _call(self, *given: Any) -> Any:
         with record_function("views"):
-            return super()._forward(*given)
+            return super()._call(*given)
 
     def draw(self, tokens: torch.Tensor) -> torch.Tensor:
         with record_function("noise"):
