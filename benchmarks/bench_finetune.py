@@ -57,7 +57,7 @@ def _case(name: str, model: nn.Module, dtype: torch.dtype, settings: BenchSettin
         config = FinetuneConfig(
             augment=augment, site=site, backend=backend, batch_size=B, epochs=1000, progress=False,
             amp=None if dtype == torch.float32 else str(dtype)[6:], attack_steps=STEPS, seed=settings.seed,
-            noise_share=0.0,  # two views, whatever the augmentation
+            noise_fraction=0.0,  # two views, whatever the augmentation
             noise_steps=STEPS if augment in ("boundary", "per_image", "universal") else None,
         )  # fmt: skip
         variants.append(_variant(label, config, name, images, labels, dtype, settings))

@@ -176,7 +176,7 @@ class Training:
         if met < len(noise) and self.processes.first:
             warnings.warn(
                 f"the universal noise for step {self.step + 1} did not meet eps: influence {influence:.3g} after "
-                f"{int(noise.steps.max())} updates. It is used as it is; more rounds, a larger image_ratio or a "
+                f"{int(noise.steps.max())} updates. It is used as it is; more rounds, a larger image_fraction or a "
                 "smaller limit would help",
                 stacklevel=2,
             )
@@ -420,7 +420,7 @@ def _augment(
     synthesis = config.synthesis()
     if synthesis is not None:
         augment = TimedAugment(
-            model, config.augment, share=config.share, backend=config.backend, dtype=dtype, config=synthesis
+            model, config.augment, fraction=config.fraction, backend=config.backend, dtype=dtype, config=synthesis
         )
         augment.watch = watch
         return augment
@@ -434,7 +434,7 @@ def _augment(
         }
         if config.augment == "trades":
             return Trades(model, beta=config.trades_beta, **attack)
-        return AdversarialTraining(model, share=config.share, **attack)
+        return AdversarialTraining(model, fraction=config.fraction, **attack)
     return CleanOnly(model)
 
 
