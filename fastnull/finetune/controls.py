@@ -131,9 +131,8 @@ class AdversarialTraining(CleanOnly):
 
     def _one_view(self, images: Tensor, labels: Tensor) -> Tensor:
         """The images, a fraction of them attacked."""
-        positions, place = fraction_of(
-            self.place or Place(torch.arange(len(images)), len(images)), self.fraction, self.step
-        )
+        place = self.place or Place(torch.arange(len(images)), len(images))
+        positions, place = fraction_of(place, self.fraction, self.step)
         positions = carried(positions, images.device)
         with self.watch:
             attacked = self.attack(images[positions], labels[positions], place)

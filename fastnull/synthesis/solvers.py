@@ -189,7 +189,7 @@ def own_gradients(
     encoder: FrozenEncoder, tokens: Tensor, noise: Tensor, clean: Tensor, objective: str
 ) -> tuple[Tensor, Tensor]:
     """Influence [B] and the gradient [B, ...] of each image's objective with respect to its own noise."""
-    influence: list[Tensor] = []
+    influences: list[Tensor] = []
 
     def cotangent(logits: Tensor, images: slice) -> Tensor:
         if objective == PREDICTION:
@@ -197,11 +197,11 @@ def own_gradients(
         else:
             judged = noise_objective(clean[images], logits, objective, reduction="none")
             gradient, influence = judged.cotangent, judged.influence
-        influence.append(influence)
+        influences.append(influence)
         return gradient
 
     _, gradient = encoder.input_gradient(perturb(encoder, tokens, noise), cotangent, by_image=True)
-    return torch.cat(influence), gradient
+    return torch.cat(influences), gradient
 
 
 def learning_rate(config: SynthesisConfig, step: int, period: int) -> float:
