@@ -28,7 +28,7 @@ METHODS = {
     # folder → (settings, clean, under attack, corrupted)
     "clean": ({"augment": "none"}, 97.0, 50.0, 45.0),
     "random": ({"augment": "random"}, 96.0, 65.0, 60.0),
-    "boundary": ({"augment": "boundary"}, 95.0, 75.0, 62.0),
+    "boundary": ({"augment": "boundary", "site": "patch"}, 95.0, 75.0, 62.0),
     "pixels": ({"augment": "boundary", "site": "pixels"}, 96.9, 82.0, 60.0),
 }
 

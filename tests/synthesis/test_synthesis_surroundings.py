@@ -19,7 +19,7 @@ from fastnull.analysis.transfer import transfer
 from fastnull.encoder import FrozenEncoder
 from fastnull.nullspace import PatchNullspace
 from fastnull.nullspace.pixels import PixelNullspace
-from fastnull.synthesis import Noise, SynthesisConfig, measure_influence, synthesize
+from fastnull.synthesis import MODES, Noise, SynthesisConfig, measure_influence, synthesize
 from fastnull.synthesis.gauss_newton import gauss_newton_step
 from fastnull.synthesis.solvers import own_noise
 from fastnull.synthesis.starts import start_noise
