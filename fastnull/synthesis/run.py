@@ -102,6 +102,8 @@ def synthesize(
         SynthesisInterrupted: on Ctrl-C.
     """
     config = config or SynthesisConfig()
+    if config.mode == "random":
+        raise ValueError("config.mode must be universal, per_image or boundary; random noise is not synthesised")
     encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=config.site)
     if encoder.site != config.site:
         raise ValueError(f"config.site is {config.site!r} but the encoder was made for site {encoder.site!r}")
