@@ -19,14 +19,14 @@ from fastnull.cli import parser as cli
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-LANGUAGES = {"python", "bash", "", "{eval-rst}", "{include}", "{toctree}"}
+LANGUAGES = {"python", "bash", "diff", "", "{eval-rst}", "{include}", "{toctree}"}
 """Fences that there may be; without a name it is commands: reports write them so."""
 NEEDS = {
     "analyses.md": ("scipy",),
     "integrations.md": ("timm", "transformers", "lightning", "accelerate", "torchvision", "peft"),
 }
 """Libraries that a page's Python imports and fastnull does not ask for."""
-NOT_RUN = {"installs packages": 1, "needs several processes": 1}
+NOT_RUN = {"installs packages": 2, "needs several processes": 1}
 """How many blocks are left out, by the reason given: one more is to be a decision."""
 
 OTHERS = ("python -m pytest benchmarks ",)
