@@ -21,6 +21,8 @@ html_title = f"fastnull {release}"
 html_static_path = ["_static"]
 html_css_files = ["fastnull.css"]
 html_math_renderer = "mathml"
+pygments_style = "default"
+pygments_dark_style = "monokai"
 
 # $...$ and $$...$$ are formulas, as on GitHub
 myst_enable_extensions = ["dollarmath", "amsmath"]
