@@ -20,6 +20,7 @@ from fastnull.distributed import Processes
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.plan import make_plan
 from fastnull.finetune.training import Training
+from fastnull.synthesis.config import SynthesisConfig
 from fastnull.rng import generator, uniform
 from fastnull.vit import split
 
@@ -39,6 +40,7 @@ AUGMENTS = (
     (ORACLE, "boundary", "patch", "reference"),
     ("adversarial", "adversarial", "patch", "auto"),
 )
+SYNTHESISED = ("boundary", "per_image", "universal")
 
 
 def cases(settings: BenchSettings) -> Iterator[Case]:
@@ -57,8 +59,8 @@ def _case(name: str, model: nn.Module, dtype: torch.dtype, settings: BenchSettin
         config = FinetuneConfig(
             augment=augment, site=site, backend=backend, batch_size=B, epochs=1000, progress=False,
             amp=None if dtype == torch.float32 else str(dtype)[6:], attack_steps=STEPS, seed=settings.seed,
-            noise_share=0.0,  # two views, whatever the augmentation
-            noise_steps=STEPS if augment in ("boundary", "per_image", "universal") else None,
+            noise_fraction=0.0,  # two views, whatever the augmentation
+            noise=SynthesisConfig(mode=augment, site=site, steps=STEPS) if augment in SYNTHESISED else None,  # noqa: E501
         )  # fmt: skip
         variants.append(_variant(label, config, name, images, labels, dtype, settings))
     return Case(

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -34,7 +34,7 @@ from fastnull.data.view import View
 from fastnull.distributed.processes import Processes, explained
 from fastnull.distributed.sharded_state import write_shares
 from fastnull.finetune.checkpoint import RunFolder, gathered_weights, save_weights, state_path
-from fastnull.finetune.config import FinetuneConfig
+from fastnull.finetune.config import FinetuneConfig, recommended_lr
 from fastnull.finetune.logs import Log
 from fastnull.finetune.plan import make_plan
 from fastnull.finetune.training import DivergenceError, FinetuneResult, Training
@@ -82,6 +82,9 @@ def finetune(
         KeyboardInterrupt: on Ctrl-C, after saving.
         PeerError: another process of the run has ended.
     """
+    if config.lr is None:  # a model that is handed over is not the one that the configuration names
+        made = config.model if model is None else getattr(unwrap(model), "recipe", {}).get("name")
+        config = replace(config, lr=recommended_lr(made))
     processes = Processes()
     device = processes.device(config.device)
     if config.shard and processes.alone:

@@ -54,7 +54,7 @@ class NullspaceTask(ClassificationTask):
             target: labels [B] or soft labels [B, K].
 
         Returns:
-            `loss`, `output` (clean logits [B, K]; of an augmentation with a share those of its one view) and, in
+            `loss`, `output` (clean logits [B, K]; of an augmentation with a fraction those of its one view) and, in
             training, the noise's `influence` and `norm`.
         """
         if not self.trainable_module.training:

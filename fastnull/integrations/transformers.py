@@ -156,7 +156,7 @@ class NullspaceTrainer(Trainer):
     ) -> Any:
         """The loss of both views in training, that of clean images in evaluation; on request the (clean) outputs too.
 
-        An augmentation with a share has one view.
+        An augmentation with a fraction has one view.
         """
         if model.training:
             if "pixel_values" not in inputs:

@@ -25,9 +25,6 @@ from fastnull.ops.common import no_autocast
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import PREDICTION, prediction_gradient, probability_change
 
-BOUNDARY_STEPS = 3
-PER_IMAGE_STEPS = 30
-
 
 def own_noise(
     encoder: FrozenEncoder,
@@ -42,8 +39,14 @@ def own_noise(
     with no_autocast(tokens.device):
         if config.mode != "boundary":
             return optimized_noise(encoder, tokens, clean, start, config)
-        noise, seen = boundary_noise(encoder, tokens, clean, start, config, step_size)
-    return noise, seen, torch.full((len(tokens),), config.steps or BOUNDARY_STEPS, device=tokens.device)
+        noise, influence = boundary_noise(encoder, tokens, clean, start, config, step_size)
+    return noise, influence, torch.full((len(tokens),), steps_of(config), device=tokens.device)
+
+
+def steps_of(config: SynthesisConfig) -> int:
+    """Updates of a noise of one image."""
+    assert config.steps is not None, f"mode {config.mode!r} has no number of steps of its own"
+    return config.steps
 
 
 def boundary_noise(
@@ -70,19 +73,19 @@ def boundary_noise(
     pixels = encoder.site == "pixels"
     noise = valid_noise(tokens, start) if pixels else start.clone()
     size = boundary_step_size(start, config) if step_size is None else step_size
-    seen = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
-    for _ in range(config.steps or BOUNDARY_STEPS):
-        seen, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
+    influence = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
+    for _ in range(steps_of(config)):
+        influence, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
         step = sign_step if pixels else normalized_step
-        step(noise, gradient, boundary_gate(seen, config.eps), lr=size)
+        step(noise, gradient, boundary_gate(influence, config.eps), lr=size)
         if pixels:
             noise = valid_noise(tokens, noise)
-    return noise, seen
+    return noise, influence
 
 
 def boundary_step_size(start: Tensor, config: SynthesisConfig) -> float | Tensor:
-    """Length of a step: config.step_size, or a tenth of the mean norm of the start; a pixel's 4/255 at that site."""
-    return config.step_size or (4 / 255 if config.site == "pixels" else 0.1 * norms(start).mean())
+    """Length of a step: config.step_size, or a tenth of the mean norm of the start."""
+    return config.step_size or 0.1 * norms(start).mean()
 
 
 def optimized_noise(
@@ -103,16 +106,16 @@ def optimized_noise(
     pixels = encoder.site == "pixels"
     noise = valid_noise(tokens, start) if pixels else start.clone()
     state = AdamWState.zeros(noise)
-    steps = config.steps or PER_IMAGE_STEPS
-    seen = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
+    steps = steps_of(config)
+    influence = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
     for step in range(steps):
-        seen, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
+        influence, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
         gradient = gradient - log_norm_gradient(noise, config.log_norm_weight)
-        gate, lr = descent_gate(seen, config.eps), learning_rate(config, step, steps)
+        gate, lr = descent_gate(influence, config.eps), learning_rate(config, step, steps)
         adamw_step(noise, gradient, state, gate, lr=lr, weight_decay=config.weight_decay)
         if pixels:
             noise = valid_noise(tokens, noise)
-    return noise, seen, state.steps
+    return noise, influence, state.steps
 
 
 def perturb(encoder: FrozenEncoder, tokens: Tensor, noise: Tensor) -> Tensor:
@@ -186,7 +189,7 @@ def own_gradients(
     encoder: FrozenEncoder, tokens: Tensor, noise: Tensor, clean: Tensor, objective: str
 ) -> tuple[Tensor, Tensor]:
     """Influence [B] and the gradient [B, ...] of each image's objective with respect to its own noise."""
-    seen: list[Tensor] = []
+    influences: list[Tensor] = []
 
     def cotangent(logits: Tensor, images: slice) -> Tensor:
         if objective == PREDICTION:
@@ -194,11 +197,11 @@ def own_gradients(
         else:
             judged = noise_objective(clean[images], logits, objective, reduction="none")
             gradient, influence = judged.cotangent, judged.influence
-        seen.append(influence)
+        influences.append(influence)
         return gradient
 
     _, gradient = encoder.input_gradient(perturb(encoder, tokens, noise), cotangent, by_image=True)
-    return torch.cat(seen), gradient
+    return torch.cat(influences), gradient
 
 
 def learning_rate(config: SynthesisConfig, step: int, period: int) -> float:
@@ -212,7 +215,7 @@ def log_norm_gradient(noise: Tensor, weight: float) -> Tensor | float:
     """Gradient of weight · log‖v‖ for each noise; v/‖v‖² times the weight."""
     if weight == 0:
         return 0.0
-    inverse = spread(1 / norms(noise).clamp_min(1e-30), noise)
+    inverse = expand_as_noise(1 / norms(noise).clamp_min(1e-30), noise)
     return weight * (noise * inverse) * inverse  # not the square of the norm, which underflows
 
 
@@ -226,6 +229,6 @@ def norms(noise: Tensor) -> Tensor:
     return torch.linalg.vector_norm(noise.flatten(1), dim=1, dtype=torch.float64).to(noise.dtype)
 
 
-def spread(values: Tensor, like: Tensor) -> Tensor:
+def expand_as_noise(values: Tensor, like: Tensor) -> Tensor:
     """[M] → [M, 1, 1, ...], to multiply noises."""
     return values.view(-1, *[1] * (like.ndim - 1))

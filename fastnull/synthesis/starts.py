@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from fastnull.checks import check_finite, check_number
 from fastnull.rng import carried, generator, uniform
 from fastnull.synthesis.config import SynthesisConfig
-from fastnull.synthesis.solvers import boundary_step_size, norms, spread
+from fastnull.synthesis.solvers import boundary_step_size, expand_as_noise, norms
 
 GRIDS = (1, 2, 4, 8)
 """Cells across an image of the grids that smooth fields are drawn on; each image gets one of them."""
@@ -37,7 +37,7 @@ def start_noise(shape: Sequence[int], config: SynthesisConfig, source: torch.Gen
 
     Args:
         shape: of the result; [B, C, H, W] in pixels.
-        config: limit, limit_spread and smooth_limit are used.
+        config: limit, limit_range and smooth_limit are used.
         source: of the random numbers.
         like: a tensor whose device, and float64 if it has it, the result takes; else it is float32.
 
@@ -48,14 +48,14 @@ def start_noise(shape: Sequence[int], config: SynthesisConfig, source: torch.Gen
     check_number("limit", config.limit, 0, most)
     check_number("limit + smooth_limit", config.limit + config.smooth_limit, 0, most)
     noise = uniform(shape, config.limit, source, like)
-    if config.limit_spread:
-        noise *= 1 - config.limit_spread * _strengths(noise, source)
+    if config.limit_range:
+        noise *= 1 - config.limit_range * _strengths(noise, source)
     if config.smooth_limit:
         noise += config.smooth_limit * _strengths(noise, source) * _smooth(noise, source)
     return noise
 
 
-def in_proportion(
+def scale_to_contrast(
     images: Tensor, start: Tensor, size: float | Tensor, config: SynthesisConfig
 ) -> tuple[Tensor, float | Tensor]:
     """A start [B, ...] and step sizes for the contrast of the images [B, ...], the standard deviation of an image's
@@ -63,15 +63,15 @@ def in_proportion(
     """
     if not config.contrast:
         return start, size
-    share = (images.flatten(1).std(1) / config.contrast).clamp(max=MOST_CONTRAST).to(start.dtype)  # [B]
-    return start * share.view(-1, *[1] * (start.ndim - 1)), size * share
+    factor = (images.flatten(1).std(1) / config.contrast).clamp(max=MOST_CONTRAST).to(start.dtype)  # [B]
+    return start * factor.view(-1, *[1] * (start.ndim - 1)), size * factor
 
 
 def step_sizes(start: Tensor, config: SynthesisConfig, source: torch.Generator) -> float | Tensor:
-    """Length of a boundary step from a start [B, ...]: one for all (a number or []), or with step_spread [B]."""
+    """Length of a boundary step from a start [B, ...]: one for all (a number or []), or with step_range [B]."""
     size = boundary_step_size(start, config)
-    if config.step_spread:
-        return size * (1 - config.step_spread * _strengths(start, source).flatten())
+    if config.step_range:
+        return size * (1 - config.step_range * _strengths(start, source).flatten())
     return size
 
 
@@ -113,10 +113,10 @@ def draw_starts(
 def warm_start(config: SynthesisConfig, last: Tensor) -> Tensor:
     """What `synthesize` draws for config.seed, mixed with the last bank [M, ...]; each noise as long as the fresh one.
 
-    Directions are mixed, share config.warm of the last: noise that has shrunk in its synthesis counts as much.
+    Directions are mixed, a fraction config.warm of the last: noise that has shrunk in its synthesis counts as much.
     """
     fresh = draw_starts(tuple(last.shape), config, last, None)
-    length = spread(norms(fresh), fresh)
-    old = last * (length / spread(norms(last), last).clamp_min(1e-30))
+    length = expand_as_noise(norms(fresh), fresh)
+    old = last * (length / expand_as_noise(norms(last), last).clamp_min(1e-30))
     mixed = config.warm * old + (1 - config.warm) * fresh
-    return mixed * (length / spread(norms(mixed), mixed).clamp_min(1e-30))
+    return mixed * (length / expand_as_noise(norms(mixed), mixed).clamp_min(1e-30))

@@ -388,7 +388,7 @@ def test_synthesis_computes_what_is_clean_once_a_batch_and_syncs_once(
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.add_(0.01)
-    noise = synthesize(frozen, [images[:4], images[4:]], SynthesisConfig(steps=8, stop="never", image_ratio=1.0))
+    noise = synthesize(frozen, [images[:4], images[4:]], SynthesisConfig(steps=8, stop="never", image_fraction=1.0))
     assert int(noise.steps.min()) >= 6
     assert embedded == [4, 4], "two batches, however many steps"
     assert synced == [1]

@@ -137,7 +137,7 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
         ("min_lr: 1e-2", ["--lr", "0.1"], {"min_lr": 0.01, "lr": 0.1}),
         ("mixup: 0.5\nbatch_size: 7", ["--batch-size", "8"], {"mixup": 0.5, "batch_size": 8}),
         ("noise_preset: first", ["--augment", "universal"], {"noise_preset": "first"}),
-        ("augment: trades", ["--noise-share", "0.5", "--augment", "boundary"], {"augment": "boundary"}),
+        ("augment: trades", ["--noise-fraction", "0.5", "--augment", "boundary"], {"augment": "boundary"}),
         ("log: tensorboard", ["--out", "{out}"], {"log": "tensorboard"}),
     ],
 )
