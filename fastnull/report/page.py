@@ -53,7 +53,7 @@ def write_report(
     Raises:
         FileNotFoundError: a source that does not exist, or a folder without results.
         ValueError: a file that is no result of `evaluate`, or a report is there already.
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib, markdown-it-py or scipy is missing.
     """
     folder = Path(out)
     if (folder / "report.html").exists() and not overwrite:

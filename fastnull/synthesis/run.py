@@ -355,7 +355,6 @@ def _metadata(encoder: FrozenEncoder, config: SynthesisConfig, **extra: Any) -> 
             encoder.device,
             dtype=str(encoder.dtype),
             products=str(encoder.products),
-            mlp_dtype=str(encoder.mlp_dtype or encoder.products),
             backend=encoder.backend,
             seed=config.seed,
         ),
