@@ -37,7 +37,7 @@ from fastnull.synthesis.config import SynthesisConfig, recommended_fraction
 from fastnull.synthesis.replay import Replay, use_graph
 from fastnull.synthesis.run import synthesize
 from fastnull.synthesis.solvers import norms, own_noise, valid_noise
-from fastnull.synthesis.starts import scale_to_contrast, start_noise, step_sizes, warm_start
+from fastnull.synthesis.starts import Start, draw_start, warm_start
 from fastnull.vit.base import inside_frozen, logits_of
 
 MODES = ("boundary", "per_image", "universal", "random")
@@ -47,6 +47,8 @@ MODES = ("boundary", "per_image", "universal", "random")
 class _View:
     """What one forward of the model is to see, and what has become of it."""
 
+    noisy: bool = True
+    """False: the images as they are, also where the augmentation is attached."""
     both: bool = False
     """Clean and noisy images in one pass, [2 B, ...]; else noisy ones alone."""
     clean: Tensor | None = None
@@ -86,9 +88,7 @@ class NullspaceAugment:
         config: every setting of the synthesis at once, instead of eps, limit, steps, site, count and seed.
 
     Attributes:
-        step: number of draws so far; set it to the global step for exact resume.
-        place: where the images of the next calls lie in a larger batch, over several processes or in parts one after
-            the other: their noise is then what they would get in it. None: they are the batch.
+        step: number of draws so far; set it to the global step for exact resume, or see `at`.
         enabled: False switches the hook form off without detaching.
         stats: of the last draw: `influence` (mean over images before the last step; of the bank in universal mode;
             NaN in random mode) and `norm` (mean), as tensors on the device: reading them costs no sync until asked.
@@ -133,17 +133,15 @@ class NullspaceAugment:
         self.model = model
         self._solve = self._solver()
         self.step = 0
-        self.place: Place | None = None
         self.enabled = True
         self.stats: dict[str, Tensor] = {}
         self._bank: Noise | None = None
         self._attached = False
         self._forwards = 0  # with noise, since it was attached
         self._looked = False  # at the values of a batch
-        self._asked: _View | None = None  # by the running `loss` or `views`
-        self._quiet = False  # no noise in the forward that `views` runs
-        self._running: _View | None = None  # of the forward that runs
-        self._clean: Tensor | None = None  # logits of the images of the running forward, for the synthesis
+        self._place: Place | None = None
+        self._asked: _View | None = None  # by the running `loss`, `views` or `outputs`
+        self._running: _View | None = None  # of the forward that runs, where it has noise
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
         _check_tokens_stay(self.encoder, config.site)
@@ -157,6 +155,20 @@ class NullspaceAugment:
                 "one process a device (DistributedDataParallel)"
             )
         self._register()
+
+    def at(self, step: int, place: Place | None = None) -> NullspaceAugment:
+        """Set what the next draws are for: a step of the training, and a part of its batch.
+
+        Args:
+            step: of the training; the next draw takes the random numbers of this step.
+            place: where the images of the next calls lie in a larger batch (a fastnull.rng.Place), if several
+                processes have parts of it, or it comes in parts one after the other. They get the noise that they would get in the whole batch. None: they are the batch.
+
+        Returns:
+            the augmentation itself.
+        """
+        self.step, self._place = step, place
+        return self
 
     def loss(
         self, images: Tensor, labels: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
@@ -218,7 +230,7 @@ class NullspaceAugment:
 
     def _both_views(self, images: Tensor, forward: Callable[[], Any]) -> tuple[Any, Any]:
         before = _random_state(images.device)
-        clean = self._call(len(images), None, forward)
+        clean = self._call(len(images), _View(noisy=False), forward)
         noisy = _View()
         if torch.equal(before, _random_state(images.device)):
             logits = logits_of(clean).detach()
@@ -249,17 +261,17 @@ class NullspaceAugment:
         count = 2 * len(images) if view.both else len(images)
         return logits_of(self._call(count, view, lambda: self.model(given)))
 
-    def _call(self, count: int, view: _View | None, forward: Callable[[], Any]) -> Any:
-        """What `forward` returns; in its call of the model is the noise of a view (None: no noise).
+    def _call(self, count: int, view: _View, forward: Callable[[], Any]) -> Any:
+        """What `forward` returns, in whose call of the model the images are seen as the view says.
 
         `count` logits are expected.
         """
-        self._asked, self._quiet = view, view is None
+        self._asked = view
         try:
             output = forward()
         finally:
-            self._asked, self._quiet = None, False
-        if (view is not None and not view.applied) or len(logits_of(output)) != count:
+            self._asked = None
+        if view.applied != view.noisy or len(logits_of(output)) != count:
             raise RuntimeError(NOT_APPLIED)
         return output
 
@@ -370,11 +382,12 @@ class NullspaceAugment:
             return self._draw(tokens.detach())
 
     def _draw(self, tokens: Tensor) -> Tensor:
-        step, source = self.step, generator(self.config.seed, self.step, 1)
+        step, place, source = self.step, self._place, generator(self.config.seed, self.step, 1)
         self.step += 1
         if not self.fraction:
-            return self._drawn(tokens, source, self.place)
-        positions, place = fraction_of(self.place or Place(torch.arange(len(tokens)), len(tokens)), self.fraction, step)
+            return self._drawn(tokens, source, place)
+        place = place or Place(torch.arange(len(tokens)), len(tokens))
+        positions, place = fraction_of(place, self.fraction, step)
         if len(positions) == 0:
             self.stats = dict.fromkeys(("influence", "norm"), tokens.new_tensor(torch.nan))
             return torch.zeros_like(tokens)
@@ -385,7 +398,7 @@ class NullspaceAugment:
         if self.mode == "universal":
             noise = self._from_bank(tokens, source, place)
         else:
-            noise, influence = self._synthesized(tokens, *self._start(tokens, source, place))
+            noise, influence = self._synthesized(tokens, draw_start(tokens, self.config, source, place=place))
             self.stats["influence"] = influence.mean()
         self.stats["norm"] = norms(noise).mean()
         return noise.to(tokens.dtype)
@@ -399,32 +412,17 @@ class NullspaceAugment:
         noise = carried(self._bank.tokens[rows], tokens.device)
         return valid_noise(tokens, noise) if self.config.site == "pixels" else noise
 
-    def _start(self, tokens: Tensor, source: torch.Generator, place: Place | None) -> tuple[Tensor, ...]:
-        """The noise that synthesis starts from [B, ...], and its step size where that is a tensor, [] or [B]."""
-        config = self.config
-        if place is None:
-            start = start_noise(tokens.shape, config, source, tokens)
-            size = step_sizes(start, config, source)
-        else:
-            # on the CPU, where it is drawn: only this part of it travels
-            whole = start_noise((place.total, *tokens.shape[1:]), config, source, tokens.new_empty(0, device="cpu"))
-            size = step_sizes(whole, config, source)
-            start = carried(whole[place.rows], tokens.device)
-            if isinstance(size, Tensor):
-                size = carried(size[place.rows] if size.ndim else size, tokens.device)
-        start, size = scale_to_contrast(tokens, start, size, config)
-        return (start, size) if isinstance(size, Tensor) else (start,)
-
-    def _synthesized(self, tokens: Tensor, start: Tensor, *size: Tensor) -> tuple[Tensor, Tensor]:
+    def _synthesized(self, tokens: Tensor, start: Start) -> tuple[Tensor, Tensor]:
         if self.mode == "random":
-            noise = valid_noise(tokens, start) if self.config.site == "pixels" else start
+            noise = valid_noise(tokens, start.noise) if self.config.site == "pixels" else start.noise
             return noise, torch.full((1,), float("nan"))
         self.encoder.sync()
         if self._solve_of != self.encoder.generation:  # a graph would run the encoder before
             self._solve = self._solver()
         inputs = tokens.to(self.encoder.dtype)
-        clean = self.encoder(inputs) if self._clean is None else self._clean
-        noise, influence, _ = self._solve(inputs, clean, start, *size)
+        clean = None if self._running is None else self._running.clean
+        clean = self.encoder(inputs) if clean is None else clean
+        noise, influence, _ = self._solve(inputs, clean, *start.tensors)
         return noise, influence
 
     def _solver(self) -> Replay:
@@ -452,11 +450,12 @@ class NullspaceAugment:
         if inside_frozen():
             return None
         view = self._asked
-        if view is None and self._attached and self.enabled and not self._quiet:
+        if view is None and self._attached and self.enabled:
             view = _View()
-        self._running = view if module.training else None
-        if self._running is None:
+        if view is None or not view.noisy or not module.training:
+            self._running = None
             return None
+        self._running = view
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "the whole model runs again in the backward pass (activation checkpointing around it), where it would "
@@ -504,11 +503,7 @@ class NullspaceAugment:
     def _noisy(self, tokens: Tensor) -> Tensor:
         view = self._running
         assert view is not None
-        self._clean = view.clean
-        try:
-            noisy = tokens + self.draw(tokens)
-        finally:
-            self._clean = None
+        noisy = tokens + self.draw(tokens)
         view.applied = True
         return torch.cat([tokens, noisy]) if view.both else noisy
 

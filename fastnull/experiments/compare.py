@@ -43,7 +43,7 @@ from fastnull.robustness import CORRUPTIONS, DEMO_CORRUPTIONS, corrupt, evaluate
 from fastnull.robustness.corruptions import SEVERITIES
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.solvers import norms, valid_noise
-from fastnull.synthesis.starts import scale_to_contrast, start_noise
+from fastnull.synthesis.starts import draw_start
 
 NORM_OF = "norm_of"
 """In a recipe of random noise: the method whose noise it equals in mean L2 norm, measured in the same seed's run, by a
@@ -520,7 +520,7 @@ def scale_of_norm(norm: float, inputs: Tensor, start: SynthesisConfig) -> float:
     Raises:
         ValueError: no noise of this kind in pixels is as long.
     """
-    noise, _ = scale_to_contrast(inputs, start_noise(inputs.shape, start, generator(0), inputs), 0.0, start)
+    noise = draw_start(inputs, start, generator(0)).noise
     low = norm / float(norms(noise).mean())
     if start.site != "pixels":
         return low

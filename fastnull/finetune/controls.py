@@ -72,8 +72,13 @@ class CleanOnly:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.step = 0
-        self.place: Place | None = None
+        self._place: Place | None = None
         self.stats: dict[str, Tensor] = {}
+
+    def at(self, step: int, place: Place | None = None) -> CleanOnly:
+        """Set the step, and where the images of the next calls lie in its batch; as NullspaceAugment's."""
+        self.step, self._place = step, place
+        return self
 
     def refresh(self, batches: Any, **_: Any) -> None:
         """Nothing to learn."""
@@ -125,13 +130,13 @@ class AdversarialTraining(CleanOnly):
             logits = self.model(self._one_view(images, labels))
             return criterion(logits, labels), logits
         with self.watch:
-            attacked = self.attack(images, labels, self.place)
+            attacked = self.attack(images, labels, self._place)
         clean, noisy = self.model(torch.cat([images, attacked])).chunk(2)
         return criterion(clean, labels) + criterion(noisy, labels), clean
 
     def _one_view(self, images: Tensor, labels: Tensor) -> Tensor:
         """The images, a fraction of them attacked."""
-        place = self.place or Place(torch.arange(len(images)), len(images))
+        place = self._place or Place(torch.arange(len(images)), len(images))
         positions, place = fraction_of(place, self.fraction, self.step)
         positions = carried(positions, images.device)
         with self.watch:
@@ -176,7 +181,7 @@ class Trades(AdversarialTraining):
         """The loss with its graph and the clean view's logits [B, K]. The labels take no part in the attack."""
         with self.watch:
             # against soft labels the cross entropy is the divergence and a constant: they have one gradient
-            attacked = self.attack(images, self._probabilities(images), self.place)
+            attacked = self.attack(images, self._probabilities(images), self._place)
         clean, noisy = self.model(torch.cat([images, attacked])).chunk(2)
         divergence = F.kl_div(
             noisy.float().log_softmax(1), clean.float().log_softmax(1), reduction="batchmean", log_target=True

@@ -165,7 +165,7 @@ class Training:
 
         Returns its record, under the first step that uses it, and warns where ε was not met.
         """
-        self.augment.step = self.step
+        self.augment.at(self.step)
         with self.watch:
             noise = self.augment.refresh(
                 batches, check=check, mean=None if self.processes.alone else self.processes.mean
@@ -239,7 +239,7 @@ class Training:
     def _backward(self, place: Place | None, images: Tensor, labels: Tensor) -> None:
         """Add the gradients, loss and statistics of one part of a batch: the parts' means."""
         share = 1 / len(self._places)
-        self.augment.step, self.augment.place = self.step, place
+        self.augment.at(self.step, place)
         # they were checked on the host
         with self.autocast(), trusted_values():
             loss, _ = self.augment.loss(images, labels, self._criterion)

@@ -60,7 +60,7 @@ class NullspaceTask(ClassificationTask):
         if not self.trainable_module.training:
             return super().forward(input, target)
         self.augment.model = self.trainable_module  # compile() and prepare_distributed() wrap it
-        self.augment.place = place_of(input)
+        self.augment.at(self.augment.step, place_of(input))
         loss, output = self.augment.loss(input, target, self.criterion)
         return {"loss": loss, "output": output, **self.augment.stats}
 

@@ -162,7 +162,7 @@ class NullspaceTrainer(Trainer):
             if "pixel_values" not in inputs:
                 raise ValueError(f"batches must hold the images as pixel_values; got the keys {list(inputs)}")
             images = inputs["pixel_values"]
-            self.augment.place = place_of(images)
+            self.augment.at(self.augment.step, place_of(images))
             views = self.augment.outputs(images, lambda: self._view(model, inputs, num_items_in_batch))
         else:
             views = [self._view(model, inputs, num_items_in_batch)]

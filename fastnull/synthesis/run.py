@@ -23,7 +23,7 @@ from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.replay import Replay, use_graph
 from fastnull.synthesis.solvers import expand_as_noise, norms, own_noise, perturb
-from fastnull.synthesis.starts import draw_starts, scale_to_contrast, step_sizes
+from fastnull.synthesis.starts import checked_start, draw_start, noise_one_by_one
 from fastnull.synthesis.universal import Mean, UniversalRun, judge, scaled_to_eps
 from fastnull.vit.base import SplitViT
 
@@ -160,9 +160,12 @@ def _universal(
         data = Batches(encoder, batches, check, config)
         total = config.steps or config.rounds * data.per_round
         _check_room((config.count, *data.shape), encoder.device)
-        run = UniversalRun(
-            encoder, data, config, draw_starts((config.count, *data.shape), config, data.like, start), mean
-        )
+        shape = (config.count, *data.shape)
+        if start is None:
+            bank = noise_one_by_one(shape, config, generator(config.seed, 0), data.like)
+        else:
+            bank = checked_start(start, shape, data.like)
+        run = UniversalRun(encoder, data, config, bank, mean)
         bar = progress_bar(total, show=progress, desc="synthesize", unit=" step")
         try:
             run.run(total, bar)
@@ -263,11 +266,9 @@ def _per_image(
                 tokens, clean = embed_batch(encoder, batch, size)
                 size = size or one_size([batch])
                 given = None if start is None else start[done : done + len(tokens)]
-                first = draw_starts(tuple(tokens.shape), config, tokens, given, index)
-                step = step_sizes(first, config, generator(config.seed, index, 1))
-                if given is None:
-                    first, step = scale_to_contrast(tokens, first, step, config)
-                noise, _, taken = solve(tokens, clean, first, *([step] if isinstance(step, Tensor) else []))
+                sources = generator(config.seed, index), generator(config.seed, index, 1)
+                first = draw_start(tokens, config, *sources, one_by_one=True, given=given)
+                noise, _, taken = solve(tokens, clean, *first.tensors)
                 if config.on_unmet == "scale":
                     noise = _each_scaled_to_eps(encoder, noise, tokens, clean, config)
                 influences = influence(clean, encoder(perturb(encoder, tokens, noise)))

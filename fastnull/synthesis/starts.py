@@ -14,13 +14,14 @@ model then learns to overlook, and hardly moves a stark one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastnull.checks import check_finite, check_number
-from fastnull.rng import carried, generator, uniform
+from fastnull.rng import Place, carried, generator, uniform
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.solvers import boundary_step_size, expand_as_noise, norms
 
@@ -30,6 +31,64 @@ GRIDS = (1, 2, 4, 8)
 
 MOST_CONTRAST = 1.5
 """Times the contrast that noise is meant for: that of a starker image counts no more."""
+
+
+class Start(NamedTuple):
+    """What the synthesis of one noise per image starts from."""
+
+    noise: Tensor
+    """[B, ...]"""
+    step_size: float | Tensor
+    """Length of a boundary step: one for all (a number or []), or one for each image [B]."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The noise, and the step size where it is a tensor: what changes from batch to batch."""
+        return (self.noise, self.step_size) if isinstance(self.step_size, Tensor) else (self.noise,)
+
+
+def draw_start(
+    tokens: Tensor,
+    config: SynthesisConfig,
+    source: torch.Generator,
+    step_source: torch.Generator | None = None,
+    *,
+    place: Place | None = None,
+    one_by_one: bool = False,
+    given: Tensor | None = None,
+) -> Start:
+    """The noise that synthesis starts from and its step sizes, both for the contrast of the images.
+
+    Args:
+        tokens: at the site, without noise [B, ...].
+        config: limits, ranges, contrast and step_size are used.
+        source: of the random numbers.
+        step_source: of those of the step sizes; None: `source`, after the noise.
+        place: where the images lie in a larger batch; they get what they would get in it. None: they are the batch.
+        one_by_one: draw the noise image by image: then it does not depend on how many images follow.
+        given: noise [B, ...] to start from in place of a drawn one; it is not scaled to the contrast.
+
+    Raises:
+        ValueError, TypeError: `given` of another shape or dtype, or limits beyond float32.
+    """
+    if given is not None:
+        noise = checked_start(given, tokens.shape, tokens)
+    elif place is not None:
+        # on the CPU, where it is drawn: only this part of it travels
+        host = tokens.new_empty(0, device="cpu")
+        noise = start_noise((place.total, *tokens.shape[1:]), config, source, host)
+    elif one_by_one:
+        noise = noise_one_by_one(tokens.shape, config, source, tokens)
+    else:
+        noise = start_noise(tokens.shape, config, source, tokens)
+    size = step_sizes(noise, config, step_source or source)
+    if given is not None:
+        return Start(noise, size)
+    if place is not None:
+        noise = carried(noise[place.rows], tokens.device)
+        if isinstance(size, Tensor):
+            size = carried(size[place.rows] if size.ndim else size, tokens.device)
+    return Start(*scale_to_contrast(tokens, noise, size, config))
 
 
 def start_noise(shape: Sequence[int], config: SynthesisConfig, source: torch.Generator, like: Tensor) -> Tensor:
@@ -64,7 +123,7 @@ def scale_to_contrast(
     if not config.contrast:
         return start, size
     factor = (images.flatten(1).std(1) / config.contrast).clamp(max=MOST_CONTRAST).to(start.dtype)  # [B]
-    return start * factor.view(-1, *[1] * (start.ndim - 1)), size * factor
+    return start * expand_as_noise(factor, start), size * factor
 
 
 def step_sizes(start: Tensor, config: SynthesisConfig, source: torch.Generator) -> float | Tensor:
@@ -95,13 +154,14 @@ def _smooth(noise: Tensor, source: torch.Generator) -> Tensor:
     return carried(field, noise.device).to(noise.dtype)
 
 
-def draw_starts(
-    shape: tuple[int, ...], config: SynthesisConfig, like: Tensor, given: Tensor | None, index: int = 0
-) -> Tensor:
-    if given is None:
-        source = generator(config.seed, index)
-        return torch.cat([start_noise((1, *shape[1:]), config, source, like) for _ in range(shape[0])])
-    if tuple(given.shape) != shape:
+def noise_one_by_one(shape: Sequence[int], config: SynthesisConfig, source: torch.Generator, like: Tensor) -> Tensor:
+    """`start_noise`, drawn one after the other: the first ones do not depend on how many there are."""
+    return torch.cat([start_noise((1, *shape[1:]), config, source, like) for _ in range(shape[0])])
+
+
+def checked_start(given: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """A copy of a caller's start, checked, in the dtype in which noise is optimised and on the device of `like`."""
+    if tuple(given.shape) != tuple(shape):
         raise ValueError(f"start must have shape {list(shape)}; got {list(given.shape)}")
     if not given.is_floating_point():
         raise TypeError(f"start must be of a floating dtype; got {given.dtype}")
@@ -115,7 +175,7 @@ def warm_start(config: SynthesisConfig, last: Tensor) -> Tensor:
 
     Directions are mixed, a fraction config.warm of the last: noise that has shrunk in its synthesis counts as much.
     """
-    fresh = draw_starts(tuple(last.shape), config, last, None)
+    fresh = noise_one_by_one(last.shape, config, generator(config.seed, 0), last)
     length = expand_as_noise(norms(fresh), fresh)
     old = last * (length / expand_as_noise(norms(last), last).clamp_min(1e-30))
     mixed = config.warm * old + (1 - config.warm) * fresh

@@ -24,7 +24,7 @@ from fastnull.report.runs import Run
 from fastnull.rng import generator
 from fastnull.synthesis import SynthesisConfig
 from fastnull.synthesis.solvers import norms, valid_noise
-from fastnull.synthesis.starts import scale_to_contrast, start_noise
+from fastnull.synthesis.starts import draw_start
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -99,7 +99,7 @@ def test_scale_of_norm(site: str, smooth: float, contrast: float) -> None:
     )
     scale = scale_of_norm(2.0, inputs, start)
     scaled = replace(start, limit=scale * 0.1, smooth_limit=scale * smooth)
-    noise, _ = scale_to_contrast(inputs, start_noise(inputs.shape, scaled, generator(5), inputs), 0.0, scaled)
+    noise = draw_start(inputs, scaled, generator(5)).noise
     noise = valid_noise(inputs, noise) if site == "pixels" else noise
     assert float(norms(noise).mean()) == pytest.approx(2.0, rel=0.05)
     if site == "pixels":

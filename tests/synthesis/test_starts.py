@@ -60,11 +60,9 @@ def test_the_key_decides_and_parts_equal_the_whole() -> None:
 
     def draw(rows: torch.Tensor | None, step: int) -> torch.Tensor:
         augment = NullspaceAugment(model, "random", config=config)
-        augment.step = step
         if rows is None:
-            return augment.draw(images)
-        augment.place = Place(rows, len(images))
-        return augment.draw(images[rows])
+            return augment.at(step).draw(images)
+        return augment.at(step, Place(rows, len(images))).draw(images[rows])
 
     whole = draw(None, 7)
     torch.testing.assert_close(draw(None, 7), whole, rtol=0, atol=0)
@@ -97,8 +95,7 @@ def test_steps_are_spread_over_the_images_and_parts_get_those_of_the_whole() -> 
         augment = NullspaceAugment(model, config=config, fraction=0.0)
         if rows is None:
             return augment.draw(images)
-        augment.place = Place(rows, len(images))
-        return augment.draw(images[rows])
+        return augment.at(0, Place(rows, len(images))).draw(images[rows])
 
     # the loss of the prediction has a gradient at the image itself, where a distance has none: no start is needed
     whole = draw(None)
@@ -122,8 +119,7 @@ def test_noise_is_in_proportion_to_contrast_and_parts_get_that_of_the_whole() ->
 
     def draw(config: SynthesisConfig, rows: torch.Tensor) -> torch.Tensor:
         augment = NullspaceAugment(model, config=config, fraction=0.0)
-        augment.place = Place(rows, len(images))
-        return augment.draw(images[rows])
+        return augment.at(0, Place(rows, len(images))).draw(images[rows])
 
     # a sign step from uniform noise: longest where both agree
     factors = torch.tensor([0.0, 0.2, 0.5, 1.0, MOST_CONTRAST])

@@ -270,7 +270,7 @@ def test_what_a_graph_holds_waits_for_nothing(
         else:
             own_noise(encoder, tokens, clean, start, config)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingWaits():
-        run._seen()[0].item()  # the guard sees what it is there for
+        run._status()[0].item()  # the guard sees what it is there for
 
 
 @pytest.mark.parametrize(("solver", "gradient"), [("gauss_newton", "shared_rows"), ("adamw", "shared_gradient")])
