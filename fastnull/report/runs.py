@@ -27,7 +27,7 @@ _NAMES = {
     "none": ("clean only", "clean-only finetuning"),
     "random": ("random", "random noise"),
     "universal": ("universal", "universal noise"),
-    "per_image": ("per image", "noise an image"),
+    "per_image": ("per image", "noise for each image"),
     "boundary": ("boundary", "boundary noise"),
     "adversarial": ("adversarial", "adversarial training"),
     "trades": ("TRADES", "TRADES"),
