@@ -25,14 +25,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 HEAD = """# Your model
 
-What fastnull supports for each kind of model. `tests/vit/support_table.py` generates this page: it builds a small model of
-each kind and tries it, and a test compares the result with this page.
+What fastnull supports for each kind of model. `tests/vit/support_table.py` generates this page: it builds a small model
+of each kind and tries it, and a test compares the result with this page.
 
 - **Sites**: where noise can be added. With zero noise the logits are bit for bit those of the model.
-- **Encoder**: `written out` is the fast forward and input gradient. `reference` runs the model under autograd: it works for
-  every model, is slower, and warns once.
-- **Nullspace**: whether `PatchNullspace` works. A nullspace exists where the width is smaller than the number of values in
-  a patch.
+- **Encoder**: `written out` is the fast forward and input gradient. `reference` runs the model under autograd: it works
+  for every model, is slower, and warns once.
+- **Nullspace**: whether `PatchNullspace` works. A nullspace exists where the width is smaller than the number of values
+  in a patch.
 
 """
 
@@ -40,14 +40,16 @@ TAIL = """
 ## How to pass a model
 
 - **timm**: by name on the command line. In Python pass the model, or use `fastnull.create_model(name)`.
-- **transformers**: pass the classifiers (`...ForImageClassification`). Their names before and after the renaming of release
-  5.9 are both supported. Wrap them in `NormalizedModel(model, mean, std)` with the mean and standard deviation of their image
-  processor. They then take pixels in [0, 1] and return plain logits, as `finetune` and `evaluate` need. A backbone without a
-  classifier, such as `DINOv3ViTModel`, goes into `fastnull.vit.PooledClassifier(backbone, classes)`.
+- **transformers**: pass the classifiers (`...ForImageClassification`). Their names before and after the renaming of
+  release 5.9 are both supported. Wrap them in `NormalizedModel(model, mean, std)` with the mean and standard deviation
+  of their image processor. They then take pixels in [0, 1] and return plain logits, as `finetune` and `evaluate` need.
+  A backbone without a classifier, such as `DINOv3ViTModel`, goes into `fastnull.vit.PooledClassifier(backbone,
+  classes)`.
 - **open_clip**: pass `model.visual`.
 
 The command line takes timm's names. `fastnull inspect` also takes `torchvision:vit_b_16`, `open_clip:ViT-B-32` and
-`transformers:FOLDER` (a folder with a config.json). In Python this is `fastnull.nullspace.inspection.inspect_model(model)`.
+`transformers:FOLDER` (a folder with a config.json). In Python this is
+`fastnull.nullspace.inspection.inspect_model(model)`.
 
 For any other model, name its modules:
 
@@ -79,22 +81,22 @@ At `site="pixels"` every model that maps images to logits works as it is.
 The written-out encoder reads weights and never calls the modules of the model, so it must be sure to compute the same
 function. `FrozenEncoder` (which `NullspaceAugment` and `synthesize` create) uses it only if both checks pass:
 
-1. Every module does what its class says. Its class comes from torch, timm, transformers, torchvision or open_clip. No method
-   was replaced on the instance (accelerate's autocast wrapper is allowed). There are no parametrised weights and no hooks
-   (those of FSDP, of output recording and of wandb are allowed). Linears, norms and the patch embedding are torch's own.
-2. Logits and input gradient of two random images agree with those of the model under autograd: within 3e-4 and 3e-3 of their
-   size in float32, within 0.1 and 0.3 in bfloat16. This costs one forward and backward of two images.
+1. Every module does what its class says. Its class comes from torch, timm, transformers, torchvision or open_clip. No
+   method was replaced on the instance (accelerate's autocast wrapper is allowed). There are no parametrised weights and
+   no hooks (those of FSDP, of output recording and of wandb are allowed). Linears, norms and the patch embedding are
+   torch's own.
+2. Logits and input gradient of two random images agree with those of the model under autograd: within 3e-4 and 3e-3 of
+   their size in float32, within 0.1 and 0.3 in bfloat16. This costs one forward and backward of two images.
 
-Otherwise the encoder runs on `reference`, and one warning names the first part that differs. Adapters of PEFT and loralib,
-quantised layers and pruning run there. If you force a backend, `UnsupportedModelError` is raised instead.
+Otherwise the encoder runs on `reference`, and one warning names the first part that differs. Adapters of PEFT and
+loralib, quantised layers and pruning run there. If you force a backend, `UnsupportedModelError` is raised instead.
 
 `encoder.sync()` copies all weights, and noise is synced at every draw: fused optimisers, writes through `.data` and
-`load_state_dict(assign=True)` leave no reliable trace of a change. `sync()` also compares the identities of modules, hooks
-and parameters. If one changed (a new head, an injected adapter, a hook), the model is checked again.
+`load_state_dict(assign=True)` leave no reliable trace of a change. `sync()` also compares the identities of modules,
+hooks and parameters. If one changed (a new head, an injected adapter, a hook), the model is checked again.
 
 A training forward that should have had noise and had none raises `RuntimeError`. This holds for all modes, freezing,
-compilation and checkpointing inside the model. The mode of the model that is called decides whether noise is on.
-"""
+compilation and checkpointing inside the model. The mode of the model that is called decides whether noise is on. """
 
 
 def missing(kind: Kind) -> str:
