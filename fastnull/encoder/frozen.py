@@ -135,10 +135,6 @@ class FrozenEncoder:
             if not self.follow():
                 self._encoder.sync(self._units)
 
-    def sync_if_changed(self) -> None:
-        """The same as `sync`: no sign of a change that torch gives is one for all optimisers."""
-        self.sync()
-
     def follow(self) -> bool:
         """Whether the structure of the model changed since the last look; if so, the encoder has been made anew of it.
 

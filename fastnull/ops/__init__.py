@@ -18,7 +18,7 @@ from fastnull.ops.linear_gelu import (
     linear_gelu,
     linear_gelu_derivative,
 )
-from fastnull.ops.noise_objective import NoiseObjective, noise_loss, noise_objective
+from fastnull.ops.noise_objective import NoiseObjective, noise_objective
 from fastnull.ops.noise_step import (
     AdamWState,
     adamw_step,
@@ -47,7 +47,6 @@ __all__ = [
     "linear_dgelu",
     "linear_gelu",
     "linear_gelu_derivative",
-    "noise_loss",
     "noise_objective",
     "normalized_step",
     "patch_project",
