@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastnull.synthesis.config import LR, MODES, ON_UNMET, SCHEDULES, SOLVERS, STOPS, SynthesisConfig
     from fastnull.synthesis.run import (
         EpsilonNotMetError,
+        NoiseNotFiniteError,
         SynthesisInterrupted,
         SynthesisOutOfMemoryError,
         measure_influence,
@@ -40,6 +41,7 @@ __all__ = [
     "STOPS",
     "EpsilonNotMetError",
     "Noise",
+    "NoiseNotFiniteError",
     "SynthesisConfig",
     "SynthesisInterrupted",
     "SynthesisOutOfMemoryError",
