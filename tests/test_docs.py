@@ -21,14 +21,14 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 MORE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 """Pages outside the docs: only their links and names are looked at."""
-LANGUAGES = {"python", "bash", "", "{eval-rst}", "{include}", "{toctree}"}
+LANGUAGES = {"python", "bash", "diff", "", "{eval-rst}", "{include}", "{toctree}"}
 """Fences that there may be; without a name it is commands: reports write them so."""
 NEEDS = {
     "analyses.md": ("scipy",),
     "integrations.md": ("timm", "transformers", "lightning", "accelerate", "torchvision", "peft"),
 }
 """Libraries that a page's Python imports and fastnull does not ask for."""
-NOT_RUN = {"installs packages": 1, "needs several processes": 1}
+NOT_RUN = {"installs packages": 2, "needs several processes": 1}
 """How many blocks are left out, by the reason given: one more is to be a decision."""
 
 OTHERS = ("python -m pytest benchmarks ",)
