@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.checks import check_choice, check_labels, check_number, trusted_values
+from fastnull.checks import as_type, check_choice, check_labels, check_number, trusted_values
 from fastnull.distributed.sharded import is_sharded
 from fastnull.encoder.frozen import FrozenEncoder
-from fastnull.noise import Noise
+from fastnull.noise import Noise, check_noise
 from fastnull.rng import Place, carried, generator, share_of
 from fastnull.synthesis.batches import check_batch
 from fastnull.synthesis.config import SynthesisConfig
@@ -186,7 +186,7 @@ class NullspaceAugment:
 
         Args:
             images: [B, C, H, W] as the model takes them.
-            labels: [B] or soft [B, K], as the criterion takes them.
+            labels: [B] or soft [B, K]; the criterion gets integers and bools as int64 [B] or in the logits' dtype [B, K].
             criterion: (logits [B, K], labels) → scalar.
 
         Returns:
@@ -203,11 +203,11 @@ class NullspaceAugment:
             self._check(images)
             logits = self._forward(images, _View())
             with trusting:
-                check_labels(labels, logits.shape[-1], len(images))
+                labels = _for_a_loss(labels, logits)
             return criterion(logits, labels), logits
         clean, noisy = self.views(images)
         with trusting:
-            check_labels(labels, clean.shape[-1], len(images))
+            labels = _for_a_loss(labels, clean)
         return criterion(clean, labels) + criterion(noisy, labels), clean
 
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -370,15 +370,23 @@ class NullspaceAugment:
         missing = [key for key in ("mode", "config", "step", "bank") if key not in state]
         if missing:
             raise ValueError(f"state must be what state_dict() returned; it lacks {', '.join(missing)}")
-        mine, theirs = (self.mode, self.config.site), (state["mode"], state["config"].get("site"))
+        given = state["config"] if isinstance(state["config"], Mapping) else {}
+        mine, theirs = (self.mode, self.config.site), (state["mode"], given.get("site"))
         if theirs != mine:
             raise ValueError(f"state is of mode and site {theirs}; this augmentation has {mine}")
         try:
             config = SynthesisConfig(**state["config"])
-            bank = None if state["bank"] is None else Noise(**state["bank"], site=config.site)
-        except TypeError as error:
+            step = as_type("step", state["step"], int)
+            check_number("step", step, 0)
+            if config.mode != self.config.mode:
+                raise ValueError(f"config.mode is {config.mode!r}, not {self.config.mode!r}")
+            bank = None
+            if state["bank"] is not None:
+                bank = Noise(**state["bank"], site=config.site)
+                check_noise(state["bank"], "the state's bank")
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"state must be what state_dict() returned: {error}") from None
-        self.config, self.step, self._bank = config, state["step"], bank
+        self.config, self.step, self._bank = config, step, bank
         self._solve = self._solver()
 
     def draw(self, tokens: Tensor) -> Tensor:
@@ -414,6 +422,11 @@ class NullspaceAugment:
     def _from_bank(self, tokens: Tensor, source: torch.Generator, place: Place | None) -> Tensor:
         if self._bank is None:
             raise RuntimeError("universal mode has no noise yet: call refresh(batches) first")
+        if self._bank.tokens.shape[1:] != tokens.shape[1:]:  # that of one token would go to all of them
+            raise ValueError(
+                f"the bank's noises have shape {list(self._bank.tokens.shape[1:])}, these images at site "
+                f"{self.config.site!r} {list(tokens.shape[1:])}: call refresh(batches) with images of this size"
+            )
         rows = torch.randint(len(self._bank), (place.total if place else len(tokens),), generator=source)
         rows = rows[place.rows] if place else rows
         self.stats["influence"] = self._bank.influence.mean()
@@ -532,6 +545,14 @@ class NullspaceAugment:
             self._clean = None
         view.applied = True
         return torch.cat([tokens, noisy]) if view.both else noisy
+
+
+def _for_a_loss(labels: Tensor, logits: Tensor) -> Tensor:
+    """Checked labels in a dtype that torch's losses take."""
+    check_labels(labels, logits.shape[-1], len(logits))
+    if labels.is_floating_point():
+        return labels
+    return labels.long() if labels.ndim == 1 else labels.to(logits.dtype)
 
 
 def _random_state(device: torch.device) -> Tensor:
