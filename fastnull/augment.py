@@ -16,6 +16,7 @@ moment, and a training forward that should have had it and had not is a RuntimeE
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -89,6 +90,13 @@ NOT_APPLIED = (
 )
 
 
+PASSED_BY = (
+    "a part of the model was called in training while its NullspaceAugment is attached, and not the model itself, so "
+    "there was no noise: call the model that the augmentation was made of, as model(images), or set `enabled` to False "
+    "around a call that needs no noise"
+)
+
+
 class NullspaceAugment:
     """Adds synthesised noise to a ViT's training views.
 
@@ -159,10 +167,12 @@ class NullspaceAugment:
         self.stats: dict[str, Tensor] = {}
         self._bank: Noise | None = None
         self._attached = False
+        self._traced = _frames_traced() > _at_reset  # code that may not have this augmentation's hooks
         self._forwards = 0  # with noise, since it was attached
         self._looked = False  # at the values of a batch
         self._asked: _View | None = None  # by the running `loss` or `views`
         self._quiet = False  # no noise in the forward that `views` runs
+        self._inside = False  # a forward of the model
         self._running: _View | None = None  # of the forward that runs
         self._clean: Tensor | None = None  # logits of the images of the running forward, for the synthesis
         self._handles: list[Any] = []
@@ -325,13 +335,15 @@ class NullspaceAugment:
         owners = [hook.owner for hook in hooks if isinstance(hook, _Hook)]
         if any(owner is not None and owner is not self and owner._attached for owner in owners):
             raise RuntimeError("another NullspaceAugment is attached to this model: detach() it first")
-        if _is_compiled(self.model):
+        if _is_compiled(self.model) or self._traced:
+            what = "to a compiled model" if _is_compiled(self.model) else "after something was compiled and run"
             warnings.warn(
-                "attaching to a compiled model: hooks are ignored where it has already run, so torch._dynamo.reset() "
-                "is called and it compiles again. Attach before the first call to avoid this",
+                f"attaching {what}: hooks are ignored where the model has already run, so torch._dynamo.reset() is "
+                "called and it compiles again. Create the augmentation and attach before the first call to avoid this",
                 stacklevel=2,
             )
-            torch._dynamo.reset()
+            _reset_dynamo()
+            self._traced = False
         self._attached, self._forwards = True, 0
         return self
 
@@ -480,11 +492,14 @@ class NullspaceAugment:
         ]
         if self.config.site != "pixels":
             self._handles.append(vit.site_module(self.config.site).register_forward_hook(_Hook(self, "_at_site")))
+        elif vit.network is not vit.model:
+            self._handles.append(vit.network.register_forward_pre_hook(_Hook(self, "_at_network")))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Start of a forward of the model: decide its view."""
         if inside_frozen():
             return None
+        self._inside = True
         view = self._asked
         if view is None and self._attached and self.enabled and not self._quiet:
             view = _View()
@@ -516,7 +531,7 @@ class NullspaceAugment:
         """End of a forward of the model, also by an error: was there noise?"""
         if inside_frozen():
             return
-        view, self._running = self._running, None
+        view, self._running, self._inside = self._running, None, False
         if view is not None and not view.applied and output is not None:
             raise RuntimeError(NOT_APPLIED)
 
@@ -527,13 +542,22 @@ class NullspaceAugment:
 
     def _at_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         # synthesis runs these modules too
-        if self._running is None or inside_frozen():
+        if inside_frozen():
+            return None
+        if self._running is None:
+            self._at_network()
             return None
         vit = self.encoder.vit
         tokens = vit.tokens_of(output)
         if self._running.both and self._doubled:
             tokens = tokens.chunk(2)[0]
         return vit.with_tokens(output, self._noisy(tokens))
+
+    def _at_network(self, *_: Any) -> None:
+        """Raise RuntimeError where a part of the model is called past the model, whose hooks put the noise in."""
+        due = self._attached and self.enabled and self.encoder.vit.model.training
+        if due and not self._inside and not inside_frozen() and torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(PASSED_BY)
 
     def _noisy(self, tokens: Tensor) -> Tensor:
         view = self._running
@@ -599,6 +623,21 @@ def _is_compiled(model: nn.Module) -> bool:
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+_at_reset = 0
+
+
+def _frames_traced() -> int:
+    """How many frames torch.compile has traced in this process: perhaps functions of the user's that call the model."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return 0 if dynamo is None else dynamo.utils.counters["frames"]["total"]
+
+
+def _reset_dynamo() -> None:
+    global _at_reset
+    torch._dynamo.reset()
+    _at_reset = _frames_traced()
 
 
 def _misses_exchange(model: nn.Module) -> bool:
