@@ -196,7 +196,8 @@ class NullspaceAugment:
 
         Args:
             images: [B, C, H, W] as the model takes them.
-            labels: [B] or soft [B, K]; the criterion gets integers and bools as int64 [B] or in the logits' dtype [B, K].
+            labels: [B] or soft [B, K], as the criterion takes them. It gets integers and bools as int64 [B], or in the
+                logits' dtype [B, K].
             criterion: (logits [B, K], labels) → scalar.
 
         Returns:
@@ -492,8 +493,9 @@ class NullspaceAugment:
         ]
         if self.config.site != "pixels":
             self._handles.append(vit.site_module(self.config.site).register_forward_hook(_Hook(self, "_at_site")))
-        elif vit.network is not vit.model:
-            self._handles.append(vit.network.register_forward_pre_hook(_Hook(self, "_at_network")))
+        else:  # of a compiled network the outside, which breaks no graph
+            part = vit.network if _is_compiled(self.model) else getattr(vit, "patch_module", vit.network)
+            self._handles.append(part.register_forward_pre_hook(_Hook(self, "_at_part")))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Start of a forward of the model: decide its view."""
@@ -545,7 +547,7 @@ class NullspaceAugment:
         if inside_frozen():
             return None
         if self._running is None:
-            self._at_network()
+            self._at_part()
             return None
         vit = self.encoder.vit
         tokens = vit.tokens_of(output)
@@ -553,7 +555,7 @@ class NullspaceAugment:
             tokens = tokens.chunk(2)[0]
         return vit.with_tokens(output, self._noisy(tokens))
 
-    def _at_network(self, *_: Any) -> None:
+    def _at_part(self, *_: Any) -> None:
         """Raise RuntimeError where a part of the model is called past the model, whose hooks put the noise in."""
         due = self._attached and self.enabled and self.encoder.vit.model.training
         if due and not self._inside and not inside_frozen() and torch._C._current_graph_task_id() == -1:

@@ -46,7 +46,7 @@ class NormalizedModel(nn.Module):
         super().__init__()
         finite = all(map(math.isfinite, (*mean, *std)))
         if len(mean) != len(std) or not finite or min(std) <= 0:
-            raise ValueError(f"mean and std must have one value a channel, std > 0; got mean {mean}, std {std}")
+            raise ValueError(f"mean and std must have one finite value a channel, std > 0; got mean {mean}, std {std}")
         self.network = network
         like = next(network.parameters())
         for name, value in (("mean", mean), ("std", std)):

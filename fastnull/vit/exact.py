@@ -90,7 +90,7 @@ def _is_replaced(module: nn.Module, name: str) -> bool:
 
 
 def _is_function(value: object) -> bool:
-    return isinstance(value, (types.FunctionType, types.MethodType, functools.partial))
+    return isinstance(value, _FUNCTIONS)
 
 
 def class_forward(module: nn.Module) -> Callable[..., Any]:
@@ -102,7 +102,9 @@ def class_forward(module: nn.Module) -> Callable[..., Any]:
 
 _OF_TRAINING = ("training", "p", "drop_prob")
 """Attributes of modules that change while a model is trained, and nothing of what it computes in eval mode."""
-_FLAGS = (bool, int, float, str, tuple, type(None))
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+_COMPARED = frozenset((bool, int, float, str, tuple, type(None), *_FUNCTIONS))
+"""Types of the attributes that decide what a module computes."""
 
 
 def snapshot(model: nn.Module, parameters: bool = True) -> list[Any]:
@@ -120,7 +122,7 @@ def snapshot(model: nn.Module, parameters: bool = True) -> list[Any]:
     for module in model.modules():
         own = module.__dict__
         found += (module, type(module), type(module).forward)
-        found += [value for name, value in own.items() if _is_flag(name, value) or _is_function(value)]
+        found += [value for name, value in own.items() if type(value) in _COMPARED and name not in _OF_TRAINING]
         found += own["_buffers"].values()
         if any(own[name] for name in _HOOKS):
             found += [hook for hook, _ in foreign_hooks(module)]
@@ -132,10 +134,6 @@ def snapshot(model: nn.Module, parameters: bool = True) -> list[Any]:
 def same(one: list[Any], other: list[Any]) -> bool:
     """Whether two snapshots hold the same objects, and flags of the same values."""
     return len(one) == len(other) and all(a is b or _equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def _is_flag(name: str, value: object) -> bool:
-    return isinstance(value, _FLAGS) and name not in _OF_TRAINING
 
 
 def _equal(one: object, other: object) -> bool:

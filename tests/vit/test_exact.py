@@ -187,9 +187,7 @@ def test_a_global_hook_is_seen(vit: NormalizedModel) -> None:
     assert FrozenEncoder(vit).backend == "cpu"
 
 
-def test_a_forward_of_a_class_is_seen(
-    vit: NormalizedModel, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forward_of_a_class_is_seen(vit: NormalizedModel, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     live = FrozenEncoder(vit)
     kind = type(attention(vit))
     before = kind.forward
