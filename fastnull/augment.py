@@ -8,7 +8,7 @@ form (`attach()`, `detach()`, `with aug:`) puts the noise into any training loop
 training mode only: the mode of the model that is called, whatever its parts are in. It is made with the weights of that
 moment, and a training forward that should have had it and had not is a RuntimeError.
 
-    aug = NullspaceAugment(model, mode="boundary")
+    aug = NullspaceAugment(model)
     for images, labels in loader:
         loss, logits = aug.loss(images, labels, criterion)
         loss.backward()
@@ -16,9 +16,10 @@ moment, and a training forward that should have had it and had not is a RuntimeE
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
@@ -27,47 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.checks import check_choice, check_labels, check_number, refuse_keywords, trusted_values
+from fastnull.checks import as_type, check_choice, check_labels, check_number, refuse_renamed, trusted_values
 from fastnull.distributed.sharded import is_sharded
 from fastnull.encoder.frozen import FrozenEncoder
-from fastnull.noise import Noise
+from fastnull.noise import Noise, check_noise
 from fastnull.rng import Place, carried, fraction_of, generator
 from fastnull.synthesis.batches import check_batch
-from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.config import ALL_MODES, SynthesisConfig, recommended_fraction
 from fastnull.synthesis.replay import Replay, use_graph
 from fastnull.synthesis.run import synthesize
 from fastnull.synthesis.solvers import norms, own_noise, valid_noise
 from fastnull.synthesis.starts import Start, draw_start, warm_start
 from fastnull.vit.base import inside_frozen, logits_of
-
-MODES = ("boundary", "per_image", "universal", "random")
-
-DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
-    # (mode, in pixels): limits in token units or pixels in [0, 1]
-    ("boundary", False): {"eps": 0.1, "limit": 0.25, "steps": 3},
-    ("boundary", True): {
-        "eps": 0.6,
-        "limit": 8 / 255,
-        "steps": 1,
-        "step_size": 12 / 255,
-        "step_range": 1.0,
-        "smooth_limit": 48 / 255,
-        "contrast": 0.2,
-        "objective": "prediction",
-    },
-    ("per_image", False): {"eps": 0.03, "limit": 1.0, "steps": 3},
-    ("per_image", True): {"eps": 0.03, "limit": 8 / 255, "steps": 3, "lr": 2 / 255},
-    ("universal", False): {"eps": 0.03, "limit": 3.0},
-    ("universal", True): {"eps": 0.03, "limit": 16 / 255, "lr": 2 / 255},
-    ("random", False): {"limit": 0.5},
-    ("random", True): {"limit": 8 / 255},
-}
-"""What eps, limit, steps and other settings are where the caller names none. Those of boundary noise in pixels come
-from the search in docs/recipe.md."""
-
-
-FRACTIONS = {("boundary", True): 0.5}
-"""By (mode, in pixels): fraction where the caller names none; 0 where none is here."""
 
 
 @dataclass
@@ -91,6 +63,13 @@ NOT_APPLIED = (
 )
 
 
+PASSED_BY = (
+    "a part of the model was called in training while its NullspaceAugment is attached, and not the model itself, so "
+    "there was no noise: call the model that the augmentation was made of, as model(images), or set `enabled` to False "
+    "around a call that needs no noise"
+)
+
+
 class NullspaceAugment:
     """Adds synthesised noise to a ViT's training views.
 
@@ -100,16 +79,17 @@ class NullspaceAugment:
         model: the ViT that is trained, as the training loop calls it (NormalizedModel, DDP, compiled or plain). It must
             take pixels in [0, 1] for site `pixels`. Create the augmentation before the compiled model first runs.
         mode: `boundary`: each image's noise is driven to influence ε; `per_image`: to below ε; `universal`: drawn from
-            a bank that `refresh` learns; `random`: U(−limit, limit) an image, no synthesis (a control).
+            a bank that `refresh` learns; `random`: U(−limit, limit) an image, no synthesis (a control). None is that of
+            `config`, or `boundary`.
         eps: influence aimed at; limit: of the uniform start, in units of the site; steps: of the synthesis.
-            None takes the default of mode and site, see DEFAULTS.
-        site: `patch` (None too), `block0` or `pixels`.
+            None takes the recommended value of mode and site, see fastnull.synthesis.config.RECOMMENDED.
+        site: `patch`, `block0` or `pixels`. None is `pixels` for `boundary`, else `patch`.
         count: universal: noises in the bank; every image of a batch gets one of them.
         seed: with `step` the key of all random numbers: the same (seed, step) gives the same noise.
         fraction: 0: `loss` sees every image clean and noisy, and the hook form noisy. A number in (0, 1]: both see each
             image once, and that fraction of a batch is noisy, at even distances; where a batch holds one image, that
-            fraction of the batches (ours: steps that cost half as much are twice as many). None takes the default, see
-            FRACTIONS.
+            fraction of the batches (ours: steps that cost half as much are twice as many). None takes the
+            recommended one: 0.5 for boundary noise in pixels, else 0.
         backend, dtype: of the FrozenEncoder that synthesis runs on.
         config: every setting of the synthesis at once, instead of eps, limit, steps, site, count and seed.
 
@@ -123,7 +103,7 @@ class NullspaceAugment:
     def __init__(
         self,
         model: nn.Module,
-        mode: str = "boundary",
+        mode: str | None = None,
         *,
         eps: float | None = None,
         limit: float | None = None,
@@ -137,21 +117,23 @@ class NullspaceAugment:
         config: SynthesisConfig | None = None,
         **unknown: Any,
     ) -> None:
-        refuse_keywords("NullspaceAugment", unknown)
-        self.mode = check_choice("mode", mode, MODES)
+        refuse_renamed("NullspaceAugment", unknown, {"share": "fraction"})
+        if unknown:
+            raise TypeError(f"NullspaceAugment has no argument {', '.join(unknown)}")
         settings = {"eps": eps, "limit": limit, "steps": steps, "site": site, "count": count, "seed": seed}
-        asked = {name: value for name, value in settings.items() if value is not None}
+        asked: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
         if config is None:
-            values = {**DEFAULTS[mode, site == "pixels"], **asked}
-            config = SynthesisConfig(mode="boundary" if mode == "random" else mode, **values)
+            mode = check_choice("mode", "boundary" if mode is None else mode, ALL_MODES)
+            config = SynthesisConfig.recommended(mode, **asked)
         elif asked:
             raise ValueError(
                 f"give either config or {', '.join(asked)}, not both: set {', '.join(asked)} in the config"
             )
-        elif mode not in (config.mode, "random"):
+        self.mode = mode = check_choice("mode", config.mode if mode is None else mode, ALL_MODES)
+        if mode not in (config.mode, "random"):
             raise ValueError(f"config.mode must be mode, {mode!r}; got {config.mode!r}")
         self.config = config
-        self.fraction = FRACTIONS.get((mode, config.site == "pixels"), 0.0) if fraction is None else fraction
+        self.fraction = recommended_fraction(mode, config.site) if fraction is None else fraction
         check_number("fraction", self.fraction, 0, 1)
         self.encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
         self.model = model
@@ -161,17 +143,21 @@ class NullspaceAugment:
         self.stats: dict[str, Tensor] = {}
         self._bank: Noise | None = None
         self._attached = False
+        self._traced = _frames_traced() > _at_reset  # code that may not have this augmentation's hooks
         self._forwards = 0  # with noise, since it was attached
         self._looked = False  # at the values of a batch
         self._place: Place | None = None
         self._asked: _View | None = None  # by the running `loss`, `views` or `outputs`
+        self._inside = False  # a forward of the model
         self._running: _View | None = None  # of the forward that runs, where it has noise
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
         _check_tokens_stay(self.encoder, config.site)
         if self.encoder.vit.num_classes == 1 and mode != "random":
-            raise ValueError(
-                "noise is judged by probabilities of classes; a model with one output has none that change"
+            warnings.warn(
+                "fastnull: noise is judged by probabilities of classes, and a model with one output has none: its "
+                "influence is 0, and the noise stays its random start",
+                stacklevel=2,
             )
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise ValueError(
@@ -202,7 +188,8 @@ class NullspaceAugment:
 
         Args:
             images: [B, C, H, W] as the model takes them.
-            labels: [B] or soft [B, K], as the criterion takes them.
+            labels: [B] or soft [B, K], as the criterion takes them. It gets integers and bools as int64 [B], or in the
+                logits' dtype [B, K].
             criterion: (logits [B, K], labels) → scalar.
 
         Returns:
@@ -219,11 +206,11 @@ class NullspaceAugment:
             self._check(images)
             logits = self._forward(images, _View())
             with trusting:
-                check_labels(labels, logits.shape[-1], len(images))
+                labels = _for_a_loss(labels, logits)
             return criterion(logits, labels), logits
         clean, noisy = self.views(images)
         with trusting:
-            check_labels(labels, clean.shape[-1], len(images))
+            labels = _for_a_loss(labels, clean)
         return criterion(clean, labels) + criterion(noisy, labels), clean
 
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,13 +328,15 @@ class NullspaceAugment:
         owners = [hook.owner for hook in hooks if isinstance(hook, _Hook)]
         if any(owner is not None and owner is not self and owner._attached for owner in owners):
             raise RuntimeError("another NullspaceAugment is attached to this model: detach() it first")
-        if _is_compiled(self.model):
+        if _is_compiled(self.model) or self._traced:
+            what = "to a compiled model" if _is_compiled(self.model) else "after something was compiled and run"
             warnings.warn(
-                "attaching to a compiled model: hooks are ignored where it has already run, so torch._dynamo.reset() "
-                "is called and it compiles again. Attach before the first call to avoid this",
+                f"attaching {what}: hooks are ignored where the model has already run, so torch._dynamo.reset() is "
+                "called and it compiles again. Create the augmentation and attach before the first call to avoid this",
                 stacklevel=2,
             )
-            torch._dynamo.reset()
+            _reset_dynamo()
+            self._traced = False
         self._attached, self._forwards = True, 0
         return self
 
@@ -386,15 +375,23 @@ class NullspaceAugment:
         missing = [key for key in ("mode", "config", "step", "bank") if key not in state]
         if missing:
             raise ValueError(f"state must be what state_dict() returned; it lacks {', '.join(missing)}")
-        mine, theirs = (self.mode, self.config.site), (state["mode"], state["config"].get("site"))
+        given = state["config"] if isinstance(state["config"], Mapping) else {}
+        mine, theirs = (self.mode, self.config.site), (state["mode"], given.get("site"))
         if theirs != mine:
             raise ValueError(f"state is of mode and site {theirs}; this augmentation has {mine}")
         try:
             config = SynthesisConfig(**state["config"])
-            bank = None if state["bank"] is None else Noise(**state["bank"], site=config.site)
-        except TypeError as error:
+            step = as_type("step", state["step"], int)
+            check_number("step", step, 0)
+            if config.mode != self.config.mode:
+                raise ValueError(f"config.mode is {config.mode!r}, not {self.config.mode!r}")
+            bank = None
+            if state["bank"] is not None:
+                bank = Noise(**state["bank"], site=config.site)
+                check_noise(state["bank"], "the state's bank")
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"state must be what state_dict() returned: {error}") from None
-        self.config, self.step, self._bank = config, state["step"], bank
+        self.config, self.step, self._bank = config, step, bank
         self._solve = self._solver()
 
     def draw(self, tokens: Tensor) -> Tensor:
@@ -431,6 +428,11 @@ class NullspaceAugment:
     def _from_bank(self, tokens: Tensor, source: torch.Generator, place: Place | None) -> Tensor:
         if self._bank is None:
             raise RuntimeError("universal mode has no noise yet: call refresh(batches) first")
+        if self._bank.tokens.shape[1:] != tokens.shape[1:]:  # that of one token would go to all of them
+            raise ValueError(
+                f"the bank's noises have shape {list(self._bank.tokens.shape[1:])}, these images at site "
+                f"{self.config.site!r} {list(tokens.shape[1:])}: call refresh(batches) with images of this size"
+            )
         rows = torch.randint(len(self._bank), (place.total if place else len(tokens),), generator=source)
         rows = rows[place.rows] if place else rows
         self.stats["influence"] = self._bank.influence.mean()
@@ -469,11 +471,15 @@ class NullspaceAugment:
         ]
         if self.config.site != "pixels":
             self._handles.append(vit.site_module(self.config.site).register_forward_hook(_Hook(self, "_at_site")))
+        else:  # of a compiled network the outside, which breaks no graph
+            part = vit.network if _is_compiled(self.model) else getattr(vit, "patch_module", vit.network)
+            self._handles.append(part.register_forward_pre_hook(_Hook(self, "_at_part")))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Start of a forward of the model: decide its view."""
         if inside_frozen():
             return None
+        self._inside = True
         view = self._asked
         if view is None and self._attached and self.enabled:
             view = _View()
@@ -506,7 +512,7 @@ class NullspaceAugment:
         """End of a forward of the model, also by an error: was there noise?"""
         if inside_frozen():
             return
-        view, self._running = self._running, None
+        view, self._running, self._inside = self._running, None, False
         if view is not None and not view.applied and output is not None:
             raise RuntimeError(NOT_APPLIED)
 
@@ -517,7 +523,10 @@ class NullspaceAugment:
 
     def _at_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         # synthesis runs these modules too
-        if self._running is None or inside_frozen():
+        if inside_frozen():
+            return None
+        if self._running is None:
+            self._at_part()
             return None
         vit = self.encoder.vit
         tokens = vit.tokens_of(output)
@@ -525,12 +534,26 @@ class NullspaceAugment:
             tokens = tokens.chunk(2)[0]
         return vit.with_tokens(output, self._noisy(tokens))
 
+    def _at_part(self, *_: Any) -> None:
+        """Raise RuntimeError where a part of the model is called past the model, whose hooks put the noise in."""
+        due = self._attached and self.enabled and self.encoder.vit.model.training
+        if due and not self._inside and not inside_frozen() and torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(PASSED_BY)
+
     def _noisy(self, tokens: Tensor) -> Tensor:
         view = self._running
         assert view is not None
         noisy = tokens + self.draw(tokens)
         view.applied = True
         return torch.cat([tokens, noisy]) if view.both else noisy
+
+
+def _for_a_loss(labels: Tensor, logits: Tensor) -> Tensor:
+    """Checked labels in a dtype that torch's losses take."""
+    check_labels(labels, logits.shape[-1], len(logits))
+    if labels.is_floating_point():
+        return labels
+    return labels.long() if labels.ndim == 1 else labels.to(logits.dtype)
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -577,6 +600,21 @@ def _is_compiled(model: nn.Module) -> bool:
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+_at_reset = 0
+
+
+def _frames_traced() -> int:
+    """How many frames torch.compile has traced in this process: perhaps functions of the user's that call the model."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return 0 if dynamo is None else dynamo.utils.counters["frames"]["total"]
+
+
+def _reset_dynamo() -> None:
+    global _at_reset
+    torch._dynamo.reset()
+    _at_reset = _frames_traced()
 
 
 def _misses_exchange(model: nn.Module) -> bool:

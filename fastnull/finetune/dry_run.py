@@ -56,7 +56,7 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
         f"steps      {plan.steps} of {plan.batch_size} images in {plan.epochs} epochs"
         f" ({processes.world} processes x {config.accumulate} parts of {images})",
         f"cost       {plan.total_cost:,} forward passes of an image at most",
-        f"synthesis  {synthesis} of {plan.step_cost} forward passes an image a step"
+        f"synthesis  {synthesis} of {plan.step_cost} forward passes per image and step"
         + (f"; at most {plan.refresh_cost:,} an epoch for the universal noise" if plan.refresh_cost else ""),
         f"memory     {_size(copies * held // shards)} for {held_in}; "
         f"{_size(kept)} kept for the backward pass; {_size(encoder)} of weights in the synthesis's encoder "
