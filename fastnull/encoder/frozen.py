@@ -52,21 +52,17 @@ class FrozenEncoder:
         backend: `auto` takes the fastest one for model, device and dtype, and says once why that is not the device's
             own; `reference`, `cpu` and `cuda` force one.
         site: `patch`, `block0` or `pixels`; see fastnull.vit.SITES.
-        mlp_dtype: torch.float8_e4m3fn multiplies in the MLPs in eight bits, forward and backward: an experiment, see
-            docs/cuda.md. It needs dtype bfloat16 and a GPU of Hopper or later; a CPU computes the same, slowly. None
-            is as everywhere else.
 
     Attributes:
         backend: the one in use, never `auto`.
-        dtype, site, mlp_dtype: as resolved.
+        dtype, site: as resolved.
         products: dtype of the matrix products; `dtype` but for bfloat16 on a CPU that multiplies float32 faster.
 
     Raises:
         ValueError: unknown backend or site, a model that no adapter knows, or a forced backend that cannot run it: a
             model on another device or on several, a part without a hand-written form (UnsupportedModelError); for
             `cuda` also a GPU below sm_80, no Triton, float64, and heads wider than 128, which `auto` gives to torch's
-            own attention. A model that is sharded already: see `sharding`. An `mlp_dtype` that dtype, device, model or
-            backend cannot have.
+            own attention. A model that is sharded already: see `sharding`.
     """
 
     def __init__(
@@ -75,7 +71,6 @@ class FrozenEncoder:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         site: str = "patch",
-        mlp_dtype: torch.dtype | None = None,
     ) -> None:
         self._asked = check_choice("backend", backend, BACKENDS)
         self.site = check_site(site)
@@ -88,16 +83,17 @@ class FrozenEncoder:
                 "inside `with encoder.sharding():`"
             )
         weight = self.vit.projection.weight
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype or None; got {dtype!r}")
         self.dtype = dtype or weight.dtype
         self._device = weight.device
-        self.mlp_dtype = mlp_dtype
         self.generation = 0
         self._choose()
 
     def _choose(self) -> None:
         """Take the fast encoder where it is allowed and proven, else the model's own modules."""
-        with _no_autocast(self._device):
-            explicit = _explicit(self.vit, self.dtype, self._asked, self.site, self.mlp_dtype)
+        with _own_modes(self._device):
+            explicit = _explicit(self.vit, self.dtype, self._asked, self.site)
         self._encoder: ExplicitEncoder | AutogradEncoder = explicit or AutogradEncoder(self.vit, self.dtype)
         self.backend = "reference" if explicit is None else self._device.type
         self.products = self._encoder.compute
@@ -137,18 +133,14 @@ class FrozenEncoder:
             UnsupportedModelError: a forced backend cannot run what the model became.
         """
         self._check_device()
-        with _no_autocast(self._device):
+        with _own_modes(self._device):
             if not self.follow():
                 self._encoder.sync(self._units)
-
-    def sync_if_changed(self) -> None:
-        """The same as `sync`: no sign of a change that torch gives is one for all optimisers."""
-        self.sync()
 
     def follow(self) -> bool:
         """Whether the structure of the model changed since the last look; if so, the encoder has been made anew of it.
 
-        Cheap where nothing changed: identities of modules, hooks and parameters are compared.
+        Cheap where nothing changed: identities of modules, hooks, buffers and parameters are compared, and flags.
         """
         if same(snapshot(self.vit.model, parameters=self._units is None), self._snapshot):
             return False
@@ -174,7 +166,7 @@ class FrozenEncoder:
             RuntimeError: the model was moved to another device.
         """
         self._check_images(images)
-        with _no_autocast(self._device):
+        with _own_modes(self._device):
             return self._encoder.embed(images, self.site)
 
     @torch.no_grad()
@@ -186,7 +178,7 @@ class FrozenEncoder:
             RuntimeError: the model was moved to another device.
         """
         self._check_tokens(tokens)
-        with _no_autocast(self._device):
+        with _own_modes(self._device):
             return self._encoder.logits(tokens, self.site)
 
     def input_gradient(
@@ -239,8 +231,10 @@ class FrozenEncoder:
             return given.detach().to(logits.dtype), *(aux if has_aux else ())
 
         parts = by_image or isinstance(cotangent, Tensor)
-        with torch.no_grad(), _no_autocast(self._device):
-            return self._encoder.input_gradient(tokens.detach(), self.site, weights, parts, sum_every)
+        tokens = tokens.detach()
+        with _own_modes(self._device):
+            tokens = tokens.clone() if tokens.is_inference() else tokens  # autograd takes none of these
+            return self._encoder.input_gradient(tokens, self.site, weights, parts, sum_every)
 
     def memory(self) -> dict[str, int]:
         """Bytes that the encoder itself holds: `weights`, `kept` for the backward, `scratch`; nothing on `reference`,
@@ -281,20 +275,8 @@ class FrozenEncoder:
             raise ValueError(f"tokens at site {self.site!r} must have shape {shape}; got {list(tokens.shape)}")
 
 
-def _explicit(
-    vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch", mlp_dtype: torch.dtype | None = None
-) -> ExplicitEncoder | None:
+def _explicit(vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch") -> ExplicitEncoder | None:
     """The written-out encoder where the backend asks for it, model, device and dtype allow it, and it is proven."""
-    made = _written_out(vit, dtype, backend, site, mlp_dtype)
-    if made is None and mlp_dtype is not None:
-        raise ValueError(f"mlp_dtype={mlp_dtype} needs the backend 'cuda' (or 'cpu'); the model runs on 'reference'")
-    return made
-
-
-def _written_out(
-    vit: SplitViT, dtype: torch.dtype, backend: str, site: str, mlp_dtype: torch.dtype | None
-) -> ExplicitEncoder | None:
-    """`_explicit`, which may be None whatever the MLP was to have."""
     device = vit.projection.weight.device
     if backend == "reference" or (backend == "auto" and device.type not in NATIVE_DTYPES):
         return None
@@ -305,8 +287,8 @@ def _written_out(
         raise ValueError(f"backend {backend!r} needs a model on a device of type {backend!r}; it is on {device}")
     try:
         parts = _checked_parts(vit, dtype, device, backend)
-        made = ExplicitEncoder(vit, parts, dtype, products_dtype(dtype, device), mlp_dtype)
-        check_values(vit, made, site, rounded=mlp_dtype is not None)
+        made = ExplicitEncoder(vit, parts, dtype, products_dtype(dtype, device))
+        check_values(vit, made, site)
         return made
     except UnsupportedModelError as reason:
         if backend != "auto":
@@ -359,6 +341,9 @@ def _warn_once(message: str) -> None:
         warnings.warn(f"fastnull: {message}", stacklevel=5)
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
-    """The dtype is this encoder's own, also inside a caller's autocast region."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def _own_modes(device: torch.device) -> Iterator[None]:
+    """The encoder's own dtype and buffers, also inside a caller's autocast region and inference mode."""
+    # buffers that are made in inference mode could not be written outside it
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield

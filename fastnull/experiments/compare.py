@@ -341,7 +341,8 @@ class Task:
 def _check_extras(settings: CompareSettings, kind: str) -> None:
     """Before any work is done: what the data and the report need."""
     data = {"digits": ("scikit-learn", "sklearn"), "photos": ("scikit-image", "skimage")}[settings.data]
-    for package, module in (data, ("matplotlib", "matplotlib")):
+    report = (("matplotlib", "matplotlib"), ("markdown-it-py", "markdown_it"), ("scipy", "scipy"))
+    for package, module in (data, *report):
         try:
             __import__(module)
         except ImportError as error:

@@ -10,8 +10,8 @@ from fastnull.data.image_files import to_pixels
 from fastnull.distributed.processes import Processes
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.finetune.config import FinetuneConfig
-from fastnull.finetune.loop import Prepared, prepare
 from fastnull.finetune.plan import make_plan, views_of
+from fastnull.finetune.prepare import Prepared, prepare
 from fastnull.nullspace.inspection import format_table, inspect_model
 from fastnull.rng import preserved
 
@@ -51,7 +51,7 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
         f"steps      {plan.steps} of {plan.batch_size} images in {plan.epochs} epochs"
         f" ({processes.world} processes x {config.accumulate} parts of {images})",
         f"cost       {plan.total_cost:,} forward passes of an image at most",
-        f"synthesis  {synthesis} of {plan.step_cost} forward passes an image a step"
+        f"synthesis  {synthesis} of {plan.step_cost} forward passes per image and step"
         + (f"; at most {plan.refresh_cost:,} an epoch for the universal noise" if plan.refresh_cost else ""),
         f"memory     {_size(copies * held // shares)} for weights, gradients, two moments"
         f"{' and an average' * (copies > 4)}{f' (a share of {shares})' if shares > 1 else ''}; "

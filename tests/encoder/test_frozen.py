@@ -422,6 +422,8 @@ def test_misuse_has_clear_errors(vit: NormalizedModel, images: Tensor) -> None:
         FrozenEncoder(vit, backend="gpu")
     with pytest.raises(ValueError, match="site must be one of"):
         FrozenEncoder(vit, site="block1")
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype or None; got 'bfloat16'"):
+        FrozenEncoder(vit, dtype="bfloat16")
     frozen = FrozenEncoder(vit, backend="cpu")
     tokens = frozen.embed(images)
     with pytest.raises(ValueError, match=r"tokens at site 'patch' must have shape \[B, 16, 32\]; got \[8, 15, 32\]"):
@@ -554,7 +556,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Device → why its kernels do not run ("" where they do), and an ExplicitEncoder that only says it was made."""
     problems = {"cuda:0": ""}
     monkeypatch.setattr(encoder, "triton_problem", lambda device: problems[str(device)])
-    monkeypatch.setattr(encoder, "ExplicitEncoder", lambda vit, parts, dtype, compute, mlp: (parts, dtype, compute))
+    monkeypatch.setattr(encoder, "ExplicitEncoder", lambda vit, parts, dtype, compute: (parts, dtype, compute))
     for check in ("check_structure", "check_values"):  # there is no model behind it
         monkeypatch.setattr(encoder, check, lambda *_, **__: None)
     monkeypatch.setattr(encoder, "_warned", set())
