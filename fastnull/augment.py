@@ -33,14 +33,12 @@ from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.noise import Noise
 from fastnull.rng import Place, carried, fraction_of, generator
 from fastnull.synthesis.batches import check_batch
-from fastnull.synthesis.config import SynthesisConfig, recommended_fraction
+from fastnull.synthesis.config import ALL_MODES, SynthesisConfig, recommended_fraction
 from fastnull.synthesis.replay import Replay, use_graph
 from fastnull.synthesis.run import synthesize
 from fastnull.synthesis.solvers import norms, own_noise, valid_noise
 from fastnull.synthesis.starts import Start, draw_start, warm_start
 from fastnull.vit.base import inside_frozen, logits_of
-
-MODES = ("boundary", "per_image", "universal", "random")
 
 
 @dataclass
@@ -115,15 +113,15 @@ class NullspaceAugment:
         if unknown:
             raise TypeError(f"NullspaceAugment has no argument {', '.join(unknown)}")
         settings = {"eps": eps, "limit": limit, "steps": steps, "site": site, "count": count, "seed": seed}
-        asked = {name: value for name, value in settings.items() if value is not None}
+        asked: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
         if config is None:
-            mode = check_choice("mode", "boundary" if mode is None else mode, MODES)
+            mode = check_choice("mode", "boundary" if mode is None else mode, ALL_MODES)
             config = SynthesisConfig.recommended(mode, **asked)
         elif asked:
             raise ValueError(
                 f"give either config or {', '.join(asked)}, not both: set {', '.join(asked)} in the config"
             )
-        self.mode = mode = check_choice("mode", config.mode if mode is None else mode, MODES)
+        self.mode = mode = check_choice("mode", config.mode if mode is None else mode, ALL_MODES)
         if mode not in (config.mode, "random"):
             raise ValueError(f"config.mode must be mode, {mode!r}; got {config.mode!r}")
         self.config = config
@@ -162,7 +160,8 @@ class NullspaceAugment:
         Args:
             step: of the training; the next draw takes the random numbers of this step.
             place: where the images of the next calls lie in a larger batch (a fastnull.rng.Place), if several
-                processes have parts of it, or it comes in parts one after the other. They get the noise that they would get in the whole batch. None: they are the batch.
+                processes have parts of it, or it comes in parts one after the other. They get the noise that they would
+                get in the whole batch. None: they are the batch.
 
         Returns:
             the augmentation itself.

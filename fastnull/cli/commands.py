@@ -123,11 +123,11 @@ def _subjects(args: argparse.Namespace) -> tuple[str, nn.Module, dict[str, nn.Mo
 def finetune(args: argparse.Namespace) -> None:
     """Finetune as the options say; the settings and weights lie in the output folder."""
     from fastnull.finetune.checkpoint import RUN_FILES
-    from fastnull.finetune.config import RENAMED, FinetuneConfig
+    from fastnull.finetune.config import FinetuneConfig
     from fastnull.finetune.loop import finetune as run
 
     base = FinetuneConfig if args.preset is None else FinetuneConfig.published(args.preset)
-    file = None if args.config is None else read_fields(FinetuneConfig, args.config, RENAMED)
+    file = None if args.config is None else read_fields(FinetuneConfig, args.config)
     config: FinetuneConfig = from_options(base, args, file)
     given = config.to_dict()
     check_given(given)  # those of the file too

@@ -25,12 +25,12 @@ def add_options(
     *,
     skip: Collection[str] = (),
     title: str | None = None,
-    renamed: Mapping[str, str] | None = None,
     prefix: str = "",
 ) -> None:
     """Add an option for each field of a dataclass: batch_size becomes --batch-size, a bool --flag and --no-flag, and a
     tuple an option that takes several values. A field that is a dataclass itself becomes a group of its own, whose
-    options begin with the field's name and a dot: --noise.step-size.
+    options begin with the field's name and a dot: --noise.step-size. Where the class has `renamed`, old names of fields
+    → new ones, options by the old names are errors that show the new ones.
 
     Options that are not given are absent from the parsed arguments, so that presets show through.
 
@@ -39,7 +39,6 @@ def add_options(
         settings: the dataclass; help comes from a field's metadata or from the class docstring's Attributes.
         skip: fields that get no option (`noise.seed` for one of a nested dataclass).
         title: of the group in the help.
-        renamed: fields by old names → new names. Their options are errors that show the new ones.
         prefix: of every name.
     """
     group = parser.add_argument_group(title or settings.__name__)
@@ -69,8 +68,14 @@ def add_options(
             name = typing.cast("str", getattr(kind, "__name__", "value")).upper()
             how: dict[str, Any] = {"nargs": "+"} if several else {}
             group.add_argument(flag, dest=full, type=kind, default=argparse.SUPPRESS, metavar=name, help=shown, **how)
-    for old, new in (renamed or {}).items():
-        parser.add_argument(option_of(old), nargs="*", action=_Renamed, const=option_of(new), help=argparse.SUPPRESS)
+    for old, new in _renamed(settings).items():
+        flag, now = option_of(prefix + old), option_of(prefix + new)
+        parser.add_argument(flag, nargs="*", action=_Renamed, const=now, help=argparse.SUPPRESS)
+
+
+def _renamed(settings: type[Any]) -> Mapping[str, str]:
+    """Fields of a dataclass by old names → new ones."""
+    return getattr(settings, "renamed", {})
 
 
 class _Renamed(argparse.Action):
@@ -138,13 +143,10 @@ def check_given(arguments: argparse.Namespace | Mapping[str, Any]) -> None:
                 check_readable(option, text)
 
 
-def read_fields(
-    settings: type[Any], path: str | os.PathLike[str], renamed: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def read_fields(settings: type[Any], path: str | os.PathLike[str]) -> dict[str, Any]:
     """The fields of a dataclass that a YAML file names: `batch_size: 64`, values written as on the command line.
 
     Those of a nested dataclass are nested in the file too (`noise: {eps: 0.1}`), and a mapping in what is returned.
-    `renamed` are old → new names of fields.
 
     Raises:
         ValueError: no regular file, not YAML, not a mapping, a field twice, an unknown one (with the nearest known
@@ -167,7 +169,6 @@ def read_fields(
         raise ValueError(f"{path} must hold `field: value` lines; it holds a {type(values).__name__}")
     if node is not None:
         _check_once(str(path), node)
-    refuse_renamed(str(path), values, renamed or {}, ValueError)
     return _read_all(f"{path}: ", values, settings)
 
 
@@ -187,6 +188,7 @@ def _read_all(prefix: str, values: Mapping[Any, Any], settings: type[Any]) -> di
     """The values of a file as the fields of a dataclass have them; those of a nested one are a mapping."""
     hints = typing.get_type_hints(settings)
     given: dict[str, Any] = {}
+    refuse_renamed(prefix.rstrip(": "), values, _renamed(settings), ValueError)
     for name, value in values.items():
         check_choice(f"{prefix}field", name, hints)
         nested = _nested_in(hints[name])

@@ -248,7 +248,7 @@ def _tune(command: Command) -> None:
 
 
 def _synthesize(command: Command) -> None:
-    from fastnull.synthesis.config import RENAMED, SynthesisConfig
+    from fastnull.synthesis.config import SynthesisConfig
 
     parser = command(
         "synthesize",
@@ -268,11 +268,11 @@ def _synthesize(command: Command) -> None:
     parser.add_argument(
         "--preset", metavar="NAME", help="published constants to start from: finetune, first or single_gpu"
     )
-    add_options(parser, SynthesisConfig, title="the noise (without --preset the defaults hold)", renamed=RENAMED)
+    add_options(parser, SynthesisConfig, title="the noise (without --preset the defaults hold)")
 
 
 def _finetune(command: Command) -> None:
-    from fastnull.finetune.config import OF_THE_RUN, RENAMED, FinetuneConfig
+    from fastnull.finetune.config import OF_THE_RUN, FinetuneConfig
 
     parser = command(
         "finetune",
@@ -293,7 +293,6 @@ def _finetune(command: Command) -> None:
         FinetuneConfig,
         skip=[f"noise.{name}" for name in OF_THE_RUN],
         title="the run (without --preset the defaults hold)",
-        renamed=RENAMED,
     )
     parser.add_argument(
         "--noise.preset",

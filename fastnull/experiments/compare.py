@@ -78,6 +78,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+RENAMED_METHODS = {"clean-only": "none", "per-image": "per_image"}
 PRETRAINED = "pretrained"
 FIXED = frozenset(
     {"model", "num_classes", "img_size", "pretrained", "checkpoint", "data", "data_dir", "download", "val_fraction"}
@@ -183,6 +184,8 @@ class CompareSettings:
     def recipe(self, method: str) -> Mapping[str, Any]:
         """The changes that make a method. Raises ValueError for an unknown one."""
         known = {**RECIPES, **self.recipes}
+        if method in RENAMED_METHODS and method not in known:
+            raise ValueError(f"method {method} is called {RENAMED_METHODS[method]} since version 0.2")
         return known[check_choice("method", method, known)]
 
     def configuration(self, method: str, **common: Any) -> FinetuneConfig:

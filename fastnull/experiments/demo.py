@@ -21,7 +21,7 @@ from fastnull.report import DEMO, write_report
 from fastnull.report.illustrations import FILE as NOISE
 from fastnull.report.illustrations import illustrate
 
-METHODS = ("clean-only", "random", "universal", "boundary-tokens", "boundary-pixels", "adversarial")
+METHODS = ("none", "random", "universal", "boundary-tokens", "boundary-pixels", "adversarial")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from fastnull.checks import as_type, check_choice, check_fields, check_number, refuse_renamed
 from fastnull.encoder.frozen import BACKENDS
 from fastnull.finetune.logs import LOGS
-from fastnull.synthesis.config import MODES, SynthesisConfig, recommended_fraction, recommended_site
+from fastnull.synthesis.config import ALL_MODES, SynthesisConfig, recommended_fraction, recommended_site
 from fastnull.vit import SITES
 
 AUGMENTS = ("none", "random", "universal", "per_image", "boundary", "adversarial", "trades")
@@ -64,6 +64,8 @@ class FinetuneConfig:
         ValueError: a value that is not allowed; the message names the field.
     """
 
+    renamed = RENAMED
+
     # the model
     model: str = option("vit_digits", "timm model, vit_digits or vit_photos")
     num_classes: int | None = option(None, "classes of the head; none: those of the data")
@@ -91,7 +93,9 @@ class FinetuneConfig:
     # the augmentation
     augment: str = option("boundary", f"one of {', '.join(AUGMENTS)}")
     site: str = option(None, "where noise is added: patch, block0 or pixels; none: pixels for boundary, else patch")
-    noise: SynthesisConfig | None = option(None, "how noise is made; none: the recommended recipe of augment and site")
+    noise: SynthesisConfig | None = field(
+        default=None, metadata={"help": "how noise is made; none: the recommended recipe of augment and site"}
+    )
     noise_fraction: float | None = option(
         None,
         "fraction of a batch that is noisy (or attacked), every image seen once; 0: each is seen clean and noisy; "
@@ -191,10 +195,12 @@ class FinetuneConfig:
         """Make `noise` a SynthesisConfig of this run, where it is given."""
         if self.noise is None:
             return
-        if self.augment not in MODES:
-            raise ValueError(f"noise is for augment {', '.join(MODES)}; got augment={self.augment!r}")
+        if self.augment not in ALL_MODES:
+            raise ValueError(f"noise is for augment {', '.join(ALL_MODES)}; got augment={self.augment!r}")
         noise: Any = self.noise
         if isinstance(noise, Mapping):
+            if noise.get("preset") is not None and self.augment != "universal":
+                raise ValueError(f"noise.preset is for augment='universal'; got augment={self.augment!r}")
             own = {name: getattr(self, here) for name, here in OF_THE_RUN.items()}
             try:
                 noise = SynthesisConfig.from_dict({**own, **noise})
@@ -266,7 +272,7 @@ class FinetuneConfig:
 
     def synthesis(self) -> SynthesisConfig | None:
         """The settings of NullspaceAugment; None where the augmentation is none of its modes."""
-        if self.augment not in MODES:
+        if self.augment not in ALL_MODES:
             return None
         return self.noise or SynthesisConfig.recommended(self.augment, self.site, seed=self.seed)
 

@@ -321,7 +321,8 @@ def _settings_table(trained: Mapping[str, Run]) -> Table:
             how = _noise_settings(noise, config["augment"], config["site"])
         seen = f"{run.spent['influence']:.2g}" if "influence" in run.spent else "–"
         cost, epochs = str(plan.get("step_cost", "–")), str(plan.get("epochs", config["epochs"]))
-        optimiser = f"{config['opt']}, {config['lr']:g}, batch {plan.get('batch_size', config['batch_size'])}"
+        rate = "–" if config["lr"] is None else f"{config['lr']:g}"
+        optimiser = f"{config['opt']}, {rate}, batch {plan.get('batch_size', config['batch_size'])}"
         rows.append([method, how, seen, cost, epochs, optimiser])
     return Table(
         ["finetuned with", "noise", "influence", "cost of a step", "epochs", "optimiser, rate, batch"],

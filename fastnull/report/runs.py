@@ -23,14 +23,14 @@ from fastnull.synthesis.config import SynthesisConfig
 RESULTS, SETTINGS, METRICS = "results.json", "config.json", "metrics.jsonl"
 
 _NAMES = {
-    # augmentation: (label in tables and legends, name in a sentence)
-    "none": ("clean only", "clean-only finetuning"),
-    "random": ("random", "random noise"),
-    "universal": ("universal", "universal noise"),
-    "per_image": ("per image", "noise for each image"),
-    "boundary": ("boundary", "boundary noise"),
-    "adversarial": ("adversarial", "adversarial training"),
-    "trades": ("TRADES", "TRADES"),
+    # augmentation, which is its label in tables and legends: name in a sentence
+    "none": "finetuning on clean images",
+    "random": "random noise",
+    "universal": "universal noise",
+    "per_image": "noise per image",
+    "boundary": "boundary noise",
+    "adversarial": "adversarial training",
+    "trades": "TRADES",
 }
 _SITES = {"patch": "tokens", "block0": "block 0", "pixels": "pixels"}
 _NO_SITE = ("none", "adversarial", "trades")
@@ -148,7 +148,7 @@ def method_label(config: Mapping[str, Any]) -> str:
     """What tables and legends call the augmentation of a configuration."""
     if config.get("label"):
         return config["label"]
-    label = _NAMES[config["augment"]][0]
+    label = config["augment"]
     return label if config["augment"] in _NO_SITE else f"{label}, {_SITES[config['site']]}"
 
 
@@ -158,7 +158,7 @@ def phrase(run: Run) -> str:
         return run.method
     if run.config.get("label"):
         return run.config["label"]
-    label, name = _NAMES[run.config["augment"]]
+    label, name = run.config["augment"], _NAMES[run.config["augment"]]
     detail = run.method.removeprefix(label).removeprefix(",").strip()
     return f"{name} in {detail}" if detail and run.config["augment"] not in _NO_SITE else f"{name} {detail}".strip()
 

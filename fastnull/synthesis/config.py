@@ -10,7 +10,10 @@ from fastnull.checks import as_type, check_choice, check_fields, check_number, r
 from fastnull.synthesis.objective import OBJECTIVES, PREDICTION
 from fastnull.vit.base import SITES
 
-MODES = ("universal", "per_image", "boundary", "random")
+MODES = ("universal", "per_image", "boundary")
+"""What is synthesised."""
+ALL_MODES = (*MODES, "random")
+"""With the one of NullspaceAugment that is not: its noise is the random start."""
 MOST_NOISES = 100_000
 """In a bank. Each costs a pass over every batch of images in every step."""
 ON_UNMET = ("keep", "scale", "raise")
@@ -108,6 +111,8 @@ class SynthesisConfig:
         seed: of the start.
     """
 
+    renamed = RENAMED
+
     mode: str = "universal"
     site: str = "patch"
     count: int = 1
@@ -142,7 +147,7 @@ class SynthesisConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("mode", MODES), ("site", SITES)):
+        for name, allowed in (("mode", ALL_MODES), ("site", SITES)):
             check_choice(name, as_type(name, getattr(self, name), str), allowed)
         self._resolve()
         check_fields(self)
@@ -215,7 +220,7 @@ class SynthesisConfig:
         """The recommended recipe of a way of finetuning, as NullspaceAugment and `finetune` use it.
 
         Args:
-            augment: one of MODES.
+            augment: one of ALL_MODES.
             site: None takes `recommended_site(augment)`.
             changes: fields to change.
         """

@@ -13,7 +13,6 @@ from torch import Tensor
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.ops import (
     AdamWState,
-    NoiseObjective,
     adamw_step,
     boundary_gate,
     descent_gate,
@@ -138,46 +137,44 @@ def shared_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean distance [M], mean influence [M], and the gradient of the mean distance [M, ...] of noises [M, ...] that the
     batch [B, ...] shares, all in one pass."""
-    judged: list[NoiseObjective] = []
     M, B = len(noise), len(tokens)
     rows = clean.repeat(M, 1)  # [M·B, K]
 
-    def cotangent(logits: Tensor, images: slice) -> Tensor:
-        # all at once, as on a GPU: then the objective's own means are those of the noises
-        groups = M if len(logits) == M * B else 1
-        judged.append(noise_objective(rows[images], logits, objective, groups=groups, batch=B))
-        return judged[-1].cotangent
+    def cotangent(logits: Tensor, images: slice) -> tuple[Tensor, Tensor, Tensor]:
+        if len(logits) == M * B:  # all at once, as on a GPU: the objective takes the means of each noise
+            judged = noise_objective(rows[images], logits, objective, groups=M, batch=B)
+            return judged.cotangent, judged.mean_loss, judged.mean_influence
+        judged = noise_objective(rows[images], logits, objective, batch=B)
+        return judged.cotangent, judged.loss, judged.influence
 
     noisy = perturb(encoder, tokens, noise.unsqueeze(1))  # [M, B, ...]
     pixels = encoder.site == "pixels"
     sum_every = None if pixels else B
-    _, gradient = encoder.input_gradient(noisy.flatten(0, 1), cotangent, by_image=True, sum_every=sum_every)
+    _, gradient, loss, influence = encoder.input_gradient(
+        noisy.flatten(0, 1), cotangent, by_image=True, sum_every=sum_every, has_aux=True
+    )
     if pixels:
         gradient = (gradient.view(noisy.shape) * _moves(noisy, tokens, noise)).sum(1, dtype=noise.dtype)
-    if len(judged) == 1:
-        return judged[0].mean_loss, judged[0].mean_influence, gradient.to(noise.dtype)
-    loss = torch.cat([part.loss for part in judged]).view(M, B).mean(1)
-    influence = torch.cat([part.influence for part in judged]).view(M, B).mean(1)
+    if len(loss) > M:  # the images' own, of a batch that went through in parts
+        loss, influence = loss.view(M, B).mean(1), influence.view(M, B).mean(1)
     return loss, influence, gradient.to(noise.dtype)
 
 
 def shared_rows(encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Change of each image's probabilities [M, B], and the gradient of each [M, B, ...], for noises [M, ...] that the
     batch [B, ...] shares, all in one pass."""
-    changes: list[Tensor] = []
     rows = clean.repeat(len(noise), 1)  # [M·B, K]
 
-    def cotangent(logits: Tensor, images: slice) -> Tensor:
+    def cotangent(logits: Tensor, images: slice) -> tuple[Tensor, Tensor]:
         change, direction = probability_change(rows[images], logits)
-        changes.append(change)
-        return direction
+        return direction, change
 
     noisy = perturb(encoder, tokens, noise.unsqueeze(1))  # [M, B, ...]
-    _, gradient = encoder.input_gradient(noisy.flatten(0, 1), cotangent, by_image=True)
+    _, gradient, changes = encoder.input_gradient(noisy.flatten(0, 1), cotangent, by_image=True, has_aux=True)
     gradient = gradient.view(noisy.shape)
     if encoder.site == "pixels":
         gradient = gradient * _moves(noisy, tokens, noise)
-    return torch.cat(changes).view(noisy.shape[:2]).to(noise.dtype), gradient.to(noise.dtype)
+    return changes.view(noisy.shape[:2]).to(noise.dtype), gradient.to(noise.dtype)
 
 
 def _moves(noisy: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
@@ -189,19 +186,16 @@ def own_gradients(
     encoder: FrozenEncoder, tokens: Tensor, noise: Tensor, clean: Tensor, objective: str
 ) -> tuple[Tensor, Tensor]:
     """Influence [B] and the gradient [B, ...] of each image's objective with respect to its own noise."""
-    influences: list[Tensor] = []
 
-    def cotangent(logits: Tensor, images: slice) -> Tensor:
+    def cotangent(logits: Tensor, images: slice) -> tuple[Tensor, Tensor]:
         if objective == PREDICTION:
-            gradient, influence = prediction_gradient(clean[images], logits)
-        else:
-            judged = noise_objective(clean[images], logits, objective, reduction="none")
-            gradient, influence = judged.cotangent, judged.influence
-        influences.append(influence)
-        return gradient
+            return prediction_gradient(clean[images], logits)
+        judged = noise_objective(clean[images], logits, objective, reduction="none")
+        return judged.cotangent, judged.influence
 
-    _, gradient = encoder.input_gradient(perturb(encoder, tokens, noise), cotangent, by_image=True)
-    return torch.cat(influences), gradient
+    noisy = perturb(encoder, tokens, noise)
+    _, gradient, influence = encoder.input_gradient(noisy, cotangent, by_image=True, has_aux=True)
+    return influence, gradient
 
 
 def learning_rate(config: SynthesisConfig, step: int, period: int) -> float:
