@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from fastnull.report.plots import canvas
+from fastnull.report.plots import canvas  # noqa: E402
 
 MEASURES = {"clean": "clean", "adversarial_mean": "under attack", "corruption_mean": "corrupted"}
 METHODS = {
