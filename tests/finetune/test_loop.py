@@ -34,8 +34,8 @@ from fastnull.distributed import Processes
 from fastnull.finetune import DivergenceError, FinetuneConfig, finetune
 from fastnull.finetune.checkpoint import read_state, write_state
 from fastnull.finetune.config import ATTACKS, AUGMENTS
-from fastnull.finetune.loop import _RefreshBatches
 from fastnull.finetune.plan import make_plan
+from fastnull.finetune.refresh import RefreshBatches
 from fastnull.finetune.training import Training
 from fastnull.models import create_model, load_model, save_checkpoint
 from fastnull.synthesis.config import ALL_MODES, SynthesisConfig
@@ -590,7 +590,7 @@ def test_weights_load_with_timms_own_loader(tmp_path, few):
 
 def test_best_weights_are_those_of_the_best_epoch(tmp_path, few, monkeypatch):
     accuracies = iter([10.0, 30.0, 20.0])
-    monkeypatch.setattr("fastnull.finetune.loop._accuracy", lambda *_: next(accuracies))
+    monkeypatch.setattr("fastnull.finetune.loop.validate", lambda *_: next(accuracies))
     result = finetune(replace(SMALL, num_classes=10, out=str(tmp_path / "all"), keep_last=9), train_data=few)
     assert (result.best_epoch, result.best_accuracy) == (2, 30.0)
     second = read_state(tmp_path / "all" / "state-000000004.pt")["model"]
@@ -853,13 +853,13 @@ def test_universal_noise_is_judged_on_all_classes(few, monkeypatch):
     images, labels = few
     order = labels.argsort(stable=True)
     seen = []
-    original = _RefreshBatches.check_images
+    original = RefreshBatches.check_images
 
-    def check_images(self: _RefreshBatches, held_out: DataLoader) -> list[torch.Tensor]:
+    def check_images(self: RefreshBatches, held_out: DataLoader) -> list[torch.Tensor]:
         seen.append([label for _, labels in held_out for label in labels.tolist()])
         return original(self, held_out)
 
-    monkeypatch.setattr(_RefreshBatches, "check_images", check_images)
+    monkeypatch.setattr(RefreshBatches, "check_images", check_images)
     config = small("universal", num_classes=10, batch_size=3, epochs=1, noise={"rounds": 1, "eps": 2.0, "steps": None})
     finetune(config, train_data=few, val_data=(images[order], labels[order]))
     assert len(seen[0]) == 12
