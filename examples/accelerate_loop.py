@@ -35,7 +35,7 @@ def main() -> None:
     loader = DataLoader(train, batch_size=64, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(0))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    aug = NullspaceAugment(model, mode="boundary")  # after prepare: the model is on its device
+    aug = NullspaceAugment(model)  # after prepare: the model is on its device
     accelerator.register_for_checkpointing(aug)
     images, labels = (tensor.to(accelerator.device) for tensor in test.tensors)
     for epoch in range(args.epochs):

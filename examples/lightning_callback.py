@@ -56,7 +56,7 @@ def main() -> None:
     for name in ("clean", "boundary noise"):
         pl.seed_everything(0, verbose=False)
         module = Classifier()
-        noise = NullspaceCallback(lambda module: NullspaceAugment(module.vit, mode="boundary", site="pixels"))
+        noise = NullspaceCallback(lambda module: NullspaceAugment(module.vit))
         trainer = pl.Trainer(
             max_epochs=args.epochs,
             accelerator="cpu",

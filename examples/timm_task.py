@@ -33,7 +33,7 @@ def main() -> None:
         if name == "clean":
             task = ClassificationTask(model)
         else:
-            task = NullspaceTask(NullspaceAugment(model, mode="boundary", site="pixels"))
+            task = NullspaceTask(NullspaceAugment(model))
         ema = task.setup_ema(decay=0.98)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         task.train()

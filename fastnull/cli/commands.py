@@ -241,10 +241,12 @@ def report(args: argparse.Namespace) -> None:
 def tune(args: argparse.Namespace) -> None:
     """Try settings of the noise on a batch of training images; print the table, draw it where a folder is given."""
     from fastnull.experiments.noise_tuning import format_tried, try_settings, write_tried
+    from fastnull.synthesis.config import recommended_site
 
     check_number("images", args.images, 1)
     if args.out is not None:
         check_output(args.out, _inputs(args), files=("tune.json", "tune.png"))
+    args.site = args.site or recommended_site(args.mode)
     model = open_model(args).eval()
     images, _ = _two_sets(args, model)
     about = {name: getattr(args, name) for name in ("mode", "site", "limits", "eps", "steps", "seed")}

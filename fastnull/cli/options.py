@@ -70,7 +70,9 @@ def add_options(
             group.add_argument(flag, dest=full, type=kind, default=argparse.SUPPRESS, metavar=name, help=shown, **how)
     for old, new in _renamed(settings).items():
         flag, now = option_of(prefix + old), option_of(prefix + new)
-        parser.add_argument(flag, nargs="*", action=_Renamed, const=now, help=argparse.SUPPRESS)
+        parser.add_argument(
+            flag, nargs="*", action=_Renamed, const=now, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
 
 
 def _renamed(settings: type[Any]) -> Mapping[str, str]:

@@ -164,7 +164,7 @@ def _compare(command: Command) -> None:
     parser.add_argument("--resume", action="store_true", help="go on in it; what is finished is not done again")
     parser.add_argument(
         "--recipes", metavar="FILE",
-        help='more methods, JSON: {"name": {"augment": "boundary", "eps": 0.5, ...}, ...}, fields of finetune',
+        help='more methods, JSON: {"name": {"augment": "boundary", "noise": {"eps": 0.5}}, ...}, fields of finetune',
     )  # fmt: skip
     add_options(parser, CompareSettings, skip=("recipes",), title="the comparison")
 
@@ -236,7 +236,7 @@ def _tune(command: Command) -> None:
     _data_options(parser)
     group = parser.add_argument_group("the noise")
     group.add_argument("--mode", default="boundary", choices=noise_tuning.MODES, help="default: %(default)s")
-    group.add_argument("--site", default="patch", choices=SITES, help="default: %(default)s")
+    group.add_argument("--site", choices=SITES, help="default: pixels for boundary, else patch")
     group.add_argument("--limits", nargs="+", type=float, metavar="L", help="default: around that of mode and site")
     group.add_argument(
         "--eps", nargs="+", type=float, default=noise_tuning.EPS, metavar="E", help="default: %(default)s"

@@ -25,7 +25,7 @@ from fastnull.progress import progress_bar
 from fastnull.record import provenance, replacing, write_json
 from fastnull.rng import generator
 from fastnull.synthesis.batches import embed_batch
-from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.config import SynthesisConfig, recommended_site
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.run import synthesize
 from fastnull.synthesis.solvers import norms, perturb
@@ -66,7 +66,7 @@ def try_settings(
     images: Tensor,
     *,
     mode: str = "boundary",
-    site: str = "patch",
+    site: str | None = None,
     limits: Sequence[float] | None = None,
     eps: Sequence[float] = EPS,
     steps: int | None = None,
@@ -79,7 +79,7 @@ def try_settings(
         model: a ViT, or a FrozenEncoder at the site.
         images: [B, C, H, W] as the model takes them; universal noise is learned on half of them.
         mode: boundary, per_image or universal.
-        site: patch, block0 or pixels.
+        site: patch, block0 or pixels; None is the recommended one of the mode.
         limits: None are FACTORS of the mode's default.
         eps: influences aimed at.
         steps: of the synthesis; None is the mode's default (universal: 30).
@@ -93,7 +93,7 @@ def try_settings(
         ValueError: a mode or site that is none, empty limits or eps, fewer than two images in universal mode.
     """
     check_choice("mode", mode, MODES)
-    encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=site)
+    encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=site or recommended_site(mode))
     base = SynthesisConfig.recommended(mode, encoder.site, steps=steps, seed=seed)
     limits = [factor * base.limit for factor in FACTORS] if limits is None else limits
     for name, values in (("limits", limits), ("eps", eps)):
