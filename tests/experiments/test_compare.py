@@ -169,7 +169,7 @@ def test_statistics_by_hand() -> None:
     (row,) = [r for r in record["differences"] if (r["method"], r["measure"]) == ("a", "clean")]
     assert row["per_seed"] == [-1, 4, 3]  # paired by seed
     # mean 2, s = sqrt(7), t(2 degrees) = 4.303
-    half = 4.30 * 7**0.5 / 3**0.5
+    half = 4.302653 * 7**0.5 / 3**0.5
     assert (row["mean"], row["low"], row["high"]) == (2, pytest.approx(2 - half), pytest.approx(2 + half))
     assert compare({"a": {0: {"clean": 1.0}}, "b": {1: {"clean": 2.0}}}, "a", "b", "clean") is None
     assert record["methods"]["a"]["mean"]["corruption/impulse_noise"] == 64
