@@ -19,8 +19,6 @@ from fastnull.cli import parser as cli
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-MORE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-"""Pages outside the docs: only their links and names are looked at."""
 LANGUAGES = {"python", "bash", "", "{eval-rst}", "{include}", "{toctree}"}
 """Fences that there may be; without a name it is commands: reports write them so."""
 NEEDS = {
@@ -128,6 +126,10 @@ def test_no_block_escapes() -> None:
     assert {reason: reasons.count(reason) for reason in reasons} == NOT_RUN
     shown = {words[1] for _, words in commands() if words[0] == "fastnull"}
     assert shown >= {"inspect", "synthesize", "finetune", "evaluate", "compare", "analyze", "report", "bench"}
+
+
+MORE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+"""Pages outside the docs, of which only links and names are looked at."""
 
 
 def prose(page: Path) -> str:
