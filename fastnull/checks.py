@@ -70,6 +70,16 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.{hint}")
 
 
+def refuse_renamed(
+    owner: str, given: Iterable[str], renamed: Mapping[str, str], error: type[Exception] = TypeError
+) -> None:
+    """Raise an error with the new names where settings are given by old ones, of which `renamed` is old → new."""
+    old = [name for name in given if name in renamed]
+    if old:
+        now = ", ".join(f"{name} is now {renamed[name]}" for name in old)
+        raise error(f"{owner} uses names of settings from before version 0.2: {now}")
+
+
 def check_fields(config: Any) -> None:
     """Check the type of every field of a dataclass against its annotation; for its `__post_init__`.
 

@@ -52,21 +52,17 @@ class FrozenEncoder:
         backend: `auto` takes the fastest one for model, device and dtype, and says once why that is not the device's
             own; `reference`, `cpu` and `cuda` force one.
         site: `patch`, `block0` or `pixels`; see fastnull.vit.SITES.
-        mlp_dtype: torch.float8_e4m3fn multiplies in the MLPs in eight bits, forward and backward: an experiment, see
-            docs/cuda.md. It needs dtype bfloat16 and a GPU of Hopper or later; a CPU computes the same, slowly. None
-            is as everywhere else.
 
     Attributes:
         backend: the one in use, never `auto`.
-        dtype, site, mlp_dtype: as resolved.
+        dtype, site: as resolved.
         products: dtype of the matrix products; `dtype` but for bfloat16 on a CPU that multiplies float32 faster.
 
     Raises:
         ValueError: unknown backend or site, a model that no adapter knows, or a forced backend that cannot run it: a
             model on another device or on several, a part without a hand-written form (UnsupportedModelError); for
             `cuda` also a GPU below sm_80, no Triton, float64, and heads wider than 128, which `auto` gives to torch's
-            own attention. A model that is sharded already: see `sharding`. An `mlp_dtype` that dtype, device, model or
-            backend cannot have.
+            own attention. A model that is sharded already: see `sharding`.
     """
 
     def __init__(
@@ -75,7 +71,6 @@ class FrozenEncoder:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         site: str = "patch",
-        mlp_dtype: torch.dtype | None = None,
     ) -> None:
         self._asked = check_choice("backend", backend, BACKENDS)
         self.site = check_site(site)
@@ -90,14 +85,13 @@ class FrozenEncoder:
         weight = self.vit.projection.weight
         self.dtype = dtype or weight.dtype
         self._device = weight.device
-        self.mlp_dtype = mlp_dtype
         self.generation = 0
         self._choose()
 
     def _choose(self) -> None:
         """Take the fast encoder where it is allowed and proven, else the model's own modules."""
         with _no_autocast(self._device):
-            explicit = _explicit(self.vit, self.dtype, self._asked, self.site, self.mlp_dtype)
+            explicit = _explicit(self.vit, self.dtype, self._asked, self.site)
         self._encoder: ExplicitEncoder | AutogradEncoder = explicit or AutogradEncoder(self.vit, self.dtype)
         self.backend = "reference" if explicit is None else self._device.type
         self.products = self._encoder.compute
@@ -140,10 +134,6 @@ class FrozenEncoder:
         with _no_autocast(self._device):
             if not self.follow():
                 self._encoder.sync(self._units)
-
-    def sync_if_changed(self) -> None:
-        """The same as `sync`: no sign of a change that torch gives is one for all optimisers."""
-        self.sync()
 
     def follow(self) -> bool:
         """Whether the structure of the model changed since the last look; if so, the encoder has been made anew of it.
@@ -190,8 +180,14 @@ class FrozenEncoder:
             return self._encoder.logits(tokens, self.site)
 
     def input_gradient(
-        self, tokens: Tensor, cotangent: Cotangent, *, by_image: bool = False, sum_every: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        tokens: Tensor,
+        cotangent: Cotangent,
+        *,
+        by_image: bool = False,
+        sum_every: int | None = None,
+        has_aux: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Logits, and the gradient of Σ logits · cotangent with respect to the tokens.
 
         Args:
@@ -204,24 +200,33 @@ class FrozenEncoder:
                 A tensor always allows that.
             sum_every: return the gradient summed over so many images each time (in float32 or better), as a noise that
                 these images share needs it: [B / sum_every, ...]. No gradient of all images lies in memory then.
+            has_aux: the function returns (cotangent, tensor, ...), and these tensors are returned too.
 
         Returns:
-            logits [B, K] and the gradient in `dtype`, shaped as the tokens, or the sums.
+            logits [B, K] and the gradient in `dtype`, shaped as the tokens, or the sums. With `has_aux` then what the
+            function returned beside the cotangent; where it was called several times, all its results in one tensor,
+            along their first dimension.
 
         Raises: as the call, and ValueError for a cotangent of another shape, or a `sum_every` that does not divide B.
+            TypeError: with `has_aux` anything but a function that returns a tuple of tensors.
         """
         self._check_tokens(tokens)
         if sum_every is not None and (sum_every < 1 or len(tokens) % sum_every):
             raise ValueError(f"sum_every must divide the batch of {len(tokens)} images; got {sum_every}")
 
-        def weights(logits: Tensor, images: slice) -> Tensor:
+        def weights(logits: Tensor, images: slice) -> tuple[Tensor, ...]:
             if isinstance(cotangent, Tensor):
+                if has_aux:
+                    raise TypeError("has_aux needs a function as the cotangent; got a tensor")
                 _check_cotangent(cotangent, (len(tokens), logits.shape[1]))
-                return cotangent[images].detach().to(logits.dtype)
-            given = cotangent(logits, images) if by_image else cotangent(logits)
-            given = given[0] if isinstance(given, tuple) else given
+                return (cotangent[images].detach().to(logits.dtype),)
+            returned = cotangent(logits, images) if by_image else cotangent(logits)
+            given, *aux = returned if isinstance(returned, tuple) else (returned,)
             _check_cotangent(given, tuple(logits.shape))
-            return given.detach().to(logits.dtype)
+            if has_aux and not (aux and all(isinstance(value, Tensor) for value in aux)):
+                kinds = ", ".join(type(value).__name__ for value in (given, *aux))
+                raise TypeError(f"with has_aux the function must return (cotangent, tensor, ...); got ({kinds})")
+            return given.detach().to(logits.dtype), *(aux if has_aux else ())
 
         parts = by_image or isinstance(cotangent, Tensor)
         with torch.no_grad(), _no_autocast(self._device):
@@ -266,20 +271,8 @@ class FrozenEncoder:
             raise ValueError(f"tokens at site {self.site!r} must have shape {shape}; got {list(tokens.shape)}")
 
 
-def _explicit(
-    vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch", mlp_dtype: torch.dtype | None = None
-) -> ExplicitEncoder | None:
+def _explicit(vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch") -> ExplicitEncoder | None:
     """The written-out encoder where the backend asks for it, model, device and dtype allow it, and it is proven."""
-    made = _written_out(vit, dtype, backend, site, mlp_dtype)
-    if made is None and mlp_dtype is not None:
-        raise ValueError(f"mlp_dtype={mlp_dtype} needs the backend 'cuda' (or 'cpu'); the model runs on 'reference'")
-    return made
-
-
-def _written_out(
-    vit: SplitViT, dtype: torch.dtype, backend: str, site: str, mlp_dtype: torch.dtype | None
-) -> ExplicitEncoder | None:
-    """`_explicit`, which may be None whatever the MLP was to have."""
     device = vit.projection.weight.device
     if backend == "reference" or (backend == "auto" and device.type not in NATIVE_DTYPES):
         return None
@@ -290,8 +283,8 @@ def _written_out(
         raise ValueError(f"backend {backend!r} needs a model on a device of type {backend!r}; it is on {device}")
     try:
         parts = _checked_parts(vit, dtype, device, backend)
-        made = ExplicitEncoder(vit, parts, dtype, products_dtype(dtype, device), mlp_dtype)
-        check_values(vit, made, site, rounded=mlp_dtype is not None)
+        made = ExplicitEncoder(vit, parts, dtype, products_dtype(dtype, device))
+        check_values(vit, made, site)
         return made
     except UnsupportedModelError as reason:
         if backend != "auto":

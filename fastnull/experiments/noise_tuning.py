@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.augment import DEFAULTS
 from fastnull.checks import check_choice, check_number
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.progress import progress_bar
@@ -30,7 +29,7 @@ from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.run import synthesize
 from fastnull.synthesis.solvers import norms, perturb
-from fastnull.synthesis.starts import in_proportion, start_noise
+from fastnull.synthesis.starts import draw_start
 
 MODES = ("boundary", "per_image", "universal")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -95,8 +94,8 @@ def try_settings(
     """
     check_choice("mode", mode, MODES)
     encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=site)
-    defaults = DEFAULTS[mode, encoder.site == "pixels"]
-    limits = [factor * defaults["limit"] for factor in FACTORS] if limits is None else limits
+    base = SynthesisConfig.recommended(mode, encoder.site, steps=steps, seed=seed)
+    limits = [factor * base.limit for factor in FACTORS] if limits is None else limits
     for name, values in (("limits", limits), ("eps", eps)):
         if not values:
             raise ValueError(f"{name} must hold at least one number")
@@ -106,19 +105,16 @@ def try_settings(
         check_number("steps", steps, 1)
     if mode == "universal" and len(images) < 2:
         raise ValueError(f"images must be at least 2 in universal mode; got {len(images)}")
-    if steps is None:
-        steps = defaults.get("steps", UNIVERSAL_STEPS)
-    others = {name: value for name, value in defaults.items() if name not in ("eps", "limit", "steps")}
-    base = SynthesisConfig(mode=mode, site=encoder.site, steps=steps, seed=seed, **others)
+    if base.steps is None:
+        base = replace(base, steps=UNIVERSAL_STEPS)
     learned, judged = images.chunk(2) if mode == "universal" else (images, images)
     pair = embed_batch(encoder, judged)
     rows = []
     with progress_bar(len(limits) * (1 + len(eps)), show=progress, desc="tune", unit=" setting") as bar:
         for limit in limits:
-            shape = (1, *pair[0].shape[1:]) if mode == "universal" else pair[0].shape
-            start = start_noise(shape, replace(base, limit=limit), generator(seed), pair[0])
-            start, _ = in_proportion(pair[0], start, 0.0, base)
-            rows.append(_tried(encoder, start, pair, limit))
+            tokens = pair[0][:1] if mode == "universal" else pair[0]
+            start = draw_start(tokens, replace(base, limit=limit), generator(seed))
+            rows.append(_tried(encoder, start.noise, pair, limit))
             bar.update()
             for value in eps:
                 begin = time.perf_counter()

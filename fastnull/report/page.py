@@ -53,7 +53,7 @@ def write_report(
     Raises:
         FileNotFoundError: a source that does not exist, or a folder without results.
         ValueError: a file that is no result of `evaluate`, or a report is there already.
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib, markdown-it-py or scipy is missing.
     """
     folder = Path(out)
     if (folder / "report.html").exists() and not overwrite:
@@ -321,7 +321,8 @@ def _settings_table(trained: Mapping[str, Run]) -> Table:
             how = _noise_settings(noise, config["augment"], config["site"])
         seen = f"{run.spent['influence']:.2g}" if "influence" in run.spent else "–"
         cost, epochs = str(plan.get("step_cost", "–")), str(plan.get("epochs", config["epochs"]))
-        optimiser = f"{config['opt']}, {config['lr']:g}, batch {plan.get('batch_size', config['batch_size'])}"
+        rate = "–" if config["lr"] is None else f"{config['lr']:g}"
+        optimiser = f"{config['opt']}, {rate}, batch {plan.get('batch_size', config['batch_size'])}"
         rows.append([method, how, seen, cost, epochs, optimiser])
     return Table(
         ["finetuned with", "noise", "influence", "cost of a step", "epochs", "optimiser, rate, batch"],
@@ -336,8 +337,10 @@ def _noise_settings(noise: Mapping[str, Any], augment: str, site: str) -> str:
     def length(name: str) -> str:
         return _in_255(noise[name]) if site == "pixels" else f"{noise[name]:g}"
 
-    # a run of an earlier version has no spreads and no smooth field
-    how = f"start {'up to ' if noise.get('limit_spread') else ''}±{length('limit')}"
+    # a run of an earlier version has no ranges, or calls them spreads, and no smooth field
+    limit_range = noise.get("limit_range") or noise.get("limit_spread")
+    step_range = noise.get("step_range") or noise.get("step_spread")
+    how = f"start {'up to ' if limit_range else ''}±{length('limit')}"
     if noise.get("smooth_limit"):
         how += f", smooth field up to ±{length('smooth_limit')}"
     if noise.get("contrast"):
@@ -348,7 +351,7 @@ def _noise_settings(noise: Mapping[str, Any], augment: str, site: str) -> str:
     if noise.get("steps"):
         how += f", {noise['steps']} step{'s' if noise['steps'] > 1 else ''}"
         if noise.get("step_size"):
-            how += f" of {'up to ' if noise.get('step_spread') else ''}{length('step_size')}"
+            how += f" of {'up to ' if step_range else ''}{length('step_size')}"
     return how
 
 

@@ -202,6 +202,8 @@ def test_a_broken_backend_is_caught_by_the_suites(monkeypatch: pytest.MonkeyPatc
         return damage(right(*args, out=out, **kwargs))
 
     monkeypatch.setattr(block, "layer_norm_dx", broken)
+    # the encoder's own proof would find it first
+    monkeypatch.setattr("fastnull.encoder.frozen.check_values", lambda *_, **__: None)
     (given,) = encoder_suite.cases(TINY)
     if not any("backend cpu" in v.note for v in given.variants):
         pytest.skip("the C++ ops are not built: the reference backend runs no written-out backward")
@@ -277,7 +279,7 @@ def test_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [r for given in ops_suite.cases(TINY) for r in measured(given)]
     assert not [r for r in rows if r.note]
     fused = {r.op.split()[0] for r in rows if r.backend == ops_suite.FUSED}
-    assert fused == {"linear_gelu_derivative", "linear_dgelu", "linear_layer_norm_dx"}
+    assert fused == {"linear_gelu_derivative", "linear_dgelu"}
     named = {r.op.split()[0] for r in rows if r.backend == "torch, math"}
     assert named == {"attention", "attention_dqkv"}
 

@@ -1,4 +1,4 @@
-"""What noise starts from: spread of strengths, smooth fields, and the same numbers for a part of a batch."""
+"""What noise starts from: range of strengths, smooth fields, and the same numbers for a part of a batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastnull.augment import DEFAULTS, NullspaceAugment
+from fastnull.augment import NullspaceAugment
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.models import create_model
 from fastnull.rng import Place, generator, uniform
@@ -20,7 +20,7 @@ SHAPE = (400, 3, 16, 16)
 
 
 def start(**changes: Any) -> torch.Tensor:
-    config = SynthesisConfig(mode="boundary", site="pixels", **changes)
+    config = SynthesisConfig(mode="boundary", site="pixels", **{"smooth_limit": 0.0, **changes})
     return start_noise(SHAPE, config, generator(1, 2), torch.empty(0))
 
 
@@ -29,7 +29,7 @@ def test_the_plain_start_is_uniform_of_one_limit() -> None:
 
 
 def test_limits_are_spread_over_the_images() -> None:
-    strongest = start(limit=0.25, limit_spread=0.6).abs().flatten(1).amax(1) / 0.25
+    strongest = start(limit=0.25, limit_range=0.6).abs().flatten(1).amax(1) / 0.25
     # 768 numbers of an image come close to their limit
     assert 0.39 < float(strongest.min()) < 0.45
     assert 0.95 < float(strongest.max()) <= 1
@@ -55,16 +55,14 @@ def test_the_key_decides_and_parts_equal_the_whole() -> None:
     model = create_model("vit_digits").train()
     images = torch.rand(6, 3, 16, 16)
     config = SynthesisConfig(
-        mode="boundary", site="pixels", limit=0.1, limit_spread=1.0, smooth_limit=0.2, steps=1, seed=3
+        mode="boundary", site="pixels", limit=0.1, limit_range=1.0, smooth_limit=0.2, steps=1, seed=3
     )
 
     def draw(rows: torch.Tensor | None, step: int) -> torch.Tensor:
         augment = NullspaceAugment(model, "random", config=config)
-        augment.step = step
         if rows is None:
-            return augment.draw(images)
-        augment.place = Place(rows, len(images))
-        return augment.draw(images[rows])
+            return augment.at(step).draw(images)
+        return augment.at(step, Place(rows, len(images))).draw(images[rows])
 
     whole = draw(None, 7)
     torch.testing.assert_close(draw(None, 7), whole, rtol=0, atol=0)
@@ -79,7 +77,7 @@ def test_synthesis_starts_there_too() -> None:
     torch.manual_seed(0)
     model = create_model("vit_digits")
     grey = torch.full((4, 3, 16, 16), 0.5)
-    config = SynthesisConfig(mode="boundary", site="pixels", limit=0.0, smooth_limit=0.25, steps=1, step_size=1e-6)
+    config = SynthesisConfig(mode="boundary", site="pixels", limit=0.0, smooth_limit=0.25, contrast=0.0, step_size=1e-6)
     noise = synthesize(model, grey, config).tokens
     assert float(noise.abs().amax()) > 0.02
     assert float(noise.diff(dim=3).abs().amax()) < 0.25  # neighbours hardly differ
@@ -90,15 +88,14 @@ def test_steps_are_spread_over_the_images_and_parts_get_those_of_the_whole() -> 
     model = create_model("vit_digits").train()
     images = torch.full((200, 3, 16, 16), 0.5)
     config = SynthesisConfig(
-        mode="boundary", site="pixels", limit=0.0, steps=1, step_size=0.1, step_spread=0.8, objective="prediction"
+        mode="boundary", site="pixels", limit=0.0, smooth_limit=0.0, contrast=0.0, step_size=0.1, step_range=0.8
     )
 
     def draw(rows: torch.Tensor | None) -> torch.Tensor:
-        augment = NullspaceAugment(model, config=config, share=0.0)
+        augment = NullspaceAugment(model, config=config, fraction=0.0)
         if rows is None:
             return augment.draw(images)
-        augment.place = Place(rows, len(images))
-        return augment.draw(images[rows])
+        return augment.at(0, Place(rows, len(images))).draw(images[rows])
 
     # the loss of the prediction has a gradient at the image itself, where a distance has none: no start is needed
     whole = draw(None)
@@ -107,7 +104,7 @@ def test_steps_are_spread_over_the_images_and_parts_get_those_of_the_whole() -> 
     assert 0.09 < float(lengths.max()) <= 0.1
     rows = torch.tensor([3, 150])
     torch.testing.assert_close(draw(rows), whole[rows])
-    assert step_sizes(images, replace(config, step_spread=0.0), generator(0)) == 0.1  # one for all
+    assert step_sizes(images, replace(config, step_range=0.0), generator(0)) == 0.1  # one for all
 
 
 def test_noise_is_in_proportion_to_contrast_and_parts_get_that_of_the_whole() -> None:
@@ -117,19 +114,18 @@ def test_noise_is_in_proportion_to_contrast_and_parts_get_that_of_the_whole() ->
     unit = unit / unit.flatten(1).std(1).view(-1, 1, 1, 1)
     images = 0.5 + torch.tensor([0.0, 0.02, 0.05, 0.1, 0.2]).view(-1, 1, 1, 1) * unit
     config = SynthesisConfig(
-        mode="boundary", site="pixels", limit=0.004, steps=1, step_size=0.01, contrast=0.1, objective="prediction"
+        mode="boundary", site="pixels", limit=0.004, smooth_limit=0.0, step_size=0.01, step_range=0.0, contrast=0.1
     )
 
     def draw(config: SynthesisConfig, rows: torch.Tensor) -> torch.Tensor:
-        augment = NullspaceAugment(model, config=config, share=0.0)
-        augment.place = Place(rows, len(images))
-        return augment.draw(images[rows])
+        augment = NullspaceAugment(model, config=config, fraction=0.0)
+        return augment.at(0, Place(rows, len(images))).draw(images[rows])
 
     # a sign step from uniform noise: longest where both agree
-    share = torch.tensor([0.0, 0.2, 0.5, 1.0, MOST_CONTRAST])
+    factors = torch.tensor([0.0, 0.2, 0.5, 1.0, MOST_CONTRAST])
     whole = draw(config, torch.arange(5))
     for noise in (whole, synthesize(model, images, config).tokens):
-        torch.testing.assert_close(noise.abs().flatten(1).amax(1), 0.014 * share, rtol=0.02, atol=1e-6)
+        torch.testing.assert_close(noise.abs().flatten(1).amax(1), 0.014 * factors, rtol=0.02, atol=1e-6)
     rows = torch.tensor([1, 4])
     torch.testing.assert_close(draw(config, rows), whole[rows])
     plain = draw(replace(config, contrast=0.0), torch.arange(5))
@@ -146,7 +142,15 @@ def test_noise_along_the_predictions_loss_moves_the_prediction_most() -> None:
 
     def loss(objective: str) -> float:
         config = SynthesisConfig(
-            mode="boundary", site="pixels", limit=2 / 255, steps=1, step_size=8 / 255, eps=1.9, objective=objective
+            mode="boundary",
+            site="pixels",
+            limit=2 / 255,
+            smooth_limit=0.0,
+            contrast=0.0,
+            step_size=8 / 255,
+            step_range=0.0,
+            eps=1.9,
+            objective=objective,
         )
         noise = synthesize(model, images, config).tokens
         return float(F.cross_entropy(model(images + noise), predicted))
@@ -155,23 +159,23 @@ def test_noise_along_the_predictions_loss_moves_the_prediction_most() -> None:
 
 
 def test_settings_reach_the_synthesis() -> None:
-    asked = {"limit": 0.1, "limit_spread": 0.5, "smooth_limit": 0.2, "objective": "l2_squared"}
-    synthesis = FinetuneConfig(augment="boundary", site="pixels", noise_step_spread=0.25, **asked).synthesis()
+    asked = {"limit": 0.1, "limit_range": 0.5, "smooth_limit": 0.2, "objective": "l2_squared"}
+    synthesis = FinetuneConfig(augment="boundary", site="pixels", noise=asked, seed=3).synthesis()
     assert synthesis is not None
-    assert {name: getattr(synthesis, name) for name in asked} == asked
-    assert synthesis.step_spread == 0.25
-    # what is not asked for is the default of mode and site
-    assert synthesis.step_size == DEFAULTS["boundary", True]["step_size"]
+    # what is not asked for is the recommended value of mode and site
+    assert synthesis == SynthesisConfig.recommended("boundary", "pixels", seed=3, **asked)
+    assert synthesis.step_size == 12 / 255
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"limit_spread": 1.5}, "limit_spread must be"),
-        ({"step_spread": -0.5}, "step_spread must be"),
+        ({"limit_range": 1.5}, "limit_range must be"),
+        ({"step_range": -0.5}, "step_range must be"),
         ({"objective": "prediction", "mode": "universal"}, "for mode 'boundary'; got mode='universal'"),
         ({"smooth_limit": -0.1, "site": "pixels"}, "smooth_limit must be"),
         ({"contrast": 0.1, "mode": "boundary"}, "contrast is for site 'pixels'; got site='patch'"),
+        ({"limit": 3.0, "site": "pixels"}, "limit must be >= 0 and <= 1; got 3.0"),
         ({"contrast": 0.1, "site": "pixels"}, "contrast is for noise of an image's own"),
         ({"smooth_limit": 0.1, "site": "patch"}, "smooth_limit is for site 'pixels'; got site='patch'"),
     ],

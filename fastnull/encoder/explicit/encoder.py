@@ -16,7 +16,6 @@ from torch import Tensor
 from fastnull.distributed.sharded import Units
 from fastnull.encoder.explicit.block import Block, Saved, Scratch
 from fastnull.encoder.explicit.class_token import ClassTokenBlock
-from fastnull.encoder.explicit.float8 import check_float8
 from fastnull.encoder.explicit.folded import FoldedLinear
 from fastnull.encoder.explicit.stem_and_head import Head, Stem
 from fastnull.ops.common import empty
@@ -38,10 +37,6 @@ class ExplicitEncoder:
         dtype: of what is kept and handed out; norms' statistics, the last block of a class-token model and the head
             have at least float32.
         compute: of weights and products, see block.py; None is `dtype`.
-        mlp_dtype: float8_e4m3fn for 8-bit products in the MLP of every block that runs over all tokens, see float8.py.
-
-    Raises:
-        ValueError: there are no products in `mlp_dtype` for this dtype, device or model.
     """
 
     def __init__(
@@ -50,10 +45,7 @@ class ExplicitEncoder:
         parts: ViTParts,
         dtype: torch.dtype,
         compute: torch.dtype | None = None,
-        mlp_dtype: torch.dtype | None = None,
     ) -> None:
-        if mlp_dtype is not None:
-            check_float8(mlp_dtype, dtype, parts.projection.weight.device)
         normalized = vit.normalized
         mean, std = (normalized.mean, normalized.std) if normalized else (None, None)
         self.dtype, self.compute = dtype, compute or dtype
@@ -64,7 +56,7 @@ class ExplicitEncoder:
         absorbed = self.head.reads_class_token_alone and last.q_norm is None and last.k_norm is None
         self.last = ClassTokenBlock(last, dtype) if absorbed else None
         whole = parts.blocks[:-1] if absorbed else parts.blocks
-        self.blocks = [Block(block, dtype, self.compute, mlp_dtype is not None) for block in whole]
+        self.blocks = [Block(block, dtype, self.compute) for block in whole]
         self.width = parts.projection.out_channels
         image = self.stem.tokens * parts.blocks[0].fc1.out_features * self.compute.itemsize
         self._part = max(CPU_IMAGES, round(CPU_BYTES / image)) if self.device.type == "cpu" else None
@@ -112,16 +104,16 @@ class ExplicitEncoder:
         self,
         tokens: Tensor,
         site: str,
-        cotangent: Callable[[Tensor, slice], Tensor],
+        cotangent: Callable[[Tensor, slice], tuple[Tensor, ...]],
         by_image: bool,
         sum_every: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits and the gradient of Σ logits · cotangent at the site, both in memory of their own.
+    ) -> tuple[Tensor, ...]:
+        """Logits, the gradient of Σ logits · cotangent at the site, in memory of their own, and the results beside it.
 
         Args:
             tokens: the tensor at the site.
             site: which.
-            cotangent: called with logits and the images they belong to.
+            cotangent: called with logits and the images they belong to; returns the cotangent, and results beside it.
             by_image: the images may come in several calls; what is kept for the backward is kept for those of one.
             sum_every: sum the gradient over so many images each time, in float32 or better.
         """
@@ -130,15 +122,23 @@ class ExplicitEncoder:
             gradient = empty(tokens.shape, dtype=self.dtype, device=self.device)
         else:
             gradient = torch.zeros(B // sum_every, *tokens.shape[1:], dtype=self.head.dtype, device=self.device)
-        logits = []
-        for images in self._parts(B) if by_image else [slice(0, B)] if B else []:
-            logits.append(self._forward(tokens[images], site))
-            given = self._backward(cotangent(logits[-1], images), tokens[images], site)
+        if B == 0:
+            logits = self._no_logits()
+            _, *aux = cotangent(logits, slice(0, 0))
+            return logits, gradient, *aux
+        parts = self._parts(B) if by_image else [slice(0, B)]
+        results = []  # of each part: logits, and what came beside the cotangent
+        for images in parts:
+            logits = self._forward(tokens[images], site)
+            weights, *aux = cotangent(logits, images)
+            results.append((logits, *aux))
+            given = self._backward(weights, tokens[images], site)
             if sum_every is None:
                 gradient[images] = given
             else:
                 _add_sums(gradient, given, images, sum_every)
-        return torch.cat(logits) if logits else self._no_logits(), gradient
+        logits, *aux = results[0] if len(parts) == 1 else map(torch.cat, zip(*results, strict=True))
+        return logits, gradient, *aux
 
     def _forward(self, tokens: Tensor, site: str, forward_only: bool = False) -> Tensor:
         """Tokens at the site → logits, for as many images as are kept at once."""
