@@ -19,14 +19,16 @@ from fastnull.cli import parser as cli
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-LANGUAGES = {"python", "bash", "", "{eval-rst}", "{include}", "{toctree}"}
+MORE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+"""Pages outside the docs: only their links and names are looked at."""
+LANGUAGES = {"python", "bash", "diff", "", "{eval-rst}", "{include}", "{toctree}"}
 """Fences that there may be; without a name it is commands: reports write them so."""
 NEEDS = {
     "analyses.md": ("scipy",),
     "integrations.md": ("timm", "transformers", "lightning", "accelerate", "torchvision", "peft"),
 }
 """Libraries that a page's Python imports and fastnull does not ask for."""
-NOT_RUN = {"installs packages": 1, "needs several processes": 1}
+NOT_RUN = {"installs packages": 2, "needs several processes": 1}
 """How many blocks are left out, by the reason given: one more is to be a decision."""
 
 OTHERS = ("python -m pytest benchmarks ",)
@@ -126,10 +128,6 @@ def test_no_block_escapes() -> None:
     assert {reason: reasons.count(reason) for reason in reasons} == NOT_RUN
     shown = {words[1] for _, words in commands() if words[0] == "fastnull"}
     assert shown >= {"inspect", "synthesize", "finetune", "evaluate", "compare", "analyze", "report", "bench"}
-
-
-MORE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-"""Pages outside the docs, of which only links and names are looked at."""
 
 
 def prose(page: Path) -> str:
