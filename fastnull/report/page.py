@@ -139,7 +139,7 @@ def _headline(grouped: Mapping[str, Sequence[Run]]) -> Table:
     header = ["finetuned with", *columns]
     with_cost = any(run.spent for runs in grouped.values() for run in runs)
     if with_cost:
-        header += ["cost [forward passes an image]", "steps", "time [s]", "of it synthesis"]
+        header += ["cost [forward passes per image]", "steps", "time [s]", "of it synthesis"]
     rows = []
     for method, runs in grouped.items():
         row = [method, *(_spread([run.record["summary"].get(key) for run in runs]) for key in columns.values())]

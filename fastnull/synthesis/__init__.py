@@ -1,4 +1,4 @@
-"""Noise synthesis: universal banks, noise an image, and noise on the boundary of the approximate nullspace.
+"""Noise synthesis: universal banks, noise for each image, and noise on the boundary of the approximate nullspace.
 
 - `universal`: one noise is shared by all images: drawn from U(−limit, limit), moved until the outputs are those without
   it, stopped at influence < ε (paper, Eq. 7 and 9; by AdamW on the logits as its code does it, or faster by

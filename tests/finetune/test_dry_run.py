@@ -39,7 +39,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, capsys: 
     text = capsys.readouterr().out
     # 1167 images: 36 batches an epoch; an image costs 6 for two views, 3 x 2 for the noise
     assert "steps      72 of 32 images in 2 epochs (1 processes x 2 parts of 16)" in text
-    assert "synthesis  6 of 12 forward passes an image a step" in text
+    assert "synthesis  6 of 12 forward passes per image and step" in text
     assert f"cost       {72 * 32 * 12:,} forward passes" in text
     assert "53,354 parameters" in text
     assert "0.9 MB for weights, gradients, two moments; " in text  # 4 x 4 x 53,354 bytes

@@ -276,7 +276,7 @@ def test_a_start_that_does_not_fit_is_named(
 def test_too_many_starts_for_a_loader_are_named(vit: NormalizedModel, images: Tensor) -> None:
     loader = DataLoader(TensorDataset(images), batch_size=3)
     start = torch.rand(9, 16, 32)
-    with pytest.raises(ValueError, match=r"start must hold one noise an image \(8\); it holds 9"):
+    with pytest.raises(ValueError, match=r"start must hold one noise per image \(8\); it holds 9"):
         synthesize(vit, loader, SynthesisConfig(mode="boundary"), start=start)
     fits = synthesize(vit, loader, SynthesisConfig(mode="boundary"), start=start[:8])
     by_batches = synthesize(vit, images.split(3), SynthesisConfig(mode="boundary"), start=start[:8])
