@@ -16,9 +16,10 @@ moment, and a training forward that should have had it and had not is a RuntimeE
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
@@ -27,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.checks import check_choice, check_labels, check_number, refuse_renamed, trusted_values
+from fastnull.checks import as_type, check_choice, check_labels, check_number, refuse_renamed, trusted_values
 from fastnull.distributed.sharded import is_sharded
 from fastnull.encoder.frozen import FrozenEncoder
-from fastnull.noise import Noise
+from fastnull.noise import Noise, check_noise
 from fastnull.rng import Place, carried, fraction_of, generator
 from fastnull.synthesis.batches import check_batch
 from fastnull.synthesis.config import ALL_MODES, SynthesisConfig, recommended_fraction
@@ -59,6 +60,13 @@ NOT_APPLIED = (
     "noise was asked for in this training forward and none was added: the module at its site did not run with its "
     "hook. If the model, or the part with that module, was compiled and run before NullspaceAugment was created, "
     "create it first, or call torch._dynamo.reset()"
+)
+
+
+PASSED_BY = (
+    "a part of the model was called in training while its NullspaceAugment is attached, and not the model itself, so "
+    "there was no noise: call the model that the augmentation was made of, as model(images), or set `enabled` to False "
+    "around a call that needs no noise"
 )
 
 
@@ -135,10 +143,12 @@ class NullspaceAugment:
         self.stats: dict[str, Tensor] = {}
         self._bank: Noise | None = None
         self._attached = False
+        self._traced = _frames_traced() > _at_reset  # code that may not have this augmentation's hooks
         self._forwards = 0  # with noise, since it was attached
         self._looked = False  # at the values of a batch
         self._place: Place | None = None
         self._asked: _View | None = None  # by the running `loss`, `views` or `outputs`
+        self._inside = False  # a forward of the model
         self._running: _View | None = None  # of the forward that runs, where it has noise
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
@@ -178,7 +188,8 @@ class NullspaceAugment:
 
         Args:
             images: [B, C, H, W] as the model takes them.
-            labels: [B] or soft [B, K], as the criterion takes them.
+            labels: [B] or soft [B, K], as the criterion takes them. It gets integers and bools as int64 [B], or in the
+                logits' dtype [B, K].
             criterion: (logits [B, K], labels) → scalar.
 
         Returns:
@@ -195,11 +206,11 @@ class NullspaceAugment:
             self._check(images)
             logits = self._forward(images, _View())
             with trusting:
-                check_labels(labels, logits.shape[-1], len(images))
+                labels = _for_a_loss(labels, logits)
             return criterion(logits, labels), logits
         clean, noisy = self.views(images)
         with trusting:
-            check_labels(labels, clean.shape[-1], len(images))
+            labels = _for_a_loss(labels, clean)
         return criterion(clean, labels) + criterion(noisy, labels), clean
 
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,13 +328,15 @@ class NullspaceAugment:
         owners = [hook.owner for hook in hooks if isinstance(hook, _Hook)]
         if any(owner is not None and owner is not self and owner._attached for owner in owners):
             raise RuntimeError("another NullspaceAugment is attached to this model: detach() it first")
-        if _is_compiled(self.model):
+        if _is_compiled(self.model) or self._traced:
+            what = "to a compiled model" if _is_compiled(self.model) else "after something was compiled and run"
             warnings.warn(
-                "attaching to a compiled model: hooks are ignored where it has already run, so torch._dynamo.reset() "
-                "is called and it compiles again. Attach before the first call to avoid this",
+                f"attaching {what}: hooks are ignored where the model has already run, so torch._dynamo.reset() is "
+                "called and it compiles again. Create the augmentation and attach before the first call to avoid this",
                 stacklevel=2,
             )
-            torch._dynamo.reset()
+            _reset_dynamo()
+            self._traced = False
         self._attached, self._forwards = True, 0
         return self
 
@@ -362,15 +375,23 @@ class NullspaceAugment:
         missing = [key for key in ("mode", "config", "step", "bank") if key not in state]
         if missing:
             raise ValueError(f"state must be what state_dict() returned; it lacks {', '.join(missing)}")
-        mine, theirs = (self.mode, self.config.site), (state["mode"], state["config"].get("site"))
+        given = state["config"] if isinstance(state["config"], Mapping) else {}
+        mine, theirs = (self.mode, self.config.site), (state["mode"], given.get("site"))
         if theirs != mine:
             raise ValueError(f"state is of mode and site {theirs}; this augmentation has {mine}")
         try:
             config = SynthesisConfig(**state["config"])
-            bank = None if state["bank"] is None else Noise(**state["bank"], site=config.site)
-        except TypeError as error:
+            step = as_type("step", state["step"], int)
+            check_number("step", step, 0)
+            if config.mode != self.config.mode:
+                raise ValueError(f"config.mode is {config.mode!r}, not {self.config.mode!r}")
+            bank = None
+            if state["bank"] is not None:
+                bank = Noise(**state["bank"], site=config.site)
+                check_noise(state["bank"], "the state's bank")
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"state must be what state_dict() returned: {error}") from None
-        self.config, self.step, self._bank = config, state["step"], bank
+        self.config, self.step, self._bank = config, step, bank
         self._solve = self._solver()
 
     def draw(self, tokens: Tensor) -> Tensor:
@@ -407,6 +428,11 @@ class NullspaceAugment:
     def _from_bank(self, tokens: Tensor, source: torch.Generator, place: Place | None) -> Tensor:
         if self._bank is None:
             raise RuntimeError("universal mode has no noise yet: call refresh(batches) first")
+        if self._bank.tokens.shape[1:] != tokens.shape[1:]:  # that of one token would go to all of them
+            raise ValueError(
+                f"the bank's noises have shape {list(self._bank.tokens.shape[1:])}, these images at site "
+                f"{self.config.site!r} {list(tokens.shape[1:])}: call refresh(batches) with images of this size"
+            )
         rows = torch.randint(len(self._bank), (place.total if place else len(tokens),), generator=source)
         rows = rows[place.rows] if place else rows
         self.stats["influence"] = self._bank.influence.mean()
@@ -445,11 +471,15 @@ class NullspaceAugment:
         ]
         if self.config.site != "pixels":
             self._handles.append(vit.site_module(self.config.site).register_forward_hook(_Hook(self, "_at_site")))
+        else:  # of a compiled network the outside, which breaks no graph
+            part = vit.network if _is_compiled(self.model) else getattr(vit, "patch_module", vit.network)
+            self._handles.append(part.register_forward_pre_hook(_Hook(self, "_at_part")))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Start of a forward of the model: decide its view."""
         if inside_frozen():
             return None
+        self._inside = True
         view = self._asked
         if view is None and self._attached and self.enabled:
             view = _View()
@@ -482,7 +512,7 @@ class NullspaceAugment:
         """End of a forward of the model, also by an error: was there noise?"""
         if inside_frozen():
             return
-        view, self._running = self._running, None
+        view, self._running, self._inside = self._running, None, False
         if view is not None and not view.applied and output is not None:
             raise RuntimeError(NOT_APPLIED)
 
@@ -493,7 +523,10 @@ class NullspaceAugment:
 
     def _at_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         # synthesis runs these modules too
-        if self._running is None or inside_frozen():
+        if inside_frozen():
+            return None
+        if self._running is None:
+            self._at_part()
             return None
         vit = self.encoder.vit
         tokens = vit.tokens_of(output)
@@ -501,12 +534,26 @@ class NullspaceAugment:
             tokens = tokens.chunk(2)[0]
         return vit.with_tokens(output, self._noisy(tokens))
 
+    def _at_part(self, *_: Any) -> None:
+        """Raise RuntimeError where a part of the model is called past the model, whose hooks put the noise in."""
+        due = self._attached and self.enabled and self.encoder.vit.model.training
+        if due and not self._inside and not inside_frozen() and torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(PASSED_BY)
+
     def _noisy(self, tokens: Tensor) -> Tensor:
         view = self._running
         assert view is not None
         noisy = tokens + self.draw(tokens)
         view.applied = True
         return torch.cat([tokens, noisy]) if view.both else noisy
+
+
+def _for_a_loss(labels: Tensor, logits: Tensor) -> Tensor:
+    """Checked labels in a dtype that torch's losses take."""
+    check_labels(labels, logits.shape[-1], len(logits))
+    if labels.is_floating_point():
+        return labels
+    return labels.long() if labels.ndim == 1 else labels.to(logits.dtype)
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -553,6 +600,21 @@ def _is_compiled(model: nn.Module) -> bool:
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+_at_reset = 0
+
+
+def _frames_traced() -> int:
+    """How many frames torch.compile has traced in this process: perhaps functions of the user's that call the model."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return 0 if dynamo is None else dynamo.utils.counters["frames"]["total"]
+
+
+def _reset_dynamo() -> None:
+    global _at_reset
+    torch._dynamo.reset()
+    _at_reset = _frames_traced()
 
 
 def _misses_exchange(model: nn.Module) -> bool:

@@ -381,7 +381,10 @@ def _first_line(error: Exception) -> str:
 
 def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
     valued = {key: value for key, value in state.items() if isinstance(value, Tensor) and not value.is_meta}
-    bad = [key for key, value in valued.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    floating = {key: value for key, value in valued.items() if value.is_floating_point()}
+    # torch asks no 8-bit float whether it is finite
+    wide = {key: value.float() if value.itemsize == 1 else value for key, value in floating.items()}
+    bad = [key for key, value in wide.items() if not bool(value.isfinite().all())]
     if bad:
         raise ValueError(f"{where}: NaN or Inf in {len(bad)} tensors: {_few(bad)}")
 
@@ -389,7 +392,8 @@ def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
 def check_types(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Raise ValueError where a tensor of a file is of another kind than the model's of its name, in `own`.
 
-    Any floating dtype is taken for a floating weight. Integers there are a quantised model's, whose scales are lost.
+    Any floating dtype of 16 bits or more is taken for a floating weight. Integers and 8-bit floats there are those of a
+    quantised model, whose scales are lost.
     """
     bad = [
         f"{key} is {value.dtype}{'' if value.layout is torch.strided else f' ({value.layout})'}, not {own[key].dtype}"
@@ -402,7 +406,8 @@ def check_types(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: st
 
 def _kind(value: Tensor) -> str:
     if value.is_quantized or value.is_complex() or value.is_floating_point():
-        return "quantised" if value.is_quantized else "complex" if value.is_complex() else "floating"
+        kind = "8-bit floating" if value.itemsize == 1 else "floating"
+        return "quantised" if value.is_quantized else "complex" if value.is_complex() else kind
     return "bool" if value.dtype == torch.bool else "integer"
 
 

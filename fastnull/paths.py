@@ -57,11 +57,16 @@ def check_output(
         files: patterns of what is written or removed in the folder, such as "state-*.pt".
 
     Raises:
-        ValueError: something is in the way that is no regular file (or no folder, for one); an input would be replaced
-            (told by the file itself, so other spellings, links and hard links count); a folder of inputs is the folder
-            that is written to, or lies in it; or what is written would lie among images that are read.
+        ValueError: something is in the way that is no regular file (or no folder, for one); a way back (..) out of a
+            folder that is not there; an input would be replaced (told by the file itself, so other spellings, links
+            and hard links count); a folder of inputs is the folder that is written to, or lies in it; or what is
+            written would lie among images that are read.
     """
     out = Path(out)
+    ups = [count for count, part in enumerate(out.parts, 1) if part == ".."]
+    if ups and not Path(*out.parts[: ups[-1]]).exists():
+        # once the folder is made this may be a file that is there, and that no check has seen
+        raise ValueError(f"{name} {out} leads back out of a folder that is not there: leave that out of it")
     above = next((parent for parent in out.absolute().parents if os.path.lexists(parent)), None)
     if above is not None and not above.is_dir():
         raise ValueError(f"{name} {out} cannot be made: {above} is a file, not a folder")

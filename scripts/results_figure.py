@@ -6,12 +6,11 @@ python scripts/results_figure.py        from benchmarks/results/robustness-*/com
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 from fastnull.report.plots import canvas
+
+ROOT = Path(__file__).resolve().parent.parent
 
 MEASURES = {"clean": "clean", "adversarial_mean": "under attack", "corruption_mean": "corrupted"}
 METHODS = {

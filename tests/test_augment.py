@@ -320,8 +320,10 @@ def test_a_network_compiled_inside_the_wrapper_is_found(vit: NormalizedModel, im
     assert aug.step == 0
     with pytest.warns(UserWarning, match=r"torch._dynamo.reset\(\) is called"):
         aug.attach()
-    assert not torch.allclose(model(images), vit(images))
+    noisy = model(images)
     assert aug.step == 1
+    aug.enabled = False
+    assert not torch.allclose(noisy, vit(images))
 
 
 def test_the_hook_form_too_gives_noise_or_an_error(vit: NormalizedModel, images: Tensor) -> None:
@@ -361,7 +363,8 @@ def test_an_error_inside_the_model_leaves_no_noise_behind(vit: NormalizedModel, 
         vit(images)
     vit.network.head = head
     before = aug.step
-    vit.network.patch_embed(images)
+    with pytest.raises(RuntimeError, match="and not the model itself"):
+        vit.network.patch_embed(images)
     assert aug.step == before, "no forward of the model runs"
 
 
@@ -384,6 +387,98 @@ def test_processes_that_exchange_no_gradients_are_warned_of(
     aug = ready(vit, images, "random")
     with pytest.warns(UserWarning, match="make the augmentation of the wrapped model"):
         aug.loss(images, labels, F.cross_entropy)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x: m.network(x),
+        lambda m, x: m.forward(x),
+        lambda m, x: m.network.forward_head(m.network.forward_features(x)),
+    ],
+    ids=["network", "forward", "features"],
+)
+def test_calls_past_the_model_are_an_error(
+    vit: NormalizedModel, images: Tensor, call: Callable[..., Tensor], site: str
+) -> None:
+    aug = NullspaceAugment(vit.train(), site=site)
+    call(vit, images)  # not attached: nothing was asked for
+    aug.attach()
+    with pytest.raises(RuntimeError, match="a part of the model was called in training"):
+        call(vit, images)
+    vit(images)
+    assert aug.step == 1
+    aug.enabled = False
+    call(vit, images)
+    aug.enabled = True
+    call(vit.eval(), images)
+    aug.detach()
+    call(vit.train(), images)
+
+
+def test_attaching_reaches_a_compiled_function_of_the_users(vit: NormalizedModel, images: Tensor) -> None:
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def step(x: Tensor) -> Tensor:
+        return vit(x)
+
+    step(images)
+    vit.train()
+    step(images)
+    aug = NullspaceAugment(vit)
+    with pytest.warns(UserWarning, match="after something was compiled and run"):
+        aug.attach()
+    step(images)
+    assert aug.step == 1
+    assert float(aug.stats["norm"]) > 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_width(vit: NormalizedModel, images: Tensor, dtype: torch.dtype, share: float, mode: str) -> None:
+    losses = []
+    for labels in (torch.arange(8), torch.arange(8).to(dtype)):
+        aug = NullspaceAugment(vit.train(), mode, share=share)
+        if mode == "universal":
+            aug.refresh([images])
+        losses.append(aug.loss(images, labels, F.cross_entropy)[0])
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_one_hot_labels_of_integers(vit: NormalizedModel, images: Tensor, dtype: torch.dtype) -> None:
+    soft = F.one_hot(torch.arange(8), 10)
+    loss, _ = NullspaceAugment(vit.train()).loss(images, soft.to(dtype), F.cross_entropy)
+    right, _ = NullspaceAugment(vit).loss(images, torch.arange(8), F.cross_entropy)
+    torch.testing.assert_close(loss, right)
+
+
+def test_a_bank_for_images_of_another_size_is_refused(vit: NormalizedModel, images: Tensor) -> None:
+    aug = NullspaceAugment(vit.train(), "universal")
+    aug.refresh([images])
+    state = aug.state_dict()
+    state["bank"]["tokens"] = state["bank"]["tokens"][:, :1]  # one token's noise would go to all tokens
+    aug.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"noises have shape \[1, 32\], these images at site 'patch' \[16, 32\]"):
+        aug.loss(images, torch.arange(8), F.cross_entropy)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_training_goes_on_after_inference_mode(vit: NormalizedModel, images: Tensor, backend: str, site: str) -> None:
+    aug = NullspaceAugment(vit.train(), site=site, backend=backend)
+    with torch.inference_mode():
+        tokens = aug.encoder.embed(images)
+        aug.encoder.input_gradient(tokens, torch.ones(8, 10))
+        aug.encoder(tokens)
+        aug.loss(images, torch.arange(8), F.cross_entropy)
+    loss, _ = aug.loss(images, torch.arange(8), F.cross_entropy)
+    loss.backward()
+    assert vit.network.head.weight.grad is not None
 
 
 def test_detaching_without_a_forward_warns(vit: NormalizedModel, images: Tensor) -> None:
@@ -468,6 +563,19 @@ def test_a_bad_state_changes_nothing(vit: NormalizedModel, images: Tensor, label
             aug.load_state_dict({**bad, **({"step": 99} if "step" in bad else {})})
         assert aug.step == good["step"]
         assert torch.equal(aug.bank.tokens, good["bank"]["tokens"])
+    whole = good["bank"]
+    for change in (
+        {"step": "3"},
+        {"step": -1},
+        {"config": None},
+        {"config": {**good["config"], "mode": "boundary"}},
+        {"bank": {**whole, "tokens": torch.full_like(whole["tokens"], torch.inf)}},
+        {"bank": {**whole, "norm": torch.zeros(5)}},
+    ):
+        with pytest.raises(ValueError, match="state"):
+            aug.load_state_dict({**good, **change})
+        assert aug.step == good["step"]
+        assert torch.equal(aug.bank.tokens, whole["tokens"])
 
 
 def test_misuse_has_clear_errors(

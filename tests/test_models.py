@@ -220,7 +220,7 @@ def test_weights_that_are_not_finite(value: float, state: dict[str, Tensor], tmp
         create_model("vit_digits", checkpoint=path)
 
 
-TYPES = [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64]
+TYPES = [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
 
 
 @pytest.mark.parametrize("dtype", TYPES)

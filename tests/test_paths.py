@@ -165,6 +165,14 @@ def test_outputs_beside_inputs_are_fine(
     check_output(out, inputs, files=files)
 
 
+@pytest.mark.parametrize("files", [None, FILES])
+def test_a_way_through_a_folder_that_is_not_there_is_refused(files: tuple[str, ...] | None, place: Path) -> None:
+    name = "run" if files else "model"
+    with pytest.raises(ValueError, match=f"--out absent/../{name} leads back out of a folder that is not there"):
+        check_output(f"absent/../{name}", {"--model": "model"}, files=files)
+    check_output(f"run/../new/{name}", {"--model": "model"}, files=files)
+
+
 def test_what_is_in_the_way_is_told_first(place: Path) -> None:
     with pytest.raises(ValueError, match="--out must be a file; run is a folder"):
         check_output("run", {})

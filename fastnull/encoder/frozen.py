@@ -83,6 +83,8 @@ class FrozenEncoder:
                 "inside `with encoder.sharding():`"
             )
         weight = self.vit.projection.weight
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype or None; got {dtype!r}")
         self.dtype = dtype or weight.dtype
         self._device = weight.device
         self.generation = 0
@@ -90,7 +92,7 @@ class FrozenEncoder:
 
     def _choose(self) -> None:
         """Take the fast encoder where it is allowed and proven, else the model's own modules."""
-        with _no_autocast(self._device):
+        with _own_modes(self._device):
             explicit = _explicit(self.vit, self.dtype, self._asked, self.site)
         self._encoder: ExplicitEncoder | AutogradEncoder = explicit or AutogradEncoder(self.vit, self.dtype)
         self.backend = "reference" if explicit is None else self._device.type
@@ -131,14 +133,14 @@ class FrozenEncoder:
             UnsupportedModelError: a forced backend cannot run what the model became.
         """
         self._check_device()
-        with _no_autocast(self._device):
+        with _own_modes(self._device):
             if not self.follow():
                 self._encoder.sync(self._units)
 
     def follow(self) -> bool:
         """Whether the structure of the model changed since the last look; if so, the encoder has been made anew of it.
 
-        Cheap where nothing changed: identities of modules, hooks and parameters are compared.
+        Cheap where nothing changed: identities of modules, hooks, buffers and parameters are compared, and flags.
         """
         if same(snapshot(self.vit.model, parameters=self._units is None), self._snapshot):
             return False
@@ -164,7 +166,7 @@ class FrozenEncoder:
             RuntimeError: the model was moved to another device.
         """
         self._check_images(images)
-        with _no_autocast(self._device):
+        with _own_modes(self._device):
             return self._encoder.embed(images, self.site)
 
     @torch.no_grad()
@@ -176,7 +178,7 @@ class FrozenEncoder:
             RuntimeError: the model was moved to another device.
         """
         self._check_tokens(tokens)
-        with _no_autocast(self._device):
+        with _own_modes(self._device):
             return self._encoder.logits(tokens, self.site)
 
     def input_gradient(
@@ -229,8 +231,10 @@ class FrozenEncoder:
             return given.detach().to(logits.dtype), *(aux if has_aux else ())
 
         parts = by_image or isinstance(cotangent, Tensor)
-        with torch.no_grad(), _no_autocast(self._device):
-            return self._encoder.input_gradient(tokens.detach(), self.site, weights, parts, sum_every)
+        tokens = tokens.detach()
+        with _own_modes(self._device):
+            tokens = tokens.clone() if tokens.is_inference() else tokens  # autograd takes none of these
+            return self._encoder.input_gradient(tokens, self.site, weights, parts, sum_every)
 
     def memory(self) -> dict[str, int]:
         """Bytes that the encoder itself holds: `weights`, `kept` for the backward, `scratch`; nothing on `reference`,
@@ -337,6 +341,9 @@ def _warn_once(message: str) -> None:
         warnings.warn(f"fastnull: {message}", stacklevel=5)
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
-    """The dtype is this encoder's own, also inside a caller's autocast region."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def _own_modes(device: torch.device) -> Iterator[None]:
+    """The encoder's own dtype and buffers, also inside a caller's autocast region and inference mode."""
+    # buffers that are made in inference mode could not be written outside it
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,8 +44,9 @@ class NormalizedModel(nn.Module):
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if len(mean) != len(std) or min(std) <= 0:
-            raise ValueError(f"mean and std must have one value a channel, std > 0; got mean {mean}, std {std}")
+        finite = all(map(math.isfinite, (*mean, *std)))
+        if len(mean) != len(std) or not finite or min(std) <= 0:
+            raise ValueError(f"mean and std must have one finite value a channel, std > 0; got mean {mean}, std {std}")
         self.network = network
         like = next(network.parameters())
         for name, value in (("mean", mean), ("std", std)):

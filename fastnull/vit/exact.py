@@ -90,7 +90,7 @@ def _is_replaced(module: nn.Module, name: str) -> bool:
 
 
 def _is_function(value: object) -> bool:
-    return isinstance(value, (types.FunctionType, types.MethodType, functools.partial))
+    return isinstance(value, _FUNCTIONS)
 
 
 def class_forward(module: nn.Module) -> Callable[..., Any]:
@@ -100,11 +100,19 @@ def class_forward(module: nn.Module) -> Callable[..., Any]:
     return functools.partial(type(module).forward, module)
 
 
+_OF_TRAINING = ("training", "p", "drop_prob")
+"""Attributes of modules that change while a model is trained, and nothing of what it computes in eval mode."""
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+_COMPARED = frozenset((bool, int, float, str, tuple, type(None), *_FUNCTIONS))
+"""Types of the attributes that decide what a module computes."""
+
+
 def snapshot(model: nn.Module, parameters: bool = True) -> list[Any]:
-    """The objects that make a model what it is: modules, classes, assigned functions, hooks and parameters.
+    """What makes a model what it is: modules, classes and their forwards, assigned functions, flags, hooks, buffers and
+    parameters.
 
     Two snapshots that are `same` were taken of one model without a change of its structure between them; values of
-    parameters are no part of it.
+    parameters and buffers are no part of it.
 
     Args:
         model: any.
@@ -113,8 +121,9 @@ def snapshot(model: nn.Module, parameters: bool = True) -> list[Any]:
     found: list[Any] = []
     for module in model.modules():
         own = module.__dict__
-        found += (module, type(module))
-        found += [value for value in own.values() if _is_function(value)]
+        found += (module, type(module), type(module).forward)
+        found += [value for name, value in own.items() if type(value) in _COMPARED and name not in _OF_TRAINING]
+        found += own["_buffers"].values()
         if any(own[name] for name in _HOOKS):
             found += [hook for hook, _ in foreign_hooks(module)]
         if parameters:
@@ -123,8 +132,12 @@ def snapshot(model: nn.Module, parameters: bool = True) -> list[Any]:
 
 
 def same(one: list[Any], other: list[Any]) -> bool:
-    """Whether two snapshots hold the same objects."""
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    """Whether two snapshots hold the same objects, and flags of the same values."""
+    return len(one) == len(other) and all(a is b or _equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _equal(one: object, other: object) -> bool:
+    return isinstance(one, (int, float, str)) and type(one) is type(other) and one == other
 
 
 def is_plain_linear(module: object) -> bool:

@@ -422,6 +422,8 @@ def test_misuse_has_clear_errors(vit: NormalizedModel, images: Tensor) -> None:
         FrozenEncoder(vit, backend="gpu")
     with pytest.raises(ValueError, match="site must be one of"):
         FrozenEncoder(vit, site="block1")
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype or None; got 'bfloat16'"):
+        FrozenEncoder(vit, dtype="bfloat16")
     frozen = FrozenEncoder(vit, backend="cpu")
     tokens = frozen.embed(images)
     with pytest.raises(ValueError, match=r"tokens at site 'patch' must have shape \[B, 16, 32\]; got \[8, 15, 32\]"):

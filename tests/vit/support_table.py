@@ -93,10 +93,14 @@ loralib, quantised layers and pruning run there. If you force a backend, `Unsupp
 
 `encoder.sync()` copies all weights, and noise is synced at every draw: fused optimisers, writes through `.data` and
 `load_state_dict(assign=True)` leave no reliable trace of a change. `sync()` also compares the identities of modules,
-hooks and parameters. If one changed (a new head, an injected adapter, a hook), the model is checked again.
+hooks, buffers, parameters and the `forward` of classes, and the flags of modules (a pooling, an epsilon, a padding). If
+one changed (a new head, an injected adapter, a hook), the model is checked again.
 
 A training forward that should have had noise and had none raises `RuntimeError`. This holds for all modes, freezing,
-compilation and checkpointing inside the model. The mode of the model that is called decides whether noise is on. """
+compilation and checkpointing inside the model. While an augmentation is attached, it also holds for a training call
+that bypasses the model it was made of, such as `model.network(images)` or `model.forward(images)`. The mode of the
+model that is called decides whether noise is on.
+"""
 
 
 def missing(kind: Kind) -> str:

@@ -105,8 +105,15 @@ CHANGES: dict[str, Callable[[NormalizedModel], object]] = {
     "a block less": lambda m: m.network.blocks.__delitem__(0),
     "another patch embedding": lambda m: setattr(m.network.patch_embed, "proj", nn.Conv2d(3, 32, 4, 4)),
     "a parameter replaced": lambda m: setattr(m.network, "pos_embed", nn.Parameter(torch.randn(1, 17, 32))),
+    "a buffer replaced": lambda m: setattr(m, "std", 0.5 * m.std),
+    "a pooling": lambda m: setattr(m.network, "global_pool", "avg"),
+    "an epsilon": lambda m: setattr(m.network.blocks[1].norm1, "eps", 1.0),
+    "a padding": lambda m: setattr(m.network.patch_embed.proj, "padding", (1, 1)),
 }
-STAYS_FAST = {"another head", "a block less", "another patch embedding", "a parameter replaced"}
+STAYS_FAST = {
+    "another head", "a block less", "another patch embedding", "a parameter replaced", "a buffer replaced", "a pooling",
+    "an epsilon",
+}  # fmt: skip
 
 
 def gap(model: nn.Module, encoder: FrozenEncoder, images: Tensor) -> float:
@@ -178,6 +185,25 @@ def test_a_global_hook_is_seen(vit: NormalizedModel) -> None:
     finally:
         handle.remove()
     assert FrozenEncoder(vit).backend == "cpu"
+
+
+def test_a_forward_of_a_class_is_seen(vit: NormalizedModel, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = FrozenEncoder(vit)
+    kind = type(attention(vit))
+    before = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: 2 * before(*args, **kwargs))
+    assert gap(vit, live, images) > 1e-3, "the change shows"
+    live.sync()
+    assert live.backend == "reference"
+    assert gap(vit, live, images) < 1e-5
+
+
+def test_what_training_changes_is_no_change_of_the_model(vit: NormalizedModel) -> None:
+    before = snapshot(vit)
+    vit.train()
+    attention(vit).proj_drop.p = 0.3
+    vit.network.blocks[0].norm1.eps = float("1e-6")  # the value that it has
+    assert same(snapshot(vit), before)
 
 
 def test_a_subclass_of_the_wrapper_is_the_model(vit: NormalizedModel, images: Tensor) -> None:

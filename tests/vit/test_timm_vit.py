@@ -184,8 +184,13 @@ def test_normalized_model() -> None:
     assert copy.deepcopy(model).bfloat16().mean.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="std > 0"):
         NormalizedModel(build(), [0.5] * 3, [0.5, 0.0, 0.5])
-    with pytest.raises(ValueError, match="one value a channel"):
+    with pytest.raises(ValueError, match="one finite value a channel"):
         NormalizedModel(build(), [0.5] * 3, [0.5])
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            NormalizedModel(build(), [bad] * 3, [0.5] * 3)
+        with pytest.raises(ValueError, match="finite"):
+            NormalizedModel(build(), [0.5] * 3, [bad] * 3)
     deit = NormalizedModel.from_timm(import_timm().create_model("deit_tiny_patch16_224", depth=1))
     assert deit.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
 
