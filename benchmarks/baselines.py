@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.attention import attention_by
 from fastnull.encoder import FrozenEncoder
+from fastnull.finetune.controls import CleanOnly
 from fastnull.ops import AdamWState, adamw_step, descent_gate
 from fastnull.synthesis.solvers import shared_gradient
 from fastnull.vit import split
@@ -166,14 +167,9 @@ def unfold_project(noise: Tensor, basis: Tensor, patch: int) -> Tensor:
     return noise - F.fold(basis @ (basis.T @ columns), noise.shape[2:], patch, stride=patch)
 
 
-class TwoCleanViews:
+class TwoCleanViews(CleanOnly):
     """What a finetuning step costs without synthesis: two clean views in one pass, as an augmentation that adds
-    nothing. Has NullspaceAugment's interface."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.step = 0
-        self.stats: dict[str, Tensor] = {}
+    nothing."""
 
     def loss(self, images: Tensor, labels: Tensor, criterion: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
         """criterion(clean) + criterion(clean again), and the logits [B, K]."""

@@ -17,6 +17,7 @@ from benchmarks.work import ViTShape
 from fastnull.augment import NullspaceAugment
 from fastnull.bench import BenchSettings, Row
 from fastnull.distributed import Processes
+from fastnull.encoder import FrozenEncoder
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.plan import make_plan
 from fastnull.finetune.training import Training
@@ -25,7 +26,7 @@ from fastnull.vit import split
 
 STEPS = 3
 """Updates of boundary and per-image noise, and of the attack, in a training step."""
-TWO_VIEWS, ORACLE = "two clean views", "boundary by autograd"
+TWO_VIEWS, ORACLE, SYNC = "two clean views", "boundary by autograd", "encoder.sync"
 COSINE = {torch.float32: 0.999, torch.bfloat16: 0.95, torch.float16: 0.95}
 """Least cosine between our boundary noise's movement and autograd's: an image at ε may step the other way."""
 AUGMENTS = (
@@ -57,10 +58,11 @@ def _case(name: str, model: nn.Module, dtype: torch.dtype, settings: BenchSettin
         config = FinetuneConfig(
             augment=augment, site=site, backend=backend, batch_size=B, epochs=1000, progress=False,
             amp=None if dtype == torch.float32 else str(dtype)[6:], attack_steps=STEPS, seed=settings.seed,
-            noise_share=0.0,  # two views, whatever the augmentation
+            noise_fraction=0.0,  # two views, whatever the augmentation
             noise_steps=STEPS if augment in ("boundary", "per_image", "universal") else None,
         )  # fmt: skip
         variants.append(_variant(label, config, name, images, labels, dtype, settings))
+    variants.append(_sync(name, dtype, images, settings))
     return Case(
         "finetune", name, f"step, noise of {STEPS} updates", f"batch {B}, {shape.N} tokens, width {shape.D}", variants,
         (TWO_VIEWS, dtype), judge=_judge(), summary=lambda rows: _summary(name, rows), rounds=2,
@@ -87,6 +89,17 @@ def _variant(
         return loss if moved is None else torch.cat([loss.double(), moved.double().flatten().cpu()])
 
     return Variant(label, dtype, lambda index: training.train_step(host, labels), check=check, library=label == ORACLE)
+
+
+def _sync(name: str, dtype: torch.dtype, images: Tensor, settings: BenchSettings) -> Variant:
+    """Taking over the weights, which every draw of a boundary step begins with."""
+    encoder = FrozenEncoder(make_model(name, settings), dtype=dtype)
+
+    def check() -> Tensor:
+        encoder.sync()
+        return encoder(encoder.embed(images)).sum().reshape(1)
+
+    return Variant(SYNC, dtype, lambda index: encoder.sync(), check=check)
 
 
 @torch.no_grad()
@@ -125,5 +138,9 @@ def _summary(name: str, rows: Sequence[Row]) -> list[str]:
     base = times.get(TWO_VIEWS)
     if not base:
         return []
-    costs = [f"{label} {ms / base:.2f}" for label, ms in times.items() if ms and label != TWO_VIEWS]
-    return [f"{name} {rows[0].dtype}: a step costs, in steps of two clean views: {', '.join(costs)}"]
+    costs = [f"{label} {ms / base:.2f}" for label, ms in times.items() if ms and label not in (TWO_VIEWS, SYNC)]
+    lines = [f"{name} {rows[0].dtype}: a step costs, in steps of two clean views: {', '.join(costs)}"]
+    sync, step = times.get(SYNC), times.get("boundary")
+    if sync and step:
+        lines.append(f"{name} {rows[0].dtype}: taking over the weights is {100 * sync / step:.1f} % of a boundary step")
+    return lines

@@ -48,7 +48,7 @@ def profile_step(
         often the host waited for it a step.
     """
     model = model.train().requires_grad_(True)
-    augment = _Marked(model, "boundary", site=site, steps=noise_steps, share=0.0, dtype=dtype)
+    augment = _Marked(model, "boundary", site=site, steps=noise_steps, fraction=0.0, dtype=dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     labels = torch.arange(len(images), device=images.device) % 10
 

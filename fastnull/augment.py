@@ -1,10 +1,10 @@
 """NullspaceAugment: noise that the model does not, or just does, see, added while it is finetuned.
 
-Two forms. `aug.loss(images, labels, criterion)` is the published one, CE(clean) + CE(noisy); with `share`, as boundary
-noise in pixels has it by default, each image has one view, which is noisy for that share of them. Of two views, noise
-that needs no clean logits (universal, random) takes both through the encoder in one pass, with one patch embedding.
-Else the clean view goes first, and synthesis takes its logits: a pass less than if it made its own. The hook form
-(`attach()`, `detach()`, `with aug:`) puts the noise into any training loop that calls the model. Noise is on in
+Two forms. `aug.loss(images, labels, criterion)` is the published one, CE(clean) + CE(noisy). With `fraction`, the
+default of boundary noise in pixels, each image has one view, which is noisy for that fraction of the images. Of two
+views, noise that needs no clean logits (universal, random) takes both through the encoder in one pass, with one patch
+embedding. Else the clean view goes first, and synthesis takes its logits: a pass less than if it made its own. The hook
+form (`attach()`, `detach()`, `with aug:`) puts the noise into any training loop that calls the model. Noise is on in
 training mode only: the mode of the model that is called, whatever its parts are in. It is made with the weights of that
 moment, and a training forward that should have had it and had not is a RuntimeError.
 
@@ -28,17 +28,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.checks import as_type, check_choice, check_labels, check_number, trusted_values
+from fastnull.checks import as_type, check_choice, check_labels, check_number, refuse_keywords, trusted_values
 from fastnull.distributed.sharded import is_sharded
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.noise import Noise, check_noise
-from fastnull.rng import Place, carried, generator, share_of
+from fastnull.rng import Place, carried, fraction_of, generator
 from fastnull.synthesis.batches import check_batch
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.replay import Replay, use_graph
 from fastnull.synthesis.run import synthesize
 from fastnull.synthesis.solvers import norms, own_noise, valid_noise
-from fastnull.synthesis.starts import in_proportion, start_noise, step_sizes, warm_start
+from fastnull.synthesis.starts import Start, draw_start, warm_start
 from fastnull.vit.base import inside_frozen, logits_of
 
 MODES = ("boundary", "per_image", "universal", "random")
@@ -51,7 +51,7 @@ DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
         "limit": 8 / 255,
         "steps": 1,
         "step_size": 12 / 255,
-        "step_spread": 1.0,
+        "step_range": 1.0,
         "smooth_limit": 48 / 255,
         "contrast": 0.2,
         "objective": "prediction",
@@ -67,14 +67,16 @@ DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
 from the search in docs/recipe.md."""
 
 
-SHARES = {("boundary", True): 0.5}
-"""By (mode, in pixels): share where the caller names none; 0 where none is here."""
+FRACTIONS = {("boundary", True): 0.5}
+"""By (mode, in pixels): fraction where the caller names none; 0 where none is here."""
 
 
 @dataclass
 class _View:
     """What one forward of the model is to see, and what has become of it."""
 
+    noisy: bool = True
+    """False: the images as they are, also where the augmentation is attached."""
     both: bool = False
     """Clean and noisy images in one pass, [2 B, ...]; else noisy ones alone."""
     clean: Tensor | None = None
@@ -112,16 +114,15 @@ class NullspaceAugment:
         site: `patch` (None too), `block0` or `pixels`.
         count: universal: noises in the bank; every image of a batch gets one of them.
         seed: with `step` the key of all random numbers: the same (seed, step) gives the same noise.
-        share: 0: `loss` sees every image clean and noisy, and the hook form noisy. A number in (0, 1]: both see every
-            image once, and that share of a batch, spread evenly over it, is noisy; of batches of one image that share
-            of them (ours: steps that cost half as much are twice as many). None takes the default, see SHARES.
+        fraction: 0: `loss` sees every image clean and noisy, and the hook form noisy. A number in (0, 1]: both see each
+            image once, and that fraction of a batch is noisy, at even distances; where a batch holds one image, that
+            fraction of the batches (ours: steps that cost half as much are twice as many). None takes the default, see
+            FRACTIONS.
         backend, dtype: of the FrozenEncoder that synthesis runs on.
         config: every setting of the synthesis at once, instead of eps, limit, steps, site, count and seed.
 
     Attributes:
-        step: number of draws so far; set it to the global step for exact resume.
-        place: where the images of the next calls lie in a larger batch, over several processes or in parts one after
-            the other: their noise is then what they would get in it. None: they are the batch.
+        step: number of draws so far; set it to the global step for exact resume, or see `at`.
         enabled: False switches the hook form off without detaching.
         stats: of the last draw: `influence` (mean over images before the last step; of the bank in universal mode;
             NaN in random mode) and `norm` (mean), as tensors on the device: reading them costs no sync until asked.
@@ -138,11 +139,13 @@ class NullspaceAugment:
         site: str | None = None,
         count: int | None = None,
         seed: int | None = None,
-        share: float | None = None,
+        fraction: float | None = None,
         backend: str = "auto",
         dtype: torch.dtype | None = None,
         config: SynthesisConfig | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse_keywords("NullspaceAugment", unknown)
         self.mode = check_choice("mode", mode, MODES)
         settings = {"eps": eps, "limit": limit, "steps": steps, "site": site, "count": count, "seed": seed}
         asked = {name: value for name, value in settings.items() if value is not None}
@@ -156,13 +159,12 @@ class NullspaceAugment:
         elif mode not in (config.mode, "random"):
             raise ValueError(f"config.mode must be mode, {mode!r}; got {config.mode!r}")
         self.config = config
-        self.share = SHARES.get((mode, config.site == "pixels"), 0.0) if share is None else share
-        check_number("share", self.share, 0, 1)
+        self.fraction = FRACTIONS.get((mode, config.site == "pixels"), 0.0) if fraction is None else fraction
+        check_number("fraction", self.fraction, 0, 1)
         self.encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
         self.model = model
         self._solve = self._solver()
         self.step = 0
-        self.place: Place | None = None
         self.enabled = True
         self.stats: dict[str, Tensor] = {}
         self._bank: Noise | None = None
@@ -170,11 +172,10 @@ class NullspaceAugment:
         self._traced = _frames_traced() > _at_reset  # code that may not have this augmentation's hooks
         self._forwards = 0  # with noise, since it was attached
         self._looked = False  # at the values of a batch
-        self._asked: _View | None = None  # by the running `loss` or `views`
-        self._quiet = False  # no noise in the forward that `views` runs
+        self._place: Place | None = None
+        self._asked: _View | None = None  # by the running `loss`, `views` or `outputs`
         self._inside = False  # a forward of the model
-        self._running: _View | None = None  # of the forward that runs
-        self._clean: Tensor | None = None  # logits of the images of the running forward, for the synthesis
+        self._running: _View | None = None  # of the forward that runs, where it has noise
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
         _check_tokens_stay(self.encoder, config.site)
@@ -189,10 +190,25 @@ class NullspaceAugment:
             )
         self._register()
 
+    def at(self, step: int, place: Place | None = None) -> NullspaceAugment:
+        """Set what the next draws are for: a step of the training, and a part of its batch.
+
+        Args:
+            step: of the training; the next draw takes the random numbers of this step.
+            place: where the images of the next calls lie in a larger batch (a fastnull.rng.Place), if several
+                processes have parts of it, or it comes in parts one after the other. They get the noise that they would
+                get in the whole batch. None: they are the batch.
+
+        Returns:
+            the augmentation itself.
+        """
+        self.step, self._place = step, place
+        return self
+
     def loss(
         self, images: Tensor, labels: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """criterion(clean) + criterion(noisy); with `share` the criterion of the one view.
+        """criterion(clean) + criterion(noisy); with `fraction` the criterion of the one view.
 
         Args:
             images: [B, C, H, W] as the model takes them.
@@ -201,7 +217,7 @@ class NullspaceAugment:
             criterion: (logits [B, K], labels) → scalar.
 
         Returns:
-            the loss with its graph, and the clean view's logits [B, K]; with `share` those of the one view.
+            the loss with its graph, and the clean view's logits [B, K]; with `fraction` those of the one view.
 
         Raises:
             RuntimeError: in eval mode, before `refresh` in universal mode, or where the hooks did not run (the model
@@ -210,7 +226,7 @@ class NullspaceAugment:
                 host would wait for it in every step.)
         """
         trusting = self._trusting(images)
-        if self.share:
+        if self.fraction:
             self._check(images)
             logits = self._forward(images, _View())
             with trusting:
@@ -224,7 +240,7 @@ class NullspaceAugment:
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K] of the clean and of the noisy view, with their graph. Raises as `loss`.
 
-        With `share` that share of the noisy view has noise.
+        With `fraction` that fraction of the noisy view has noise.
         """
         self._check(images)
         if self.mode in ("universal", "random"):
@@ -241,16 +257,16 @@ class NullspaceAugment:
             forward: calls the model once; returns logits [B, K] or anything that has them as `.logits`.
 
         Returns:
-            what it returned for the clean and for the noisy view; with `share` for the one view. Raises as `loss`.
+            what it returned for the clean and for the noisy view; with `fraction` for the one view. Raises as `loss`.
         """
         self._check(images)
-        if self.share:
+        if self.fraction:
             return [self._call(len(images), _View(), forward)]
         return list(self._both_views(images, forward))
 
     def _both_views(self, images: Tensor, forward: Callable[[], Any]) -> tuple[Any, Any]:
         before = _random_state(images.device)
-        clean = self._call(len(images), None, forward)
+        clean = self._call(len(images), _View(noisy=False), forward)
         noisy = _View()
         if torch.equal(before, _random_state(images.device)):
             logits = logits_of(clean).detach()
@@ -281,17 +297,17 @@ class NullspaceAugment:
         count = 2 * len(images) if view.both else len(images)
         return logits_of(self._call(count, view, lambda: self.model(given)))
 
-    def _call(self, count: int, view: _View | None, forward: Callable[[], Any]) -> Any:
-        """What `forward` returns; in its call of the model is the noise of a view (None: no noise).
+    def _call(self, count: int, view: _View, forward: Callable[[], Any]) -> Any:
+        """What `forward` returns, in whose call of the model the images are seen as the view says.
 
         `count` logits are expected.
         """
-        self._asked, self._quiet = view, view is None
+        self._asked = view
         try:
             output = forward()
         finally:
-            self._asked, self._quiet = None, False
-        if (view is not None and not view.applied) or len(logits_of(output)) != count:
+            self._asked = None
+        if view.applied != view.noisy or len(logits_of(output)) != count:
             raise RuntimeError(NOT_APPLIED)
         return output
 
@@ -404,7 +420,7 @@ class NullspaceAugment:
 
     def draw(self, tokens: Tensor) -> Tensor:
         """Noise for a batch at the site [B, ...], made with the current weights; no gradient. 0 for the images that
-        `share` leaves clean.
+        `fraction` leaves clean.
 
         Advances `step` and fills `stats`, which are means over the noisy images (NaN where there is none).
         """
@@ -412,11 +428,12 @@ class NullspaceAugment:
             return self._draw(tokens.detach())
 
     def _draw(self, tokens: Tensor) -> Tensor:
-        step, source = self.step, generator(self.config.seed, self.step, 1)
+        step, place, source = self.step, self._place, generator(self.config.seed, self.step, 1)
         self.step += 1
-        if not self.share:
-            return self._drawn(tokens, source, self.place)
-        positions, place = share_of(self.place or Place(torch.arange(len(tokens)), len(tokens)), self.share, step)
+        if not self.fraction:
+            return self._drawn(tokens, source, place)
+        place = place or Place(torch.arange(len(tokens)), len(tokens))
+        positions, place = fraction_of(place, self.fraction, step)
         if len(positions) == 0:
             self.stats = dict.fromkeys(("influence", "norm"), tokens.new_tensor(torch.nan))
             return torch.zeros_like(tokens)
@@ -427,8 +444,8 @@ class NullspaceAugment:
         if self.mode == "universal":
             noise = self._from_bank(tokens, source, place)
         else:
-            noise, seen = self._synthesized(tokens, *self._start(tokens, source, place))
-            self.stats["influence"] = seen.mean()
+            noise, influence = self._synthesized(tokens, draw_start(tokens, self.config, source, place=place))
+            self.stats["influence"] = influence.mean()
         self.stats["norm"] = norms(noise).mean()
         return noise.to(tokens.dtype)
 
@@ -446,33 +463,18 @@ class NullspaceAugment:
         noise = carried(self._bank.tokens[rows], tokens.device)
         return valid_noise(tokens, noise) if self.config.site == "pixels" else noise
 
-    def _start(self, tokens: Tensor, source: torch.Generator, place: Place | None) -> tuple[Tensor, ...]:
-        """The noise that synthesis starts from [B, ...], and its step size where that is a tensor, [] or [B]."""
-        config = self.config
-        if place is None:
-            start = start_noise(tokens.shape, config, source, tokens)
-            size = step_sizes(start, config, source)
-        else:
-            # on the CPU, where it is drawn: only this part of it travels
-            whole = start_noise((place.total, *tokens.shape[1:]), config, source, tokens.new_empty(0, device="cpu"))
-            size = step_sizes(whole, config, source)
-            start = carried(whole[place.rows], tokens.device)
-            if isinstance(size, Tensor):
-                size = carried(size[place.rows] if size.ndim else size, tokens.device)
-        start, size = in_proportion(tokens, start, size, config)
-        return (start, size) if isinstance(size, Tensor) else (start,)
-
-    def _synthesized(self, tokens: Tensor, start: Tensor, *size: Tensor) -> tuple[Tensor, Tensor]:
+    def _synthesized(self, tokens: Tensor, start: Start) -> tuple[Tensor, Tensor]:
         if self.mode == "random":
-            noise = valid_noise(tokens, start) if self.config.site == "pixels" else start
+            noise = valid_noise(tokens, start.noise) if self.config.site == "pixels" else start.noise
             return noise, torch.full((1,), float("nan"))
         self.encoder.sync()
         if self._solve_of != self.encoder.generation:  # a graph would run the encoder before
             self._solve = self._solver()
         inputs = tokens.to(self.encoder.dtype)
-        clean = self.encoder(inputs) if self._clean is None else self._clean
-        noise, seen, _ = self._solve(inputs, clean, start, *size)
-        return noise, seen
+        clean = None if self._running is None else self._running.clean
+        clean = self.encoder(inputs) if clean is None else clean
+        noise, influence, _ = self._solve(inputs, clean, *start.tensors)
+        return noise, influence
 
     def _solver(self) -> Replay:
         """(tokens, clean logits, start) or (..., step size) → noise an image, influence, updates."""
@@ -503,11 +505,12 @@ class NullspaceAugment:
             return None
         self._inside = True
         view = self._asked
-        if view is None and self._attached and self.enabled and not self._quiet:
+        if view is None and self._attached and self.enabled:
             view = _View()
-        self._running = view if module.training else None
-        if self._running is None:
+        if view is None or not view.noisy or not module.training:
+            self._running = None
             return None
+        self._running = view
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "the whole model runs again in the backward pass (activation checkpointing around it), where it would "
@@ -564,11 +567,7 @@ class NullspaceAugment:
     def _noisy(self, tokens: Tensor) -> Tensor:
         view = self._running
         assert view is not None
-        self._clean = view.clean
-        try:
-            noisy = tokens + self.draw(tokens)
-        finally:
-            self._clean = None
+        noisy = tokens + self.draw(tokens)
         view.applied = True
         return torch.cat([tokens, noisy]) if view.both else noisy
 

@@ -24,6 +24,17 @@ RANGE_TOLERANCE = 1e-6
 SUM_TOLERANCE = 0.01
 """How far from 1 the probabilities of an image may add up: those of 16 bits are rounded."""
 
+RENAMED = {
+    "share": "fraction",
+    "noise_share": "noise_fraction",
+    "train_ratio": "train_fraction",
+    "image_ratio": "image_fraction",
+    "limit_spread": "limit_range",
+    "step_spread": "step_range",
+    "noise_step_spread": "noise_step_range",
+}
+"""Settings by the names of version 0.1, and what they are called now."""
+
 _CPU_OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -68,6 +79,13 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.{hint}")
+
+
+def refuse_keywords(owner: str, unknown: Iterable[str]) -> None:
+    """Raise TypeError where `owner` was given keywords that it does not have; it shows a renamed one's new name."""
+    for name in unknown:
+        now = f": it is called {RENAMED[name]!r} now" if name in RENAMED else ""
+        raise TypeError(f"{owner} has no argument {name!r}{now}")
 
 
 def check_fields(config: Any) -> None:

@@ -24,17 +24,17 @@ class Place(NamedTuple):
     """Images of the larger batch."""
 
 
-def share_of(place: Place, share: float, step: int) -> tuple[Tensor, Place]:
-    """Which of the images at a place a share of the larger batch is: spread evenly over it, whoever holds the images.
+def fraction_of(place: Place, fraction: float, step: int) -> tuple[Tensor, Place]:
+    """Choose a fraction of the larger batch, at even distances; return which of the images at a place are in it.
 
-    Batches that are smaller than one image of their share have it in turns, by `step`; in all others it is the same
-    rows in every step, as many as a graph was captured for.
+    The choice is the same however the batch is divided. Where the fraction is less than one image, some steps have one
+    and others none, by `step`; else it is the same rows in every step, as many as a graph was captured for.
 
     Returns:
         positions among the images at the place [k], and the place of those.
     """
-    rows = place.rows.double() + (step * place.total if place.total * share < 1 else 0)
-    chosen = ((rows + 1) * share).floor() > (rows * share).floor()
+    rows = place.rows.double() + (step * place.total if place.total * fraction < 1 else 0)
+    chosen = ((rows + 1) * fraction).floor() > (rows * fraction).floor()
     positions = chosen.nonzero().flatten()
     return positions, Place(place.rows[positions], place.total)
 

@@ -53,7 +53,7 @@ def main(out: str) -> int:
     settings = BenchSettings(models=(name,), device=device)
     model: Any = make_model(name, settings)
     batches = [make_images(model, batch, settings, key) for key in range(2)]
-    config = SynthesisConfig(limit=1.0, lr=0.02, eps=1e-9, steps=steps, stop="never", image_ratio=1.0)
+    config = SynthesisConfig(limit=1.0, lr=0.02, eps=1e-9, steps=steps, stop="never", image_fraction=1.0)
     encoders = {str(dtype)[6:]: FrozenEncoder(model, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     found = ends(model, encoders, batches, config)
     differences = relative(found["bfloat16"], found["float32"])

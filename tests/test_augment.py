@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastnull.augment import MODES, NullspaceAugment
 from fastnull.encoder import FrozenEncoder
-from fastnull.rng import Place, share_of
+from fastnull.rng import Place, fraction_of
 from fastnull.synthesis import SynthesisConfig
 from fastnull.synthesis.objective import influence
 from fastnull.vit import SITES, NormalizedModel
@@ -40,7 +40,7 @@ def ready(model: NormalizedModel, images: Tensor, mode: str, site: str = "patch"
 def test_loss_is_the_sum_over_both_views(
     vit: NormalizedModel, images: Tensor, labels: Tensor, mode: str, site: str
 ) -> None:
-    aug = ready(vit, images, mode, site, share=0.0)
+    aug = ready(vit, images, mode, site, fraction=0.0)
     loss, logits = aug.loss(images, labels, F.cross_entropy)
     # the same noise again, added by hand: the model has no dropout, so training mode changes nothing
     tokens = aug.encoder.embed(images)
@@ -55,8 +55,10 @@ def test_loss_is_the_sum_over_both_views(
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("mode", MODES)
-def test_share_of_one_view_is_noisy(vit: NormalizedModel, images: Tensor, labels: Tensor, mode: str, site: str) -> None:
-    aug = ready(vit, images, mode, site, share=0.3)
+def test_fraction_of_one_view_is_noisy(
+    vit: NormalizedModel, images: Tensor, labels: Tensor, mode: str, site: str
+) -> None:
+    aug = ready(vit, images, mode, site, fraction=0.3)
     with torch.no_grad():
         loss, logits = aug.loss(images, labels, F.cross_entropy)
     assert aug.step == 1
@@ -68,28 +70,28 @@ def test_share_of_one_view_is_noisy(vit: NormalizedModel, images: Tensor, labels
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
     assert float(aug.stats["norm"]) == pytest.approx(float(noise[[3, 6]].flatten(1).norm(dim=1).mean()))
     # the noise of an image is what it would get if all had some
-    whole = ready(vit, images, mode, site, share=1.0)
+    whole = ready(vit, images, mode, site, fraction=1.0)
     whole.step = 0
     torch.testing.assert_close(whole.draw(tokens)[[3, 6]], noise[[3, 6]])
-    plain = ready(vit, images, mode, site, share=0.0)
+    plain = ready(vit, images, mode, site, fraction=0.0)
     plain.step = 0
     torch.testing.assert_close(plain.draw(tokens)[[3, 6]], noise[[3, 6]])
 
 
 def test_share_is_spread_over_the_larger_batch() -> None:
     place = Place(torch.arange(100), 100)
-    for share in (0.01, 0.1, 0.25, 0.29, 1 / 3, 0.5, 0.9, 1.0):
-        chosen = share_of(place, share, 0)[0]
-        assert abs(len(chosen) - 100 * share) < 1
+    for fraction in (0.01, 0.1, 0.25, 0.29, 1 / 3, 0.5, 0.9, 1.0):
+        chosen = fraction_of(place, fraction, 0)[0]
+        assert abs(len(chosen) - 100 * fraction) < 1
         for part in (torch.arange(40), torch.arange(1, 100, 2)):
-            positions, found = share_of(Place(part, 100), share, 0)
+            positions, found = fraction_of(Place(part, 100), fraction, 0)
             assert found.rows.tolist() == [row for row in part.tolist() if row in chosen.tolist()]
             assert torch.equal(part[positions], found.rows)
             assert found.total == 100
 
 
 def test_batches_of_one_are_noisy_in_turns(vit: NormalizedModel, images: Tensor) -> None:
-    aug = ready(vit, images, "boundary", "pixels", share=0.25)
+    aug = ready(vit, images, "boundary", "pixels", fraction=0.25)
     aug.step = 0
     noisy = [bool(aug.draw(images[:1]).any()) for _ in range(8)]
     assert noisy == [False, False, False, True] * 2
@@ -97,8 +99,8 @@ def test_batches_of_one_are_noisy_in_turns(vit: NormalizedModel, images: Tensor)
     aug.draw(images[:1])
     assert torch.isnan(aug.stats["norm"])
     place = Place(torch.arange(3), 3)
-    assert sum(len(share_of(place, 0.25, step)[0]) for step in range(40)) == 30
-    assert [share_of(place, 0.5, step)[0].tolist() for step in range(3)] == [[1]] * 3
+    assert sum(len(fraction_of(place, 0.25, step)[0]) for step in range(40)) == 30
+    assert [fraction_of(place, 0.5, step)[0].tolist() for step in range(3)] == [[1]] * 3
 
 
 def test_gradients_are_those_of_two_separate_views(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
@@ -132,7 +134,7 @@ def test_synthesis_takes_the_clean_views_logits_unless_dropout_is_in_them(
     passes = []
     forward = FrozenEncoder.__call__
     monkeypatch.setattr(FrozenEncoder, "__call__", lambda self, x: passes.append(1) or forward(self, x))
-    aug = ready(vit, images, mode, site, share=0.0)
+    aug = ready(vit, images, mode, site, fraction=0.0)
     torch.manual_seed(0)
     aug.loss(images, labels, F.cross_entropy)
     kept = aug.stats["norm"]
@@ -247,7 +249,7 @@ def test_noise_follows_the_weights(vit: NormalizedModel, images: Tensor) -> None
 def test_activation_checkpointing_sees_one_noise(
     vit: NormalizedModel, images: Tensor, labels: Tensor, site: str
 ) -> None:
-    aug = ready(vit, images, "boundary", site, share=0.0)
+    aug = ready(vit, images, "boundary", site, fraction=0.0)
     aug.loss(images, labels, F.cross_entropy)[0].backward()
     plain = [parameter.grad.clone() for parameter in vit.parameters()]
     for attached in (False, True):
@@ -290,7 +292,7 @@ def test_augmentation_made_before_compile_runs_inside_it(vit: NormalizedModel, i
 def test_frozen_parts_in_eval_mode_take_no_noise_away(
     vit: NormalizedModel, images: Tensor, labels: Tensor, mode: str, site: str, part: str
 ) -> None:
-    aug = ready(vit, images, mode, site, share=0.0)
+    aug = ready(vit, images, mode, site, fraction=0.0)
     network = vit.network
     (network if part == "network" else network.get_submodule(part)).requires_grad_(False).eval()
     loss, clean = aug.loss(images, labels, F.cross_entropy)
@@ -435,12 +437,14 @@ def test_attaching_reaches_a_compiled_function_of_the_users(vit: NormalizedModel
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-def test_labels_of_any_width(vit: NormalizedModel, images: Tensor, dtype: torch.dtype, share: float, mode: str) -> None:
+def test_labels_of_any_width(
+    vit: NormalizedModel, images: Tensor, dtype: torch.dtype, fraction: float, mode: str
+) -> None:
     losses = []
     for labels in (torch.arange(8), torch.arange(8).to(dtype)):
-        aug = NullspaceAugment(vit.train(), mode, share=share)
+        aug = NullspaceAugment(vit.train(), mode, fraction=fraction)
         if mode == "universal":
             aug.refresh([images])
         losses.append(aug.loss(images, labels, F.cross_entropy)[0])
@@ -501,7 +505,7 @@ def test_noise_is_bitwise_the_same_inside_autocast(
     made = []
     for inside in (False, True):
         with torch.autocast("cpu", dtype=dtype, enabled=inside):
-            aug = ready(vit, images, mode, site, backend=backend, share=0.0)
+            aug = ready(vit, images, mode, site, backend=backend, fraction=0.0)
             tokens = aug.encoder.embed(images)
             aug.encoder.sync()
             made.append((tokens, aug.encoder(tokens), aug.draw(tokens)))
@@ -510,7 +514,7 @@ def test_noise_is_bitwise_the_same_inside_autocast(
 
 
 def test_images_by_keyword(vit: NormalizedModel, images: Tensor) -> None:
-    aug = ready(vit, images, "random", "pixels", share=0.0).attach()
+    aug = ready(vit, images, "random", "pixels", fraction=0.0).attach()
     clean = vit.eval()(images)
     vit.train()
     assert not torch.allclose(vit(images=images), clean)
@@ -526,7 +530,7 @@ def test_images_by_keyword(vit: NormalizedModel, images: Tensor) -> None:
 def test_any_memory_format(vit: NormalizedModel, images: Tensor, labels: Tensor, mode: str, site: str) -> None:
     losses = []
     for given in (images, images.contiguous(memory_format=torch.channels_last), images.flip(3).flip(3)):
-        aug = ready(vit, images, mode, site, share=0.0)
+        aug = ready(vit, images, mode, site, fraction=0.0)
         aug.step = 0
         losses.append(aug.loss(given, labels, F.cross_entropy)[0])
     torch.testing.assert_close(losses[1], losses[0])

@@ -28,7 +28,7 @@ pytest.importorskip("matplotlib")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished finetuning run with results, and a noise beside it."""
     folder = tmp_path_factory.mktemp("bad") / "run"
-    words = ["--augment", "none", "--epochs", "1", "--train-ratio", "0.1", "--no-progress"]
+    words = ["--augment", "none", "--epochs", "1", "--train-fraction", "0.1", "--no-progress"]
     assert main(["finetune", "--out", str(folder), *words]) == 0
     model = str(folder / "last.safetensors")
     words = ["--limit", "8", "--suite", "clean", "--out", str(folder / "results.json")]
@@ -328,7 +328,7 @@ def test_damaged_noise_files(run: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_states(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["finetune", "--augment", "none", "--epochs", "1", "--train-ratio", "0.1", "--no-progress"]
+    words = ["finetune", "--augment", "none", "--epochs", "1", "--train-fraction", "0.1", "--no-progress"]
     for file in ("config.json", "metrics.jsonl"):
         (tmp_path / file).write_bytes((run / file).read_bytes())
     (good,) = run.glob("state-*.pt")

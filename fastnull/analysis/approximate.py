@@ -113,7 +113,7 @@ def over_finetuning(
         warnings.filterwarnings("ignore", message="the universal noise")
         run = FinetuneConfig(
             data=data, data_dir=data_dir, augment="universal", site=config.site, eps=config.eps, limit=config.limit,
-            noise_lr=config.lr, rounds=config.rounds, image_ratio=1.0, epochs=epochs, seed=config.seed,
+            noise_lr=config.lr, rounds=config.rounds, image_fraction=1.0, epochs=epochs, seed=config.seed,
             out=f"{folder}/run", device=str(next(model.parameters()).device), progress=False,
         )  # fmt: skip
         finetune(run, copy.deepcopy(model))

@@ -77,27 +77,28 @@ class AutogradEncoder:
         self,
         tokens: Tensor,
         site: str,
-        cotangent: Callable[[Tensor, slice], Tensor],
+        cotangent: Callable[[Tensor, slice], tuple[Tensor, ...]],
         by_image: bool = False,
         sum_every: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits and the gradient of Σ logits · cotangent at the site, of all images at once.
+    ) -> tuple[Tensor, ...]:
+        """Logits, the gradient of Σ logits · cotangent at the site, of all images at once, and the results beside it.
 
         Args:
             tokens: the tensor at the site.
             site: which.
-            cotangent: called with logits and the images they belong to.
+            cotangent: called with logits and the images they belong to; returns the cotangent, and results beside it.
             by_image: of no consequence here.
             sum_every: sum the gradient over so many images each time, in float32 or better.
         """
         with frozen(self._vit.model), torch.enable_grad():
             leaf = tokens.detach().to(self.dtype).requires_grad_(True)
             logits = self._vit.logits(leaf, site)
-            (gradient,) = torch.autograd.grad(logits, leaf, cotangent(logits.detach(), slice(0, len(tokens))))
+            given, *aux = cotangent(logits.detach(), slice(0, len(tokens)))
+            (gradient,) = torch.autograd.grad(logits, leaf, given)
         if sum_every is not None:
             wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
             gradient = gradient.unflatten(0, (-1, sum_every)).sum(1, dtype=wide)
-        return logits.detach(), gradient
+        return logits.detach(), gradient, *aux
 
     def token_shape(self, site: str) -> tuple[int, int] | None:
         """None: the model itself says which tokens it takes."""

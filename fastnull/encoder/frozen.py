@@ -192,8 +192,14 @@ class FrozenEncoder:
             return self._encoder.logits(tokens, self.site)
 
     def input_gradient(
-        self, tokens: Tensor, cotangent: Cotangent, *, by_image: bool = False, sum_every: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        tokens: Tensor,
+        cotangent: Cotangent,
+        *,
+        by_image: bool = False,
+        sum_every: int | None = None,
+        has_aux: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Logits, and the gradient of Σ logits · cotangent with respect to the tokens.
 
         Args:
@@ -206,24 +212,33 @@ class FrozenEncoder:
                 A tensor always allows that.
             sum_every: return the gradient summed over so many images each time (in float32 or better), as a noise that
                 these images share needs it: [B / sum_every, ...]. No gradient of all images lies in memory then.
+            has_aux: the function returns (cotangent, tensor, ...), and these tensors are returned too.
 
         Returns:
-            logits [B, K] and the gradient in `dtype`, shaped as the tokens, or the sums.
+            logits [B, K] and the gradient in `dtype`, shaped as the tokens, or the sums. With `has_aux` then what the
+            function returned beside the cotangent; where it was called several times, all its results in one tensor,
+            along their first dimension.
 
         Raises: as the call, and ValueError for a cotangent of another shape, or a `sum_every` that does not divide B.
+            TypeError: with `has_aux` anything but a function that returns a tuple of tensors.
         """
         self._check_tokens(tokens)
         if sum_every is not None and (sum_every < 1 or len(tokens) % sum_every):
             raise ValueError(f"sum_every must divide the batch of {len(tokens)} images; got {sum_every}")
 
-        def weights(logits: Tensor, images: slice) -> Tensor:
+        def weights(logits: Tensor, images: slice) -> tuple[Tensor, ...]:
             if isinstance(cotangent, Tensor):
+                if has_aux:
+                    raise TypeError("has_aux needs a function as the cotangent; got a tensor")
                 _check_cotangent(cotangent, (len(tokens), logits.shape[1]))
-                return cotangent[images].detach().to(logits.dtype)
-            given = cotangent(logits, images) if by_image else cotangent(logits)
-            given = given[0] if isinstance(given, tuple) else given
+                return (cotangent[images].detach().to(logits.dtype),)
+            returned = cotangent(logits, images) if by_image else cotangent(logits)
+            given, *aux = returned if isinstance(returned, tuple) else (returned,)
             _check_cotangent(given, tuple(logits.shape))
-            return given.detach().to(logits.dtype)
+            if has_aux and not (aux and all(isinstance(value, Tensor) for value in aux)):
+                kinds = ", ".join(type(value).__name__ for value in (given, *aux))
+                raise TypeError(f"with has_aux the function must return (cotangent, tensor, ...); got ({kinds})")
+            return given.detach().to(logits.dtype), *(aux if has_aux else ())
 
         parts = by_image or isinstance(cotangent, Tensor)
         tokens = tokens.detach()

@@ -57,10 +57,10 @@ def check_values(vit: SplitViT, encoder: ExplicitEncoder, site: str, rounded: bo
     tokens = model.embed(images, site)
     cotangents: list[Tensor] = []
 
-    def cotangent(logits: Tensor, images: slice) -> Tensor:
+    def cotangent(logits: Tensor, images: slice) -> tuple[Tensor]:
         if not cotangents:
             cotangents.append(torch.randn(PROBES, logits.shape[1], generator=source).to(logits))
-        return cotangents[0][images].to(logits.dtype)
+        return (cotangents[0][images].to(logits.dtype),)
 
     expected = model.input_gradient(tokens, site, cotangent)
     own = encoder.input_gradient(encoder.embed(images, site), site, cotangent, True)

@@ -43,7 +43,7 @@ from fastnull.robustness import CORRUPTIONS, DEMO_CORRUPTIONS, corrupt, evaluate
 from fastnull.robustness.corruptions import SEVERITIES
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.solvers import norms, valid_noise
-from fastnull.synthesis.starts import in_proportion, start_noise
+from fastnull.synthesis.starts import draw_start
 
 NORM_OF = "norm_of"
 """In a recipe of random noise: the method whose noise it equals in mean L2 norm, measured in the same seed's run, by a
@@ -54,14 +54,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "clean-only": {"augment": "none"},
     "random": {"augment": "random", "limit": 0.5},
     "random-tokens": {"augment": "random", NORM_OF: "boundary-tokens"},
-    "random-pixels": {"augment": "random", "site": "pixels", "noise_share": 0.5, NORM_OF: "boundary-pixels"},
+    "random-pixels": {"augment": "random", "site": "pixels", "noise_fraction": 0.5, NORM_OF: "boundary-pixels"},
     # the start of boundary-pixels, and no step
     "random-smooth": {
-        "augment": "random", "site": "pixels", "noise_share": 0.5, "limit": 8 / 255, "smooth_limit": 48 / 255,
+        "augment": "random", "site": "pixels", "noise_fraction": 0.5, "limit": 8 / 255, "smooth_limit": 48 / 255,
         "noise_contrast": 0.2, NORM_OF: "boundary-pixels",
     },
     # a start of ±3, as published, or of ±1 stays far above ε on this model at what rounds may cost here
-    "universal": {"augment": "universal", "limit": 0.5, "eps": 0.03, "noise_lr": 0.1, "rounds": 3, "image_ratio": 1.0},
+    "universal": {
+        "augment": "universal", "limit": 0.5, "eps": 0.03, "noise_lr": 0.1, "rounds": 3, "image_fraction": 1.0,
+    },
     "per-image": {"augment": "per_image", "limit": 1.0, "eps": 0.03, "noise_steps": 3},
     "boundary-tokens": {"augment": "boundary", "limit": 0.25, "eps": 0.6, "noise_steps": 3},
     # the defaults of this mode and site: one view, half of the images noisy
@@ -69,7 +71,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # one step from a random start (Wong et al. 2020) for half of the images, each seen once: at equal compute that did
     # better than three steps, and than two views
     "adversarial": {
-        "augment": "adversarial", "noise_share": 0.5, "attack_eps": 8 / 255, "attack_steps": 1,
+        "augment": "adversarial", "noise_fraction": 0.5, "attack_eps": 8 / 255, "attack_steps": 1,
         "attack_step_size": 8 / 255,
     },
     # β 1, as in the published comparison: within so few steps 6 ends in constant predictions
@@ -519,7 +521,7 @@ def scale_of_norm(norm: float, inputs: Tensor, start: SynthesisConfig) -> float:
     Raises:
         ValueError: no noise of this kind in pixels is as long.
     """
-    noise, _ = in_proportion(inputs, start_noise(inputs.shape, start, generator(0), inputs), 0.0, start)
+    noise = draw_start(inputs, start, generator(0)).noise
     low = norm / float(norms(noise).mean())
     if start.site != "pixels":
         return low

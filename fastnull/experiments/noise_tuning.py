@@ -30,7 +30,7 @@ from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.run import synthesize
 from fastnull.synthesis.solvers import norms, perturb
-from fastnull.synthesis.starts import in_proportion, start_noise
+from fastnull.synthesis.starts import draw_start
 
 MODES = ("boundary", "per_image", "universal")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -115,10 +115,9 @@ def try_settings(
     rows = []
     with progress_bar(len(limits) * (1 + len(eps)), show=progress, desc="tune", unit=" setting") as bar:
         for limit in limits:
-            shape = (1, *pair[0].shape[1:]) if mode == "universal" else pair[0].shape
-            start = start_noise(shape, replace(base, limit=limit), generator(seed), pair[0])
-            start, _ = in_proportion(pair[0], start, 0.0, base)
-            rows.append(_tried(encoder, start, pair, limit))
+            tokens = pair[0][:1] if mode == "universal" else pair[0]
+            start = draw_start(tokens, replace(base, limit=limit), generator(seed))
+            rows.append(_tried(encoder, start.noise, pair, limit))
             bar.update()
             for value in eps:
                 begin = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from fastnull.augment import DEFAULTS, SHARES
+from fastnull.augment import DEFAULTS, FRACTIONS
 from fastnull.checks import check_choice, check_fields, check_number
 from fastnull.encoder.frozen import BACKENDS
 from fastnull.finetune.logs import LOGS
@@ -46,11 +46,11 @@ class FinetuneConfig:
     )
     data_dir: str | None = option(None, "where timm keeps the data set")
     download: bool = option(False, "let timm download the data set")
-    train_ratio: float = option(1.0, "share of the training images seen in an epoch, drawn anew each time (0, 1]")
-    val_fraction: float = option(0.1, "share of the training images held out to choose the best epoch [0, 1)")
+    train_fraction: float = option(1.0, "fraction of the training images seen in an epoch, drawn anew each time (0, 1]")
+    val_fraction: float = option(0.1, "fraction of the training images held out to choose the best epoch [0, 1)")
     val_seed: int = option(0, "seed of that choice, apart from `seed` so that runs share it")
     workers: int = option(0, "processes that load images; 0 loads in the main one")
-    crop_scale: float = option(0.08, "image files: least area of the random crop, as a share of the image (0, 1]")
+    crop_scale: float = option(0.08, "image files: least area of the random crop, as a fraction of the image (0, 1]")
     hflip: float = option(0.5, "image files: probability of a horizontal flip")
     color_jitter: float = option(0.4, "image files: strength of the colour jitter; off where auto_augment is on")
     auto_augment: str | None = option(None, "image files: timm's policy, such as rand-m9-mstd0.5-inc1")
@@ -59,9 +59,9 @@ class FinetuneConfig:
     # the augmentation
     augment: str = option("boundary", f"one of {', '.join(AUGMENTS)}")
     site: str = option("patch", "where noise is added: patch, block0 or pixels")
-    noise_share: float | None = option(
+    noise_fraction: float | None = option(
         None,
-        "share of a batch that is noisy (or attacked), every image seen once; 0: each is seen clean and noisy; "
+        "fraction of a batch that is noisy (or attacked), every image seen once; 0: each is seen clean and noisy; "
         "none: default",
     )
     eps: float | None = option(None, "influence aimed at; none: the default of augmentation and site")
@@ -69,8 +69,8 @@ class FinetuneConfig:
         None, "what the noise keeps (or boundary: moves) of the logits: l2, l2_squared or prediction; none: default"
     )
     limit: float | None = option(None, "the noise starts in U(-limit, limit), token units or pixels; none: default")
-    limit_spread: float | None = option(
-        None, "each image's limit is drawn from U((1 - spread) limit, limit); none: default [0, 1]"
+    limit_range: float | None = option(
+        None, "each image's limit is drawn from U((1 - range) limit, limit); none: default [0, 1]"
     )
     smooth_limit: float | None = option(
         None, "site pixels: strength of a smooth field added to each image's starting noise, in pixels; none: default"
@@ -82,12 +82,12 @@ class FinetuneConfig:
     noise_step_size: float | None = option(
         None, "boundary: length of an update, token units or pixels; none: 0.1 of the start's norm, 12/255 in pixels"
     )
-    noise_step_spread: float | None = option(
-        None, "boundary: each image's step is drawn from U((1 - spread) step, step); none: default [0, 1]"
+    noise_step_range: float | None = option(
+        None, "boundary: each image's step is drawn from U((1 - range) step, step); none: default [0, 1]"
     )
     noise_steps: int | None = option(None, "updates of the noise; none: default (universal: rounds x their batches)")
     rounds: int = option(3, "universal: rounds through the training batches in a refresh")
-    image_ratio: float = option(0.1, "universal: share of the training batches that a round uses (0, 1]")
+    image_fraction: float = option(0.1, "universal: fraction of the training batches that a round uses (0, 1]")
     noise_preset: str | None = option(None, "universal: published constants to start from: finetune, first, single_gpu")
     backend: str = option("auto", "of the frozen encoder")
     attack_eps: float = option(8 / 255, "adversarial, trades: radius of the L-infinity ball, pixels in [0, 1]")
@@ -161,9 +161,9 @@ class FinetuneConfig:
             raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images; got {self.batch_size}")
         if self.noise_preset is not None and self.augment != "universal":
             raise ValueError(f"noise_preset is for augment='universal'; got augment={self.augment!r}")
-        if self.noise_share and self.augment in ("none", "trades"):
+        if self.noise_fraction and self.augment in ("none", "trades"):
             raise ValueError(
-                f"noise_share is for augmentations of one view: {self.augment!r} "
+                f"noise_fraction is for augmentations of one view: {self.augment!r} "
                 + ("has no noise" if self.augment == "none" else "compares two")
             )
         if self.resume and self.overwrite:
@@ -186,8 +186,8 @@ class FinetuneConfig:
         """
         small, base = (f"vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("small", "base"))
         common = cls(
-            model=small, pretrained=True, data="torch/imagenet", train_ratio=0.004, epochs=20, lr=1e-5, min_lr=1e-6,
-            augment="universal", noise_preset="finetune", rounds=3, image_ratio=0.1,
+            model=small, pretrained=True, data="torch/imagenet", train_fraction=0.004, epochs=20, lr=1e-5, min_lr=1e-6,
+            augment="universal", noise_preset="finetune", rounds=3, image_fraction=0.1,
         )  # fmt: skip
         regularised: dict[str, Any] = {
             "batch_size": 128, "weight_decay": 0.05, "drop_path": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
@@ -218,11 +218,11 @@ class FinetuneConfig:
         return self.mixup > 0 or self.cutmix > 0
 
     @property
-    def share(self) -> float:
-        """`noise_share`, or its default."""
-        if self.noise_share is None:
-            return SHARES.get((self.augment, self.site == "pixels"), 0.0)
-        return self.noise_share
+    def fraction(self) -> float:
+        """`noise_fraction`, or its default."""
+        if self.noise_fraction is None:
+            return FRACTIONS.get((self.augment, self.site == "pixels"), 0.0)
+        return self.noise_fraction
 
     def synthesis(self) -> SynthesisConfig | None:
         """The settings of NullspaceAugment; None where the augmentation is none of its modes."""
@@ -230,12 +230,12 @@ class FinetuneConfig:
             return None
         asked: dict[str, Any] = {
             "eps": self.eps, "limit": self.limit, "lr": self.noise_lr, "steps": self.noise_steps,
-            "step_size": self.noise_step_size, "step_spread": self.noise_step_spread, "limit_spread": self.limit_spread,
+            "step_size": self.noise_step_size, "step_range": self.noise_step_range, "limit_range": self.limit_range,
             "objective": self.objective, "smooth_limit": self.smooth_limit,
             "contrast": self.noise_contrast,
         }  # fmt: skip
         asked = {name: value for name, value in asked.items() if value is not None}
-        asked |= {"site": self.site, "rounds": self.rounds, "image_ratio": self.image_ratio, "seed": self.seed}
+        asked |= {"site": self.site, "rounds": self.rounds, "image_fraction": self.image_fraction, "seed": self.seed}
         if self.noise_preset is not None:
             return SynthesisConfig.published(self.noise_preset, **asked)
         # `random` is no synthesis: only its limits are used
@@ -250,10 +250,10 @@ _RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
     ("noise_steps", 1, None, False), ("noise_step_size", 0, None, True), ("rounds", 1, None, False),
     ("attack_steps", 1, None, False), ("trades_beta", 0, None, False),
     ("checkpoint_every", 1, None, False), ("keep_last", 1, None, False),
-    ("log_every", 1, None, False), ("workers", 0, None, False), ("train_ratio", 0, 1, True),
+    ("log_every", 1, None, False), ("workers", 0, None, False), ("train_fraction", 0, 1, True),
     ("crop_scale", 0, 1, True), ("hflip", 0, 1, False), ("color_jitter", 0, None, False), ("reprob", 0, 1, False),
-    ("noise_share", 0, 1, False), ("eps", 0, 2, True), ("limit", 0, None, False), ("image_ratio", 0, 1, True),
-    ("limit_spread", 0, 1, False), ("noise_step_spread", 0, 1, False), ("smooth_limit", 0, None, False),
+    ("noise_fraction", 0, 1, False), ("eps", 0, 2, True), ("limit", 0, None, False), ("image_fraction", 0, 1, True),
+    ("limit_range", 0, 1, False), ("noise_step_range", 0, 1, False), ("smooth_limit", 0, None, False),
     ("noise_contrast", 0, None, False),
     ("noise_lr", 0, None, True),
     ("attack_eps", 0, 1, True), ("attack_step_size", 0, 1, True), ("mixup", 0, None, False),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastnull.augment import NullspaceAugment
-from fastnull.rng import Place, carried, generator, share_of
+from fastnull.rng import Place, carried, fraction_of, generator
 from fastnull.vit import frozen, unwrap
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -72,8 +72,13 @@ class CleanOnly:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.step = 0
-        self.place: Place | None = None
+        self._place: Place | None = None
         self.stats: dict[str, Tensor] = {}
+
+    def at(self, step: int, place: Place | None = None) -> CleanOnly:
+        """Set the step, and where the images of the next calls lie in its batch; as NullspaceAugment's."""
+        self.step, self._place = step, place
+        return self
 
     def refresh(self, batches: Any, **_: Any) -> None:
         """Nothing to learn."""
@@ -100,8 +105,8 @@ class AdversarialTraining(CleanOnly):
         eps, step_size: of PGD in the L-infinity norm, in pixels; steps: of it, from a random start.
         seed: with `step` the key of the start.
         watch: measures the attack.
-        share: 0: every image is seen clean and attacked; else once, that share of them attacked, as NullspaceAugment
-            does it.
+        fraction: 0: every image is seen clean and attacked; else once, that fraction of them attacked, as in
+            NullspaceAugment.
     """
 
     def __init__(
@@ -113,25 +118,26 @@ class AdversarialTraining(CleanOnly):
         step_size: float,
         seed: int,
         watch: Stopwatch,
-        share: float = 0.0,
+        fraction: float = 0.0,
     ) -> None:
         super().__init__(model)
         self.eps, self.steps, self.step_size, self.seed, self.watch = eps, steps, step_size, seed, watch
-        self.share = share
+        self.fraction = fraction
 
     def loss(self, images: Tensor, labels: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
         """The loss with its graph and the logits [B, K] of the clean view, or of the one view."""
-        if self.share:
+        if self.fraction:
             logits = self.model(self._one_view(images, labels))
             return criterion(logits, labels), logits
         with self.watch:
-            attacked = self.attack(images, labels, self.place)
+            attacked = self.attack(images, labels, self._place)
         clean, noisy = self.model(torch.cat([images, attacked])).chunk(2)
         return criterion(clean, labels) + criterion(noisy, labels), clean
 
     def _one_view(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The images, a share of them attacked."""
-        positions, place = share_of(self.place or Place(torch.arange(len(images)), len(images)), self.share, self.step)
+        """The images, a fraction of them attacked."""
+        place = self._place or Place(torch.arange(len(images)), len(images))
+        positions, place = fraction_of(place, self.fraction, self.step)
         positions = carried(positions, images.device)
         with self.watch:
             attacked = self.attack(images[positions], labels[positions], place)
@@ -175,7 +181,7 @@ class Trades(AdversarialTraining):
         """The loss with its graph and the clean view's logits [B, K]. The labels take no part in the attack."""
         with self.watch:
             # against soft labels the cross entropy is the divergence and a constant: they have one gradient
-            attacked = self.attack(images, self._probabilities(images), self.place)
+            attacked = self.attack(images, self._probabilities(images), self._place)
         clean, noisy = self.model(torch.cat([images, attacked])).chunk(2)
         divergence = F.kl_div(
             noisy.float().log_softmax(1), clean.float().log_softmax(1), reduction="batchmean", log_target=True

@@ -10,8 +10,8 @@ from fastnull.data.image_files import to_pixels
 from fastnull.distributed.processes import Processes
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.finetune.config import FinetuneConfig
-from fastnull.finetune.loop import Prepared, prepare
 from fastnull.finetune.plan import make_plan, views_of
+from fastnull.finetune.prepare import Prepared, prepare
 from fastnull.nullspace.inspection import format_table, inspect_model
 from fastnull.rng import preserved
 

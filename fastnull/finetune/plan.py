@@ -38,10 +38,10 @@ class Plan:
 def step_cost(config: FinetuneConfig) -> float:
     """Forward passes that one image costs in one step; the mean over a batch.
 
-    A view costs 3 (forward, full backward); `none` and `noise_share` train one, all else two. `boundary`, `per_image`
-    and `adversarial` add a forward and an input gradient a step of their search, `trades` the clean probabilities too.
-    Where no clean view gives `boundary` and `per_image` their clean logits (there is none, or it has drop_path in it),
-    they make them. With `noise_share` its share of the images pays for the search.
+    A view costs 3 (forward, full backward); `none` and `noise_fraction` train one, all else two. `boundary`,
+    `per_image` and `adversarial` add a forward and an input gradient per step of their search, `trades` the clean
+    probabilities too. Where no clean view gives `boundary` and `per_image` their clean logits (there is none, or it has
+    drop_path in it), they make them. With `noise_fraction` only that fraction of the images pays for the search.
     """
     view = FORWARD + FULL_BACKWARD
     views = views_of(config)
@@ -52,12 +52,12 @@ def step_cost(config: FinetuneConfig) -> float:
         made = search * config.attack_steps + (FORWARD if config.augment == "trades" else 0)
     elif config.augment in ("boundary", "per_image") and synthesis is not None and synthesis.steps is not None:
         made = search * synthesis.steps + (FORWARD if config.drop_path or views == 1 else 0)
-    return views * view + (config.share * made if config.share else made)
+    return views * view + (config.fraction * made if config.fraction else made)
 
 
 def views_of(config: FinetuneConfig) -> int:
     """How often a step sees an image."""
-    return 1 if config.augment == "none" or config.share else 2
+    return 1 if config.augment == "none" or config.fraction else 2
 
 
 def refresh_cost(config: FinetuneConfig, images: int, batch_size: int) -> int:
@@ -65,7 +65,7 @@ def refresh_cost(config: FinetuneConfig, images: int, batch_size: int) -> int:
     synthesis = config.synthesis()
     if config.augment != "universal" or synthesis is None:
         return 0
-    per_round = max(1, int(synthesis.image_ratio * (images // batch_size)))
+    per_round = max(1, int(synthesis.image_fraction * (images // batch_size)))
     steps = synthesis.steps or synthesis.rounds * per_round
     return steps * batch_size * REFRESH_COST
 
@@ -82,7 +82,7 @@ def make_plan(config: FinetuneConfig, images: int, processes: int = 1) -> Plan:
     """
     if images < 1:
         raise ValueError("the training data holds no images")
-    per_epoch = max(1, int(config.train_ratio * images))
+    per_epoch = max(1, int(config.train_fraction * images))
     shares = processes * config.accumulate
     if config.batch_size % shares:
         raise ValueError(

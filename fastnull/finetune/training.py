@@ -165,7 +165,7 @@ class Training:
 
         Returns its record, under the first step that uses it, and warns where ε was not met.
         """
-        self.augment.step = self.step
+        self.augment.at(self.step)
         with self.watch:
             noise = self.augment.refresh(
                 batches, check=check, mean=None if self.processes.alone else self.processes.mean
@@ -176,7 +176,7 @@ class Training:
         if met < len(noise) and self.processes.first:
             warnings.warn(
                 f"the universal noise for step {self.step + 1} did not meet eps: influence {influence:.3g} after "
-                f"{int(noise.steps.max())} updates. It is used as it is; more rounds, a larger image_ratio or a "
+                f"{int(noise.steps.max())} updates. It is used as it is; more rounds, a larger image_fraction or a "
                 "smaller limit would help",
                 stacklevel=2,
             )
@@ -238,15 +238,15 @@ class Training:
 
     def _backward(self, place: Place | None, images: Tensor, labels: Tensor) -> None:
         """Add the gradients, loss and statistics of one part of a batch: the parts' means."""
-        share = 1 / len(self._places)
-        self.augment.step, self.augment.place = self.step, place
+        weight = 1 / len(self._places)
+        self.augment.at(self.step, place)
         # they were checked on the host
         with self.autocast(), trusted_values():
             loss, _ = self.augment.loss(images, labels, self._criterion)
-        self.scaler.scale(loss * share).backward()
-        self._loss += share * loss.detach()
+        self.scaler.scale(loss * weight).backward()
+        self._loss += weight * loss.detach()
         for name, value in self.augment.stats.items():
-            self._stats[name] = self._stats.get(name, torch.zeros_like(value)) + share * value
+            self._stats[name] = self._stats.get(name, torch.zeros_like(value)) + weight * value
 
     def autocast(self) -> torch.autocast:
         """The configuration's autocast region."""
@@ -272,9 +272,9 @@ class Training:
 
     def step_record(self) -> dict[str, Any]:
         """The line that metrics.jsonl gets for the last step: means over all processes. Raises DivergenceError."""
-        seen = {"loss": self._loss, "bad": self._bad_step < _NEVER, **self._stats}
-        means = self.processes.mean(torch.tensor([float(value) for value in seen.values()], dtype=torch.float64))
-        stats = dict(zip(seen, means.tolist(), strict=True))
+        own = {"loss": self._loss, "bad": self._bad_step < _NEVER, **self._stats}
+        means = self.processes.mean(torch.tensor([float(value) for value in own.values()], dtype=torch.float64))
+        stats = dict(zip(own, means.tolist(), strict=True))
         if stats.pop("bad"):
             self.check_finite()
         return {
@@ -286,6 +286,16 @@ class Training:
             # random noise has no influence that anybody measured
             **{name: value for name, value in stats.items() if math.isfinite(value)},
         }
+
+    def shown(self, record: dict[str, Any]) -> dict[str, str]:
+        """What a progress bar shows of a step's record, with the last accuracy."""
+        shown: dict[str, str] = {}
+        for name in ("loss", "influence", "norm"):
+            if name in record:
+                shown[name] = f"{record[name]:.3g}"
+        if self.history and "val_accuracy" in self.history[-1]:
+            shown["val"] = f"{self.history[-1]['val_accuracy']:.1f} %"
+        return shown
 
     def end_epoch(self, accuracy: float | None) -> dict[str, Any]:
         """Close an epoch with the accuracy on the held-out images in %; returns its record. Raises DivergenceError."""
@@ -420,7 +430,7 @@ def _augment(
     synthesis = config.synthesis()
     if synthesis is not None:
         augment = TimedAugment(
-            model, config.augment, share=config.share, backend=config.backend, dtype=dtype, config=synthesis
+            model, config.augment, fraction=config.fraction, backend=config.backend, dtype=dtype, config=synthesis
         )
         augment.watch = watch
         return augment
@@ -434,7 +444,7 @@ def _augment(
         }
         if config.augment == "trades":
             return Trades(model, beta=config.trades_beta, **attack)
-        return AdversarialTraining(model, share=config.share, **attack)
+        return AdversarialTraining(model, fraction=config.fraction, **attack)
     return CleanOnly(model)
 
 

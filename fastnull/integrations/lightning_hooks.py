@@ -51,13 +51,13 @@ class LightningHooks:
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Learn a new universal bank."""
-        self.augment.step = (trainer.fit_loop.epoch_loop.total_batch_idx + 1) * trainer.world_size
+        self.augment.at((trainer.fit_loop.epoch_loop.total_batch_idx + 1) * trainer.world_size)
         self.run.start_epoch(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Set the key of the batch's noise."""
         number = trainer.fit_loop.epoch_loop.total_batch_idx
-        self.augment.step = number * trainer.world_size + trainer.global_rank
+        self.augment.at(number * trainer.world_size + trainer.global_rank)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Take the noise out of the model."""

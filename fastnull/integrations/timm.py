@@ -54,13 +54,13 @@ class NullspaceTask(ClassificationTask):
             target: labels [B] or soft labels [B, K].
 
         Returns:
-            `loss`, `output` (clean logits [B, K]; of an augmentation with a share those of its one view) and, in
+            `loss`, `output` (clean logits [B, K]; of an augmentation with a fraction those of its one view) and, in
             training, the noise's `influence` and `norm`.
         """
         if not self.trainable_module.training:
             return super().forward(input, target)
         self.augment.model = self.trainable_module  # compile() and prepare_distributed() wrap it
-        self.augment.place = place_of(input)
+        self.augment.at(self.augment.step, place_of(input))
         loss, output = self.augment.loss(input, target, self.criterion)
         return {"loss": loss, "output": output, **self.augment.stats}
 

@@ -156,13 +156,13 @@ class NullspaceTrainer(Trainer):
     ) -> Any:
         """The loss of both views in training, that of clean images in evaluation; on request the (clean) outputs too.
 
-        An augmentation with a share has one view.
+        An augmentation with a fraction has one view.
         """
         if model.training:
             if "pixel_values" not in inputs:
                 raise ValueError(f"batches must hold the images as pixel_values; got the keys {list(inputs)}")
             images = inputs["pixel_values"]
-            self.augment.place = place_of(images)
+            self.augment.at(self.augment.step, place_of(images))
             views = self.augment.outputs(images, lambda: self._view(model, inputs, num_items_in_batch))
         else:
             views = [self._view(model, inputs, num_items_in_batch)]

@@ -336,8 +336,10 @@ def _noise_settings(noise: Mapping[str, Any], augment: str, site: str) -> str:
     def length(name: str) -> str:
         return _in_255(noise[name]) if site == "pixels" else f"{noise[name]:g}"
 
-    # a run of an earlier version has no spreads and no smooth field
-    how = f"start {'up to ' if noise.get('limit_spread') else ''}±{length('limit')}"
+    # a run of an earlier version has no ranges, or calls them spreads, and no smooth field
+    limit_range = noise.get("limit_range") or noise.get("limit_spread")
+    step_range = noise.get("step_range") or noise.get("step_spread")
+    how = f"start {'up to ' if limit_range else ''}±{length('limit')}"
     if noise.get("smooth_limit"):
         how += f", smooth field up to ±{length('smooth_limit')}"
     if noise.get("contrast"):
@@ -348,7 +350,7 @@ def _noise_settings(noise: Mapping[str, Any], augment: str, site: str) -> str:
     if noise.get("steps"):
         how += f", {noise['steps']} step{'s' if noise['steps'] > 1 else ''}"
         if noise.get("step_size"):
-            how += f" of {'up to ' if noise.get('step_spread') else ''}{length('step_size')}"
+            how += f" of {'up to ' if step_range else ''}{length('step_size')}"
     return how
 
 

@@ -15,7 +15,7 @@ from fastnull.synthesis.config import SynthesisConfig
 from fastnull.vit.base import NormalizedModel
 
 HELD_OUT = 0.1
-KEPT_SHARE = 0.5
+KEPT_FRACTION = 0.5
 """Most of a GPU's free memory that kept tokens may take."""
 
 Pair = tuple[Tensor, Tensor]
@@ -42,7 +42,7 @@ class Batches:
         if not self.batches:
             raise ValueError("batches must hold at least one batch of images; it is empty")
         # the published int(); but a round has at least one batch
-        self.per_round = max(1, int(config.image_ratio * self.batches))
+        self.per_round = max(1, int(config.image_fraction * self.batches))
         if held_out is None:  # published: nothing is held out, the training images are judged
             self.check = list(self._round())
         else:
@@ -82,12 +82,12 @@ class Batches:
             return True
         needed = self.per_round * sum(value.numel() * value.element_size() for value in pair)
         free, _ = torch.cuda.mem_get_info(device)
-        if needed <= KEPT_SHARE * free:
+        if needed <= KEPT_FRACTION * free:
             return True
         warnings.warn(
             f"fastnull: the clean tokens of {self.per_round} batches take {needed / 1e9:.1f} GB, {device} has "
-            f"{free / 1e9:.1f} GB free: they are computed anew in every round. Fewer images, a smaller image_ratio or "
-            "a 16-bit encoder lets them stay",
+            f"{free / 1e9:.1f} GB free: they are computed anew in every round. Fewer images, a smaller "
+            "image_fraction or a 16-bit encoder lets them stay",
             stacklevel=2,
         )
         return False

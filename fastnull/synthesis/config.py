@@ -28,36 +28,36 @@ class SynthesisConfig:
         site: `patch`, `block0` or `pixels`.
         count: universal: number M of noises in the bank.
         limit: the start is drawn from U(−limit, limit).
-        limit_spread: each start has a limit of its own, drawn from U((1 − spread)·limit, limit).
+        limit_range: each start has a limit of its own, drawn from U((1 − range)·limit, limit).
         smooth_limit: in pixels: a smooth field of up to this strength is added to each start, see
             fastnull.synthesis.starts.
         contrast: in pixels, boundary or per_image: start and step are for images of this contrast (standard deviation
-            of an image's values) and in proportion for others, see fastnull.synthesis.starts.in_proportion; 0: alike
-            for all.
+            of an image's values) and are scaled to that of others, see fastnull.synthesis.starts.scale_to_contrast;
+            0: the same for all.
         eps: the influence that a noise may have.
         solver: universal: `gauss_newton` takes the change of every image's probabilities for itself, see
             fastnull.synthesis.gauss_newton; `adamw` follows the gradient of the mean distance between logits
             (published). None is adamw where one of its settings is given (lr, weight_decay, another objective than l2),
             else gauss_newton.
-        radius: gauss_newton: longest step, as a share of the noise's norm.
+        radius: gauss_newton: longest step, as a fraction of the noise's norm.
         objective: `l2` or `l2_squared` distance between logits (adamw; in the other modes too), or (boundary)
             `prediction`: the cross entropy against the class predicted without noise.
         log_norm_weight: λ of the objective's −λ·log‖v‖ (paper, Eq. 6); 0 leaves it out.
         lr, weight_decay: of AdamW on the noise (universal, per_image); lr None is 0.1.
         steps: most updates a noise gets; None is rounds × the batches of a round (universal) or 30 (others).
         rounds: universal: how often the batches are gone through.
-        image_ratio: universal: share of the batches that a round uses.
+        image_fraction: universal: fraction of the batches that a round uses.
         schedule: of lr or radius. `cosine` decays over the steps that run; `published` has the published code's period,
-            rounds × all batches, of which only image_ratio runs (so it barely decays); or `constant`.
+            rounds × all batches, of which only image_fraction runs (so it barely decays); or `constant`.
         stop: universal: `check` stops where the influence on the check images is below ε, `batch` where that on the
             current minibatch is (published), `never` runs all steps.
         on_unmet: what happens to a noise that never met ε: `keep` reports it, `scale` bisects its scale to ε, `raise`.
         step_size: boundary: of one step; None is 0.1 × the mean norm of the start at the token sites, 4/255 in pixels.
-        step_spread: boundary: each noise has a step of its own, drawn from U((1 − spread)·step_size, step_size).
+        step_range: boundary: each noise has a step of its own, drawn from U((1 − range)·step_size, step_size).
         keep: universal: keep clean tokens and logits of the first round on the device for the later ones, where half of
             a GPU's free memory holds them (else a warning). None does so for sequences, True for what a loader gave too
             (the later rounds then see the images of the first, in its order), False never.
-        warm: universal: share of the last bank in the start of NullspaceAugment.refresh; the rest is fresh.
+        warm: universal: fraction of the last bank in the start of NullspaceAugment.refresh; the rest is fresh.
         growing: universal: start with an eighth of each batch, and double it whenever all noises meet ε on theirs.
         final_scale: universal: afterwards scale each noise, up or down, until its influence on the check images is just
             below ε.
@@ -70,7 +70,7 @@ class SynthesisConfig:
     site: str = "patch"
     count: int = 1
     limit: float = 3.0
-    limit_spread: float = 0.0
+    limit_range: float = 0.0
     smooth_limit: float = 0.0
     contrast: float = 0.0
     eps: float = 0.03
@@ -82,12 +82,12 @@ class SynthesisConfig:
     weight_decay: float = 0.0
     steps: int | None = None
     rounds: int = 3
-    image_ratio: float = 1.0
+    image_fraction: float = 1.0
     schedule: str = "cosine"
     stop: str = "check"
     on_unmet: str = "keep"
     step_size: float | None = None
-    step_spread: float = 0.0
+    step_range: float = 0.0
     keep: bool | None = None
     warm: float = 0.0
     growing: bool = False
@@ -116,13 +116,13 @@ class SynthesisConfig:
             raise ValueError("contrast is for noise of an image's own; mode 'universal' has one for all")
         if self.objective == PREDICTION and self.mode != "boundary":
             raise ValueError(f"objective {PREDICTION!r} is for mode 'boundary'; got mode={self.mode!r}")
-        for name in ("limit_spread", "step_spread"):
+        for name in ("limit_range", "step_range"):
             check_number(name, getattr(self, name), 0, 1)
         check_number("warm", self.warm, 0, 1)
         check_number("radius", self.radius, 0, exclusive=True)
         if self.lr is not None:
             check_number("lr", self.lr, 0, exclusive=True)
-        check_number("image_ratio", self.image_ratio, 0, 1, exclusive=True)
+        check_number("image_fraction", self.image_fraction, 0, 1, exclusive=True)
         for name in ("weight_decay", "log_norm_weight"):
             check_number(name, getattr(self, name), 0)
         check_number("count", self.count, 1, MOST_NOISES)
@@ -162,7 +162,7 @@ class SynthesisConfig:
             changes: fields to change.
         """
         common = cls(
-            limit=3.0, lr=0.1, weight_decay=0.01, rounds=3, image_ratio=0.1, schedule="published", stop="batch"
+            limit=3.0, lr=0.1, weight_decay=0.01, rounds=3, image_fraction=0.1, schedule="published", stop="batch"
         )
         presets = {
             "finetune": {"eps": 0.03, "objective": "l2_squared"},

@@ -43,7 +43,7 @@ def gauss_newton_step(
         noise: [M, ...], float32 or float64.
         changes: f of each noise on each image [M, B].
         rows: gradient of each of them [M, B, ...], in the noise's dtype.
-        radius: longest step, as a share of the noise's norm; [M], [] or a number.
+        radius: longest step, as a fraction of the noise's norm; [M], [] or a number.
         push: [M, ...] or 0, what a term of the objective beside the changes asks for: its negative gradient.
         mean: over processes that hold as many images each; None is one process.
 
@@ -58,8 +58,8 @@ def gauss_newton_step(
         else:
             step = _conjugate_gradients(G, changes, wish, mean or _alone)
         longest = radius * torch.linalg.vector_norm(v, dim=1)
-        share = _ratio(longest, torch.linalg.vector_norm(step, dim=1)).clamp(max=1)
-    return (step * share.unsqueeze(1)).view_as(noise)
+        fraction = _ratio(longest, torch.linalg.vector_norm(step, dim=1)).clamp(max=1)
+    return (step * fraction.unsqueeze(1)).view_as(noise)
 
 
 def _factorised(G: Tensor, changes: Tensor, wish: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from fastnull.synthesis.batches import Batches, as_batches, count_images, embed_
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.replay import Replay, use_graph
-from fastnull.synthesis.solvers import norms, own_noise, perturb, spread
-from fastnull.synthesis.starts import draw_starts, in_proportion, step_sizes
+from fastnull.synthesis.solvers import expand_as_noise, norms, own_noise, perturb
+from fastnull.synthesis.starts import checked_start, draw_start, noise_one_by_one
 from fastnull.synthesis.universal import Mean, UniversalRun, judge, scaled_to_eps
 from fastnull.vit.base import SplitViT
 
@@ -158,9 +158,12 @@ def _universal(
         data = Batches(encoder, batches, check, config)
         total = config.steps or config.rounds * data.per_round
         _check_room((config.count, *data.shape), encoder.device)
-        run = UniversalRun(
-            encoder, data, config, draw_starts((config.count, *data.shape), config, data.like, start), mean
-        )
+        shape = (config.count, *data.shape)
+        if start is None:
+            bank = noise_one_by_one(shape, config, generator(config.seed, 0), data.like)
+        else:
+            bank = checked_start(start, shape, data.like)
+        run = UniversalRun(encoder, data, config, bank, mean)
         bar = progress_bar(total, show=progress, desc="synthesize", unit=" step")
         try:
             run.run(total, bar)
@@ -208,22 +211,22 @@ def _universal_result(
     *,
     judged: bool = True,
 ) -> Noise:
-    noise, seen = run.noise, torch.full((config.count,), torch.nan)
+    noise, influences = run.noise, torch.full((config.count,), torch.nan)
     if judged:
-        seen = run.seen.clone()
-        unknown = seen.isnan()
+        influences = run.influence.clone()
+        unknown = influences.isnan()
         if unknown.any():
-            seen[unknown] = judge(encoder, noise[unknown], data.check, mean).to(seen.dtype)
+            influences[unknown] = judge(encoder, noise[unknown], data.check, mean).to(influences.dtype)
         if config.on_unmet == "scale" or config.final_scale:
-            noise, seen = scaled_to_eps(
-                encoder, noise, seen, data.check, config.eps, larger=config.final_scale, mean=mean
+            noise, influences = scaled_to_eps(
+                encoder, noise, influences, data.check, config.eps, larger=config.final_scale, mean=mean
             )
-        seen = seen.cpu()
+        influences = influences.cpu()
     return Noise(
         tokens=noise,
-        influence=seen,
+        influence=influences,
         norm=norms(noise).cpu(),
-        converged=seen < config.eps,
+        converged=influences < config.eps,
         steps=run.taken.cpu(),
         site=config.site,
         metadata=_metadata(encoder, config, check=data.check_origin, check_images=sum(len(t) for t, _ in data.check)),
@@ -261,15 +264,13 @@ def _per_image(
                 tokens, clean = embed_batch(encoder, batch, size)
                 size = size or one_size([batch])
                 given = None if start is None else start[done : done + len(tokens)]
-                first = draw_starts(tuple(tokens.shape), config, tokens, given, index)
-                step = step_sizes(first, config, generator(config.seed, index, 1))
-                if given is None:
-                    first, step = in_proportion(tokens, first, step, config)
-                noise, _, taken = solve(tokens, clean, first, *([step] if isinstance(step, Tensor) else []))
+                sources = generator(config.seed, index), generator(config.seed, index, 1)
+                first = draw_start(tokens, config, *sources, one_by_one=True, given=given)
+                noise, _, taken = solve(tokens, clean, *first.tensors)
                 if config.on_unmet == "scale":
                     noise = _each_scaled_to_eps(encoder, noise, tokens, clean, config)
-                seen = influence(clean, encoder(perturb(encoder, tokens, noise)))
-                parts.append((noise.cpu(), seen.cpu(), taken.cpu()))
+                influences = influence(clean, encoder(perturb(encoder, tokens, noise)))
+                parts.append((noise.cpu(), influences.cpu(), taken.cpu()))
                 done += len(tokens)
                 bar.update()
     except KeyboardInterrupt:
@@ -288,14 +289,14 @@ def _per_image(
 def _per_image_result(
     encoder: FrozenEncoder, parts: list[tuple[Tensor, Tensor, Tensor]], config: SynthesisConfig
 ) -> Noise:
-    tokens, seen, taken = (torch.cat(column) for column in zip(*parts, strict=True))
+    tokens, influences, taken = (torch.cat(column) for column in zip(*parts, strict=True))
     if config.mode == "boundary":
-        converged = (seen > config.eps / 2) & (seen < config.eps * 2)
+        converged = (influences > config.eps / 2) & (influences < config.eps * 2)
     else:
-        converged = seen < config.eps
+        converged = influences < config.eps
     return Noise(
         tokens=tokens,
-        influence=seen,
+        influence=influences,
         norm=norms(tokens),
         converged=converged,
         steps=taken,
@@ -330,7 +331,7 @@ def _each_scaled_to_eps(
     """`scaled_to_eps` for one noise an image, all images at once."""
 
     def below(scale: Tensor) -> Tensor:
-        return influence(clean, encoder(perturb(encoder, tokens, spread(scale, noise) * noise))) < config.eps
+        return influence(clean, encoder(perturb(encoder, tokens, expand_as_noise(scale, noise) * noise))) < config.eps
 
     low = torch.zeros(len(noise), device=noise.device, dtype=noise.dtype)
     high = torch.ones_like(low)
@@ -339,7 +340,7 @@ def _each_scaled_to_eps(
         middle = (low + high) / 2
         fits = below(middle)
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    return spread(low, noise) * noise
+    return expand_as_noise(low, noise) * noise
 
 
 def _metadata(encoder: FrozenEncoder, config: SynthesisConfig, **extra: Any) -> dict[str, Any]:

@@ -24,26 +24,26 @@ from fastnull.synthesis.gauss_newton import gauss_newton_step
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.replay import Replay, Report, use_graph
 from fastnull.synthesis.solvers import (
+    expand_as_noise,
     learning_rate,
     log_norm_gradient,
     norms,
     perturb,
     shared_gradient,
     shared_rows,
-    spread,
 )
 
 SEARCHES = 20
 CLOSE = 0.985
-"""Least share of ε that a noise scaled to ε has."""
+"""Least fraction of ε that a noise scaled to ε has."""
 MARGIN = 0.05
-"""Share of its bracket that a scale keeps from both ends."""
+"""Fraction of its bracket that a scale keeps from both ends."""
 LARGEST_SCALE = 4.0
 LOOK_EVERY = 8
 """Steps of a graph from one look to the next."""
 COLUMNS = ("loss", "influence", "norm")
 """Of the record of a step."""
-FIRST_SHARE = 8
+FIRST_DIVISOR = 8
 """A growing batch starts as an eighth of itself."""
 MOST_IMAGES = 512
 """Noisy images in one pass, over all noises of it."""
@@ -60,13 +60,13 @@ class UniversalRun:
         data: batches, and the check images.
         config: of the synthesis.
         start: [M, ...] in float32 or float64; changed in place.
-        mean: over the processes that share out the batches; None is one process. There is no graph with it: what it
-            exchanges is no part of one.
+        mean: over the processes, each of which has a part of every batch; None is one process. With it there is no
+            CUDA graph, which cannot hold the exchange.
 
     Attributes:
         noise: [M, ...], as far as it has come.
         taken: updates of each [M], int64.
-        seen: influence on the check images [M] of the noises that ended for it; NaN of others, which were not judged.
+        influence: on the check images [M] of the noises that ended for it; NaN of others, which were not judged.
         history: a record per step: step, loss, influence, norm; means over the noises that took part.
     """
 
@@ -77,16 +77,16 @@ class UniversalRun:
         self.noise = start
         self._adamw = AdamWState.zeros(start) if config.rule == "adamw" else None
         self.taken = torch.zeros(len(start), dtype=torch.int64, device=start.device)
-        self.seen = start.new_full((len(start),), math.nan)
+        self.influence = start.new_full((len(start),), math.nan)
         self._active = torch.ones(len(start), dtype=torch.bool, device=start.device)
         self._marked = torch.zeros_like(self._active)
         self._left = set(range(len(start)))  # the active ones, as the host knows them
-        self._share = FIRST_SHARE if config.growing else 1
+        self._divisor = FIRST_DIVISOR if config.growing else 1
         self._records = torch.full((1, 3), math.nan, device=start.device, dtype=torch.float32)
         self._done = 0
         graph = mean is None and use_graph(config.graph, encoder.device, encoder.backend)
         self._look_every = LOOK_EVERY if graph else 1
-        self._report = Report(self._seen()) if graph else None
+        self._report = Report(self._status()) if graph else None
         # what a graph runs is fixed, so there all noises take part; elsewhere those that still move
         self._all = graph
         moments = () if self._adamw is None else (self._adamw.exp_avg, self._adamw.exp_avg_sq, self._adamw.steps)
@@ -123,16 +123,16 @@ class UniversalRun:
         rows = torch.arange(len(moving), device=moving.device) if self._all else moving.nonzero().flatten()
         change = torch.zeros_like(self.noise)
         unknown = torch.full((len(moving),), math.nan, device=moving.device, dtype=torch.float32)
-        losses, seen = unknown, unknown.clone()
+        losses, influences = unknown, unknown.clone()
         for part in rows.split(max(1, MOST_IMAGES // len(tokens))) if len(rows) else ():
-            loss, influences, change[part] = self._judged_and_moved(tokens, clean, self.noise[part], lr)
-            losses[part], seen[part] = loss.float(), influences.float()
-        losses, seen = torch.where(moving, losses, math.nan), torch.where(moving, seen, math.nan)
-        record = torch.stack([losses.nanmean(), seen.nanmean(), norms(self.noise).mean().float()])
-        self._marked |= seen < config.eps
+            loss, found, change[part] = self._judged_and_moved(tokens, clean, self.noise[part], lr)
+            losses[part], influences[part] = loss.float(), found.float()
+        losses, influences = torch.where(moving, losses, math.nan), torch.where(moving, influences, math.nan)
+        record = torch.stack([losses.nanmean(), influences.nanmean(), norms(self.noise).mean().float()])
+        self._marked |= influences < config.eps
         gate = moving & ~self._marked if holds else moving
         if self._adamw is None:
-            self.noise.copy_(torch.where(spread(gate, change), self.noise + change, self.noise))
+            self.noise.copy_(torch.where(expand_as_noise(gate, change), self.noise + change, self.noise))
         else:
             adamw_step(self.noise, change, self._adamw, gate.float(), lr=lr, weight_decay=config.weight_decay)
         self.taken += gate
@@ -151,57 +151,58 @@ class UniversalRun:
         pull = log_norm_gradient(noise, config.log_norm_weight)
         if self._adamw is None:
             changes, rows = shared_rows(self._encoder, tokens, clean, noise)
-            loss, seen = changes.mean(1), changes.square().mean(1)
+            loss, influences = changes.mean(1), changes.square().mean(1)
             change = gauss_newton_step(noise, changes, rows, lr.to(noise.dtype), pull, mean)
         else:
-            loss, seen, gradient = shared_gradient(self._encoder, tokens, clean, noise, config.objective)
+            loss, influences, gradient = shared_gradient(self._encoder, tokens, clean, noise, config.objective)
             change = (gradient if mean is None else mean(gradient)) - pull
-        return (loss, seen, change) if mean is None else (mean(loss), mean(seen), change)
+        return (loss, influences, change) if mean is None else (mean(loss), mean(influences), change)
 
     def _part(self, pair: Pair) -> Pair:
         """What of a batch a step uses."""
-        count = -(-len(pair[0]) // self._share)
+        count = -(-len(pair[0]) // self._divisor)
         return pair[0][:count], pair[1][:count]
 
-    def _seen(self) -> Tensor:
+    def _status(self) -> Tensor:
         """What a look is at: the last record, and 1 for each marked noise [3 + M]."""
         return torch.cat([self._records[max(self._done - 1, 0)], (self._marked & self._active).float()])
 
     def _look(self, bar: Any) -> bool:
         """Show how far it is, and grow the batch or end noises; True where none is left."""
-        seen = self._seen().tolist() if self._report is None else self._report.read()
-        if seen is not None:
-            columns = zip(COLUMNS, seen, strict=False)
+        status = self._status().tolist() if self._report is None else self._report.read()
+        if status is not None:
+            columns = zip(COLUMNS, status, strict=False)
             bar.set_postfix({name: f"{value:.3g}" for name, value in columns}, refresh=False)
-            self._act([m for m, mark in enumerate(seen[3:]) if mark])
+            self._act([m for m, mark in enumerate(status[3:]) if mark])
         if self._report is not None:
-            self._report.send(self._seen())
+            self._report.send(self._status())
         return not self._left
 
     def _act(self, marked: list[int]) -> None:
         """Grow the batch where all noises that are left are marked, or end the marked ones."""
         config = self._config
-        if self._share > 1:
+        if self._divisor > 1:
             if self._left <= set(marked):
-                self._share //= 2
+                self._divisor //= 2
                 self._marked.zero_()
         elif config.stop != "never" and marked:
             ends = dict.fromkeys(marked, math.nan)
             if config.stop == "check":
-                seen = judge(self._encoder, self.noise[marked], self._data.check, self._mean).tolist()
-                ends = {m: value for m, value in zip(marked, seen, strict=True) if value < config.eps}
+                influences = judge(self._encoder, self.noise[marked], self._data.check, self._mean).tolist()
+                ends = {m: value for m, value in zip(marked, influences, strict=True) if value < config.eps}
             for m, value in ends.items():
-                self._active[m], self.seen[m] = False, value
+                self._active[m], self.influence[m] = False, value
                 self._left.discard(m)
             self._marked[marked] = False
 
 
 def judge(encoder: FrozenEncoder, noise: Tensor, pairs: list[Pair], mean: Mean | None = None) -> Tensor:
     """Influence [M] of noises [M, ...]: mean over all images, those of other processes included."""
-    seen = torch.cat([_influences(encoder, noise, *pair) for pair in pairs], dim=1)  # [M, images]
+    influences = torch.cat([_influences(encoder, noise, *pair) for pair in pairs], dim=1)  # [M, images]
     if mean is None:
-        return seen.mean(1)
-    total, images = mean(torch.stack([seen.sum(1), seen.new_full((len(seen),), seen.shape[1])]))  # not all hold as many
+        return influences.mean(1)
+    images = influences.new_full((len(influences),), influences.shape[1])
+    total, images = mean(torch.stack([influences.sum(1), images]))  # not all processes hold as many
     return total / images
 
 
@@ -217,7 +218,7 @@ def _influences(encoder: FrozenEncoder, noise: Tensor, tokens: Tensor, clean: Te
 def scaled_to_eps(
     encoder: FrozenEncoder,
     noise: Tensor,
-    seen: Tensor,
+    influences: Tensor,
     pairs: list[Pair],
     eps: float,
     *,
@@ -233,7 +234,7 @@ def scaled_to_eps(
     Args:
         encoder: at the site.
         noise: [M, ...].
-        seen: influence of each as it is [M], from `judge`.
+        influences: influence of each as it is [M], from `judge`.
         pairs: the images to judge on.
         eps: the influence to stay below.
         larger: whether a noise may grow.
@@ -243,16 +244,16 @@ def scaled_to_eps(
         the noises [M, ...] and their influence [M], which is NaN where no scale was found.
     """
     searches = [_Search(eps, LARGEST_SCALE if larger else 1.0) for _ in noise]
-    left, influences = list(range(len(noise))), seen.tolist()
+    left, values = list(range(len(noise))), influences.tolist()
     while left:
-        for m, value in zip(left, influences, strict=True):
+        for m, value in zip(left, values, strict=True):
             searches[m].take(value)
         left = [m for m in left if not searches[m].done]
         if left:
             scales = noise.new_tensor([searches[m].scale for m in left])
-            influences = judge(encoder, noise[left] * spread(scales, noise), pairs, mean).tolist()
-    lows, seen = (seen.new_tensor([getattr(one, name) for one in searches]) for name in ("low", "influence"))
-    return noise * spread(lows.to(noise), noise), seen
+            values = judge(encoder, noise[left] * expand_as_noise(scales, noise), pairs, mean).tolist()
+    scales = influences.new_tensor([search.low for search in searches]).to(noise)
+    return noise * expand_as_noise(scales, noise), influences.new_tensor([search.influence for search in searches])
 
 
 @dataclass
@@ -270,21 +271,28 @@ class _Search:
     _last: tuple[float, float] = (0.0, 0.0)
     _looks: int = 0
 
-    def take(self, seen: float) -> None:
+    def take(self, influence: float) -> None:
         """Go on from the influence at `scale`."""
-        scale, last = self.scale, self._last
-        if seen < self.eps:
-            self.low, self.influence = scale, seen
-            self.done = seen >= CLOSE * self.eps or scale >= self.largest
+        scale = self.scale
+        if influence < self.eps:
+            self.low, self.influence = scale, influence
+            self.done = influence >= CLOSE * self.eps or scale >= self.largest
         else:
             self._high = scale
-        if last[1] > 0 < seen != last[1]:
-            self._power = min(max(math.log(seen / last[1]) / math.log(scale / last[0]), 0.25), 16.0)
-        self._last = scale, seen
-        guess = scale * (self.eps * (1 + CLOSE) / 2 / seen) ** (1 / self._power) if seen > 0 else math.nan
+        last_scale, last_influence = self._last
+        if influence > 0 and last_influence > 0 and influence != last_influence:
+            power = math.log(influence / last_influence) / math.log(scale / last_scale)
+            self._power = min(max(power, 0.25), 16.0)
+        self._last = scale, influence
+        guess = math.nan
+        if influence > 0:
+            aim = self.eps * (1 + CLOSE) / 2
+            guess = scale * (aim / influence) ** (1 / self._power)
         top = min(self._high, 2 * scale, self.largest)
         edge = MARGIN * (top - self.low) if self._high < math.inf else 0.0
-        # a NaN compares with nothing: the middle then
-        self.scale = min(max(guess, self.low + edge), top - edge) if math.isfinite(guess) else (self.low + top) / 2
+        if math.isfinite(guess):
+            self.scale = min(max(guess, self.low + edge), top - edge)
+        else:
+            self.scale = (self.low + top) / 2
         self._looks += 1
         self.done = self.done or self._looks == SEARCHES

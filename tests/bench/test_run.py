@@ -202,6 +202,8 @@ def test_a_broken_backend_is_caught_by_the_suites(monkeypatch: pytest.MonkeyPatc
         return damage(right(*args, out=out, **kwargs))
 
     monkeypatch.setattr(block, "layer_norm_dx", broken)
+    # the encoder's own proof would find it first
+    monkeypatch.setattr("fastnull.encoder.frozen.check_values", lambda *_, **__: None)
     (given,) = encoder_suite.cases(TINY)
     if not any("backend cpu" in v.note for v in given.variants):
         pytest.skip("the C++ ops are not built: the reference backend runs no written-out backward")

@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished finetuning run."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("cli") / "run"
-    words = ["--augment", "boundary", "--noise-steps", "1", "--epochs", "1", "--train-ratio", "0.1"]
+    words = ["--augment", "boundary", "--noise-steps", "1", "--epochs", "1", "--train-fraction", "0.1"]
     assert main(["finetune", "--out", str(folder), "--no-progress", *words]) == 0
     return folder
 
@@ -80,7 +80,7 @@ def test_every_setting_is_an_option_with_its_default(capsys: pytest.CaptureFixtu
         for entry in fields(settings):
             assert f"--{entry.name.replace('_', '-')} " in text.replace(",", " ")
     # documented in the class docstring, not in metadata
-    assert "share of the batches that a round uses (default: 1)" in text
+    assert "fraction of the batches that a round uses (default: 1)" in text
     assert set(attribute_docs(SynthesisConfig)) == {entry.name for entry in fields(SynthesisConfig)}
 
 
@@ -146,7 +146,7 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_finetune_evaluate_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((run / "config.json").read_text())["config"]
-    assert (config["augment"], config["noise_steps"], config["train_ratio"]) == ("boundary", 1, 0.1)
+    assert (config["augment"], config["noise_steps"], config["train_fraction"]) == ("boundary", 1, 0.1)
     results = tmp_path / "results.json"
     words = ["evaluate", "--model", str(run / "last.safetensors"), "--out", str(results), "--limit", "16",
              "--suite", "clean", "fgsm", "corruptions", "--eps", "8/255", "--severities", "3"]  # fmt: skip
@@ -170,7 +170,7 @@ def test_finetune_evaluate_report(run: Path, tmp_path: Path, capsys: pytest.Capt
 def test_finetune_says_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     out = tmp_path / "run"
-    words = ["finetune", "--augment", "none", "--epochs", "1", "--train-ratio", "0.1", "--out", str(out)]
+    words = ["finetune", "--augment", "none", "--epochs", "1", "--train-fraction", "0.1", "--out", str(out)]
     assert main(words) == 0
     assert f"next: fastnull evaluate --model {out / 'last.safetensors'} --data digits" in capsys.readouterr().out
     assert "--resume goes on with it, --overwrite starts over" in error_of(capsys, *words)

@@ -14,7 +14,7 @@ from fastnull.cli import main
 from fastnull.cli.streams import lasting_streams
 
 ROOT = str(Path(main.__code__.co_filename).resolve().parent.parent)
-FINETUNE = "finetune --augment none --epochs 1 --train-ratio 0.1 --out run --overwrite"
+FINETUNE = "finetune --augment none --epochs 1 --train-fraction 0.1 --out run --overwrite"
 
 
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -40,8 +40,8 @@ MIXED = {"mixup": 0.4, "cutmix": 0.5, "smoothing": 0.1, "clip_grad": 1.0, "ema_d
 SHARED: dict[str, dict[str, Any]] = {
     **{augment: {"augment": augment} for augment in AUGMENTS},
     "boundary in pixels": {"augment": "boundary", "site": "pixels", "limit": 8 / 255},
-    "one view, boundary": {"augment": "boundary", "noise_share": 0.5},
-    "one view, adversarial": {"augment": "adversarial", "noise_share": 0.3},
+    "one view, boundary": {"augment": "boundary", "noise_fraction": 0.5},
+    "one view, adversarial": {"augment": "adversarial", "noise_fraction": 0.3},
     "universal without held-out images": {"augment": "universal", "val_fraction": 0.0},
     "mixed": {"augment": "boundary", **MIXED},
     "in parts": {"augment": "boundary", "accumulate": 2, **MIXED},
@@ -60,7 +60,7 @@ ROUNDED: dict[str, dict[str, Any]] = {
 PLAIN = {"accumulate": 1, "compile": False, "channels_last": False}
 ALONE: dict[str, dict[str, Any]] = {
     **{f"{augment} in parts": {"augment": augment, "accumulate": 4} for augment in AUGMENTS},
-    "one view in parts": {"augment": "adversarial", "noise_share": 0.3, "accumulate": 4},
+    "one view in parts": {"augment": "adversarial", "noise_fraction": 0.3, "accumulate": 4},
     "mixed in parts": {"augment": "boundary", "accumulate": 4, **MIXED},
 }
 
@@ -205,7 +205,7 @@ def ranks(launcher: int) -> dict[int, int]:
 def test_torchrun_a_stop_a_dead_process_and_the_end(tmp_path: Path) -> None:
     """SIGTERM stops all after one step; a killed process ends the others with a message; what is left goes on."""
     out = tmp_path / "run"
-    words = ("--out", str(out), "--epochs", "300", "--log-every", "1", "--train-ratio", "0.1", "--keep-last", "9")
+    words = ("--out", str(out), "--epochs", "300", "--log-every", "1", "--train-fraction", "0.1", "--keep-last", "9")
     with launch(*words) as process:
         started(process, out)
         process.send_signal(signal.SIGTERM)

@@ -279,6 +279,29 @@ def test_cotangent_as_tensor_callable_and_tuple(vit: NormalizedModel, images: Te
         assert torch.equal(tupled, expected)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_what_comes_beside_the_cotangent_is_returned(
+    make_vit: Factory, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = FrozenEncoder(make_vit(), backend=backend)
+    tokens = frozen.embed(torch.rand(7, 3, 16, 16))
+
+    def cotangent(logits: Tensor, images: slice) -> tuple[Tensor, Tensor, Tensor]:
+        return logits.cos(), logits.sum(1), torch.arange(7)[images]
+
+    monkeypatch.setattr(explicit_encoder, "CPU_BYTES", 0)
+    for images_at_once in (1, 3, 100):
+        monkeypatch.setattr(explicit_encoder, "CPU_IMAGES", images_at_once)
+        logits, gradient, sums, rows = frozen.input_gradient(tokens, cotangent, by_image=True, has_aux=True)
+        assert torch.equal(sums, logits.sum(1))
+        assert rows.tolist() == list(range(7))
+        assert torch.equal(gradient, frozen.input_gradient(tokens, logits.cos())[1])
+    assert [len(part) for part in frozen.input_gradient(tokens[:0], cotangent, by_image=True, has_aux=True)] == [0] * 4
+    for wrong in (logits, lambda logits: logits, lambda logits: (logits, 1)):
+        with pytest.raises(TypeError, match="has_aux"):
+            frozen.input_gradient(tokens, wrong, has_aux=True)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_summed_gradient(
@@ -388,7 +411,7 @@ def test_synthesis_computes_what_is_clean_once_a_batch_and_syncs_once(
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.add_(0.01)
-    noise = synthesize(frozen, [images[:4], images[4:]], SynthesisConfig(steps=8, stop="never", image_ratio=1.0))
+    noise = synthesize(frozen, [images[:4], images[4:]], SynthesisConfig(steps=8, stop="never", image_fraction=1.0))
     assert int(noise.steps.min()) >= 6
     assert embedded == [4, 4], "two batches, however many steps"
     assert synced == [1]
@@ -497,9 +520,11 @@ def test_a_step_waits_for_no_device_and_stays_in_its_workspace(
             vit = split(make_vit(depth=depth, **settings).to(gpu))
             explicit = ExplicitEncoder(vit, vit.parts(), torch.float16)
             tokens, cotangent = torch.empty(5, 16, 32, device=gpu), torch.empty(5, 10, device=gpu)
-            explicit.input_gradient(tokens, "patch", lambda logits, images, c=cotangent: c[images], by_image=True)
+            explicit.input_gradient(tokens, "patch", lambda logits, images, c=cotangent: (c[images],), by_image=True)
             with Recorded() as recorded:
-                explicit.input_gradient(tokens, "patch", lambda logits, images, c=cotangent: c[images], by_image=True)
+                explicit.input_gradient(
+                    tokens, "patch", lambda logits, images, c=cotangent: (c[images],), by_image=True
+                )
             steps[depth] = recorded.allocated
     one = 5 * 16 * 32  # the values of one activation
     large = {depth: sum(size >= one for size in sizes) for depth, sizes in steps.items()}

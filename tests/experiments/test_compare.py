@@ -24,7 +24,7 @@ from fastnull.report.runs import Run
 from fastnull.rng import generator
 from fastnull.synthesis import SynthesisConfig
 from fastnull.synthesis.solvers import norms, valid_noise
-from fastnull.synthesis.starts import in_proportion, start_noise
+from fastnull.synthesis.starts import draw_start
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -95,11 +95,11 @@ def test_random_noise_has_the_norm_of_the_other(done: Path) -> None:
 def test_scale_of_norm(site: str, smooth: float, contrast: float) -> None:
     inputs = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)).round()  # half of all noise is cut
     start = SynthesisConfig(
-        mode="boundary", site=site, limit=0.1, limit_spread=0.5, smooth_limit=smooth, contrast=contrast
+        mode="boundary", site=site, limit=0.1, limit_range=0.5, smooth_limit=smooth, contrast=contrast
     )
     scale = scale_of_norm(2.0, inputs, start)
     scaled = replace(start, limit=scale * 0.1, smooth_limit=scale * smooth)
-    noise, _ = in_proportion(inputs, start_noise(inputs.shape, scaled, generator(5), inputs), 0.0, scaled)
+    noise = draw_start(inputs, scaled, generator(5)).noise
     noise = valid_noise(inputs, noise) if site == "pixels" else noise
     assert float(norms(noise).mean()) == pytest.approx(2.0, rel=0.05)
     if site == "pixels":

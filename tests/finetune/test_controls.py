@@ -68,10 +68,10 @@ def test_attack_takes_the_steps_it_was_asked_for(
     assert torch.equal(madry.attack(images, labels), expected)
 
 
-def test_share_of_one_view_is_attacked(vit: NormalizedModel, images: Tensor) -> None:
+def test_a_fraction_of_one_view_is_attacked(vit: NormalizedModel, images: Tensor) -> None:
     labels = torch.arange(8)
     settings: dict[str, Any] = {"eps": EPS, "steps": 2, "step_size": 4 / 255, "seed": 3}
-    madry = AdversarialTraining(vit, **settings, watch=Stopwatch(torch.device("cpu")), share=0.5)
+    madry = AdversarialTraining(vit, **settings, watch=Stopwatch(torch.device("cpu")), fraction=0.5)
     loss, logits = madry.loss(images, labels, F.cross_entropy)
     whole = AdversarialTraining(vit, **settings, watch=Stopwatch(torch.device("cpu"))).attack(images, labels)
     seen = images.clone()

@@ -89,7 +89,7 @@ def test_memory_is_what_autograd_keeps() -> None:
 def test_settings_from_a_file_under_options(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
-        "augment: none\nlr: 1e-3\nattack_eps: 4/255\nclip_grad: none\nepochs: 1\ntrain_ratio: 0.1\nema_decay: 0\n"
+        "augment: none\nlr: 1e-3\nattack_eps: 4/255\nclip_grad: none\nepochs: 1\ntrain_fraction: 0.1\nema_decay: 0\n"
     )
     config = replace(FinetuneConfig(clip_grad=1.0), **read_fields(FinetuneConfig, file))
     assert (config.lr, config.attack_eps, config.clip_grad, config.ema_decay) == (1e-3, 4 / 255, None, 0.0)
@@ -137,7 +137,7 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
         ("min_lr: 1e-2", ["--lr", "0.1"], {"min_lr": 0.01, "lr": 0.1}),
         ("mixup: 0.5\nbatch_size: 7", ["--batch-size", "8"], {"mixup": 0.5, "batch_size": 8}),
         ("noise_preset: first", ["--augment", "universal"], {"noise_preset": "first"}),
-        ("augment: trades", ["--noise-share", "0.5", "--augment", "boundary"], {"augment": "boundary"}),
+        ("augment: trades", ["--noise-fraction", "0.5", "--augment", "boundary"], {"augment": "boundary"}),
         ("log: tensorboard", ["--out", "{out}"], {"log": "tensorboard"}),
     ],
 )

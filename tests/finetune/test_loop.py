@@ -34,8 +34,8 @@ from fastnull.distributed import Processes
 from fastnull.finetune import DivergenceError, FinetuneConfig, finetune
 from fastnull.finetune.checkpoint import read_state, write_state
 from fastnull.finetune.config import ATTACKS, AUGMENTS
-from fastnull.finetune.loop import _RefreshBatches
 from fastnull.finetune.plan import make_plan
+from fastnull.finetune.refresh import RefreshBatches
 from fastnull.finetune.training import Training
 from fastnull.models import create_model, load_model, save_checkpoint
 from fastnull.vit import SITES
@@ -109,7 +109,7 @@ def test_learns_the_digits(half_trained):
 def test_every_augmentation_learns(half_trained, augment):
     config = FinetuneConfig(augment=augment, epochs=2, lr=1e-3, attack_steps=2, attack_eps=2 / 255, progress=False)
     if augment == "universal":  # each epoch has a bank of its own: mild ones, or their differences are all one sees
-        config = replace(config, limit=0.25, image_ratio=1.0)
+        config = replace(config, limit=0.25, image_fraction=1.0)
     result = finetune(config, copy.deepcopy(half_trained.model))
     first, last = result.history[0], result.history[-1]
     assert last["loss"] < first["loss"]
@@ -573,7 +573,7 @@ def test_weights_load_with_timms_own_loader(tmp_path, few):
 
 def test_best_weights_are_those_of_the_best_epoch(tmp_path, few, monkeypatch):
     accuracies = iter([10.0, 30.0, 20.0])
-    monkeypatch.setattr("fastnull.finetune.loop._accuracy", lambda *_: next(accuracies))
+    monkeypatch.setattr("fastnull.finetune.loop.validate", lambda *_: next(accuracies))
     result = finetune(replace(SMALL, num_classes=10, out=str(tmp_path / "all"), keep_last=9), train_data=few)
     assert (result.best_epoch, result.best_accuracy) == (2, 30.0)
     second = read_state(tmp_path / "all" / "state-000000004.pt")["model"]
@@ -637,24 +637,24 @@ ONE_VIEW_COSTS = {"random": 3, "universal": 3, "per_image": 3 + 9 / 4, "boundary
 @pytest.mark.parametrize("augment", ONE_VIEW_COSTS)
 def test_one_view_costs_half_and_its_share_of_the_search(augment):
     steps = {"noise_steps": 4} if augment != "universal" else {}
-    config = FinetuneConfig(augment=augment, attack_steps=3, compute_budget=60.0, noise_share=0.25, **steps)
+    config = FinetuneConfig(augment=augment, attack_steps=3, compute_budget=60.0, noise_fraction=0.25, **steps)
     assert make_plan(config, 1000).step_cost == ONE_VIEW_COSTS[augment]
 
 
 def test_one_view_needs_noise_of_its_own():
     for augment in ("none", "trades"):
-        with pytest.raises(ValueError, match="noise_share is for augmentations of one view"):
-            FinetuneConfig(augment=augment, noise_share=0.5)
-    with pytest.raises(ValueError, match="noise_share must be >= 0 and <= 1"):
-        FinetuneConfig(noise_share=1.1)
+        with pytest.raises(ValueError, match="noise_fraction is for augmentations of one view"):
+            FinetuneConfig(augment=augment, noise_fraction=0.5)
+    with pytest.raises(ValueError, match="noise_fraction must be >= 0 and <= 1"):
+        FinetuneConfig(noise_fraction=1.1)
 
 
 def test_boundary_noise_in_pixels_takes_one_view_unless_two_are_asked_for():
     config = FinetuneConfig(site="pixels")
-    assert (config.share, make_plan(config, 1000).step_cost) == (0.5, 3 + 3 / 2)
-    two = replace(config, noise_share=0.0)
-    assert (two.share, make_plan(two, 1000).step_cost) == (0, 6 + 2)
-    assert (FinetuneConfig(site="patch").share, FinetuneConfig(augment="random", site="pixels").share) == (0, 0)
+    assert (config.fraction, make_plan(config, 1000).step_cost) == (0.5, 3 + 3 / 2)
+    two = replace(config, noise_fraction=0.0)
+    assert (two.fraction, make_plan(two, 1000).step_cost) == (0, 6 + 2)
+    assert (FinetuneConfig(site="patch").fraction, FinetuneConfig(augment="random", site="pixels").fraction) == (0, 0)
 
 
 def test_budget_is_spent_as_planned(few):
@@ -674,20 +674,20 @@ def test_the_counted_passes_are_the_passes_made(few, monkeypatch):
     two_views = ("none", "random", "boundary", "per_image", "adversarial", "trades")
     cases = [(augment, None) for augment in two_views]
     cases += [(augment, 0.5) for augment in ("random", "boundary", "per_image", "adversarial")]
-    for augment, share in cases:
+    for augment, fraction in cases:
         model = create_model("vit_digits", num_classes=10)
         passed: list[int] = []
         model.network.blocks[0].register_forward_pre_hook(lambda _, args, to=passed: to.append(len(args[0])))
-        config = replace(SMALL, augment=augment, num_classes=10, epochs=1, val_fraction=0.0, train_ratio=1 / 3)
-        config = replace(config, noise_share=share)
+        config = replace(SMALL, augment=augment, num_classes=10, epochs=1, val_fraction=0.0, train_fraction=1 / 3)
+        config = replace(config, noise_fraction=fraction)
         config = replace(config, backend="reference")  # the other backends do not call the model's own modules
         plan = make_plan(config, 48)
         assert plan.steps == 1
         finetune(config, model, train_data=few)
         # forwards alone: of a view's 3 one, of a synthesis step's 2 one; and one image that tries the model out
-        views = 1 if augment == "none" or share else 2
-        synthesis = (plan.step_cost - 3 * views) / (share or 1)
-        expected = views + (share or 1) * (synthesis % 2 + synthesis // 2)
+        views = 1 if augment == "none" or fraction else 2
+        synthesis = (plan.step_cost - 3 * views) / (fraction or 1)
+        expected = views + (fraction or 1) * (synthesis % 2 + synthesis // 2)
         seen.append((augment, (sum(passed) - 1) / plan.batch_size, expected))
     assert all(made == expected for _, made, expected in seen), seen
 
@@ -833,13 +833,13 @@ def test_universal_noise_is_judged_on_all_classes(few, monkeypatch):
     images, labels = few
     order = labels.argsort(stable=True)
     seen = []
-    original = _RefreshBatches.check_images
+    original = RefreshBatches.check_images
 
-    def check_images(self: _RefreshBatches, held_out: DataLoader) -> list[torch.Tensor]:
+    def check_images(self: RefreshBatches, held_out: DataLoader) -> list[torch.Tensor]:
         seen.append([label for _, labels in held_out for label in labels.tolist()])
         return original(self, held_out)
 
-    monkeypatch.setattr(_RefreshBatches, "check_images", check_images)
+    monkeypatch.setattr(RefreshBatches, "check_images", check_images)
     config = replace(SMALL, augment="universal", num_classes=10, batch_size=3, epochs=1, rounds=1, eps=2.0)
     finetune(config, train_data=few, val_data=(images[order], labels[order]))
     assert len(seen[0]) == 12
@@ -876,13 +876,14 @@ SITED = [
 
 
 @pytest.mark.filterwarnings("ignore:the universal noise")
-@pytest.mark.parametrize("share", [0.0, 0.5], ids=["two views", "one view"])
+@pytest.mark.parametrize("fraction", [0.0, 0.5], ids=["two views", "one view"])
 @pytest.mark.parametrize(("augment", "site"), SITED)
-def test_every_augmentation_takes_channels_last(few, augment, site, share):
-    if share and augment in ("none", "trades"):
-        pytest.skip("has no share")
+def test_every_augmentation_takes_channels_last(few, augment, site, fraction):
+    if fraction and augment in ("none", "trades"):
+        pytest.skip("has no fraction")
     config = replace(
-        SGD, epochs=1, augment=augment, site=site, num_classes=10, noise_share=share, limit=0.05, noise_step_size=0.01,
+        SGD, epochs=1, augment=augment, site=site, num_classes=10, noise_fraction=fraction, limit=0.05,
+        noise_step_size=0.01,
     )  # fmt: skip
     plain = finetune(config, None, few)
     laid = (few[0].to(memory_format=torch.channels_last), few[1])
@@ -919,7 +920,9 @@ def test_another_default_dtype_changes_nothing(few, augment, site, changes):
 def test_a_model_of_a_float64_default_learns():
     torch.set_default_dtype(torch.float64)
     try:
-        result = finetune(FinetuneConfig(augment="boundary", epochs=1, train_ratio=0.1, batch_size=16, progress=False))
+        result = finetune(
+            FinetuneConfig(augment="boundary", epochs=1, train_fraction=0.1, batch_size=16, progress=False)
+        )
     finally:
         torch.set_default_dtype(torch.float32)
     assert {value.dtype for value in result.model.parameters()} == {torch.float64}
@@ -931,7 +934,7 @@ def test_channels_last_in_odd_shapes(few, channels, batch):
     data = (few[0][:, :channels].to(memory_format=torch.channels_last), few[1])
     config = replace(
         SGD, epochs=1, batch_size=batch, augment="boundary", site="pixels", num_classes=10, channels_last=True,
-        train_ratio=0.2,
+        train_fraction=0.2,
     )  # fmt: skip
     model = create_model("vit_digits", num_classes=10, channels=channels)
     assert math.isfinite(finetune(config, model, data).history[-1]["loss"])
@@ -1190,11 +1193,11 @@ def test_every_setting_is_documented_and_survives_a_file():
 
 def test_published_recipe():
     config = FinetuneConfig.published("vit_s", data="images")
-    assert (config.lr, config.min_lr, config.epochs, config.train_ratio) == (1e-5, 1e-6, 20, 0.004)
+    assert (config.lr, config.min_lr, config.epochs, config.train_fraction) == (1e-5, 1e-6, 20, 0.004)
     synthesis = config.synthesis()
     assert synthesis is not None
     assert (synthesis.eps, synthesis.limit, synthesis.lr) == (0.03, 3, 0.1)
-    assert (synthesis.rounds, synthesis.image_ratio) == (3, 0.1)
+    assert (synthesis.rounds, synthesis.image_fraction) == (3, 0.1)
     assert (synthesis.objective, synthesis.weight_decay, synthesis.stop) == ("l2_squared", 0.01, "batch")
     # ImageNet: 40 steps an epoch (the published loop's off-by-one makes it 41), 800 in all
     plan = make_plan(replace(config, val_fraction=0.0), 1_281_167)

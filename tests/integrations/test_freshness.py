@@ -126,7 +126,7 @@ def test_transformers(form: str, way: str, images: Tensor, watch: Watch, tmp_pat
 @pytest.mark.parametrize("images_are", ["pixels", "normalised"])
 def test_transformers_at_site_pixels(form: str, images_are: str, images: Tensor, watch: Watch, tmp_path: Path) -> None:
     """Trainer calls its model with pixel_values=..."""
-    made = Watched(watch, images, site="pixels", share=0.0)
+    made = Watched(watch, images, site="pixels", fraction=0.0)
     kind, extra = {
         "trainer": (NullspaceTrainer, {"augment": made}),
         "callback": (Trainer, {"callbacks": [NullspaceCallback(made)]}),
@@ -221,7 +221,7 @@ FROZEN = {function.__name__: function for function in (frozen_stem, frozen_backb
 def test_lightning_keeps_frozen_parts_in_eval_mode(
     lightning: Any, frozen: str, site: str, vit: NormalizedModel, images: Tensor, watch: Watch
 ) -> None:
-    made = Watched(watch, images, "vit", site=site, share=0.0)
+    made = Watched(watch, images, "vit", site=site, fraction=0.0)
     modes = []
     fit(lightning, vit, made, images, prepare=lambda module: FROZEN[frozen](module.vit), num_sanity_val_steps=0)
     modes = [module.training for module in (vit.network.patch_embed, vit.network.norm_pre)]
@@ -232,7 +232,7 @@ def test_lightning_keeps_frozen_parts_in_eval_mode(
 @pytest.mark.parametrize("site", ["patch", "block0", "pixels"])
 @pytest.mark.parametrize("frozen", FROZEN)
 def test_frozen_parts_in_a_plain_loop(frozen: str, site: str, vit: NormalizedModel, images: Tensor) -> None:
-    aug = NullspaceAugment(vit.train(), "boundary", site=site, share=0.0)
+    aug = NullspaceAugment(vit.train(), "boundary", site=site, fraction=0.0)
     FROZEN[frozen](vit)
     loss, clean = aug.loss(images, LABELS, F.cross_entropy)
     assert loss.item() != pytest.approx(2 * F.cross_entropy(clean, LABELS).item(), abs=1e-4)

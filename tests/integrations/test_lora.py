@@ -107,7 +107,7 @@ def adapted(kind: str, where: str, vit: NormalizedModel) -> nn.Module:
 def test_wrappers(where: str, site: str, vit: NormalizedModel, images: Tensor) -> None:
     model = adapted("LoRA", where, vit)
     assert gap(model, FrozenEncoder(model, site=site), images) < 1e-5
-    aug = NullspaceAugment(model.train(), "boundary", site=site, share=0.0)
+    aug = NullspaceAugment(model.train(), "boundary", site=site, fraction=0.0)
     loss, clean = aug.loss(images, LABELS, F.cross_entropy)
     assert loss.item() != pytest.approx(2 * F.cross_entropy(clean, LABELS).item(), abs=1e-4)
     with aug:

@@ -280,12 +280,12 @@ def test_svg_is_well_formed_and_follows_the_page(runs: Path) -> None:
 
 
 def test_settings_of_boundary_noise_are_told() -> None:
-    noise = {"limit": 64 / 255, "eps": 0.6, "steps": 1, "step_size": 16 / 255, "step_spread": 1.0, "limit_spread": 1.0}
+    noise = {"limit": 64 / 255, "eps": 0.6, "steps": 1, "step_size": 16 / 255, "step_range": 1.0, "limit_range": 1.0}
     told = _noise_settings({**noise, "smooth_limit": 32 / 255}, "boundary", "pixels")
     assert told == "start up to ±64/255, smooth field up to ±32/255, ε 0.6, 1 step of up to 16/255"
     assert _noise_settings(noise, "random", "pixels") == "start up to ±64/255"
     assert _noise_settings({**noise, "contrast": 0.2}, "random", "pixels") == "start up to ±64/255 at contrast 0.2"
-    plain = {"limit": 0.25, "eps": 0.6, "steps": 3, "step_size": None, "step_spread": 0.0, "limit_spread": 0.0}
+    plain = {"limit": 0.25, "eps": 0.6, "steps": 3, "step_size": None, "step_range": 0.0, "limit_range": 0.0}
     assert _noise_settings(plain, "boundary", "patch") == "start ±0.25, ε 0.6, 3 steps"
 
 

@@ -529,7 +529,7 @@ def test_interrupt_carries_the_noise_so_far(vit: NormalizedModel, images: Tensor
         ({"radius": 0}, "radius must be > 0; got 0"),
         ({"warm": 1.5}, "warm must be >= 0 and <= 1; got 1.5"),
         ({"solver": "adam"}, "solver must be one of .* Did you mean 'adamw'"),
-        ({"image_ratio": 1.5}, "image_ratio must be > 0 and <= 1; got 1.5"),
+        ({"image_fraction": 1.5}, "image_fraction must be > 0 and <= 1; got 1.5"),
         ({"on_unmet": "drop"}, "on_unmet must be one of"),
     ],
 )

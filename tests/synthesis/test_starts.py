@@ -1,4 +1,4 @@
-"""What noise starts from: spread of strengths, smooth fields, and the same numbers for a part of a batch."""
+"""What noise starts from: range of strengths, smooth fields, and the same numbers for a part of a batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_plain_start_is_uniform_of_one_limit() -> None:
 
 
 def test_limits_are_spread_over_the_images() -> None:
-    strongest = start(limit=0.25, limit_spread=0.6).abs().flatten(1).amax(1) / 0.25
+    strongest = start(limit=0.25, limit_range=0.6).abs().flatten(1).amax(1) / 0.25
     # 768 numbers of an image come close to their limit
     assert 0.39 < float(strongest.min()) < 0.45
     assert 0.95 < float(strongest.max()) <= 1
@@ -55,16 +55,14 @@ def test_the_key_decides_and_parts_equal_the_whole() -> None:
     model = create_model("vit_digits").train()
     images = torch.rand(6, 3, 16, 16)
     config = SynthesisConfig(
-        mode="boundary", site="pixels", limit=0.1, limit_spread=1.0, smooth_limit=0.2, steps=1, seed=3
+        mode="boundary", site="pixels", limit=0.1, limit_range=1.0, smooth_limit=0.2, steps=1, seed=3
     )
 
     def draw(rows: torch.Tensor | None, step: int) -> torch.Tensor:
         augment = NullspaceAugment(model, "random", config=config)
-        augment.step = step
         if rows is None:
-            return augment.draw(images)
-        augment.place = Place(rows, len(images))
-        return augment.draw(images[rows])
+            return augment.at(step).draw(images)
+        return augment.at(step, Place(rows, len(images))).draw(images[rows])
 
     whole = draw(None, 7)
     torch.testing.assert_close(draw(None, 7), whole, rtol=0, atol=0)
@@ -90,15 +88,14 @@ def test_steps_are_spread_over_the_images_and_parts_get_those_of_the_whole() -> 
     model = create_model("vit_digits").train()
     images = torch.full((200, 3, 16, 16), 0.5)
     config = SynthesisConfig(
-        mode="boundary", site="pixels", limit=0.0, steps=1, step_size=0.1, step_spread=0.8, objective="prediction"
+        mode="boundary", site="pixels", limit=0.0, steps=1, step_size=0.1, step_range=0.8, objective="prediction"
     )
 
     def draw(rows: torch.Tensor | None) -> torch.Tensor:
-        augment = NullspaceAugment(model, config=config, share=0.0)
+        augment = NullspaceAugment(model, config=config, fraction=0.0)
         if rows is None:
             return augment.draw(images)
-        augment.place = Place(rows, len(images))
-        return augment.draw(images[rows])
+        return augment.at(0, Place(rows, len(images))).draw(images[rows])
 
     # the loss of the prediction has a gradient at the image itself, where a distance has none: no start is needed
     whole = draw(None)
@@ -107,7 +104,7 @@ def test_steps_are_spread_over_the_images_and_parts_get_those_of_the_whole() -> 
     assert 0.09 < float(lengths.max()) <= 0.1
     rows = torch.tensor([3, 150])
     torch.testing.assert_close(draw(rows), whole[rows])
-    assert step_sizes(images, replace(config, step_spread=0.0), generator(0)) == 0.1  # one for all
+    assert step_sizes(images, replace(config, step_range=0.0), generator(0)) == 0.1  # one for all
 
 
 def test_noise_is_in_proportion_to_contrast_and_parts_get_that_of_the_whole() -> None:
@@ -121,15 +118,14 @@ def test_noise_is_in_proportion_to_contrast_and_parts_get_that_of_the_whole() ->
     )
 
     def draw(config: SynthesisConfig, rows: torch.Tensor) -> torch.Tensor:
-        augment = NullspaceAugment(model, config=config, share=0.0)
-        augment.place = Place(rows, len(images))
-        return augment.draw(images[rows])
+        augment = NullspaceAugment(model, config=config, fraction=0.0)
+        return augment.at(0, Place(rows, len(images))).draw(images[rows])
 
     # a sign step from uniform noise: longest where both agree
-    share = torch.tensor([0.0, 0.2, 0.5, 1.0, MOST_CONTRAST])
+    factors = torch.tensor([0.0, 0.2, 0.5, 1.0, MOST_CONTRAST])
     whole = draw(config, torch.arange(5))
     for noise in (whole, synthesize(model, images, config).tokens):
-        torch.testing.assert_close(noise.abs().flatten(1).amax(1), 0.014 * share, rtol=0.02, atol=1e-6)
+        torch.testing.assert_close(noise.abs().flatten(1).amax(1), 0.014 * factors, rtol=0.02, atol=1e-6)
     rows = torch.tensor([1, 4])
     torch.testing.assert_close(draw(config, rows), whole[rows])
     plain = draw(replace(config, contrast=0.0), torch.arange(5))
@@ -155,11 +151,11 @@ def test_noise_along_the_predictions_loss_moves_the_prediction_most() -> None:
 
 
 def test_settings_reach_the_synthesis() -> None:
-    asked = {"limit": 0.1, "limit_spread": 0.5, "smooth_limit": 0.2, "objective": "l2_squared"}
-    synthesis = FinetuneConfig(augment="boundary", site="pixels", noise_step_spread=0.25, **asked).synthesis()
+    asked = {"limit": 0.1, "limit_range": 0.5, "smooth_limit": 0.2, "objective": "l2_squared"}
+    synthesis = FinetuneConfig(augment="boundary", site="pixels", noise_step_range=0.25, **asked).synthesis()
     assert synthesis is not None
     assert {name: getattr(synthesis, name) for name in asked} == asked
-    assert synthesis.step_spread == 0.25
+    assert synthesis.step_range == 0.25
     # what is not asked for is the default of mode and site
     assert synthesis.step_size == DEFAULTS["boundary", True]["step_size"]
 
@@ -167,8 +163,8 @@ def test_settings_reach_the_synthesis() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"limit_spread": 1.5}, "limit_spread must be"),
-        ({"step_spread": -0.5}, "step_spread must be"),
+        ({"limit_range": 1.5}, "limit_range must be"),
+        ({"step_range": -0.5}, "step_range must be"),
         ({"objective": "prediction", "mode": "universal"}, "for mode 'boundary'; got mode='universal'"),
         ({"smooth_limit": -0.1, "site": "pixels"}, "smooth_limit must be"),
         ({"contrast": 0.1, "mode": "boundary"}, "contrast is for site 'pixels'; got site='patch'"),

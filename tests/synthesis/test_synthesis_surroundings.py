@@ -42,14 +42,14 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 # what a mode draws and solves beyond its defaults
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "universal": [{}, {"solver": "adamw", "limit_spread": 0.5}, {"final_scale": True, "log_norm_weight": 0.1}],
-    "per_image": [{"limit_spread": 0.5}, {"on_unmet": "scale", "log_norm_weight": 0.1}],
-    "boundary": [{"limit_spread": 0.5, "step_spread": 0.5}, {"objective": "prediction", "on_unmet": "scale"}],
+    "universal": [{}, {"solver": "adamw", "limit_range": 0.5}, {"final_scale": True, "log_norm_weight": 0.1}],
+    "per_image": [{"limit_range": 0.5}, {"on_unmet": "scale", "log_norm_weight": 0.1}],
+    "boundary": [{"limit_range": 0.5, "step_range": 0.5}, {"objective": "prediction", "on_unmet": "scale"}],
 }
 PIXEL_SETTINGS: dict[str, list[dict[str, Any]]] = {
     "universal": [{"smooth_limit": 0.1}],
     "per_image": [{"smooth_limit": 0.1}],
-    "boundary": [{"smooth_limit": 0.1, "contrast": 0.2, "step_spread": 0.5}],
+    "boundary": [{"smooth_limit": 0.1, "contrast": 0.2, "step_range": 0.5}],
 }
 CASES = [
     (mode, site, settings)
@@ -128,7 +128,7 @@ def test_the_step_rules_are_the_same_bit_for_bit(
     encoder = FrozenEncoder(vit, site=site)
     tokens = encoder.embed(images)
     clean = encoder(tokens)
-    config = SynthesisConfig(mode=mode, site=site, limit=0.3, steps=3, limit_spread=0.5)
+    config = SynthesisConfig(mode=mode, site=site, limit=0.3, steps=3, limit_range=0.5)
 
     def go(tokens: Tensor) -> tuple[Tensor, ...]:
         start = start_noise(tokens.shape, config, torch.Generator().manual_seed(3), tokens)

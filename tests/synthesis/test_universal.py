@@ -270,7 +270,7 @@ def test_what_a_graph_holds_waits_for_nothing(
         else:
             own_noise(encoder, tokens, clean, start, config)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingWaits():
-        run._seen()[0].item()  # the guard sees what it is there for
+        run._status()[0].item()  # the guard sees what it is there for
 
 
 @pytest.mark.parametrize(("solver", "gradient"), [("gauss_newton", "shared_rows"), ("adamw", "shared_gradient")])
@@ -312,9 +312,9 @@ def test_scaling_to_eps_takes_few_looks(
     monkeypatch.setattr(universal, "judge", counted)
     whole = real(encoder, noise, pairs)
     assert len(set(whole.tolist())) == 3
-    for share in (0.01, 0.3, 0.9, 1.5):
+    for fraction in (0.01, 0.3, 0.9, 1.5):
         looks.clear()
-        eps = share * float(whole.mean())
+        eps = fraction * float(whole.mean())
         scaled, seen = universal.scaled_to_eps(encoder, noise, whole, pairs, eps, larger=True)
         assert ((seen > 0.98 * eps) & (seen < eps)).all()
         torch.testing.assert_close(seen, real(encoder, scaled, pairs))
@@ -365,18 +365,18 @@ def test_no_noise_is_judged_twice(vit: NormalizedModel, loader: list[Tensor], mo
         seen.clear()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_a_warm_start_mixes_directions(share: float) -> None:
-    config = SynthesisConfig(warm=share, limit=1.0, seed=4)
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_a_warm_start_mixes_directions(fraction: float) -> None:
+    config = SynthesisConfig(warm=fraction, limit=1.0, seed=4)
     last = 0.01 * torch.randn(2, 16, 32)
     fresh = warm_start(replace(config, warm=0.0), last)
     start = warm_start(config, last)
     torch.testing.assert_close(start.flatten(1).norm(dim=1), fresh.flatten(1).norm(dim=1))
     old, new = (torch.cosine_similarity(start.flatten(1), other.flatten(1)) for other in (last, fresh))
-    if share == 1:
+    if fraction == 1:
         torch.testing.assert_close(old, torch.ones(2))
     else:  # as good as orthogonal
-        torch.testing.assert_close(old / new, torch.full((2,), share / (1 - share)), rtol=0.3, atol=0.15)
+        torch.testing.assert_close(old / new, torch.full((2,), fraction / (1 - fraction)), rtol=0.3, atol=0.15)
     assert fresh.abs().max() <= 1.0
 
 
@@ -458,7 +458,7 @@ def test_too_little_memory_is_said_beforehand(
             self.numel, self.element_size = value.numel, value.element_size
 
     given: Any = tuple(OnCuda(value) for value in pair)
-    with pytest.warns(UserWarning, match=r"4 batches take 0.0 GB.*smaller image_ratio or a 16-bit encoder"):
+    with pytest.warns(UserWarning, match=r"4 batches take 0.0 GB.*smaller image_fraction or a 16-bit encoder"):
         assert not data._fit(given)
     monkeypatch.setattr(batches.torch.cuda, "mem_get_info", lambda device: (200_000, 10**9))
     assert data._fit(given)

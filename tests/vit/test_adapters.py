@@ -119,7 +119,7 @@ def test_augmentation_trains_it(kind: Kind) -> None:
     model = kind.model()
     images, labels = images_for(model), torch.tensor([0, 1])
     for site in sites(model):
-        aug = NullspaceAugment(model, "boundary", site=site, steps=1, share=0.0, backend="reference")
+        aug = NullspaceAugment(model, "boundary", site=site, steps=1, fraction=0.0, backend="reference")
         model.eval()
         expected = logits_of(model(images))
         model.train()

@@ -156,7 +156,7 @@ def test_training_goes_on_with_noise_of_the_changed_model(
     make_vit: Callable[..., NormalizedModel], images: Tensor, change: str, site: str
 ) -> None:
     model = make_vit(depth=3).train()
-    aug = NullspaceAugment(model, site=site, share=0.0)
+    aug = NullspaceAugment(model, site=site, fraction=0.0)
     aug.loss(images, torch.arange(8), nn.functional.cross_entropy)
     CHANGES[change](model)
     loss, clean = aug.loss(images, torch.arange(8), nn.functional.cross_entropy)

@@ -112,16 +112,16 @@ class ExplicitEncoder:
         self,
         tokens: Tensor,
         site: str,
-        cotangent: Callable[[Tensor, slice], Tensor],
+        cotangent: Callable[[Tensor, slice], tuple[Tensor, ...]],
         by_image: bool,
         sum_every: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits and the gradient of Σ logits · cotangent at the site, both in memory of their own.
+    ) -> tuple[Tensor, ...]:
+        """Logits, the gradient of Σ logits · cotangent at the site, in memory of their own, and the results beside it.
 
         Args:
             tokens: the tensor at the site.
             site: which.
-            cotangent: called with logits and the images they belong to.
+            cotangent: called with logits and the images they belong to; returns the cotangent, and results beside it.
             by_image: the images may come in several calls; what is kept for the backward is kept for those of one.
             sum_every: sum the gradient over so many images each time, in float32 or better.
         """
@@ -130,15 +130,23 @@ class ExplicitEncoder:
             gradient = empty(tokens.shape, dtype=self.dtype, device=self.device)
         else:
             gradient = torch.zeros(B // sum_every, *tokens.shape[1:], dtype=self.head.dtype, device=self.device)
-        logits = []
-        for images in self._parts(B) if by_image else [slice(0, B)] if B else []:
-            logits.append(self._forward(tokens[images], site))
-            given = self._backward(cotangent(logits[-1], images), tokens[images], site)
+        if B == 0:
+            logits = self._no_logits()
+            _, *aux = cotangent(logits, slice(0, 0))
+            return logits, gradient, *aux
+        parts = self._parts(B) if by_image else [slice(0, B)]
+        results = []  # of each part: logits, and what came beside the cotangent
+        for images in parts:
+            logits = self._forward(tokens[images], site)
+            weights, *aux = cotangent(logits, images)
+            results.append((logits, *aux))
+            given = self._backward(weights, tokens[images], site)
             if sum_every is None:
                 gradient[images] = given
             else:
                 _add_sums(gradient, given, images, sum_every)
-        return torch.cat(logits) if logits else self._no_logits(), gradient
+        logits, *aux = results[0] if len(parts) == 1 else map(torch.cat, zip(*results, strict=True))
+        return logits, gradient, *aux
 
     def _forward(self, tokens: Tensor, site: str, forward_only: bool = False) -> Tensor:
         """Tokens at the site → logits, for as many images as are kept at once."""

@@ -1,0 +1,210 @@
+"""What a run starts from: its data opened, and a model that takes it, tried on an image of each set."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from fastnull.checks import as_labels, check_images
+from fastnull.data.classes import classes_of, match_classes, model_names, names_of, shortened
+from fastnull.data.image_files import to_pixels
+from fastnull.data.sources import Samples, Source, embedded, hold_out, open_source
+from fastnull.data.view import View
+from fastnull.finetune.config import FinetuneConfig
+from fastnull.vit import NormalizedModel, unwrap
+
+Data: TypeAlias = "Dataset[Any] | Sequence[Any]"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts from: data, and a model that takes it. `num_classes` are those of its logits, which `classes`
+    names."""
+
+    model: nn.Module
+    train: Samples
+    validation: Samples | None
+    num_classes: int
+    classes: list[str] | None
+
+
+def prepare(
+    config: FinetuneConfig,
+    device: torch.device,
+    model: nn.Module | None = None,
+    train_data: Data | None = None,
+    val_data: Data | None = None,
+) -> Prepared:
+    """Open the data, make the model and show it an image. Arguments and errors are those of `finetune`."""
+    source = _source(config, train_data)
+    if source.classes is not None and len(source.classes) < 2:
+        raise ValueError(f"training data must have at least two classes; it has only {shortened(source.classes)}")
+    model = (_create_model(config, source) if model is None else model).to(device)
+    labels = _match_classes(model, source)
+    train, validation = _datasets(config, source, labels, val_data, model)
+    num_classes = _try_out(model, train, validation, device)
+    if num_classes < 2:
+        raise ValueError(f"the model must have at least two classes to learn; its logits have {num_classes}")
+    known = classes_of(model)
+    return Prepared(model, train, validation, num_classes, known if isinstance(known, list) else source.classes)
+
+
+def _source(config: FinetuneConfig, train_data: Data | None) -> Source:
+    if train_data is None:
+        return open_source(config.data, data_dir=config.data_dir, download=config.download)
+    data = _as_dataset("train_data", train_data)
+    names = names_of(data)
+    return Source(data, config.num_classes if names is None else len(names), names)
+
+
+def _create_model(config: FinetuneConfig, source: Source) -> nn.Module:
+    from fastnull.models import create_model
+
+    num_classes = config.num_classes or source.num_classes
+    if num_classes is None:
+        raise ValueError("num_classes is needed: the data does not say how many classes it has")
+    # not every architecture has drop path
+    regularised: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    model = create_model(
+        config.model,
+        num_classes=num_classes,
+        pretrained=config.pretrained,
+        checkpoint=config.checkpoint,
+        img_size=config.img_size,
+        **regularised,
+    )
+    if model.classes is None or source.classes is None:
+        return model
+    try:
+        match_classes(model.classes, source.classes)
+    except ValueError:
+        warnings.warn(
+            f"{config.checkpoint}: its head is for other classes ({shortened(model.classes)}); the model's new head "
+            f"for {shortened(source.classes)} starts fresh",
+            UserWarning,
+            stacklevel=4,
+        )
+        model.network.reset_classifier(num_classes)
+        model.classes = None
+    return model
+
+
+def _match_classes(model: nn.Module, source: Source) -> list[int] | None:
+    """The label of each of the data's classes; a model without names of its classes gets them from the data."""
+    if source.classes is None:
+        return None
+    labels = match_classes(classes_of(model), source.classes, name="the training data")
+    inner = unwrap(model)
+    if isinstance(inner, NormalizedModel):
+        inner.classes = model_names(classes_of(model), source.classes)
+    return labels
+
+
+def _datasets(
+    config: FinetuneConfig, source: Source, labels: list[int] | None, val_data: Data | None, model: nn.Module
+) -> tuple[Samples, Samples | None]:
+    """Training images through random transforms, held-out ones through evaluation's; tensors stay as they are."""
+    if not source.transforms and (config.auto_augment or config.reprob):
+        raise ValueError("auto_augment and reprob are for image files; these images are tensors and stay as they are")
+    augmented = plain = channels = None
+    train = source.train
+    if train is None:
+        train = embedded(config.data, model)[0]
+    elif source.transforms:
+        view = View.of(model)
+        augmented, plain, channels = (
+            view.training(
+                crop_scale=config.crop_scale,
+                hflip=config.hflip,
+                color_jitter=config.color_jitter,
+                auto_augment=config.auto_augment,
+                reprob=config.reprob,
+            ),
+            view.evaluation(),
+            view.channels,
+        )
+    if val_data is not None:
+        held_out = _as_dataset("val_data", val_data)
+        names = names_of(held_out)
+        known = classes_of(model)
+        if names is None:
+            matched = labels  # whoever gives none numbers as in the training data
+        else:
+            matched = match_classes(known if isinstance(known, list) else source.classes, names, name="val_data")
+        return Samples(train, augmented, channels, config.seed, labels), Samples(held_out, classes=matched)
+    kept, held = hold_out(train, config.val_fraction, config.val_seed)
+    validation = None if held is None else Samples(held, plain, channels, config.seed, labels)
+    return Samples(kept, augmented, channels, config.seed, labels), validation
+
+
+def _as_dataset(name: str, data: Data) -> Dataset[Any]:
+    if isinstance(data, (tuple, list)) and data and hasattr(data[0], "dtype"):  # the images as one array
+        data = _pair(name, data)
+    if isinstance(data, DataLoader) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise TypeError(
+            f"{name} must be a dataset with a length and an index, or a pair of tensors, so that its order can be "
+            f"resumed; got {type(data).__name__}"
+        )
+    if len(data) == 0:
+        raise ValueError(f"{name} must hold at least one image; it is empty")
+    return data  # type: ignore[return-value]
+
+
+def _pair(name: str, pair: Sequence[Any]) -> TensorDataset:
+    """(images, labels), each a tensor, an array or a list, as a dataset."""
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a pair of tensors, images and labels; got {len(pair)}")
+    try:
+        images, labels = (torch.as_tensor(part) for part in pair)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a pair of tensors, images and labels: {error}") from error
+    if images.ndim == 0 or labels.ndim == 0 or len(images) != len(labels):
+        raise ValueError(
+            f"{name} must hold a label for each image; got images {list(images.shape)}, labels {list(labels.shape)}"
+        )
+    return TensorDataset(images, labels)
+
+
+@torch.no_grad()
+def _try_out(model: nn.Module, train: Samples, validation: Samples | None, device: torch.device) -> int:
+    """Show the model an image of each set, so that a wrong size or label is told before anything is written; returns
+    its classes."""
+    classes = _classes(model, "training", *_first(train, "training"), device)
+    if validation is not None:
+        _classes(model, "held-out", *_first(validation, "held-out"), device)
+    return classes
+
+
+def _first(data: Samples, which: str) -> tuple[Tensor, Any]:
+    sample = data.base[0]
+    if not isinstance(sample, Sequence) or len(sample) != 2:
+        what = f"{len(sample)} values" if isinstance(sample, Sequence) else type(sample).__name__
+        raise TypeError(f"the {which} data must yield pairs (image, label); got {what}")
+    return data[0]
+
+
+def _classes(model: nn.Module, which: str, image: Tensor, label: Any, device: torch.device) -> int:
+    """Classes of the logits for an image [C, H, W], with which its label must go."""
+    if not isinstance(image, Tensor):
+        raise TypeError(f"the {which} images must be tensors [C, H, W]; got {type(image).__name__}")
+    images = to_pixels(image.unsqueeze(0), device)
+    # a grey image would pass for a coloured one: the mean and the standard deviation broadcast
+    channels = model.mean.shape[1] if isinstance(model, NormalizedModel) else None
+    check_images(images, name=f"{which} images", channels=channels)
+    training = model.training
+    try:
+        logits = model.eval()(images)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the model does not take the {which} images {list(image.shape)}: {error}") from error
+    finally:
+        model.train(training)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise TypeError(f"model must return logits [B, K]; got {type(logits).__name__}")
+    as_labels(default_collate([label]), logits.shape[1], 1, name=f"{which} labels")
+    return logits.shape[1]
