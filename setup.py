@@ -5,7 +5,8 @@ from TORCH_TARGET on: `_C_cpu.so` from csrc/cpu and, where nvcc is found, `_C_cu
 Python C API: `fastnull/_C.py` loads them with `torch.ops.load_library`.
 
 Every `*_kernel.cpp` of csrc/cpu is compiled once for each processor level, all other sources once. ninja does the work
-in build/native, which stays, so that a second build compiles only what changed.
+in build/native, which stays, so that a second build compiles only what changed. MANIFEST.in puts csrc/ into the source
+archive, from which `python -m build` makes its wheel.
 
 Environment: FASTNULL_NATIVE=0 (pure Python), FASTNULL_CUDA=0|1 (default: 1 where nvcc is found and csrc/cuda has
 sources), TORCH_CUDA_ARCH_LIST, CUDA_HOME, FASTNULL_BUILD_DIR (default build/native), MAX_JOBS, CXX, CXXFLAGS, LDFLAGS.
@@ -117,6 +118,8 @@ def missing_tool() -> str | None:
         return "switched off by FASTNULL_NATIVE=0"
     if sys.platform == "win32":
         return "the C++ code is not ported to Windows"
+    if not any(CSRC.glob("cpu/*.cpp")):
+        return "csrc/ is not here: the sources are incomplete"
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler ('{compiler}' is not on PATH; set CXX)"

@@ -22,6 +22,7 @@ from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.plan import make_plan
 from fastnull.finetune.training import Training
 from fastnull.rng import generator, uniform
+from fastnull.synthesis.config import SynthesisConfig
 from fastnull.vit import split
 
 STEPS = 3
@@ -40,6 +41,7 @@ AUGMENTS = (
     (ORACLE, "boundary", "patch", "reference"),
     ("adversarial", "adversarial", "patch", "auto"),
 )
+SYNTHESISED = ("boundary", "per_image", "universal")
 
 
 def cases(settings: BenchSettings) -> Iterator[Case]:
@@ -59,7 +61,7 @@ def _case(name: str, model: nn.Module, dtype: torch.dtype, settings: BenchSettin
             augment=augment, site=site, backend=backend, batch_size=B, epochs=1000, progress=False,
             amp=None if dtype == torch.float32 else str(dtype)[6:], attack_steps=STEPS, seed=settings.seed,
             noise_fraction=0.0,  # two views, whatever the augmentation
-            noise_steps=STEPS if augment in ("boundary", "per_image", "universal") else None,
+            noise=SynthesisConfig(mode=augment, site=site, steps=STEPS) if augment in SYNTHESISED else None,
         )  # fmt: skip
         variants.append(_variant(label, config, name, images, labels, dtype, settings))
     variants.append(_sync(name, dtype, images, settings))

@@ -30,9 +30,6 @@ def cases(settings: BenchSettings) -> Iterator[Case]:
             _dgelu_pass,
             _gelu,
             _dgelu,
-            _linear_layer_norm_dx,
-            _gelu_aux,
-            _dgelu_aux,
             _attention,
             _attention_dqkv,
             _objective,
@@ -241,72 +238,6 @@ def _derivative(z: Tensor) -> Tensor:
     derivative = torch.empty_like(z, dtype=ops.derivative_dtype(z.dtype))
     ops.gelu_(z.clone(), derivative=derivative)
     return derivative
-
-
-def _linear_layer_norm_dx(model: str, s: ViTShape, settings: BenchSettings) -> Case:
-    """The input gradient of qkv and of the norm before it: a product and a pass, or (fused) a product whose row sums
-    are there already, as a backward of attention that made them would give them."""
-    M, D, K = settings.batch * s.N, s.D, 3 * s.D
-
-    def parts(t: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        return t["w"] / D**0.5, *ops.layer_norm_stats(t["x"])[1:]
-
-    def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
-        (w, mean, rstd), dxhat = parts(t), torch.empty_like(t["x"])
-        return lambda: ops.layer_norm_dx(torch.mm(t["dz"], w, out=dxhat), t["x"], mean, rstd, t["dres"])
-
-    def fused(t: dict[str, Tensor]) -> Callable[[], Tensor]:
-        w, mean, rstd = parts(t)
-        dxhat = t["dz"].to(mean.dtype) @ w.to(mean.dtype)
-        xhat = (t["x"].to(mean.dtype) - mean.unsqueeze(1)) * rstd.unsqueeze(1)
-        c1, c2 = dxhat.sum(1), (dxhat * xhat).sum(1)
-        return lambda: ops.linear_layer_norm_dx(t["dz"], w, t["x"], mean, rstd, c1, c2, t["dres"])
-
-    def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
-        _, mean, rstd = torch.native_layer_norm(t["x"], (D,), None, None, 1e-6)
-        w, backward = t["w"] / D**0.5, torch.ops.aten.native_layer_norm_backward
-        none = (None, None, [True, False, False])
-        return lambda: t["dres"] + backward(t["dz"] @ w, t["x"], (D,), mean, rstd, *none)[0]
-
-    inputs = _Inputs(settings, dz=(M, K), w=(K, D), x=(M, D), dres=(M, D))
-    return _case(
-        "linear_layer_norm_dx", model, settings, inputs, ours, torchs,
-        lambda b: Work(2 * M * K * D, (M * K + K * D + 3 * M * D) * b), fused=fused,
-    )  # fmt: skip
-
-
-def _gelu_aux(model: str, s: ViTShape, settings: BenchSettings) -> Case:
-    """The tanh form; z is kept in place of the derivative."""
-    M, D = settings.batch * s.N, s.D
-
-    def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
-        w = t["w"] / D**0.5
-        h, z = (torch.empty(M, 4 * D, dtype=w.dtype, device=w.device) for _ in range(2))
-        return lambda: ops.linear_gelu_aux(t["x"], w, t["b"], h=h, z=z)
-
-    def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
-        w = t["w"] / D**0.5
-        return lambda: F.gelu(F.linear(t["x"], w, t["b"]), approximate="tanh")
-
-    inputs = _Inputs(settings, x=(M, D), w=(4 * D, D), b=(4 * D,))
-    moved = 9 * M * D + 4 * D * D
-    return _case("linear_gelu_aux", model, settings, inputs, ours, torchs, lambda b: Work(8 * M * D * D, moved * b))
-
-
-def _dgelu_aux(model: str, s: ViTShape, settings: BenchSettings) -> Case:
-    M, D = settings.batch * s.N, s.D
-
-    def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
-        w, dz = t["w"] / D**0.5, torch.empty_like(t["z"])
-        return lambda: ops.linear_dgelu_aux(t["dy"], w, t["z"], out=dz)
-
-    def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
-        w = t["w"] / D**0.5
-        return lambda: torch.ops.aten.gelu_backward(t["dy"] @ w, t["z"], approximate="tanh")
-
-    inputs = _Inputs(settings, dy=(M, D), z=(M, 4 * D), w=(D, 4 * D))
-    moved = 9 * M * D + 4 * D * D
-    return _case("linear_dgelu_aux", model, settings, inputs, ours, torchs, lambda b: Work(8 * M * D * D, moved * b))
 
 
 def _attention(model: str, s: ViTShape, settings: BenchSettings) -> Case:

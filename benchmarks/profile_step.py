@@ -1,8 +1,8 @@
 """Where the time of a finetuning step goes: `python -m benchmarks.profile_step --model vit_small_patch16_224`.
 
 Prints each phase's share and the operators that take most, from torch.profiler, and how often a step makes the host
-wait for the device. The phases: `clean view` and `noisy view` are forward passes with their graph, `noise` the
-synthesis between them, `backward`, `optimizer`. On a GPU times are those of its kernels.
+wait for the device. The phases: `views` are the forward passes with their graph, `noise` the synthesis in
+them, `backward`, `optimizer`. On a GPU times are those of its kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastnull.augment import NullspaceAugment
 from fastnull.bench import BenchSettings
 from fastnull.record import provenance, write_json
 
-PHASES = ("clean view", "noise", "noisy view", "backward", "optimizer")
+PHASES = ("views", "noise", "backward", "optimizer")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 """Of the profile's names, what makes the host wait; the profiler's own end is one of them."""
 
@@ -29,9 +29,9 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 class _Marked(NullspaceAugment):
     """Names its phases in the profile."""
 
-    def _forward(self, images: torch.Tensor, view: str) -> torch.Tensor:
-        with record_function(f"{view} view"):
-            return super()._forward(images, view)
+    def _call(self, *given: Any) -> Any:
+        with record_function("views"):
+            return super()._call(*given)
 
     def draw(self, tokens: torch.Tensor) -> torch.Tensor:
         with record_function("noise"):
@@ -71,7 +71,7 @@ def profile_step(
     total = {event.key: event.device_time_total if cuda else event.cpu_time_total for event in events}
     own = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total for event in events}
     phases = {name: total.get(name, 0.0) / steps / 1e6 for name in PHASES}
-    phases["noisy view"] -= phases["noise"]  # drawn in its hook
+    phases["views"] -= phases["noise"]  # drawn in their hook
     operators = sorted((name for name in own if name not in PHASES), key=lambda name: own[name], reverse=True)[:10]
     return {
         "phases": phases,

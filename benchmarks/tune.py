@@ -194,15 +194,6 @@ def _linear_gelu(tile: Tile) -> Problem:
     return Problem(call, [h, code, dz])
 
 
-def _linear_dx(tile: Tile) -> Problem:
-    """Of qkv: the inner size is three times the width."""
-    from fastnull.kernels import linear_dx
-
-    dz, w, x, dres, dx = _randn(ROWS, 2304), _randn(2304, 768) / 768**0.5, *(_randn(ROWS, 768) for _ in range(3))
-    mean, rstd, c1, c2 = (_randn(ROWS, dtype=torch.float32) for _ in range(4))
-    return Problem(lambda: linear_dx.linear_layer_norm_dx_out(dz, w, x, mean, rstd, c1, c2, dres, dx), [dx])
-
-
 def _attention(tile: Tile, backward: bool) -> Problem:
     from fastnull.kernels import attention
 
@@ -224,12 +215,11 @@ def _patch_project(tile: Tile) -> Problem:
 
 
 def _tables() -> Iterator[tuple[ModuleType, str, Callable[[Tile], Problem]]]:
-    from fastnull.kernels import attention, gelu, layer_norm, linear_dx, linear_gelu, patch_project
+    from fastnull.kernels import attention, gelu, layer_norm, linear_gelu, patch_project
 
     yield layer_norm, "TILES", _layer_norm
     yield gelu, "TILES", _gelu
     yield linear_gelu, "TILES", _linear_gelu
-    yield linear_dx, "TILES", _linear_dx
     yield attention, "FORWARD", lambda tile: _attention(tile, backward=False)
     yield attention, "QUERY_GRADIENT", lambda tile: _attention(tile, backward=True)
     yield attention, "KEY_GRADIENT", lambda tile: _attention(tile, backward=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 
 from fastnull import __version__
@@ -14,9 +16,16 @@ copyright = "the fastnull developers"
 release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-html_theme = "alabaster"
-html_theme_options = {"page_width": "1200px", "sidebar_width": "240px", "fixed_sidebar": True}
+html_theme = "furo"
+html_title = f"fastnull {release}"
+html_static_path = ["_static"]
+html_css_files = ["fastnull.css"]
+html_math_renderer = "mathml"
+pygments_style = "default"
+pygments_dark_style = "monokai"
 
+# $...$ and $$...$$ are formulas, as on GitHub
+myst_enable_extensions = ["dollarmath", "amsmath"]
 # headings get the anchors that GitHub gives them
 myst_heading_anchors = 3
 
@@ -36,5 +45,14 @@ def keep_indented_lines(app: Sphinx, what: str, name: str, thing: Any, options: 
         lines[:] = re.sub(r"^(\S.*)\n+(?= {4})", r"\1\n\n::\n\n", "\n".join(lines), flags=re.MULTILINE).split("\n")
 
 
+def visit_formula(translator: Any, node: nodes.math | nodes.math_block) -> None:
+    """A formula as MathML, which browsers draw by themselves: no script, and nothing loaded from a network."""
+    block = isinstance(node, nodes.math_block)
+    formula = tex2mathml(node.astext(), as_block=block)
+    translator.body.append(f'<div class="formula">{formula}</div>\n' if block else formula)
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (visit_formula, None), (visit_formula, None))
     app.connect("autodoc-process-docstring", keep_indented_lines)

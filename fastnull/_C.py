@@ -39,8 +39,8 @@ KERNELS = {
     "_C_cuda": (
         "CUDA",
         "fastnull_cuda",
-        "attention_out attention_dqkv_out linear_gelu_aux_out linear_dgelu_aux_out noise_objective_out "
-        "noise_objective_means_out adamw_step_ direct_step_ patch_project_out",
+        "attention_out attention_dqkv_out noise_objective_out noise_objective_means_out "
+        "adamw_step_ direct_step_ patch_project_out",
     ),
 }
 

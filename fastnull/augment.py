@@ -8,7 +8,7 @@ form (`attach()`, `detach()`, `with aug:`) puts the noise into any training loop
 training mode only: the mode of the model that is called, whatever its parts are in. It is made with the weights of that
 moment, and a training forward that should have had it and had not is a RuntimeError.
 
-    aug = NullspaceAugment(model, mode="boundary")
+    aug = NullspaceAugment(model)
     for images, labels in loader:
         loss, logits = aug.loss(images, labels, criterion)
         loss.backward()
@@ -28,47 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.checks import as_type, check_choice, check_labels, check_number, refuse_keywords, trusted_values
+from fastnull.checks import as_type, check_choice, check_labels, check_number, refuse_renamed, trusted_values
 from fastnull.distributed.sharded import is_sharded
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.noise import Noise, check_noise
 from fastnull.rng import Place, carried, fraction_of, generator
 from fastnull.synthesis.batches import check_batch
-from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.config import ALL_MODES, SynthesisConfig, recommended_fraction
 from fastnull.synthesis.replay import Replay, use_graph
 from fastnull.synthesis.run import synthesize
 from fastnull.synthesis.solvers import norms, own_noise, valid_noise
 from fastnull.synthesis.starts import Start, draw_start, warm_start
 from fastnull.vit.base import inside_frozen, logits_of
-
-MODES = ("boundary", "per_image", "universal", "random")
-
-DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
-    # (mode, in pixels): limits in token units or pixels in [0, 1]
-    ("boundary", False): {"eps": 0.1, "limit": 0.25, "steps": 3},
-    ("boundary", True): {
-        "eps": 0.6,
-        "limit": 8 / 255,
-        "steps": 1,
-        "step_size": 12 / 255,
-        "step_range": 1.0,
-        "smooth_limit": 48 / 255,
-        "contrast": 0.2,
-        "objective": "prediction",
-    },
-    ("per_image", False): {"eps": 0.03, "limit": 1.0, "steps": 3},
-    ("per_image", True): {"eps": 0.03, "limit": 8 / 255, "steps": 3, "lr": 2 / 255},
-    ("universal", False): {"eps": 0.03, "limit": 3.0},
-    ("universal", True): {"eps": 0.03, "limit": 16 / 255, "lr": 2 / 255},
-    ("random", False): {"limit": 0.5},
-    ("random", True): {"limit": 8 / 255},
-}
-"""What eps, limit, steps and other settings are where the caller names none. Those of boundary noise in pixels come
-from the search in docs/recipe.md."""
-
-
-FRACTIONS = {("boundary", True): 0.5}
-"""By (mode, in pixels): fraction where the caller names none; 0 where none is here."""
 
 
 @dataclass
@@ -108,16 +79,17 @@ class NullspaceAugment:
         model: the ViT that is trained, as the training loop calls it (NormalizedModel, DDP, compiled or plain). It must
             take pixels in [0, 1] for site `pixels`. Create the augmentation before the compiled model first runs.
         mode: `boundary`: each image's noise is driven to influence ε; `per_image`: to below ε; `universal`: drawn from
-            a bank that `refresh` learns; `random`: U(−limit, limit) an image, no synthesis (a control).
+            a bank that `refresh` learns; `random`: U(−limit, limit) an image, no synthesis (a control). None is that of
+            `config`, or `boundary`.
         eps: influence aimed at; limit: of the uniform start, in units of the site; steps: of the synthesis.
-            None takes the default of mode and site, see DEFAULTS.
-        site: `patch` (None too), `block0` or `pixels`.
+            None takes the recommended value of mode and site, see fastnull.synthesis.config.RECOMMENDED.
+        site: `patch`, `block0` or `pixels`. None is `pixels` for `boundary`, else `patch`.
         count: universal: noises in the bank; every image of a batch gets one of them.
         seed: with `step` the key of all random numbers: the same (seed, step) gives the same noise.
         fraction: 0: `loss` sees every image clean and noisy, and the hook form noisy. A number in (0, 1]: both see each
             image once, and that fraction of a batch is noisy, at even distances; where a batch holds one image, that
-            fraction of the batches (ours: steps that cost half as much are twice as many). None takes the default, see
-            FRACTIONS.
+            fraction of the batches (ours: steps that cost half as much are twice as many). None takes the
+            recommended one: 0.5 for boundary noise in pixels, else 0.
         backend, dtype: of the FrozenEncoder that synthesis runs on.
         config: every setting of the synthesis at once, instead of eps, limit, steps, site, count and seed.
 
@@ -131,7 +103,7 @@ class NullspaceAugment:
     def __init__(
         self,
         model: nn.Module,
-        mode: str = "boundary",
+        mode: str | None = None,
         *,
         eps: float | None = None,
         limit: float | None = None,
@@ -145,21 +117,23 @@ class NullspaceAugment:
         config: SynthesisConfig | None = None,
         **unknown: Any,
     ) -> None:
-        refuse_keywords("NullspaceAugment", unknown)
-        self.mode = check_choice("mode", mode, MODES)
+        refuse_renamed("NullspaceAugment", unknown, {"share": "fraction"})
+        if unknown:
+            raise TypeError(f"NullspaceAugment has no argument {', '.join(unknown)}")
         settings = {"eps": eps, "limit": limit, "steps": steps, "site": site, "count": count, "seed": seed}
-        asked = {name: value for name, value in settings.items() if value is not None}
+        asked: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
         if config is None:
-            values = {**DEFAULTS[mode, site == "pixels"], **asked}
-            config = SynthesisConfig(mode="boundary" if mode == "random" else mode, **values)
+            mode = check_choice("mode", "boundary" if mode is None else mode, ALL_MODES)
+            config = SynthesisConfig.recommended(mode, **asked)
         elif asked:
             raise ValueError(
                 f"give either config or {', '.join(asked)}, not both: set {', '.join(asked)} in the config"
             )
-        elif mode not in (config.mode, "random"):
+        self.mode = mode = check_choice("mode", config.mode if mode is None else mode, ALL_MODES)
+        if mode not in (config.mode, "random"):
             raise ValueError(f"config.mode must be mode, {mode!r}; got {config.mode!r}")
         self.config = config
-        self.fraction = FRACTIONS.get((mode, config.site == "pixels"), 0.0) if fraction is None else fraction
+        self.fraction = recommended_fraction(mode, config.site) if fraction is None else fraction
         check_number("fraction", self.fraction, 0, 1)
         self.encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
         self.model = model
@@ -180,8 +154,10 @@ class NullspaceAugment:
         weakref.finalize(self, _remove, self._handles)
         _check_tokens_stay(self.encoder, config.site)
         if self.encoder.vit.num_classes == 1 and mode != "random":
-            raise ValueError(
-                "noise is judged by probabilities of classes; a model with one output has none that change"
+            warnings.warn(
+                "fastnull: noise is judged by probabilities of classes, and a model with one output has none: its "
+                "influence is 0, and the noise stays its random start",
+                stacklevel=2,
             )
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise ValueError(

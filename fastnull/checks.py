@@ -24,17 +24,6 @@ RANGE_TOLERANCE = 1e-6
 SUM_TOLERANCE = 0.01
 """How far from 1 the probabilities of an image may add up: those of 16 bits are rounded."""
 
-RENAMED = {
-    "share": "fraction",
-    "noise_share": "noise_fraction",
-    "train_ratio": "train_fraction",
-    "image_ratio": "image_fraction",
-    "limit_spread": "limit_range",
-    "step_spread": "step_range",
-    "noise_step_spread": "noise_step_range",
-}
-"""Settings by the names of version 0.1, and what they are called now."""
-
 _CPU_OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -81,11 +70,14 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.{hint}")
 
 
-def refuse_keywords(owner: str, unknown: Iterable[str]) -> None:
-    """Raise TypeError where `owner` was given keywords that it does not have; it shows a renamed one's new name."""
-    for name in unknown:
-        now = f": it is called {RENAMED[name]!r} now" if name in RENAMED else ""
-        raise TypeError(f"{owner} has no argument {name!r}{now}")
+def refuse_renamed(
+    owner: str, given: Iterable[str], renamed: Mapping[str, str], error: type[Exception] = TypeError
+) -> None:
+    """Raise an error with the new names where settings are given by old ones, of which `renamed` is old → new."""
+    old = [name for name in given if name in renamed]
+    if old:
+        now = ", ".join(f"{name} is now {renamed[name]}" for name in old)
+        raise error(f"{owner} uses names of settings from before version 0.2: {now}")
 
 
 def check_fields(config: Any) -> None:

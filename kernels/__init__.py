@@ -14,14 +14,11 @@ from fastnull.kernels import (
     choice,
     gelu,
     layer_norm,
-    linear_dx,
     linear_gelu,
     noise,
     patch_project,
-    quantize_rows,
 )
 from fastnull.ops.common import LIBRARY
-from fastnull.ops.linear_gelu_aux import linear_dgelu_aux_ref, linear_gelu_aux_ref
 from fastnull.ops.noise_objective import means_after
 
 LAUNCHERS: dict[str, Callable[..., None]] = {
@@ -31,14 +28,9 @@ LAUNCHERS: dict[str, Callable[..., None]] = {
     "dgelu_": gelu.dgelu_,
     "linear_gelu_out": linear_gelu.linear_gelu_out,
     "linear_dgelu_out": linear_gelu.linear_dgelu_out,
-    # torch's own product and pass: Triton has no kernel that keeps z
-    "linear_gelu_aux_out": linear_gelu_aux_ref,
-    "linear_dgelu_aux_out": linear_dgelu_aux_ref,
-    "linear_layer_norm_dx_out": linear_dx.linear_layer_norm_dx_out,
     "attention_out": attention.attention_out,
     "attention_dqkv_out": attention.attention_dqkv_out,
     "patch_project_out": patch_project.patch_project_out,
-    "quantize_rows_out": quantize_rows.quantize_rows_out,
     "noise_objective_out": noise.noise_objective_out,
     "noise_objective_means_out": functools.partial(means_after, noise.noise_objective_out),
     "adamw_step_": noise.adamw_step_,

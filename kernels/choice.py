@@ -21,7 +21,6 @@ VARIABLE = "FASTNULL_CUDA_OPS"
 NAMESPACE = "fastnull_cuda"  # of csrc/cuda/binding.cpp
 
 OPS = {
-    "linear_gelu": ("linear_gelu_aux_out", "linear_dgelu_aux_out"),
     "attention": ("attention_out", "attention_dqkv_out"),
     "patch_project": ("patch_project_out",),
     "noise_objective": ("noise_objective_out", "noise_objective_means_out"),
@@ -44,14 +43,13 @@ class Choice:
 
 
 CHOICES = (
-    Choice("linear_gelu", "any", ANY, "triton", "unmeasured"),  # cublasLt's epilogues, models with the tanh form alone
     Choice("attention", "any", ANY, "triton", "unmeasured"),
     Choice("patch_project", "any", ANY, "triton", "unmeasured"),
     Choice("noise_objective", "any", ANY, "triton", "unmeasured"),
     Choice("noise_step", "any", ANY, "triton", "unmeasured"),
 )
 
-# What csrc/cuda/attention.cu takes, and of dtypes linear_gelu.cpp.
+# What csrc/cuda/attention.cu takes.
 LARGEST_TOKENS, HEADS, DTYPES = 272, (32, 64), (torch.bfloat16, torch.float16)
 
 
@@ -80,8 +78,6 @@ def _reads_in_16_bytes(x: Tensor) -> bool:
 
 def _served(op: str, tensors: list[Tensor]) -> bool:
     """True if the C++ kernel takes these tensors, the launcher's in their order."""
-    if op == "linear_gelu":
-        return all(x.dtype in DTYPES and x.is_contiguous() and _reads_in_16_bytes(x) for x in tensors)
     if op != "attention":
         return True
     qkv = tensors[0]
@@ -95,13 +91,6 @@ def _served(op: str, tensors: list[Tensor]) -> bool:
 
 def _chosen(op: str, device: torch.device, tokens: int = 0) -> str:
     return next(c.kernel for c in CHOICES if c.op == op and c.gpu in ("any", _gpu(device)) and tokens <= c.tokens)
-
-
-def served_by_cuda(op: str, device: torch.device) -> bool:
-    """Whether the C++ kernels of an op are chosen on a GPU and there, for callers that prepare something for them."""
-    named = asked()
-    wanted = op in named if named is not None else _chosen(op, device) == "cuda"
-    return wanted and _C.cuda.load()
 
 
 def launcher(name: str, triton: Callable[..., None]) -> Callable[..., None]:

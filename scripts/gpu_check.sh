@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 99
 
-PARTS="build tests steps ops noise float8 sanitizer kernels cpp finetune" # the most wanted first; `tune` on request
+PARTS="build tests steps ops noise sanitizer kernels cpp finetune" # the most wanted first; `tune` on request
 TOTAL=${TOTAL:-525}                                   # seconds for all parts
 PYTHON=${PYTHON:-python3}
 DRY=0 OUT=
@@ -111,8 +111,6 @@ finetune() { # what augmentation costs a training step, and where its time goes
 
 noise() { "$PYTHON" scripts/gpu_noise.py "$WORK/noise.json"; }
 
-float8() { "$PYTHON" scripts/gpu_float8.py "$WORK/float8.json"; } # a step with 8-bit products in the MLPs, and without
-
 tune() {
   if [ $DRY = 1 ]; then ! "$PYTHON" -m fastnull bench --tune; else "$PYTHON" -m fastnull bench --tune --out "$OUT"; fi
 }
@@ -140,7 +138,7 @@ fi
 
 failed=0
 : >"$OUT/log.txt" && : >"$WORK/parts"
-export -f build install tests kernels cpp sanitizer bench steps ops noise float8 finetune tune
+export -f build install tests kernels cpp sanitizer bench steps ops noise finetune tune
 export DRY OUT WORK PYTHON
 for part in $PARTS; do
   left=$((TOTAL - SECONDS)) limit=$(limit_of "$part") begin=$SECONDS

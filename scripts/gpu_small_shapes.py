@@ -48,11 +48,6 @@ def launches() -> list[tuple[str, tuple[object, ...], list[Tensor]]]:
     code = torch.zeros(130, 140, dtype=torch.uint8, device=DEVICE)
     add("linear_gelu_out", x, w, randn(140, dtype=f32), True, h, code, fills=[h])
     add("linear_dgelu_out", randn(130, 140), w, torch.zeros_like(dz, dtype=torch.uint8), dz, fills=[dz])
-    h, z, dz = nan(130, 144), nan(130, 144), nan(130, 144)
-    add("linear_gelu_aux_out", x, randn(144, 96), randn(144), h, z, fills=[h, z])
-    add("linear_dgelu_aux_out", x, randn(96, 144), randn(130, 144), dz, fills=[dz])
-    row, dx = randn(130, dtype=f32), nan(130, 140)
-    add("linear_layer_norm_dx_out", x, w.t(), randn(130, 140), row, row, row, row, None, dx, fills=[dx])
     for tokens, width in ((1, 32), (50, 64), (65, 32), (197, 64), (257, 32), (300, 64)):
         qkv, o, dqkv = randn(1, tokens, 3, 2, width), nan(1, tokens, 2, width), nan(1, tokens, 3, 2, width)
         add("attention_out", qkv, 0.2, o, fills=[o])
@@ -63,9 +58,6 @@ def launches() -> list[tuple[str, tuple[object, ...], list[Tensor]]]:
     add("noise_objective_out", randn(5, 10), randn(5, 10), False, 0.2, *rows, fills=rows)
     rows = [nan(6, dtype=f32), nan(6, 10, dtype=f32), nan(6, dtype=f32), nan(2, dtype=f32), nan(2, dtype=f32)]
     add("noise_objective_means_out", randn(3, 10), randn(6, 10), False, 0.2, *rows, fills=rows)
-    if not GPU or torch.cuda.get_device_capability() >= (8, 9):
-        q, scale = torch.zeros(9, 40, dtype=torch.float8_e4m3fn, device=DEVICE), nan(9, dtype=f32)
-        add("quantize_rows_out", randn(1, 9, 40), q, scale, fills=[q, scale])
     v, g, gate = randn(2, 1030, dtype=f32), randn(2, 1030, dtype=f32), torch.tensor([1.0, 0.0], device=DEVICE)
     lr, steps = (
         torch.full((2,), 0.1, dtype=torch.float64, device=DEVICE),

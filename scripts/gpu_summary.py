@@ -29,7 +29,7 @@ BASELINES = (("frozen", "bfloat16"), ("compiled", "bfloat16"), ("published", "fl
 
 
 def summarize(work: Path, out: Path) -> dict[str, Any]:
-    """What each part gave: {"parts", "steps", "ops", "build", "noise", "float8", "profile"}, of what is there."""
+    """What each part gave: {"parts", "steps", "ops", "build", "noise", "profile"}, of what is there."""
     lines = [line.split("\t") for line in (work / "parts").read_text().splitlines()]
     found: dict[str, Any] = {"parts": [{"part": p, "status": int(s), "seconds": int(t)} for p, s, t in lines]}
     found["steps"] = [_step(name, rows) for name, rows in _by_op(out / "steps.json").items()]
@@ -40,7 +40,7 @@ def summarize(work: Path, out: Path) -> dict[str, Any]:
         for row in rows
         if row.backend.startswith("fastnull") and not row.backend.endswith(AGAIN)
     ]
-    for name in ("build", "noise", "float8", "profile"):
+    for name in ("build", "noise", "profile"):
         path = work / f"{name}.json"
         found[name] = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else None
     return found
@@ -115,21 +115,7 @@ def table(found: dict[str, Any]) -> str:
     if found["noise"]:
         ends = ", ".join(f"{key} {100 * value:.2f} %" for key, value in found["noise"]["relative"].items())
         blocks.append(f"noise after bfloat16 steps, against float32: {ends} (wanted: 2 %)")
-    if found["float8"]:
-        head = ("8-bit MLP", "ms without", "ms with", "gain (10 %)", "cosine with (without)", "noise, off float32's by")
-        blocks.append(format_table([head, *(_float8(row) for row in found["float8"]["rows"])]))
     return "\n\n".join(blocks)
-
-
-def _float8(row: dict[str, Any]) -> tuple[str, ...]:
-    if "skipped" in row:
-        return (row["model"], "-", "-", "-", "-", row["skipped"])
-    times, cosines = row.get("ms", {}), row["cosines"]
-    shared = f"{cosines['float8 MLP']['shared']:.5f} ({cosines['bfloat16']['shared']:.5f})"
-    ends = row.get("relative", {}).get("float8 MLP", {})
-    note = ", ".join(f"{key} {100 * value:.2f} %" for key, value in ends.items())
-    gain = _text(row.get("gain"), 100, " %")
-    return (row["model"], _text(times.get("bfloat16")), _text(times.get("float8 MLP")), gain, shared, note)
 
 
 def _text(value: float | None, factor: float = 1, unit: str = "") -> str:

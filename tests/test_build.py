@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -191,6 +192,30 @@ def test_without_a_compiler_one_line_says_what_is_missing(
     ]
     assert json.loads((tmp_path / "fastnull" / "_build.json").read_text()) == {"missing": missing}
     assert not list(tmp_path.glob("fastnull/*.so"))
+
+
+def test_the_source_archive_holds_what_a_wheel_is_made_from(tmp_path: Path) -> None:
+    """`python -m build` makes the wheel from it: without csrc/ that wheel would have no native code."""
+    words = ["setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("fastnull-*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    made = {"_build.json", "_C_cpu.so", "_C_cuda.so"}
+    for folder in ("csrc", "fastnull", "kernels"):
+        files = {path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        needed = {path.relative_to(ROOT).as_posix() for path in files if path.name not in made}
+        assert not needed - held
+
+
+def test_without_the_sources_a_build_says_so(tmp_path: Path) -> None:
+    (tmp_path / "fastnull").mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastnull/__init__.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    words = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path / "out")]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "native code is not built: csrc/ is not here" in done.stdout
+    assert not list(tmp_path.rglob("*.so"))
 
 
 @pytest.mark.skipif(not Path("/usr/local/cuda/bin/nvcc").exists() and not shutil.which("nvcc"), reason="no nvcc")

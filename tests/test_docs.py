@@ -19,14 +19,16 @@ from fastnull.cli import parser as cli
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-LANGUAGES = {"python", "bash", "", "{eval-rst}", "{include}", "{toctree}"}
+MORE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+"""Pages outside the docs: only their links and names are looked at."""
+LANGUAGES = {"python", "bash", "diff", "", "{eval-rst}", "{include}", "{toctree}"}
 """Fences that there may be; without a name it is commands: reports write them so."""
 NEEDS = {
     "analyses.md": ("scipy",),
     "integrations.md": ("timm", "transformers", "lightning", "accelerate", "torchvision", "peft"),
 }
 """Libraries that a page's Python imports and fastnull does not ask for."""
-NOT_RUN = {"installs packages": 1, "needs several processes": 1}
+NOT_RUN = {"installs packages": 2, "needs several processes": 1}
 """How many blocks are left out, by the reason given: one more is to be a decision."""
 
 OTHERS = ("python -m pytest benchmarks ",)
@@ -133,7 +135,7 @@ def prose(page: Path) -> str:
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *MORE], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if not re.match(r"[a-z]+:", target):
@@ -142,7 +144,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert there.is_relative_to(ROOT), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *MORE], ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_of_the_repository_that_are_named_exist(page: Path) -> None:
     for name in re.findall(rf"`((?:{PARTS})/[\w./-]*)`", prose(page)):
         if not name.startswith(("build/", "runs/")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,15 @@ def test_faces_have_what_they_name(name: str) -> None:
             home = importlib.import_module(node.module or "")
             assert all(getattr(face, alias.name) is getattr(home, alias.name) for alias in node.names)
         assert not [each for each in public if f"{name}.{each}" in MODULES]
+
+
+def test_the_page_on_the_architecture_names_what_is_there() -> None:
+    """Its table has the rooms in the order of ROWS, and every file that it or CONTRIBUTING.md names exists."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    firsts = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    table = [set(re.findall(r"`(\w+)(?:/|\.py)`", first)) for first in firsts]
+    inner = {"__init__", "__main__"}  # no room of their own
+    assert table == [set(row) - inner for row in ROWS if set(row) - inner]
+    named = page + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`([\w.-]+/[\w./-]*)`", named):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "fastnull")), name

@@ -112,8 +112,8 @@ def over_finetuning(
         # that ε was not met: the rows say it
         warnings.filterwarnings("ignore", message="the universal noise")
         run = FinetuneConfig(
-            data=data, data_dir=data_dir, augment="universal", site=config.site, eps=config.eps, limit=config.limit,
-            noise_lr=config.lr, rounds=config.rounds, image_fraction=1.0, epochs=epochs, seed=config.seed,
+            data=data, data_dir=data_dir, augment="universal", site=config.site, seed=config.seed,
+            noise=replace(config, image_fraction=1.0, steps=None), epochs=epochs,
             out=f"{folder}/run", device=str(next(model.parameters()).device), progress=False,
         )  # fmt: skip
         finetune(run, copy.deepcopy(model))

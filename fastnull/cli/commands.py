@@ -126,9 +126,9 @@ def finetune(args: argparse.Namespace) -> None:
     from fastnull.finetune.config import FinetuneConfig
     from fastnull.finetune.loop import finetune as run
 
-    base = FinetuneConfig() if args.preset is None else FinetuneConfig.published(args.preset)
+    base = FinetuneConfig if args.preset is None else FinetuneConfig.published(args.preset)
     file = None if args.config is None else read_fields(FinetuneConfig, args.config)
-    config = from_options(base, args, file)
+    config: FinetuneConfig = from_options(base, args, file)
     given = config.to_dict()
     check_given(given)  # those of the file too
     if config.device is not None:
@@ -261,8 +261,8 @@ def synthesize(args: argparse.Namespace) -> None:
     from fastnull.synthesis.run import EpsilonNotMetError, SynthesisInterrupted, SynthesisOutOfMemoryError
     from fastnull.synthesis.run import synthesize as run
 
-    base = SynthesisConfig() if args.preset is None else SynthesisConfig.published(args.preset)
-    config = from_options(base, args)
+    base = SynthesisConfig if args.preset is None else SynthesisConfig.published(args.preset)
+    config: SynthesisConfig = from_options(base, args)
     out = Path(args.out)
     check_output(out, _inputs(args))
     if out.exists() and not args.overwrite:

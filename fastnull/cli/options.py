@@ -8,62 +8,120 @@ import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastnull.checks import as_type, check_choice
+from fastnull.checks import as_type, check_choice, refuse_renamed
 from fastnull.paths import check_readable
 
 Settings = TypeVar("Settings")
 
 
 def add_options(
-    parser: argparse.ArgumentParser, settings: type[Any], *, skip: Collection[str] = (), title: str | None = None
+    parser: argparse.ArgumentParser,
+    settings: type[Any],
+    *,
+    skip: Collection[str] = (),
+    title: str | None = None,
+    prefix: str = "",
 ) -> None:
     """Add an option for each field of a dataclass: batch_size becomes --batch-size, a bool --flag and --no-flag, and a
-    tuple an option that takes several values.
+    tuple an option that takes several values. A field that is a dataclass itself becomes a group of its own, whose
+    options begin with the field's name and a dot: --noise.step-size. Where the class has `renamed`, old names of fields
+    → new ones, options by the old names are errors that show the new ones.
 
     Options that are not given are absent from the parsed arguments, so that presets show through.
 
     Args:
         parser: to add to.
         settings: the dataclass; help comes from a field's metadata or from the class docstring's Attributes.
-        skip: fields that get no option.
+        skip: fields that get no option (`noise.seed` for one of a nested dataclass).
         title: of the group in the help.
+        prefix: of every name.
     """
     group = parser.add_argument_group(title or settings.__name__)
     hints = typing.get_type_hints(settings)
     documented = attribute_docs(settings)
     for field in fields(settings):
-        if field.name in skip:
+        full = prefix + field.name
+        if full in skip:
             continue
-        flag = "--" + field.name.replace("_", "-")
         text = field.metadata.get("help") or documented.get(field.name, "")
-        default = "none" if field.default is None else field.default
+        nested = _nested_in(hints[field.name])
+        if nested is not None:
+            add_options(parser, nested, skip=skip, title=f"{full} ({text})", prefix=f"{full}.")
+            continue
+        flag = option_of(full)
+        default = field.default
+        if default is None:
+            takes_none = type(None) in typing.get_args(hints[field.name])
+            default = "none" if takes_none else "by mode and site" if "mode" in hints else "by augment"
         shown = f"{text} (default: {_shown(default)})".replace("%", "%%") if field.default is not MISSING else text
         if hints[field.name] is bool:
             action: Any = argparse.BooleanOptionalAction
-            group.add_argument(flag, action=action, default=argparse.SUPPRESS, help=shown)
+            group.add_argument(flag, dest=full, action=action, default=argparse.SUPPRESS, help=shown)
         else:
             several = typing.get_origin(hints[field.name]) is tuple
             kind = _converter(typing.get_args(hints[field.name])[0] if several else hints[field.name])
             name = typing.cast("str", getattr(kind, "__name__", "value")).upper()
             how: dict[str, Any] = {"nargs": "+"} if several else {}
-            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=name, help=shown, **how)
+            group.add_argument(flag, dest=full, type=kind, default=argparse.SUPPRESS, metavar=name, help=shown, **how)
+    for old, new in _renamed(settings).items():
+        flag, now = option_of(prefix + old), option_of(prefix + new)
+        parser.add_argument(flag, nargs="*", action=_Renamed, const=now, help=argparse.SUPPRESS)
+
+
+def _renamed(settings: type[Any]) -> Mapping[str, str]:
+    """Fields of a dataclass by old names → new ones."""
+    return getattr(settings, "renamed", {})
+
+
+class _Renamed(argparse.Action):
+    """An option by an old name: an error that shows the new one, its `const`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        parser.error(f"{option} is called {self.const} since version 0.2")
+
+
+def option_of(name: str) -> str:
+    """The option of a field: `noise.step_size` is --noise.step-size."""
+    return "--" + name.replace("_", "-")
 
 
 def from_options(
-    base: Settings, arguments: argparse.Namespace, file: Mapping[str, Any] | None = None, **changes: Any
+    base: Settings | type[Settings],
+    arguments: argparse.Namespace,
+    file: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> Settings:
     """`base` with the fields of a file (see `read_fields`), over them those that were given on the command line, and
     then `changes`. They are checked together: what a field needs may come from either.
+
+    Args:
+        base: settings, of which the fields that are given are replaced; or their class, whose defaults then see them.
+        arguments: the parsed command line.
+        file: fields of a file; those of a nested dataclass are a mapping.
+        changes: further fields.
     """
     names = {field.name for field in fields(base)}  # type: ignore[arg-type]
-    given = {name: value for name, value in vars(arguments).items() if name in names}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return replace(base, **{**(file or {}), **given, **changes})  # type: ignore[type-var]
+    given = dict(file or {})
+    for full, value in vars(arguments).items():
+        name, _, inner = full.partition(".")
+        if name in names:
+            found = tuple(value) if isinstance(value, list) else value
+            given[name] = {**(given.get(name) or {}), inner: found} if inner else found
+    given |= changes
+    if isinstance(base, type):
+        return base(**given)
+    for name, value in given.items():
+        held = getattr(base, name)
+        if is_dataclass(held) and isinstance(value, Mapping) and "preset" not in value:
+            given[name] = replace(held, **value)  # type: ignore[type-var]
+    return replace(base, **given)  # type: ignore[type-var]
 
 
 POSITIONAL = ("models", "what", "sources")
@@ -77,7 +135,7 @@ def check_given(arguments: argparse.Namespace | Mapping[str, Any]) -> None:
     """
     values = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     for name, value in values.items():
-        option = name if name in POSITIONAL else f"--{name.replace('_', '-')}"
+        option = name if name in POSITIONAL else option_of(name)
         for text in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(text, str):
                 if not text.strip():
@@ -88,9 +146,11 @@ def check_given(arguments: argparse.Namespace | Mapping[str, Any]) -> None:
 def read_fields(settings: type[Any], path: str | os.PathLike[str]) -> dict[str, Any]:
     """The fields of a dataclass that a YAML file names: `batch_size: 64`, values written as on the command line.
 
+    Those of a nested dataclass are nested in the file too (`noise: {eps: 0.1}`), and a mapping in what is returned.
+
     Raises:
         ValueError: no regular file, not YAML, not a mapping, a field twice, an unknown one (with the nearest known
-            one), a value of another type.
+            one) or an old name (with the new one), a value of another type.
         FileNotFoundError: no such file.
         ImportError: PyYAML is not installed.
     """
@@ -107,18 +167,48 @@ def read_fields(settings: type[Any], path: str | os.PathLike[str]) -> dict[str, 
         raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `field: value` lines; it holds a {type(values).__name__}")
+    if node is not None:
+        _check_once(str(path), node)
+    return _read_all(f"{path}: ", values, settings)
+
+
+def _check_once(path: str, node: Any, prefix: str = "") -> None:
+    """Raise ValueError where a mapping of a YAML file holds a field twice: its reader takes the last."""
     lines: dict[str, int] = {}
-    for key, _ in [] if node is None else node.value:
-        line = key.start_mark.line + 1
-        if key.value in lines:  # YAML's reader takes the last
-            raise ValueError(f"{path}: {key.value} is given twice, in lines {lines[key.value]} and {line}")
-        lines[key.value] = line
+    for key, value in node.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            raise ValueError(f"{path}: {name} is given twice, in lines {lines[name]} and {line}")
+        lines[name] = line
+        if value.id == "mapping":
+            _check_once(path, value, f"{name}.")
+
+
+def _read_all(prefix: str, values: Mapping[Any, Any], settings: type[Any]) -> dict[str, Any]:
+    """The values of a file as the fields of a dataclass have them; those of a nested one are a mapping."""
     hints = typing.get_type_hints(settings)
-    given = {}
+    given: dict[str, Any] = {}
+    refuse_renamed(prefix.rstrip(": "), values, _renamed(settings), ValueError)
     for name, value in values.items():
-        check_choice(f"{path}: field", name, hints)
-        given[name] = _read(f"{path}: {name}", value, hints[name])
+        check_choice(f"{prefix}field", name, hints)
+        nested = _nested_in(hints[name])
+        if nested is None:
+            given[name] = _read(f"{prefix}{name}", value, hints[name])
+        elif isinstance(value, Mapping):
+            preset = {"preset": value["preset"]} if "preset" in value and hasattr(nested, "published") else {}
+            others = {key: each for key, each in value.items() if key not in preset}
+            given[name] = _read_all(f"{prefix}{name}.", others, nested) | preset
+        elif value is None or value == "none":
+            given[name] = None
+        else:
+            raise ValueError(f"{prefix}{name} must hold `field: value` lines; got {value!r}")
     return given
+
+
+def _nested_in(hint: Any) -> type[Any] | None:
+    """The dataclass of an annotated type, or None."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((kind for kind in kinds if is_dataclass(kind)), None)  # type: ignore[return-value]
 
 
 def _read(name: str, value: Any, hint: Any) -> Any:

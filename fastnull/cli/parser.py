@@ -272,7 +272,7 @@ def _synthesize(command: Command) -> None:
 
 
 def _finetune(command: Command) -> None:
-    from fastnull.finetune.config import FinetuneConfig
+    from fastnull.finetune.config import OF_THE_RUN, FinetuneConfig
 
     parser = command(
         "finetune",
@@ -288,7 +288,18 @@ def _finetune(command: Command) -> None:
         "--config", metavar="FILE", help="YAML file with fields of the run (batch_size: 64); options go before it"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, its memory and cost, and stop")
-    add_options(parser, FinetuneConfig, title="the run (without --preset the defaults hold)")
+    add_options(
+        parser,
+        FinetuneConfig,
+        skip=[f"noise.{name}" for name in OF_THE_RUN],
+        title="the run (without --preset the defaults hold)",
+    )
+    parser.add_argument(
+        "--noise.preset",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help="universal: published constants of the noise to start from: finetune, first or single_gpu",
+    )
 
 
 def _evaluate(command: Command) -> None:

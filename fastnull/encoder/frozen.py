@@ -52,21 +52,17 @@ class FrozenEncoder:
         backend: `auto` takes the fastest one for model, device and dtype, and says once why that is not the device's
             own; `reference`, `cpu` and `cuda` force one.
         site: `patch`, `block0` or `pixels`; see fastnull.vit.SITES.
-        mlp_dtype: torch.float8_e4m3fn multiplies in the MLPs in eight bits, forward and backward: an experiment, see
-            docs/cuda.md. It needs dtype bfloat16 and a GPU of Hopper or later; a CPU computes the same, slowly. None
-            is as everywhere else.
 
     Attributes:
         backend: the one in use, never `auto`.
-        dtype, site, mlp_dtype: as resolved.
+        dtype, site: as resolved.
         products: dtype of the matrix products; `dtype` but for bfloat16 on a CPU that multiplies float32 faster.
 
     Raises:
         ValueError: unknown backend or site, a model that no adapter knows, or a forced backend that cannot run it: a
             model on another device or on several, a part without a hand-written form (UnsupportedModelError); for
             `cuda` also a GPU below sm_80, no Triton, float64, and heads wider than 128, which `auto` gives to torch's
-            own attention. A model that is sharded already: see `sharding`. An `mlp_dtype` that dtype, device, model or
-            backend cannot have.
+            own attention. A model that is sharded already: see `sharding`.
     """
 
     def __init__(
@@ -75,7 +71,6 @@ class FrozenEncoder:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         site: str = "patch",
-        mlp_dtype: torch.dtype | None = None,
     ) -> None:
         self._asked = check_choice("backend", backend, BACKENDS)
         self.site = check_site(site)
@@ -92,14 +87,13 @@ class FrozenEncoder:
             raise TypeError(f"dtype must be a torch.dtype or None; got {dtype!r}")
         self.dtype = dtype or weight.dtype
         self._device = weight.device
-        self.mlp_dtype = mlp_dtype
         self.generation = 0
         self._choose()
 
     def _choose(self) -> None:
         """Take the fast encoder where it is allowed and proven, else the model's own modules."""
         with _own_modes(self._device):
-            explicit = _explicit(self.vit, self.dtype, self._asked, self.site, self.mlp_dtype)
+            explicit = _explicit(self.vit, self.dtype, self._asked, self.site)
         self._encoder: ExplicitEncoder | AutogradEncoder = explicit or AutogradEncoder(self.vit, self.dtype)
         self.backend = "reference" if explicit is None else self._device.type
         self.products = self._encoder.compute
@@ -142,10 +136,6 @@ class FrozenEncoder:
         with _own_modes(self._device):
             if not self.follow():
                 self._encoder.sync(self._units)
-
-    def sync_if_changed(self) -> None:
-        """The same as `sync`: no sign of a change that torch gives is one for all optimisers."""
-        self.sync()
 
     def follow(self) -> bool:
         """Whether the structure of the model changed since the last look; if so, the encoder has been made anew of it.
@@ -285,20 +275,8 @@ class FrozenEncoder:
             raise ValueError(f"tokens at site {self.site!r} must have shape {shape}; got {list(tokens.shape)}")
 
 
-def _explicit(
-    vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch", mlp_dtype: torch.dtype | None = None
-) -> ExplicitEncoder | None:
+def _explicit(vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch") -> ExplicitEncoder | None:
     """The written-out encoder where the backend asks for it, model, device and dtype allow it, and it is proven."""
-    made = _written_out(vit, dtype, backend, site, mlp_dtype)
-    if made is None and mlp_dtype is not None:
-        raise ValueError(f"mlp_dtype={mlp_dtype} needs the backend 'cuda' (or 'cpu'); the model runs on 'reference'")
-    return made
-
-
-def _written_out(
-    vit: SplitViT, dtype: torch.dtype, backend: str, site: str, mlp_dtype: torch.dtype | None
-) -> ExplicitEncoder | None:
-    """`_explicit`, which may be None whatever the MLP was to have."""
     device = vit.projection.weight.device
     if backend == "reference" or (backend == "auto" and device.type not in NATIVE_DTYPES):
         return None
@@ -309,8 +287,8 @@ def _written_out(
         raise ValueError(f"backend {backend!r} needs a model on a device of type {backend!r}; it is on {device}")
     try:
         parts = _checked_parts(vit, dtype, device, backend)
-        made = ExplicitEncoder(vit, parts, dtype, products_dtype(dtype, device), mlp_dtype)
-        check_values(vit, made, site, rounded=mlp_dtype is not None)
+        made = ExplicitEncoder(vit, parts, dtype, products_dtype(dtype, device))
+        check_values(vit, made, site)
         return made
     except UnsupportedModelError as reason:
         if backend != "auto":

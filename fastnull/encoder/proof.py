@@ -36,7 +36,7 @@ def check_structure(vit: SplitViT, parts: ViTParts) -> None:
     parts.check()
 
 
-def check_values(vit: SplitViT, encoder: ExplicitEncoder, site: str, rounded: bool = False) -> None:
+def check_values(vit: SplitViT, encoder: ExplicitEncoder, site: str) -> None:
     """Raise UnsupportedModelError unless logits and input gradient of two random images are the model's own under
     autograd, which is asked in float32 or better.
 
@@ -44,11 +44,9 @@ def check_values(vit: SplitViT, encoder: ExplicitEncoder, site: str, rounded: bo
         vit: adapter of the live model.
         encoder: made of it, with its current weights.
         site: where the gradient is taken.
-        rounded: whether products are rounded to less than the encoder's dtype (8-bit MLPs): then their values are not
-            compared.
     """
     weight = vit.projection.weight
-    if vit.image_size is None or weight.is_meta or rounded:
+    if vit.image_size is None or weight.is_meta:
         return
     exact = torch.float64 if encoder.dtype == torch.float64 else torch.float32
     source = generator(0)

@@ -51,23 +51,21 @@ common factor on its limits."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     # method → changes to the configuration that all share; settings from held-out splits, see docs/recipe.md
-    "clean-only": {"augment": "none"},
-    "random": {"augment": "random", "limit": 0.5},
+    "none": {"augment": "none"},
+    "random": {"augment": "random"},
     "random-tokens": {"augment": "random", NORM_OF: "boundary-tokens"},
     "random-pixels": {"augment": "random", "site": "pixels", "noise_fraction": 0.5, NORM_OF: "boundary-pixels"},
     # the start of boundary-pixels, and no step
     "random-smooth": {
-        "augment": "random", "site": "pixels", "noise_fraction": 0.5, "limit": 8 / 255, "smooth_limit": 48 / 255,
-        "noise_contrast": 0.2, NORM_OF: "boundary-pixels",
+        "augment": "random", "site": "pixels", "noise_fraction": 0.5,
+        "noise": {"limit": 8 / 255, "smooth_limit": 48 / 255, "contrast": 0.2}, NORM_OF: "boundary-pixels",
     },
     # a start of ±3, as published, or of ±1 stays far above ε on this model at what rounds may cost here
-    "universal": {
-        "augment": "universal", "limit": 0.5, "eps": 0.03, "noise_lr": 0.1, "rounds": 3, "image_fraction": 1.0,
-    },
-    "per-image": {"augment": "per_image", "limit": 1.0, "eps": 0.03, "noise_steps": 3},
-    "boundary-tokens": {"augment": "boundary", "limit": 0.25, "eps": 0.6, "noise_steps": 3},
-    # the defaults of this mode and site: one view, half of the images noisy
-    "boundary-pixels": {"augment": "boundary", "site": "pixels"},
+    "universal": {"augment": "universal", "noise": {"limit": 0.5, "lr": 0.1}},
+    "per_image": {"augment": "per_image"},
+    "boundary-tokens": {"augment": "boundary", "site": "patch", "noise": {"eps": 0.6}},
+    # the default: one view, half of the images noisy
+    "boundary-pixels": {"augment": "boundary"},
     # one step from a random start (Wong et al. 2020) for half of the images, each seen once: at equal compute that did
     # better than three steps, and than two views
     "adversarial": {
@@ -80,6 +78,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+RENAMED_METHODS = {"clean-only": "none", "per-image": "per_image"}
 PRETRAINED = "pretrained"
 FIXED = frozenset(
     {"model", "num_classes", "img_size", "pretrained", "checkpoint", "data", "data_dir", "download", "val_fraction"}
@@ -185,6 +184,8 @@ class CompareSettings:
     def recipe(self, method: str) -> Mapping[str, Any]:
         """The changes that make a method. Raises ValueError for an unknown one."""
         known = {**RECIPES, **self.recipes}
+        if method in RENAMED_METHODS and method not in known:
+            raise ValueError(f"method {method} is called {RENAMED_METHODS[method]} since version 0.2")
         return known[check_choice("method", method, known)]
 
     def configuration(self, method: str, **common: Any) -> FinetuneConfig:
@@ -340,7 +341,8 @@ class Task:
 def _check_extras(settings: CompareSettings, kind: str) -> None:
     """Before any work is done: what the data and the report need."""
     data = {"digits": ("scikit-learn", "sklearn"), "photos": ("scikit-image", "skimage")}[settings.data]
-    for package, module in (data, ("matplotlib", "matplotlib")):
+    report = (("matplotlib", "matplotlib"), ("markdown-it-py", "markdown_it"), ("scipy", "scipy"))
+    for package, module in (data, *report):
         try:
             __import__(module)
         except ImportError as error:
@@ -505,7 +507,7 @@ def _equal_norm(config: FinetuneConfig, other: Path) -> FinetuneConfig:
     start = config.synthesis()
     assert start is not None
     scale = scale_of_norm(statistics.fmean(seen), inputs, start)
-    return replace(config, limit=scale * start.limit, smooth_limit=scale * start.smooth_limit)
+    return replace(config, noise=replace(start, limit=scale * start.limit, smooth_limit=scale * start.smooth_limit))
 
 
 def scale_of_norm(norm: float, inputs: Tensor, start: SynthesisConfig) -> float:

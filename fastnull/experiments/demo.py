@@ -21,7 +21,7 @@ from fastnull.report import DEMO, write_report
 from fastnull.report.illustrations import FILE as NOISE
 from fastnull.report.illustrations import illustrate
 
-METHODS = ("clean-only", "random", "universal", "boundary-tokens", "boundary-pixels", "adversarial")
+METHODS = ("none", "random", "universal", "boundary-tokens", "boundary-pixels", "adversarial")
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def run_demo(
 
 def _illustrate(folder: Path, settings: DemoSettings, *, again: bool) -> None:
     path = folder / NOISE
-    # to be looked at, once: with rounds enough to come below ε
-    config = replace(FinetuneConfig(**RECIPES["universal"]), rounds=10).synthesis()
+    config = FinetuneConfig.from_dict(dict(RECIPES["universal"])).synthesis()
     if config is None or (path.exists() and not again):
         return
     train, test = digits()
@@ -99,4 +98,5 @@ def _illustrate(folder: Path, settings: DemoSettings, *, again: bool) -> None:
     if settings.images is not None:
         images = images[even_subset(labels, settings.images, 0)]
     model = load_model(weights(folder, settings.first_seed))
+    config = replace(config, rounds=10)  # to be looked at, once: with rounds enough to come below ε
     illustrate(model, train.tensors[0], images, config, settings.batch_size).save(path)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.augment import DEFAULTS
 from fastnull.checks import check_choice, check_number
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.progress import progress_bar
@@ -95,8 +94,8 @@ def try_settings(
     """
     check_choice("mode", mode, MODES)
     encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=site)
-    defaults = DEFAULTS[mode, encoder.site == "pixels"]
-    limits = [factor * defaults["limit"] for factor in FACTORS] if limits is None else limits
+    base = SynthesisConfig.recommended(mode, encoder.site, steps=steps, seed=seed)
+    limits = [factor * base.limit for factor in FACTORS] if limits is None else limits
     for name, values in (("limits", limits), ("eps", eps)):
         if not values:
             raise ValueError(f"{name} must hold at least one number")
@@ -106,10 +105,8 @@ def try_settings(
         check_number("steps", steps, 1)
     if mode == "universal" and len(images) < 2:
         raise ValueError(f"images must be at least 2 in universal mode; got {len(images)}")
-    if steps is None:
-        steps = defaults.get("steps", UNIVERSAL_STEPS)
-    others = {name: value for name, value in defaults.items() if name not in ("eps", "limit", "steps")}
-    base = SynthesisConfig(mode=mode, site=encoder.site, steps=steps, seed=seed, **others)
+    if base.steps is None:
+        base = replace(base, steps=UNIVERSAL_STEPS)
     learned, judged = images.chunk(2) if mode == "universal" else (images, images)
     pair = embed_batch(encoder, judged)
     rows = []

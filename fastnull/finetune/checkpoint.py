@@ -17,7 +17,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastnull.checks import refuse_renamed
 from fastnull.distributed.sharded import whole_state_dict
 from fastnull.distributed.sharded_state import check_shares
+from fastnull.finetune.config import RENAMED
 from fastnull.finetune.logs import Log
 from fastnull.finetune.run_lock import check_unlocked, locked
 from fastnull.record import provenance, replacing, write_json
@@ -42,7 +44,7 @@ RUN_FILES = (*_OWN_FILES, "state-*.pt", "state-*.shares")
 
 FREE_KEYS = frozenset(
     {"out", "overwrite", "resume", "checkpoint_every", "keep_last", "log_every", "progress", "workers", "device"}
-    | {"label", "log", "accumulate", "channels_last", "compile", "shard", "force"}
+    | {"label", "log", "accumulate", "channels_last", "compile", "shard", "force", "noise.seed"}
 )
 """Settings that a resumed run may change: they say how it runs, not what it computes. (Another kind of device, other
 parts of a batch and a compiled model round differently: the run then goes on, but not bitwise.)"""
@@ -288,8 +290,9 @@ class RunFolder:
         if not self._config_file.exists():
             return
         written = self._written()
-        before, self.run = written["config"], written.get("run")
-        now = json.loads(json.dumps(config))  # tuples become lists, as in the file
+        refuse_renamed(f"{self._config_file}, of an earlier version,", written["config"], RENAMED, ValueError)
+        before, self.run = flat(written["config"]), written.get("run")
+        now = flat(json.loads(json.dumps(config)))  # tuples become lists, as in the file
         keys = sorted((before.keys() | now.keys()) - FREE_KEYS)
         pairs = {key: {"was": before.get(key), "now": now.get(key)} for key in keys}
         self.changed = {key: pair for key, pair in pairs.items() if pair["was"] != pair["now"]}
@@ -312,6 +315,14 @@ class RunFolder:
                 f"cannot resume {self.path} with other settings: {_listed(self.changed)}. force=True goes on with the "
                 "new ones"
             )
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with its nested settings as `noise.eps`."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def _listed(changed: dict[str, dict[str, Any]]) -> str:

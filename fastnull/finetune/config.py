@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from fastnull.augment import DEFAULTS, FRACTIONS
-from fastnull.checks import check_choice, check_fields, check_number
+from fastnull.checks import as_type, check_choice, check_fields, check_number, refuse_renamed
 from fastnull.encoder.frozen import BACKENDS
 from fastnull.finetune.logs import LOGS
-from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.config import ALL_MODES, SynthesisConfig, recommended_fraction, recommended_site
 from fastnull.vit import SITES
 
 AUGMENTS = ("none", "random", "universal", "per_image", "boundary", "adversarial", "trades")
 """`none` trains on clean images alone; `random`, `adversarial` (PGD after Madry) and `trades` are controls; the others
 are fastnull.augment's."""
 ATTACKS = ("adversarial", "trades")
+SMALL_MODELS = ("vit_digits", "vit_photos")
+LR, SMALL_LR = 5e-4, 4e-3
+"""Highest learning rate where none is given: of pretrained or large models, and the one that docs/recipe.md found for
+SMALL_MODELS."""
+RENAMED = {
+    "train_ratio": "train_fraction",
+    "noise_share": "noise_fraction",
+    "eps": "noise.eps",
+    "objective": "noise.objective",
+    "limit": "noise.limit",
+    "limit_spread": "noise.limit_range",
+    "smooth_limit": "noise.smooth_limit",
+    "noise_contrast": "noise.contrast",
+    "noise_lr": "noise.lr",
+    "noise_steps": "noise.steps",
+    "noise_step_size": "noise.step_size",
+    "noise_step_spread": "noise.step_range",
+    "noise_preset": "noise.preset",
+    "rounds": "noise.rounds",
+    "image_ratio": "noise.image_fraction",
+}
+"""Fields by the names of version 0.1."""
+OF_THE_RUN = {"mode": "augment", "site": "site", "seed": "seed"}
+"""Fields of `noise` that are fields of the run: name there → name here."""
+
+
+def recommended_lr(model: str | None) -> float:
+    """The highest learning rate for a model of that name; None: of another make than `create_model`'s."""
+    return SMALL_LR if model in SMALL_MODELS else LR
 
 
 def option(default: Any, text: str) -> Any:
@@ -27,10 +56,15 @@ def option(default: Any, text: str) -> Any:
 class FinetuneConfig:
     """A finetuning run. Every field is documented beside it; `fields(FinetuneConfig)` carry the text as metadata.
 
+    `noise` is a SynthesisConfig, or a mapping of some of its fields (what a YAML file holds): the others then have the
+    recommended values of `augment` and `site`. `{"preset": "finetune"}` starts from published constants in their place.
+
     Raises:
         TypeError: a value of another type than the field's (NumPy's numbers pass); the message names the field.
         ValueError: a value that is not allowed; the message names the field.
     """
+
+    renamed = RENAMED
 
     # the model
     model: str = option("vit_digits", "timm model, vit_digits or vit_photos")
@@ -58,37 +92,15 @@ class FinetuneConfig:
 
     # the augmentation
     augment: str = option("boundary", f"one of {', '.join(AUGMENTS)}")
-    site: str = option("patch", "where noise is added: patch, block0 or pixels")
+    site: str = option(None, "where noise is added: patch, block0 or pixels; none: pixels for boundary, else patch")
+    noise: SynthesisConfig | None = field(
+        default=None, metadata={"help": "how noise is made; none: the recommended recipe of augment and site"}
+    )
     noise_fraction: float | None = option(
         None,
         "fraction of a batch that is noisy (or attacked), every image seen once; 0: each is seen clean and noisy; "
-        "none: default",
+        "none: 0.5 for boundary noise in pixels, else 0",
     )
-    eps: float | None = option(None, "influence aimed at; none: the default of augmentation and site")
-    objective: str | None = option(
-        None, "what the noise keeps (or boundary: moves) of the logits: l2, l2_squared or prediction; none: default"
-    )
-    limit: float | None = option(None, "the noise starts in U(-limit, limit), token units or pixels; none: default")
-    limit_range: float | None = option(
-        None, "each image's limit is drawn from U((1 - range) limit, limit); none: default [0, 1]"
-    )
-    smooth_limit: float | None = option(
-        None, "site pixels: strength of a smooth field added to each image's starting noise, in pixels; none: default"
-    )
-    noise_contrast: float | None = option(
-        None, "site pixels: contrast of an image that limits and step are for, in proportion for others; none: default"
-    )
-    noise_lr: float | None = option(None, "universal, per_image: learning rate of AdamW on the noise; none: default")
-    noise_step_size: float | None = option(
-        None, "boundary: length of an update, token units or pixels; none: 0.1 of the start's norm, 12/255 in pixels"
-    )
-    noise_step_range: float | None = option(
-        None, "boundary: each image's step is drawn from U((1 - range) step, step); none: default [0, 1]"
-    )
-    noise_steps: int | None = option(None, "updates of the noise; none: default (universal: rounds x their batches)")
-    rounds: int = option(3, "universal: rounds through the training batches in a refresh")
-    image_fraction: float = option(0.1, "universal: fraction of the training batches that a round uses (0, 1]")
-    noise_preset: str | None = option(None, "universal: published constants to start from: finetune, first, single_gpu")
     backend: str = option("auto", "of the frozen encoder")
     attack_eps: float = option(8 / 255, "adversarial, trades: radius of the L-infinity ball, pixels in [0, 1]")
     attack_steps: int = option(10, "adversarial, trades: steps of PGD, from a random start")
@@ -106,7 +118,7 @@ class FinetuneConfig:
     batch_size: int = option(64, "images a step, over all processes")
     accumulate: int = option(1, "equal parts in which a process takes its images of a step, to save memory")
     opt: str = option("adamw", "timm optimiser")
-    lr: float = option(5e-4, "highest learning rate")
+    lr: float | None = option(None, "highest learning rate; none: 4e-3 for vit_digits and vit_photos, else 5e-4")
     min_lr: float = option(0.0, "learning rate at the end")
     weight_decay: float = option(0.05, "weight decay, not on biases and norms")
     sched: str = option("cosine", "learning rate over the steps: cosine or constant")
@@ -135,10 +147,18 @@ class FinetuneConfig:
     log: str | None = option(None, "where metrics go besides metrics.jsonl: tensorboard, wandb, trackio or mlflow")
     progress: bool = option(True, "show a progress bar")
 
+    def __new__(cls, *_: Any, **given: Any) -> FinetuneConfig:
+        refuse_renamed("FinetuneConfig", given, RENAMED)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        check_choice("augment", as_type("augment", self.augment, str), AUGMENTS)
+        if self.site is None:
+            given = self.noise.site if isinstance(self.noise, SynthesisConfig) else recommended_site(self.augment)
+            object.__setattr__(self, "site", given)
+        check_choice("site", as_type("site", self.site, str), SITES)
+        self._resolve_noise()
         check_fields(self)
-        check_choice("augment", self.augment, AUGMENTS)
-        check_choice("site", self.site, SITES)
         check_choice("backend", self.backend, BACKENDS)
         check_choice("sched", self.sched, ("cosine", "constant"))
         if self.amp is not None:
@@ -155,12 +175,10 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be >= 0 and < 1; got {value!r}")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr must be <= lr ({self.lr:g}); got {self.min_lr:g}")
+        if self.min_lr > self.highest_lr:
+            raise ValueError(f"min_lr must be <= lr ({self.highest_lr:g}); got {self.min_lr:g}")
         if self.mixing and self.batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images; got {self.batch_size}")
-        if self.noise_preset is not None and self.augment != "universal":
-            raise ValueError(f"noise_preset is for augment='universal'; got augment={self.augment!r}")
         if self.noise_fraction and self.augment in ("none", "trades"):
             raise ValueError(
                 f"noise_fraction is for augmentations of one view: {self.augment!r} "
@@ -172,6 +190,30 @@ class FinetuneConfig:
             raise ValueError("force is for resume: the run goes on with other settings")
         if (self.resume or self.overwrite) and self.out is None:
             raise ValueError("resume and overwrite need a folder: give out")
+
+    def _resolve_noise(self) -> None:
+        """Make `noise` a SynthesisConfig of this run, where it is given."""
+        if self.noise is None:
+            return
+        if self.augment not in ALL_MODES:
+            raise ValueError(f"noise is for augment {', '.join(ALL_MODES)}; got augment={self.augment!r}")
+        noise: Any = self.noise
+        if isinstance(noise, Mapping):
+            if noise.get("preset") is not None and self.augment != "universal":
+                raise ValueError(f"noise.preset is for augment='universal'; got augment={self.augment!r}")
+            own = {name: getattr(self, here) for name, here in OF_THE_RUN.items()}
+            try:
+                noise = SynthesisConfig.from_dict({**own, **noise})
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"noise: {error}") from error
+            if noise.seed != self.seed:
+                raise ValueError(f"noise.seed is the run's seed, {self.seed}; got {noise.seed}")
+        as_type("noise", noise, SynthesisConfig)
+        for name in ("mode", "site"):
+            here = OF_THE_RUN[name]
+            if getattr(noise, name) != getattr(self, here):
+                raise ValueError(f"noise.{name} must be {here} ({getattr(self, here)!r}); got {getattr(noise, name)!r}")
+        object.__setattr__(self, "noise", replace(noise, seed=self.seed))
 
     @classmethod
     def published(cls, name: str = "vit_s", **changes: Any) -> FinetuneConfig:
@@ -187,7 +229,7 @@ class FinetuneConfig:
         small, base = (f"vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("small", "base"))
         common = cls(
             model=small, pretrained=True, data="torch/imagenet", train_fraction=0.004, epochs=20, lr=1e-5, min_lr=1e-6,
-            augment="universal", noise_preset="finetune", rounds=3, image_fraction=0.1,
+            augment="universal", noise=SynthesisConfig.published("finetune"),
         )  # fmt: skip
         regularised: dict[str, Any] = {
             "batch_size": 128, "weight_decay": 0.05, "drop_path": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
@@ -196,13 +238,14 @@ class FinetuneConfig:
         presets: dict[str, dict[str, Any]] = {
             "vit_s": regularised,
             "vit_b": {**regularised, "model": base},
-            "madry": {"augment": "adversarial", "noise_preset": None, "weight_decay": 1e-4, "color_jitter": 0.0},
+            "madry": {"augment": "adversarial", "noise": None, "weight_decay": 1e-4, "color_jitter": 0.0},
         }
         return replace(common, **{**presets[check_choice("preset", name, presets)], **changes})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FinetuneConfig:
-        """The inverse of `to_dict`. Raises ValueError that names unknown fields."""
+        """The inverse of `to_dict`. Raises TypeError for old names, and ValueError that names unknown fields."""
+        refuse_renamed("FinetuneConfig", values, RENAMED)
         known = [entry.name for entry in fields(cls)]
         for name in values:
             check_choice("field", name, known)
@@ -219,43 +262,30 @@ class FinetuneConfig:
 
     @property
     def fraction(self) -> float:
-        """`noise_fraction`, or its default."""
-        if self.noise_fraction is None:
-            return FRACTIONS.get((self.augment, self.site == "pixels"), 0.0)
-        return self.noise_fraction
+        """`noise_fraction`, or the recommended one."""
+        return recommended_fraction(self.augment, self.site) if self.noise_fraction is None else self.noise_fraction
+
+    @property
+    def highest_lr(self) -> float:
+        """`lr`, or the default of the model."""
+        return recommended_lr(self.model) if self.lr is None else self.lr
 
     def synthesis(self) -> SynthesisConfig | None:
         """The settings of NullspaceAugment; None where the augmentation is none of its modes."""
-        if self.augment in ("none", *ATTACKS):
+        if self.augment not in ALL_MODES:
             return None
-        asked: dict[str, Any] = {
-            "eps": self.eps, "limit": self.limit, "lr": self.noise_lr, "steps": self.noise_steps,
-            "step_size": self.noise_step_size, "step_range": self.noise_step_range, "limit_range": self.limit_range,
-            "objective": self.objective, "smooth_limit": self.smooth_limit,
-            "contrast": self.noise_contrast,
-        }  # fmt: skip
-        asked = {name: value for name, value in asked.items() if value is not None}
-        asked |= {"site": self.site, "rounds": self.rounds, "image_fraction": self.image_fraction, "seed": self.seed}
-        if self.noise_preset is not None:
-            return SynthesisConfig.published(self.noise_preset, **asked)
-        # `random` is no synthesis: only its limits are used
-        mode = "boundary" if self.augment == "random" else self.augment
-        return SynthesisConfig(mode=mode, **{**DEFAULTS[self.augment, self.site == "pixels"], **asked})
+        return self.noise or SynthesisConfig.recommended(self.augment, self.site, seed=self.seed)
 
 
 _RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
     # field, least, greatest, whether the least is excluded
     ("num_classes", 1, None, False), ("img_size", 1, None, False), ("epochs", 1, None, False),
     ("batch_size", 1, None, False), ("accumulate", 1, None, False),
-    ("noise_steps", 1, None, False), ("noise_step_size", 0, None, True), ("rounds", 1, None, False),
     ("attack_steps", 1, None, False), ("trades_beta", 0, None, False),
     ("checkpoint_every", 1, None, False), ("keep_last", 1, None, False),
     ("log_every", 1, None, False), ("workers", 0, None, False), ("train_fraction", 0, 1, True),
     ("crop_scale", 0, 1, True), ("hflip", 0, 1, False), ("color_jitter", 0, None, False), ("reprob", 0, 1, False),
-    ("noise_fraction", 0, 1, False), ("eps", 0, 2, True), ("limit", 0, None, False), ("image_fraction", 0, 1, True),
-    ("limit_range", 0, 1, False), ("noise_step_range", 0, 1, False), ("smooth_limit", 0, None, False),
-    ("noise_contrast", 0, None, False),
-    ("noise_lr", 0, None, True),
+    ("noise_fraction", 0, 1, False),
     ("attack_eps", 0, 1, True), ("attack_step_size", 0, 1, True), ("mixup", 0, None, False),
     ("cutmix", 0, None, False), ("compute_budget", 0, None, True), ("lr", 0, None, True), ("min_lr", 0, None, False),
     ("weight_decay", 0, None, False), ("warmup_epochs", 0, None, False), ("layer_decay", 0, 1, True),

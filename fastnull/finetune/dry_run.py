@@ -51,7 +51,7 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
         f"steps      {plan.steps} of {plan.batch_size} images in {plan.epochs} epochs"
         f" ({processes.world} processes x {config.accumulate} parts of {images})",
         f"cost       {plan.total_cost:,} forward passes of an image at most",
-        f"synthesis  {synthesis} of {plan.step_cost} forward passes an image a step"
+        f"synthesis  {synthesis} of {plan.step_cost} forward passes per image and step"
         + (f"; at most {plan.refresh_cost:,} an epoch for the universal noise" if plan.refresh_cost else ""),
         f"memory     {_size(copies * held // shares)} for weights, gradients, two moments"
         f"{' and an average' * (copies > 4)}{f' (a share of {shares})' if shares > 1 else ''}; "

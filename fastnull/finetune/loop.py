@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 from fastnull.data.sources import EpochBatches, loader, seed_everything
 from fastnull.distributed.processes import Processes, explained
 from fastnull.finetune.checkpoint import RunFolder
-from fastnull.finetune.config import FinetuneConfig
+from fastnull.finetune.config import FinetuneConfig, recommended_lr
 from fastnull.finetune.held_out import checked_labels, held_out_loaders, validate
 from fastnull.finetune.plan import make_plan
 from fastnull.finetune.prepare import Data, Prepared, prepare
@@ -25,6 +26,7 @@ from fastnull.finetune.stopping import StopRequest
 from fastnull.finetune.training import DivergenceError, FinetuneResult, Training
 from fastnull.progress import progress_bar
 from fastnull.rng import preserved
+from fastnull.vit import unwrap
 
 __all__ = ["DivergenceError", "FinetuneConfig", "FinetuneResult", "finetune"]
 
@@ -62,6 +64,9 @@ def finetune(
         KeyboardInterrupt: on Ctrl-C, after saving.
         PeerError: another process of the run has ended.
     """
+    if config.lr is None:  # a model that is handed over is not the one that the configuration names
+        made = config.model if model is None else getattr(unwrap(model), "recipe", {}).get("name")
+        config = replace(config, lr=recommended_lr(made))
     processes = Processes()
     device = processes.device(config.device)
     if config.shard and processes.alone:

@@ -266,7 +266,7 @@ class Training:
                 return
             what = f"{len(broken)} weights ({broken[0]}, ...) hold NaN or Inf after step {self.step}"
         raise DivergenceError(
-            f"{what} of {self.plan.steps}; nothing is saved from there on. A lower lr than {self.config.lr:g}, "
+            f"{what} of {self.plan.steps}; nothing is saved from there on. A lower lr than {self.config.highest_lr:g}, "
             "clip_grad, a warm-up, or amp=None may help"
         )
 
@@ -469,8 +469,8 @@ def _made_by_timm(config: FinetuneConfig, network: nn.Module) -> torch.optim.Opt
             groups = optim.param_groups_layer_decay(Layered(network), **settings)
         except ValueError as error:
             raise ValueError(f"layer_decay goes down from block to block, and {error}") from None
-        return optim.create_optimizer_v2(groups, opt=config.opt, lr=config.lr)
-    return optim.create_optimizer_v2(network, opt=config.opt, lr=config.lr, **settings)
+        return optim.create_optimizer_v2(groups, opt=config.opt, lr=config.highest_lr)
+    return optim.create_optimizer_v2(network, opt=config.opt, lr=config.highest_lr, **settings)
 
 
 def _scheduler(config: FinetuneConfig, plan: Plan, optimizer: torch.optim.Optimizer) -> Any:
@@ -484,7 +484,7 @@ def _scheduler(config: FinetuneConfig, plan: Plan, optimizer: torch.optim.Optimi
         num_epochs=plan.steps,
         min_lr=config.min_lr,
         warmup_epochs=warmup,
-        warmup_lr=config.lr / (warmup + 1),
+        warmup_lr=config.highest_lr / (warmup + 1),
         step_on_epochs=False,
         updates_per_epoch=1,
     )

@@ -18,9 +18,7 @@ from fastnull.ops.linear_gelu import (
     linear_gelu,
     linear_gelu_derivative,
 )
-from fastnull.ops.linear_gelu_aux import linear_dgelu_aux, linear_gelu_aux
-from fastnull.ops.linear_layer_norm_dx import layer_norm_sums, linear_layer_norm_dx
-from fastnull.ops.noise_objective import NoiseObjective, noise_loss, noise_objective
+from fastnull.ops.noise_objective import NoiseObjective, noise_objective
 from fastnull.ops.noise_step import (
     AdamWState,
     adamw_step,
@@ -30,7 +28,6 @@ from fastnull.ops.noise_step import (
     sign_step,
 )
 from fastnull.ops.patch_project import patch_project
-from fastnull.ops.quantize_rows import quantize_rows
 
 __all__ = [
     "OPS",
@@ -47,18 +44,12 @@ __all__ = [
     "layer_norm",
     "layer_norm_dx",
     "layer_norm_stats",
-    "layer_norm_sums",
     "linear_dgelu",
-    "linear_dgelu_aux",
     "linear_gelu",
-    "linear_gelu_aux",
     "linear_gelu_derivative",
-    "linear_layer_norm_dx",
-    "noise_loss",
     "noise_objective",
     "normalized_step",
     "patch_project",
-    "quantize_rows",
     "references",
     "sign_step",
 ]

@@ -23,11 +23,9 @@ OPS = (
     "attention",
     "layer_norm",
     "linear_gelu",
-    "linear_layer_norm_dx",
     "noise_objective",
     "noise_step",
     "patch_project",
-    "quantize_rows",
 )
 """Names of the ops: of their files."""
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastnull.checks import check_choice
-from fastnull.ops.common import check_positive, compute_dtype, define, empty, needs_grad, use_native
+from fastnull.ops.common import check_positive, compute_dtype, define, empty, use_native
 
 KINDS = ("l2", "l2_squared")
 REDUCTIONS = ("mean", "none")
@@ -88,38 +88,20 @@ define(
 )
 
 
-def _objective_fwd(clean: Tensor, noisy: Tensor, kind: str, scale: float, groups: int = 0) -> tuple[Tensor, ...]:
-    """loss [B], cotangent [B, K], influence [B]; with groups also the means of loss and influence [groups]."""
+def _objective_fwd(clean: Tensor, noisy: Tensor, kind: str, scale: float, groups: int) -> tuple[Tensor, ...]:
+    """loss [B], cotangent [B, K], influence [B], and the means of loss and influence [groups]."""
     dtype = compute_dtype(torch.promote_types(clean.dtype, noisy.dtype))
     B, K = noisy.shape
-    shapes = [(B,), (B, K), (B,), *([(groups,)] * 2 if groups else [])]
+    shapes = [(B,), (B, K), (B,), (groups,), (groups,)]
     outputs = tuple(empty(shape, dtype=dtype, device=noisy.device) for shape in shapes)
     arguments = (kind == "l2_squared", scale, *outputs)
     if use_native("noise_objective", clean, noisy):
         clean = clean if clean.stride(1) == 1 else clean.contiguous()
         noisy = noisy if noisy.stride(1) == 1 else noisy.contiguous()
-        native = torch.ops.fastnull
-        (native.noise_objective_means_out if groups else native.noise_objective_out)(clean, noisy, *arguments)
-    elif groups:
-        means_after(_noise_objective_out_ref, clean, noisy, *arguments)
+        torch.ops.fastnull.noise_objective_means_out(clean, noisy, *arguments)
     else:
-        _noise_objective_out_ref(clean, noisy, *arguments)
+        means_after(_noise_objective_out_ref, clean, noisy, *arguments)
     return outputs
-
-
-class _NoiseLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, clean: Tensor, noisy: Tensor, kind: str) -> Tensor:
-        loss, cotangent = _objective_fwd(clean, noisy, kind, 1.0)[:2]
-        ctx.save_for_backward(cotangent)
-        ctx.dtype = noisy.dtype
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[None, Tensor, None]:
-        (cotangent,) = ctx.saved_tensors
-        return None, (cotangent * dloss.unsqueeze(1)).to(ctx.dtype), None
 
 
 def _check(clean_logits: Tensor, noisy_logits: Tensor, kind: str, groups: int) -> None:
@@ -164,11 +146,3 @@ def noise_objective(
     rows = noisy_logits.shape[0] // groups
     scale = 1.0 / (batch or rows) if reduction == "mean" and rows else 1.0
     return NoiseObjective(*_objective_fwd(clean_logits.detach(), noisy_logits.detach(), kind, scale, groups))
-
-
-def noise_loss(clean_logits: Tensor, noisy_logits: Tensor, kind: str = "l2") -> Tensor:
-    """The loss of each image [B], differentiable with respect to noisy_logits (not to clean_logits)."""
-    _check(clean_logits, noisy_logits, kind, 1)
-    if needs_grad(noisy_logits):
-        return _NoiseLoss.apply(clean_logits.detach(), noisy_logits, kind)
-    return _objective_fwd(clean_logits.detach(), noisy_logits, kind, 1.0)[0]

@@ -23,9 +23,6 @@ SEEDS_NEEDED = 3
 CLEAN_MARGIN = 1.0
 """Points of clean accuracy that a method may cost."""
 
-# 97.5 % quantile of Student's t for 1, 2, 3, ... degrees of freedom
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -56,7 +53,13 @@ class Comparison:
     def margin(self) -> float | None:
         """Half the width of the 95 % confidence interval; None with fewer than three seeds."""
         error = self.standard_error
-        return None if error is None else error * _T[min(len(self.differences) - 1, len(_T)) - 1]
+        if error is None:
+            return None
+        try:
+            from scipy.special import stdtrit
+        except ImportError as missing:
+            raise ImportError(f"intervals need scipy: pip install fastnull[demo] ({missing})") from missing
+        return error * float(stdtrit(len(self.differences) - 1, 0.975))  # Student's t
 
 
 @dataclass(frozen=True)

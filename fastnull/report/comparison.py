@@ -37,7 +37,7 @@ def summarize_runs(runs: Sequence[Run], methods: Sequence[str]) -> dict[str, Any
                 **{name: run.record["summary"].get(name) for name in (*MEASURES, "mce")},
                 **_by_corruption(run.record),
                 **{name: run.spent.get(name) for name in _SPENT},
-                "limit": run.config.get("limit"),
+                "limit": (run.settings.get("synthesis") or {}).get("limit"),
             }
             for run in runs
             if run.method == method

@@ -1,15 +1,15 @@
 """A report as a list of blocks, written as one HTML file that needs nothing else, and as Markdown with images beside.
 
-Text in blocks knows two marks: `code` and **bold**. Everything else is shown as it is.
+Text in blocks is Markdown without HTML.
 """
 
 from __future__ import annotations
 
 import html
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 
 from fastnull.record import replacing
 
@@ -39,7 +39,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first `text_columns` columns are left-aligned, the others right-aligned."""
+    """A table, with its caption below; the first `text_columns` columns are left-aligned, the others right-aligned."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -83,7 +83,13 @@ class Details:
 
 Block = Heading | Paragraph | Bullets | Table | Code | Figure | Details
 
-_STYLE = """
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
 :root { color-scheme: light dark; --back: #fff; --ink: #1c2024; --soft: #5c6570; --line: #d9dee3; --panel: #f5f7f9;
   --good: #00785a; --bad: #b34700; --open: #6b7280; }
 @media (prefers-color-scheme: dark) { :root { --back: #14171a; --ink: #e4e8eb; --soft: #9aa4ae; --line: #333a41;
@@ -96,40 +102,47 @@ h2 { font-size: 1.35rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-t
 h3 { font-size: 1.08rem; margin: 1.75rem 0 .5rem; }
 p, li { max-width: 46rem; }
 li { margin: .3rem 0; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
+.table { overflow-x: auto; margin: 1rem 0; }
+.table p { color: var(--soft); font-size: .88rem; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }
-caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .88rem; padding-top: .5rem; }
-th, td { padding: .4rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th.text, td.text { text-align: left; }
+th, td { padding: .4rem .8rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { padding-left: 0; }
 thead th { vertical-align: bottom; white-space: normal; min-width: 5rem; border-bottom: 2px solid var(--soft); }
-tbody th { font-weight: 500; }
+td:first-child { font-weight: 500; }
 figure { margin: 1.5rem 0; }
 figure svg { width: 100%; height: auto; display: block; }
-figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem; }
+figcaption p { color: var(--soft); font-size: .9rem; max-width: 46rem; }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .88em; }
 code { background: var(--panel); padding: .1em .3em; border-radius: 4px; }
 pre { background: var(--panel); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; }
 pre code { padding: 0; }
-ul.good, ul.bad, ul.open { list-style: none; padding-left: 0; }
-ul.good li, ul.bad li, ul.open li { padding-left: .9rem; border-left: 4px solid var(--open); }
-ul.good li { border-color: var(--good); }
-ul.bad li { border-color: var(--bad); }
+.good ul, .bad ul, .open ul { list-style: none; padding-left: 0; }
+.good li, .bad li, .open li { padding-left: .9rem; border-left: 4px solid var(--open); }
+.good li { border-color: var(--good); }
+.bad li { border-color: var(--bad); }
 details { margin: 1rem 0; }
 summary { cursor: pointer; color: var(--soft); }
+</style>
+</head>
+<body>
+<main>
+$content
+</main>
+</body>
+</html>
 """
 
 
 def to_html(blocks: Sequence[Block]) -> str:
-    """The whole document as one page, readable in light and dark; it refers to nothing outside itself."""
+    """The whole document as one page, readable in light and dark; it refers to nothing outside itself.
+
+    Raises:
+        ImportError: markdown-it-py is missing.
+    """
     title = next((block.text for block in blocks if isinstance(block, Heading) and block.level == 1), "Report")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(_html(block) for block in blocks)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    render = _renderer()
+    content = "\n".join(_html(block, render) for block in blocks)
+    return Template(_PAGE).substitute(title=html.escape(title), content=content)
 
 
 def to_markdown(blocks: Sequence[Block], images: str = "figures") -> str:
@@ -139,11 +152,12 @@ def to_markdown(blocks: Sequence[Block], images: str = "figures") -> str:
 
 def write_document(blocks: Sequence[Block], folder: Path) -> tuple[Path, Path]:
     """Write report.html, report.md and figures/*.png, each whole or not at all; returns the first two."""
+    page, text = folder / "report.html", folder / "report.md"
+    contents = {page: to_html(blocks), text: to_markdown(blocks)}
     for figure in _figures(blocks):
         with replacing(folder / "figures" / f"{figure.name}.png") as beside:
             beside.write_bytes(figure.png)
-    page, text = folder / "report.html", folder / "report.md"
-    for path, content in ((page, to_html(blocks)), (text, to_markdown(blocks))):
+    for path, content in contents.items():
         with replacing(path) as beside:
             beside.write_text(content, encoding="utf-8")
     return page, text
@@ -154,45 +168,25 @@ def _figures(blocks: Sequence[Block]) -> list[Figure]:
     return found + [figure for block in blocks if isinstance(block, Details) for figure in _figures(block.blocks)]
 
 
-def _html(block: Block) -> str:
-    if isinstance(block, Heading):
-        return f"<h{block.level}>{_inline(block.text)}</h{block.level}>"
-    if isinstance(block, Paragraph):
-        return f"<p>{_inline(block.text)}</p>"
-    if isinstance(block, Bullets):
-        mark = f' class="{block.kind}"' if block.kind else ""
-        return f"<ul{mark}>\n" + "\n".join(f"<li>{_inline(item)}</li>" for item in block.items) + "\n</ul>"
-    if isinstance(block, Code):
-        return f"<pre><code>{html.escape(block.text)}</code></pre>"
-    if isinstance(block, Table):
-        return _html_table(block)
+def _html(block: Block, render: Callable[[str], str]) -> str:
     if isinstance(block, Details):
-        inside = "\n".join(_html(inner) for inner in block.blocks)
-        return f"<details>\n<summary>{_inline(block.summary)}</summary>\n{inside}\n</details>"
-    svg = block.svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(block.alt)}"', 1)
-    return f"<figure>\n{svg}\n<figcaption>{_inline(block.caption)}</figcaption>\n</figure>"
+        inside = "\n".join(_html(inner, render) for inner in block.blocks)
+        return f"<details>\n<summary>{html.escape(block.summary)}</summary>\n{inside}\n</details>"
+    if isinstance(block, Figure):
+        svg = block.svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(block.alt)}"', 1)
+        return f"<figure>\n{svg}\n<figcaption>{render(block.caption)}</figcaption>\n</figure>"
+    kind = block.kind if isinstance(block, Bullets) else "table" if isinstance(block, Table) else ""
+    text = render(_markdown(block, ""))
+    return f'<div class="{kind}">\n{text}</div>' if kind else text
 
 
-def _html_table(table: Table) -> str:
-    marks = [' class="text"' if column < table.text_columns else "" for column in range(len(table.header))]
-    head = "".join(
-        f'<th scope="col"{mark}>{_inline(cell)}</th>' for mark, cell in zip(marks, table.header, strict=True)
-    )
-    rows = []
-    for first, *rest in table.rows:
-        cells = "".join(f"<td{mark}>{_inline(cell)}</td>" for mark, cell in zip(marks[1:], rest, strict=True))
-        rows.append(f'<tr><th scope="row" class="text">{_inline(first)}</th>{cells}</tr>\n')
-    caption = f"<caption>{_inline(table.caption)}</caption>" if table.caption else ""
-    return (
-        f'<div class="scroll"><table>{caption}\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{''.join(rows)}</tbody>\n</table></div>"
-    )
-
-
-def _inline(text: str) -> str:
-    escaped = html.escape(text, quote=False)
-    escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
-    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escaped)
+def _renderer() -> Callable[[str], str]:
+    """Markdown → HTML, in which tags of the text are shown as they are."""
+    try:
+        from markdown_it import MarkdownIt
+    except ImportError as error:
+        raise ImportError(f"a report needs markdown-it-py: pip install fastnull[demo] ({error})") from error
+    return MarkdownIt("commonmark", {"html": False}).enable("table").render
 
 
 def _markdown(block: Block, images: str) -> str:

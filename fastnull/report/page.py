@@ -53,7 +53,7 @@ def write_report(
     Raises:
         FileNotFoundError: a source that does not exist, or a folder without results.
         ValueError: a file that is no result of `evaluate`, or a report is there already.
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib, markdown-it-py or scipy is missing.
     """
     folder = Path(out)
     if (folder / "report.html").exists() and not overwrite:
@@ -139,7 +139,7 @@ def _headline(grouped: Mapping[str, Sequence[Run]]) -> Table:
     header = ["finetuned with", *columns]
     with_cost = any(run.spent for runs in grouped.values() for run in runs)
     if with_cost:
-        header += ["cost [forward passes an image]", "steps", "time [s]", "of it synthesis"]
+        header += ["cost [forward passes per image]", "steps", "time [s]", "of it synthesis"]
     rows = []
     for method, runs in grouped.items():
         row = [method, *(_spread([run.record["summary"].get(key) for run in runs]) for key in columns.values())]
@@ -321,7 +321,8 @@ def _settings_table(trained: Mapping[str, Run]) -> Table:
             how = _noise_settings(noise, config["augment"], config["site"])
         seen = f"{run.spent['influence']:.2g}" if "influence" in run.spent else "–"
         cost, epochs = str(plan.get("step_cost", "–")), str(plan.get("epochs", config["epochs"]))
-        optimiser = f"{config['opt']}, {config['lr']:g}, batch {plan.get('batch_size', config['batch_size'])}"
+        rate = "–" if config["lr"] is None else f"{config['lr']:g}"
+        optimiser = f"{config['opt']}, {rate}, batch {plan.get('batch_size', config['batch_size'])}"
         rows.append([method, how, seen, cost, epochs, optimiser])
     return Table(
         ["finetuned with", "noise", "influence", "cost of a step", "epochs", "optimiser, rate, batch"],

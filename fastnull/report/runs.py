@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnull.checks import as_type, check_choice, check_number
-from fastnull.finetune.checkpoint import FREE_KEYS
+from fastnull.finetune.checkpoint import FREE_KEYS, flat
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.paths import check_readable
 from fastnull.record import read_json
@@ -23,14 +23,14 @@ from fastnull.synthesis.config import SynthesisConfig
 RESULTS, SETTINGS, METRICS = "results.json", "config.json", "metrics.jsonl"
 
 _NAMES = {
-    # augmentation: (label in tables and legends, name in a sentence)
-    "none": ("clean only", "clean-only finetuning"),
-    "random": ("random", "random noise"),
-    "universal": ("universal", "universal noise"),
-    "per_image": ("per image", "noise an image"),
-    "boundary": ("boundary", "boundary noise"),
-    "adversarial": ("adversarial", "adversarial training"),
-    "trades": ("TRADES", "TRADES"),
+    # augmentation, which is its label in tables and legends: name in a sentence
+    "none": "finetuning on clean images",
+    "random": "random noise",
+    "universal": "universal noise",
+    "per_image": "noise per image",
+    "boundary": "boundary noise",
+    "adversarial": "adversarial training",
+    "trades": "TRADES",
 }
 _SITES = {"patch": "tokens", "block0": "block 0", "pixels": "pixels"}
 _NO_SITE = ("none", "adversarial", "trades")
@@ -133,7 +133,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     _check(settings, "it", {"plan": Mapping[str, Any], "synthesis": Mapping[str, Any] | None}, ())
     config, synthesis = settings["config"], settings.get("synthesis")
     # a run of another version may have more settings, or less
-    _check(config, "config", typing.get_type_hints(FinetuneConfig), _SHOWN)
+    _check(config, "config", {**typing.get_type_hints(FinetuneConfig), "noise": Mapping[str, Any] | None}, _SHOWN)
     check_choice("config['augment']", config["augment"], _NAMES)
     check_choice("config['site']", config["site"], _SITES)
     if synthesis is not None:
@@ -148,7 +148,7 @@ def method_label(config: Mapping[str, Any]) -> str:
     """What tables and legends call the augmentation of a configuration."""
     if config.get("label"):
         return config["label"]
-    label = _NAMES[config["augment"]][0]
+    label = config["augment"]
     return label if config["augment"] in _NO_SITE else f"{label}, {_SITES[config['site']]}"
 
 
@@ -158,7 +158,7 @@ def phrase(run: Run) -> str:
         return run.method
     if run.config.get("label"):
         return run.config["label"]
-    label, name = _NAMES[run.config["augment"]]
+    label, name = run.config["augment"], _NAMES[run.config["augment"]]
     detail = run.method.removeprefix(label).removeprefix(",").strip()
     return f"{name} in {detail}" if detail and run.config["augment"] not in _NO_SITE else f"{name} {detail}".strip()
 
@@ -215,11 +215,12 @@ def _told_apart(runs: list[Run]) -> list[Run]:
     """
     named = []
     for run in runs:
-        same = [other.config for other in runs if other.method == run.method]
+        own = flat(run.config)
+        same = [flat(other.config) for other in runs if other.method == run.method]
         free = FREE_KEYS | {"seed", "checkpoint"}
-        keys = [] if run.config.get("label") else [key for key in run.config if key not in free]
-        differing = [key for key in keys if any(config.get(key) != run.config[key] for config in same)]
-        label = ", ".join([run.method, *(f"{key} {run.config[key]}" for key in differing)])
+        keys = [] if run.config.get("label") else [key for key in own if key not in free]
+        differing = [key for key in keys if any(config.get(key) != own[key] for config in same)]
+        label = ", ".join([run.method, *(f"{key} {own[key]}" for key in differing)])
         named.append(replace(run, method=label))
     seen: dict[tuple[str, int], int] = {}
     unique = []

@@ -1,4 +1,4 @@
-"""Noise synthesis: universal banks, noise an image, and noise on the boundary of the approximate nullspace.
+"""Noise synthesis: universal banks, noise for each image, and noise on the boundary of the approximate nullspace.
 
 - `universal`: one noise is shared by all images: drawn from U(−limit, limit), moved until the outputs are those without
   it, stopped at influence < ε (paper, Eq. 7 and 9; by AdamW on the logits as its code does it, or faster by
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastnull.synthesis.config import LR, MODES, ON_UNMET, SCHEDULES, SOLVERS, STOPS, SynthesisConfig
     from fastnull.synthesis.run import (
         EpsilonNotMetError,
+        NoiseNotFiniteError,
         SynthesisInterrupted,
         SynthesisOutOfMemoryError,
         measure_influence,
@@ -40,6 +41,7 @@ __all__ = [
     "STOPS",
     "EpsilonNotMetError",
     "Noise",
+    "NoiseNotFiniteError",
     "SynthesisConfig",
     "SynthesisInterrupted",
     "SynthesisOutOfMemoryError",

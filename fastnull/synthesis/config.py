@@ -1,15 +1,19 @@
-"""SynthesisConfig: how noise is made, and what each setting allows."""
+"""SynthesisConfig: how noise is made, what each setting allows, and the recommended settings of every mode and site."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fastnull.checks import check_choice, check_fields, check_number
+from fastnull.checks import as_type, check_choice, check_fields, check_number, refuse_renamed
 from fastnull.synthesis.objective import OBJECTIVES, PREDICTION
 from fastnull.vit.base import SITES
 
 MODES = ("universal", "per_image", "boundary")
+"""What is synthesised."""
+ALL_MODES = (*MODES, "random")
+"""With the one of NullspaceAugment that is not: its noise is the random start."""
 MOST_NOISES = 100_000
 """In a bank. Each costs a pass over every batch of images in every step."""
 ON_UNMET = ("keep", "scale", "raise")
@@ -18,22 +22,63 @@ SOLVERS = ("gauss_newton", "adamw")
 LR = 0.1
 STOPS = ("check", "batch", "never")
 
+RECOMMENDED: dict[tuple[str, bool], dict[str, Any]] = {
+    # (mode, in pixels): settings in token units, or in pixels in [0, 1]
+    ("boundary", False): {"eps": 0.1, "limit": 0.25, "steps": 3},
+    ("boundary", True): {
+        "eps": 0.6, "limit": 8 / 255, "steps": 1, "step_size": 12 / 255, "step_range": 1.0, "smooth_limit": 48 / 255,
+        "contrast": 0.2, "objective": "prediction",
+    },
+    ("per_image", False): {"limit": 1.0, "steps": 3},
+    ("per_image", True): {"limit": 8 / 255, "steps": 3, "lr": 2 / 255},
+    ("universal", False): {"limit": 3.0},
+    ("universal", True): {"limit": 16 / 255, "lr": 2 / 255},
+    ("random", False): {"limit": 0.5},
+    ("random", True): {"limit": 8 / 255},
+}  # fmt: skip
+"""What settings are where None is given, by mode and site; the only place that holds them. Those of boundary noise in
+pixels come from the search in docs/recipe.md. What is not listed is in _OTHERWISE."""
+_OTHERWISE: dict[str, Any] = {
+    "eps": 0.03, "step_range": 0.0, "smooth_limit": 0.0, "contrast": 0.0, "objective": "l2",
+}  # fmt: skip
+_RECOMMENDED: Any = None
+"""Default of the fields that are never None once the object is made."""
+FRACTIONS = {("boundary", True): 0.5}
+"""By (augment, in pixels): the recommended fraction of noisy images in a batch; 0 (clean and noisy views) elsewhere."""
+
+
+def recommended_site(augment: str) -> str:
+    """Where noise is added unless the caller says otherwise: pixels for boundary noise, else the patch embedding."""
+    return "pixels" if augment == "boundary" else "patch"
+
+
+def recommended_fraction(augment: str, site: str) -> float:
+    """The fraction of noisy images in a batch unless the caller says otherwise, see FRACTIONS."""
+    return FRACTIONS.get((augment, site == "pixels"), 0.0)
+
+
+RENAMED = {"image_ratio": "image_fraction", "limit_spread": "limit_range", "step_spread": "step_range"}
+"""Fields of SynthesisConfig by the names of version 0.1."""
+
 
 @dataclass(frozen=True)
 class SynthesisConfig:
     """How noise is made. Lengths are in the units of the site: token units, or pixels in [0, 1].
 
+    Fields that are None take the recommended value of mode and site (RECOMMENDED) when the object is made, so that
+    `SynthesisConfig(mode="boundary", site="pixels")` is the recipe of docs/recipe.md.
+
     Attributes:
-        mode: `universal`, `per_image` or `boundary`.
+        mode: `universal`, `per_image`, `boundary`, or `random` (the start as it is; for NullspaceAugment alone).
         site: `patch`, `block0` or `pixels`.
         count: universal: number M of noises in the bank.
         limit: the start is drawn from U(−limit, limit).
-        limit_range: each start has a limit of its own, drawn from U((1 − range)·limit, limit).
+        limit_range: each start has a limit of its own, drawn from U((1 − limit_range)·limit, limit).
         smooth_limit: in pixels: a smooth field of up to this strength is added to each start, see
             fastnull.synthesis.starts.
-        contrast: in pixels, boundary or per_image: start and step are for images of this contrast (standard deviation
-            of an image's values) and are scaled to that of others, see fastnull.synthesis.starts.scale_to_contrast;
-            0: the same for all.
+        contrast: in pixels, noise of an image's own: start and step are for images of this contrast (standard deviation
+            of an image's values) and are scaled for others, see fastnull.synthesis.starts.scale_to_contrast; 0: alike
+            for all.
         eps: the influence that a noise may have.
         solver: universal: `gauss_newton` takes the change of every image's probabilities for itself, see
             fastnull.synthesis.gauss_newton; `adamw` follows the gradient of the mean distance between logits
@@ -43,8 +88,8 @@ class SynthesisConfig:
         objective: `l2` or `l2_squared` distance between logits (adamw; in the other modes too), or (boundary)
             `prediction`: the cross entropy against the class predicted without noise.
         log_norm_weight: λ of the objective's −λ·log‖v‖ (paper, Eq. 6); 0 leaves it out.
-        lr, weight_decay: of AdamW on the noise (universal, per_image); lr None is 0.1.
-        steps: most updates a noise gets; None is rounds × the batches of a round (universal) or 30 (others).
+        lr, weight_decay: of AdamW on the noise (universal, per_image); lr None is 0.1 at the token sites.
+        steps: most updates a noise gets; universal: None is rounds × the batches of a round.
         rounds: universal: how often the batches are gone through.
         image_fraction: universal: fraction of the batches that a round uses.
         schedule: of lr or radius. `cosine` decays over the steps that run; `published` has the published code's period,
@@ -52,7 +97,7 @@ class SynthesisConfig:
         stop: universal: `check` stops where the influence on the check images is below ε, `batch` where that on the
             current minibatch is (published), `never` runs all steps.
         on_unmet: what happens to a noise that never met ε: `keep` reports it, `scale` bisects its scale to ε, `raise`.
-        step_size: boundary: of one step; None is 0.1 × the mean norm of the start at the token sites, 4/255 in pixels.
+        step_size: boundary: of one step; at the token sites None is 0.1 × the mean norm of the start.
         step_range: boundary: each noise has a step of its own, drawn from U((1 − range)·step_size, step_size).
         keep: universal: keep clean tokens and logits of the first round on the device for the later ones, where half of
             a GPU's free memory holds them (else a warning). None does so for sequences, True for what a loader gave too
@@ -66,15 +111,17 @@ class SynthesisConfig:
         seed: of the start.
     """
 
+    renamed = RENAMED
+
     mode: str = "universal"
     site: str = "patch"
     count: int = 1
-    limit: float = 3.0
+    limit: float = _RECOMMENDED
     limit_range: float = 0.0
-    smooth_limit: float = 0.0
-    contrast: float = 0.0
-    eps: float = 0.03
-    objective: str = "l2"
+    smooth_limit: float = _RECOMMENDED
+    contrast: float = _RECOMMENDED
+    eps: float = _RECOMMENDED
+    objective: str = _RECOMMENDED
     log_norm_weight: float = 0.0
     solver: str | None = None
     radius: float = 0.1
@@ -87,7 +134,7 @@ class SynthesisConfig:
     stop: str = "check"
     on_unmet: str = "keep"
     step_size: float | None = None
-    step_range: float = 0.0
+    step_range: float = _RECOMMENDED
     keep: bool | None = None
     warm: float = 0.0
     growing: bool = False
@@ -95,11 +142,16 @@ class SynthesisConfig:
     graph: bool | None = None
     seed: int = 0
 
+    def __new__(cls, *_: Any, **given: Any) -> SynthesisConfig:
+        refuse_renamed("SynthesisConfig", given, RENAMED)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        for name, allowed in (("mode", ALL_MODES), ("site", SITES)):
+            check_choice(name, as_type(name, getattr(self, name), str), allowed)
+        self._resolve()
         check_fields(self)
         for name, allowed in (
-            ("mode", MODES),
-            ("site", SITES),
             ("objective", OBJECTIVES),
             ("schedule", SCHEDULES),
             ("stop", STOPS),
@@ -107,8 +159,10 @@ class SynthesisConfig:
         ):
             check_choice(name, getattr(self, name), allowed)
         check_number("eps", self.eps, 0, 2, exclusive=True)
-        for name in ("limit", "smooth_limit", "contrast"):
-            check_number(name, getattr(self, name), 0)
+        for name in ("limit", "smooth_limit"):
+            # a limit in token units is none in pixels
+            check_number(name, getattr(self, name), 0, 1 if self.site == "pixels" else None)
+        check_number("contrast", self.contrast, 0)
         for name in ("smooth_limit", "contrast"):
             if getattr(self, name) and self.site != "pixels":
                 raise ValueError(f"{name} is for site 'pixels'; got site={self.site!r}")
@@ -136,6 +190,15 @@ class SynthesisConfig:
         if self.solver == "gauss_newton" and self._asks_for_adamw:
             raise ValueError("lr, weight_decay and objective are settings of solver 'adamw'; 'gauss_newton' has radius")
 
+    def _resolve(self) -> None:
+        """Replace None by what is recommended for mode and site."""
+        values = {**_OTHERWISE, **RECOMMENDED[self.mode, self.site == "pixels"]}
+        if self.solver == "gauss_newton":
+            values.pop("lr", None)
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
     @property
     def _asks_for_adamw(self) -> bool:
         return self.lr is not None or self.weight_decay > 0 or self.objective != "l2"
@@ -151,6 +214,33 @@ class SynthesisConfig:
     def rate(self) -> float:
         """What the schedule starts from: lr of adamw, radius of gauss_newton."""
         return self.radius if self.rule == "gauss_newton" else self.lr or LR
+
+    @classmethod
+    def recommended(cls, augment: str, site: str | None = None, **changes: Any) -> SynthesisConfig:
+        """The recommended recipe of a way of finetuning, as NullspaceAugment and `finetune` use it.
+
+        Args:
+            augment: one of ALL_MODES.
+            site: None takes `recommended_site(augment)`.
+            changes: fields to change.
+        """
+        return cls(mode=augment, site=recommended_site(augment) if site is None else site, **changes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SynthesisConfig:
+        """From a mapping of fields; `preset` names published constants to start from, see `published`.
+
+        Raises:
+            TypeError: a field by an old name, or of another type.
+            ValueError: an unknown field, or a value that is not allowed.
+        """
+        refuse_renamed("SynthesisConfig", values, RENAMED)
+        known = [*(entry.name for entry in fields(cls)), "preset"]
+        for name in values:
+            check_choice("field", name, known)
+        changes = dict(values)
+        preset = changes.pop("preset", None)
+        return cls(**changes) if preset is None else cls.published(preset, **changes)
 
     @classmethod
     def published(cls, name: str = "finetune", **changes: Any) -> SynthesisConfig:

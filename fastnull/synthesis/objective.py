@@ -12,13 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastnull.ops.noise_objective import KINDS, noise_loss, noise_objective
+from fastnull.ops.noise_objective import KINDS, noise_objective
 
 __all__ = [
     "OBJECTIVES",
     "PREDICTION",
     "influence",
-    "noise_loss",
     "noise_objective",
     "prediction_gradient",
     "probability_change",

@@ -102,6 +102,8 @@ def synthesize(
         SynthesisInterrupted: on Ctrl-C.
     """
     config = config or SynthesisConfig()
+    if config.mode == "random":
+        raise ValueError("config.mode must be universal, per_image or boundary; random noise is not synthesised")
     encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=config.site)
     if encoder.site != config.site:
         raise ValueError(f"config.site is {config.site!r} but the encoder was made for site {encoder.site!r}")
@@ -249,7 +251,7 @@ def _per_image(
     size = one_size(batches) if isinstance(batches, Sequence) else None
     images = count_images(batches)
     if start is not None and images is not None and len(start) != images:
-        raise ValueError(f"start must hold one noise an image ({images}); it holds {len(start)}")
+        raise ValueError(f"start must hold one noise per image ({images}); it holds {len(start)}")
 
     def message() -> str:
         return f"{encoder.device} ran out of memory after {done} images: give smaller batches, or use a 16-bit encoder."
@@ -282,7 +284,7 @@ def _per_image(
     if not parts:
         raise ValueError("batches must hold at least one batch of images; it is empty")
     if start is not None and len(start) != done:
-        raise ValueError(f"start must hold one noise an image ({done}); it holds {len(start)}")
+        raise ValueError(f"start must hold one noise per image ({done}); it holds {len(start)}")
     return _met(_per_image_result(encoder, parts, config), config)
 
 
@@ -354,7 +356,6 @@ def _metadata(encoder: FrozenEncoder, config: SynthesisConfig, **extra: Any) -> 
             encoder.device,
             dtype=str(encoder.dtype),
             products=str(encoder.products),
-            mlp_dtype=str(encoder.mlp_dtype or encoder.products),
             backend=encoder.backend,
             seed=config.seed,
         ),

@@ -24,9 +24,6 @@ from fastnull.ops.common import no_autocast
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import PREDICTION, prediction_gradient, probability_change
 
-BOUNDARY_STEPS = 3
-PER_IMAGE_STEPS = 30
-
 
 def own_noise(
     encoder: FrozenEncoder,
@@ -42,7 +39,13 @@ def own_noise(
         if config.mode != "boundary":
             return optimized_noise(encoder, tokens, clean, start, config)
         noise, influence = boundary_noise(encoder, tokens, clean, start, config, step_size)
-    return noise, influence, torch.full((len(tokens),), config.steps or BOUNDARY_STEPS, device=tokens.device)
+    return noise, influence, torch.full((len(tokens),), steps_of(config), device=tokens.device)
+
+
+def steps_of(config: SynthesisConfig) -> int:
+    """Updates of a noise of one image."""
+    assert config.steps is not None, f"mode {config.mode!r} has no number of steps of its own"
+    return config.steps
 
 
 def boundary_noise(
@@ -70,7 +73,7 @@ def boundary_noise(
     noise = valid_noise(tokens, start) if pixels else start.clone()
     size = boundary_step_size(start, config) if step_size is None else step_size
     influence = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
-    for _ in range(config.steps or BOUNDARY_STEPS):
+    for _ in range(steps_of(config)):
         influence, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
         step = sign_step if pixels else normalized_step
         step(noise, gradient, boundary_gate(influence, config.eps), lr=size)
@@ -80,8 +83,8 @@ def boundary_noise(
 
 
 def boundary_step_size(start: Tensor, config: SynthesisConfig) -> float | Tensor:
-    """Length of a step: config.step_size, or a tenth of the mean norm of the start; a pixel's 4/255 at that site."""
-    return config.step_size or (4 / 255 if config.site == "pixels" else 0.1 * norms(start).mean())
+    """Length of a step: config.step_size, or a tenth of the mean norm of the start."""
+    return config.step_size or 0.1 * norms(start).mean()
 
 
 def optimized_noise(
@@ -102,7 +105,7 @@ def optimized_noise(
     pixels = encoder.site == "pixels"
     noise = valid_noise(tokens, start) if pixels else start.clone()
     state = AdamWState.zeros(noise)
-    steps = config.steps or PER_IMAGE_STEPS
+    steps = steps_of(config)
     influence = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
     for step in range(steps):
         influence, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)

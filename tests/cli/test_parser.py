@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished finetuning run."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("cli") / "run"
-    words = ["--augment", "boundary", "--noise-steps", "1", "--epochs", "1", "--train-fraction", "0.1"]
+    words = ["--augment", "boundary", "--noise.steps", "1", "--epochs", "1", "--train-fraction", "0.1"]
     assert main(["finetune", "--out", str(folder), "--no-progress", *words]) == 0
     return folder
 
@@ -146,7 +146,7 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_finetune_evaluate_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((run / "config.json").read_text())["config"]
-    assert (config["augment"], config["noise_steps"], config["train_fraction"]) == ("boundary", 1, 0.1)
+    assert (config["augment"], config["noise"]["steps"], config["train_fraction"]) == ("boundary", 1, 0.1)
     results = tmp_path / "results.json"
     words = ["evaluate", "--model", str(run / "last.safetensors"), "--out", str(results), "--limit", "16",
              "--suite", "clean", "fgsm", "corruptions", "--eps", "8/255", "--severities", "3"]  # fmt: skip

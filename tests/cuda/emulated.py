@@ -6,6 +6,7 @@ Objects are kept in build/cuda_emulator under the hash of what they were made of
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import mmap
 import os
@@ -30,14 +31,20 @@ def include_flags() -> list[str]:
     return [*defines, f"-I{EMULATOR}", f"-I{CSRC}", "-isystem", str(torch_headers)]
 
 
-def build(name: str, sources: Iterable[Path], *link: str) -> Path:
-    """The shared object of these sources, compiled where it is not there yet; `link`: more flags for the linker."""
+def build(name: str, sources: Iterable[Path]) -> Path:
+    """The shared object of these sources, compiled where it is not there yet; by one process at a time."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(name, sources)
+
+
+def _build(name: str, sources: Iterable[Path]) -> Path:
     headers = sorted(p for folder in (CSRC / "cuda", EMULATOR) for p in folder.rglob("*") if p.suffix in (".h", ".cuh"))
     flags = [*FLAGS, *include_flags()]
     common = hashlib.sha256(" ".join([COMPILER, torch.__version__, *flags]).encode())
     for header in headers:
         common.update(header.read_bytes())
-    BUILD.mkdir(parents=True, exist_ok=True)
     objects = []
     for source in sources:
         key = common.copy()
@@ -55,7 +62,7 @@ def build(name: str, sources: Iterable[Path], *link: str) -> Path:
         for stale in BUILD.glob(f"{name}.*.so"):
             stale.unlink()
         lib_dir = Path(torch.__file__).parent / "lib"
-        run([COMPILER, "-shared", *map(str, objects), "-o", f"{library}.new", f"-L{lib_dir}", "-ltorch_cpu", *link])
+        run([COMPILER, "-shared", *map(str, objects), "-o", f"{library}.new", f"-L{lib_dir}", "-ltorch_cpu"])
         Path(f"{library}.new").replace(library)
     return library
 
@@ -97,8 +104,6 @@ def guarded_nan(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def load_kernels() -> None:
-    """Make torch.ops.fastnull_emulated, and load the stand-in for cublasLt that its products look up."""
-    stand_in = build("cublaslt", [EMULATOR / "cublaslt_stand_in.cpp"], "-Wl,-soname,libcublasLt.so.13")
-    ctypes.CDLL(str(stand_in))
+    """Make torch.ops.fastnull_emulated."""
     sources = [p for p in sorted((CSRC / "cuda").iterdir()) if p.suffix in (".cu", ".cpp")]
     torch.ops.load_library(str(build("kernels", sources)))

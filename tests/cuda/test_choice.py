@@ -96,33 +96,3 @@ def test_the_table_decides_by_gpu_and_tokens(built: None, monkeypatch: pytest.Mo
     assert run(launch, torch.zeros(1, 65, 3, 1, 32, dtype=torch.float16)) == "triton"
     monkeypatch.setattr(choice, "_gpu", lambda device: "sm_80")
     assert run(launch, torch.zeros(1, 64, 3, 1, 32, dtype=torch.float16)) == "triton"
-
-
-def test_what_is_prepared_for_a_kernel_only_where_it_is_chosen(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda", 0)
-    monkeypatch.delenv(choice.VARIABLE, raising=False)
-    assert not choice.served_by_cuda("linear_gelu", gpu)
-    monkeypatch.setattr(choice, "CHOICES", (choice.Choice("linear_gelu", "sm_90", choice.ANY, "cuda", "test"),))
-    assert choice.served_by_cuda("linear_gelu", gpu)
-    monkeypatch.setenv(choice.VARIABLE, "attention")
-    assert not choice.served_by_cuda("linear_gelu", gpu)
-    monkeypatch.setenv(choice.VARIABLE, "linear_gelu")
-    assert choice.served_by_cuda("linear_gelu", gpu)
-    monkeypatch.setattr(_C.cuda, "load", lambda: False)
-    assert not choice.served_by_cuda("linear_gelu", gpu)
-
-
-def test_products_with_gelu_run_on_what_was_chosen(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((3, 8), (16, 8), (16,)))
-    results = []
-    for value in ("none", "linear_gelu"):
-        monkeypatch.setenv(choice.VARIABLE, value)
-        h, z = torch.empty(3, 16).bfloat16(), torch.empty(3, 16).bfloat16()
-        choice.launcher("linear_gelu_aux_out", LAUNCHERS["linear_gelu_aux_out"])(x, weight, bias, h, z)
-        results.append(h)
-    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
-    launch = choice.launcher("linear_gelu_aux_out", triton)
-    with pytest.raises(LookupError):  # of a width or a dtype that cublasLt's epilogues do not take
-        launch(x[:, :4].contiguous(), weight[:, :4].contiguous(), bias, h, z)
-    with pytest.raises(LookupError):
-        launch(*(value.float() for value in (x, weight, bias, h, z)))

@@ -25,6 +25,7 @@ from fastnull.finetune.checkpoint import read_state
 from fastnull.finetune.config import AUGMENTS
 from fastnull.finetune.plan import make_plan
 from fastnull.models import create_model
+from fastnull.synthesis.config import ALL_MODES
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
@@ -33,13 +34,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # 43 images after the hold-out: 2 batches of 16 an epoch and a rest. 5 held out: unequal shares.
 SMALL = FinetuneConfig(
-    augment="none", epochs=2, batch_size=16, lr=2e-3, attack_steps=2, noise_steps=2, limit=0.25, log_every=1,
-    eps=0.02, num_classes=10, progress=False, device="cpu",
+    augment="none", epochs=2, batch_size=16, lr=2e-3, attack_steps=2, log_every=1, num_classes=10, progress=False,
+    device="cpu",
 )  # fmt: skip
+
+
+def with_noise(changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes of a configuration, with noise of few steps where their augmentation has any."""
+    if changes.get("augment") not in ALL_MODES:
+        return changes
+    return {**changes, "noise": {"steps": 2, "limit": 0.25, "eps": 0.02, **changes.get("noise", {})}}
+
+
 MIXED = {"mixup": 0.4, "cutmix": 0.5, "smoothing": 0.1, "clip_grad": 1.0, "ema_decay": 0.9, "layer_decay": 0.8}
 SHARED: dict[str, dict[str, Any]] = {
     **{augment: {"augment": augment} for augment in AUGMENTS},
-    "boundary in pixels": {"augment": "boundary", "site": "pixels", "limit": 8 / 255},
+    "boundary in pixels": {"augment": "boundary", "site": "pixels", "noise": {"limit": 8 / 255}},
     "one view, boundary": {"augment": "boundary", "noise_fraction": 0.5},
     "one view, adversarial": {"augment": "adversarial", "noise_fraction": 0.3},
     "universal without held-out images": {"augment": "universal", "val_fraction": 0.0},
@@ -71,7 +81,8 @@ def train(changes: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:
     model = untrained("amp" not in changes)
     if changes.get("soft"):
         labels = 0.9 * torch.eye(10)[labels] + 0.01
-    config = replace(SMALL, **{name: value for name, value in changes.items() if name != "soft"}, out=str(out))
+    changes = {name: value for name, value in changes.items() if name != "soft"}
+    config = replace(SMALL, **with_noise(changes), out=str(out))
     return finetune(config, model, (images[:48], labels[:48])).model.state_dict()
 
 

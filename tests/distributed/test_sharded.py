@@ -36,6 +36,7 @@ from tests.distributed.test_processes import (
     simplify,
     started,
     untrained,
+    with_noise,
 )
 
 pytest.importorskip("sklearn")
@@ -52,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{augment: {"augment": augment} for augment in AUGMENTS},
     "per_image, written out": {"augment": "per_image", "backend": "cpu"},
     "universal, written out": {"augment": "universal", "backend": "cpu", "val_fraction": 0.0},
-    "boundary in pixels": {"augment": "boundary", "site": "pixels", "limit": 8 / 255},
+    "boundary in pixels": {"augment": "boundary", "site": "pixels", "noise": {"limit": 8 / 255}},
     "boundary at block 0": {"augment": "boundary", "site": "block0", "backend": "cpu"},
     "adversarial in parts": {"augment": "adversarial", "accumulate": 2},
     "compiled, channels last": {"augment": "boundary", "compile": True, "channels_last": True, "accumulate": 2},
@@ -66,7 +67,7 @@ def train(changes: dict[str, Any], out: Path) -> nn.Module:
     embedding."""
     images, labels = digits()[0].tensors
     if "amp" in changes:
-        config = replace(SMALL, **{"epochs": 1, **changes}, out=str(out))
+        config = replace(SMALL, **with_noise({"epochs": 1, **changes}), out=str(out))
         return finetune(config, untrained(double=False), (images[:48], labels[:48])).model
     torch.manual_seed(0)
     model = create_model("vit_digits", num_classes=10, init_values=0.5).double()
@@ -75,7 +76,9 @@ def train(changes: dict[str, Any], out: Path) -> nn.Module:
             block.mlp.fc1.weight.mul_(4)
     if changes.get("backend") == "cpu":
         model.network.patch_embed.requires_grad_(False)
-    return finetune(replace(SMALL, **{"epochs": 1, **changes}, out=str(out)), model, (images[:48], labels[:48])).model
+    return finetune(
+        replace(SMALL, **with_noise({"epochs": 1, **changes}), out=str(out)), model, (images[:48], labels[:48])
+    ).model
 
 
 def up_to(step: int, source: Path, out: Path) -> Path:

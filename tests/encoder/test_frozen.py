@@ -556,7 +556,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Device → why its kernels do not run ("" where they do), and an ExplicitEncoder that only says it was made."""
     problems = {"cuda:0": ""}
     monkeypatch.setattr(encoder, "triton_problem", lambda device: problems[str(device)])
-    monkeypatch.setattr(encoder, "ExplicitEncoder", lambda vit, parts, dtype, compute, mlp: (parts, dtype, compute))
+    monkeypatch.setattr(encoder, "ExplicitEncoder", lambda vit, parts, dtype, compute: (parts, dtype, compute))
     for check in ("check_structure", "check_values"):  # there is no model behind it
         monkeypatch.setattr(encoder, check, lambda *_, **__: None)
     monkeypatch.setattr(encoder, "_warned", set())

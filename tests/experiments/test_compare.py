@@ -30,8 +30,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 TINY = CompareSettings(
-    methods=("clean-only", "random-pixels", "boundary-pixels", "wide"),
-    recipes={"wide": {"augment": "random", "limit": 1}},
+    methods=("none", "random-pixels", "boundary-pixels", "wide"),
+    recipes={"wide": {"augment": "random", "noise": {"limit": 1}}},
     seeds=2, first_seed=3, pretrain_epochs=1, budget=13, eps=(8,), pgd_steps=1, corruptions=("contrast",),
     severities=(1,), images=24,
 )  # fmt: skip
@@ -123,24 +123,21 @@ def test_resume_does_only_what_is_missing(done: Path, monkeypatch: pytest.Monkey
 
 
 def test_held_out_split_is_not_the_test_set(tmp_path: Path, done: Path) -> None:
-    settings = replace(TINY, split="held-out", seeds=1, methods=("clean-only",), images=None)
+    settings = replace(TINY, split="held-out", seeds=1, methods=("none",), images=None)
     run_compare(tmp_path / "out", settings, progress=False)
     folder = tmp_path / "out" / "seed-3"
-    protocol = json.loads((folder / "clean-only" / "results.json").read_text())["protocol"]
+    protocol = json.loads((folder / "none" / "results.json").read_text())["protocol"]
     assert protocol["n"] == round(0.2 * 1297)
-    for name in ("pretrained", "clean-only"):
+    for name in ("pretrained", "none"):
         assert json.loads((folder / name / "config.json").read_text())["data"]["train"] == 1297 - protocol["n"]
     # its images are training images, those that neither training saw
-    model = load_model(folder / "clean-only" / "last.safetensors")
+    model = load_model(folder / "none" / "last.safetensors")
     held = fastnull.experiments.compare._evaluation_data(
         FinetuneConfig(data="digits", val_fraction=fastnull.experiments.compare.HELD_OUT), "held-out", model
     )
     train, test = embedded("digits", model)
     assert torch.equal(held[0][0], train[held.indices[0]][0])  # type: ignore[attr-defined]
-    assert (
-        protocol["data"]
-        != json.loads((done / "seed-3" / "clean-only" / "results.json").read_text())["protocol"]["data"]
-    )
+    assert protocol["data"] != json.loads((done / "seed-3" / "none" / "results.json").read_text())["protocol"]["data"]
     assert len(test) == 500
 
 
@@ -192,10 +189,13 @@ def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ("clean",)}, "Did you mean 'clean-only'"),
+        ({"methods": ("clean",)}, "Did you mean 'none'"),
         ({"methods": ("random-tokens",)}, "takes the norm of boundary-tokens, which must be among the methods"),
         ({"methods": ("x",), "recipes": {"x": {"augmnt": "none"}}}, "recipe of x: field must be one of"),
-        ({"methods": ("x",), "recipes": {"x": {"augment": "boundary", "eps": -1}}}, "recipe of x: eps must be"),
+        (
+            {"methods": ("x",), "recipes": {"x": {"augment": "boundary", "noise": {"eps": -1}}}},
+            "recipe of x: noise: eps",
+        ),
         (
             {"methods": ("universal", "x"), "recipes": {"x": {"augment": "none", "norm_of": "universal"}}},
             "scales the limits of random noise",
@@ -235,8 +235,8 @@ def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:
             "norm of its own; x takes another one's itself",
         ),
         (
-            {"methods": ("x", "clean-only"), "recipes": {"x": {"augment": "random", "norm_of": "clean-only"}}},
-            "clean-only adds no noise",
+            {"methods": ("x", "none"), "recipes": {"x": {"augment": "random", "norm_of": "none"}}},
+            "none adds no noise",
         ),
     ],
 )
@@ -253,7 +253,7 @@ BAD_NAMES = (
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_are_no_folders(name: str) -> None:
-    for methods in ((name,), ("clean-only",)):  # also where it does not run
+    for methods in ((name,), ("none",)):  # also where it does not run
         with pytest.raises(ValueError, match="a method's name is a folder's too"):
             CompareSettings(methods=methods, recipes={name: {"augment": "none"}})
 
@@ -276,7 +276,7 @@ def test_recipes_do_not_set_what_all_have_alike(field: str, value: object) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": 0.1}, r"clean-only: budget 0.1 .* does not pay for one step"),
+        ({"budget": 0.1}, r"none: budget 0.1 .* does not pay for one step"),
         ({"recipes": {"wide": {"augment": "none", "opt": "adamw", "accumulate": 7}}}, "wide: batch_size must divide"),
     ],
 )
@@ -318,13 +318,13 @@ def test_settings_without_a_finished_run_do_not_block(tmp_path: Path) -> None:
     prepare(replace(TINY, seeds=3))  # the corrected command: it starts over
     assert not begun.exists()
     assert record_of(out)["settings"]["seeds"] == 3
-    (out / "seed-3" / "clean-only").mkdir(parents=True)
-    (out / "seed-3" / "clean-only" / "results.json").write_text("{}")
+    (out / "seed-3" / "none").mkdir(parents=True)
+    (out / "seed-3" / "none" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a comparison already"):
         prepare(replace(TINY, seeds=3))
     with pytest.raises(ValueError, match=r"cannot resume the comparison in .* with other settings: seeds"):
         prepare(TINY, resume=True)
-    assert (out / "seed-3" / "clean-only" / "results.json").exists()
+    assert (out / "seed-3" / "none" / "results.json").exists()
     prepare(TINY, overwrite=True)
     assert not (out / "seed-3").exists()
 
@@ -343,7 +343,7 @@ def test_command_with_recipes_from_a_file(tmp_path: Path, capsys: pytest.Capture
     recipes = tmp_path / "recipes.json"
     recipes.write_text(json.dumps({"mine": {"augment": "trades", "attack_steps": 1, "trades_beta": 1}}))
     words = [
-        "compare", "--data", "photos", "--methods", "mine", "clean-only", "--recipes", str(recipes), "--seeds", "1",
+        "compare", "--data", "photos", "--methods", "mine", "none", "--recipes", str(recipes), "--seeds", "1",
         "--pretrain-epochs", "1", "--budget", "9", "--eps", "8", "--pgd-steps", "1", "--images", "13", "--corruptions",
         "contrast", "--severities", "1", "2", "--jobs", "1", "--out", str(tmp_path / "out"),
     ]  # fmt: skip

@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 
 TINY = DemoSettings(
     # two methods, one with synthesis; a budget of 13 is one epoch of boundary noise
-    seeds=1, methods=("clean-only", "boundary-tokens"), pretrain_epochs=1, budget=13, eps=(8,), pgd_steps=1,
+    seeds=1, methods=("none", "boundary-tokens"), pretrain_epochs=1, budget=13, eps=(8,), pgd_steps=1,
     severities=(1,), images=24, quick=True,
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_methods_start_alike_and_cost_alike(done: Path) -> None:
     assert max(costs) <= 13 * 1297
     # a step of boundary noise is the coarser one: within one of them of the budget
     assert min(costs) > 13 * 1297 - 13 * 64
-    assert plans["clean-only"]["steps"] > 4 * plans["boundary-tokens"]["steps"]
+    assert plans["none"]["steps"] > 4 * plans["boundary-tokens"]["steps"]
 
 
 def test_resume_does_nothing_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastnull.augment import DEFAULTS
 from fastnull.cli import main
 from fastnull.encoder import FrozenEncoder
 from fastnull.experiments.noise_tuning import MODES, format_tried, try_settings
@@ -22,11 +21,11 @@ def test_rows_are_what_synthesis_gives(vit: NormalizedModel, images: Tensor, mod
     rows = try_settings(vit, images, mode=mode, site=site, limits=limits, eps=eps, steps=4, seed=3)
     assert [(row.limit, row.eps) for row in rows] == [(a, b) for a in limits for b in (None, *eps)]
     by = {(row.limit, row.eps): row for row in rows}
-    smooth = DEFAULTS[mode, site == "pixels"].get("smooth_limit")  # it stays as it is
+    smooth = SynthesisConfig.recommended(mode, site).smooth_limit  # it stays as it is
     assert by[0.05, None].norm > (1 if smooth else 3) * by[0.01, None].norm
     learned, judged = images.chunk(2) if mode == "universal" else (images, images)
     asked = {"limit": 0.05, "eps": 0.1, "steps": 4}
-    config = SynthesisConfig(mode=mode, site=site, seed=3, **{**DEFAULTS[mode, site == "pixels"], **asked})
+    config = SynthesisConfig.recommended(mode, site, seed=3, **asked)
     noise = synthesize(vit, [learned], config, check=judged if mode == "universal" else None)
     row = by[0.05, 0.1]
     assert row.norm == pytest.approx(float(noise.norm.mean()))

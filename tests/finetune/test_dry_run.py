@@ -21,12 +21,25 @@ pytest.importorskip("sklearn")
 
 def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    words = ["--augment", "boundary", "--epochs", "2", "--batch-size", "32", "--accumulate", "2", "--out", str(out)]
+    words = [
+        "--augment",
+        "boundary",
+        "--site",
+        "patch",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "32",
+        "--accumulate",
+        "2",
+        "--out",
+        str(out),
+    ]
     assert main(["finetune", "--dry-run", *words]) == 0
     text = capsys.readouterr().out
     # 1167 images: 36 batches an epoch; an image costs 6 for two views, 3 x 2 for the noise
     assert "steps      72 of 32 images in 2 epochs (1 processes x 2 parts of 16)" in text
-    assert "synthesis  6 of 12 forward passes an image a step" in text
+    assert "synthesis  6 of 12 forward passes per image and step" in text
     assert f"cost       {72 * 32 * 12:,} forward passes" in text
     assert "53,354 parameters" in text
     assert "0.9 MB for weights, gradients, two moments; " in text  # 4 x 4 x 53,354 bytes
@@ -91,7 +104,7 @@ def test_settings_from_a_file_under_options(tmp_path: Path) -> None:
     file.write_text(
         "augment: none\nlr: 1e-3\nattack_eps: 4/255\nclip_grad: none\nepochs: 1\ntrain_fraction: 0.1\nema_decay: 0\n"
     )
-    config = replace(FinetuneConfig(clip_grad=1.0), **read_fields(FinetuneConfig, file))
+    config = replace(FinetuneConfig(augment="none", clip_grad=1.0), **read_fields(FinetuneConfig, file))
     assert (config.lr, config.attack_eps, config.clip_grad, config.ema_decay) == (1e-3, 4 / 255, None, 0.0)
     words = ["--config", str(file), "--lr", "0.25", "--no-progress", "--out", str(tmp_path / "run")]
     assert main(["finetune", *words]) == 0
@@ -108,17 +121,22 @@ def test_settings_from_a_file_under_options(tmp_path: Path) -> None:
         ("epochs: 2.5", "epochs must be an integer; got 2.5"),
         ("pretrained: 3", "pretrained must be True or False; got 3"),
         ("pretrained: maybe", "pretrained must be True or False; got 'maybe'"),
-        ("lr: yes", "lr must be a number; got True"),
+        ("lr: yes", "lr must be a number or None; got True"),
         ("augment: boundry", "Did you mean 'boundary'"),
         ("false", "must hold `field: value` lines; it holds a bool"),
         ("- lr", "must hold `field: value` lines; it holds a list"),
         ("lr: [", "is no YAML file"),
         ("seed: 2024-13-45", "is no YAML file"),
-        ("lr: [1e-3]", "lr must be a number; got"),
-        ("lr: .nan", "lr must be a number; got nan"),
+        ("lr: [1e-3]", "lr must be a number or None; got"),
+        ("lr: .nan", "lr must be a number or None; got nan"),
         ("lr: 1\nepochs: 2\nlr: 2", "run.yaml: lr is given twice, in lines 1 and 3"),
         ("overwrite: no\nout: a\noverwrite: yes", "overwrite is given twice, in lines 1 and 3"),
         ("1: 2", "field must be one of"),
+        ("noise: 3", r"noise must hold `field: value` lines; got 3"),
+        ("noise:\n  esp: 1", "noise.field must be one of .* Did you mean 'eps'"),
+        ("noise:\n  eps: many", "noise.eps: 'many' is no number"),
+        ("noise:\n  eps: 1\n  eps: 2", "noise.eps is given twice, in lines 2 and 3"),
+        ("eps: 0.1\nnoise_share: 0.5", "eps is now noise.eps, noise_share is now noise_fraction"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
@@ -136,7 +154,7 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
         ("force: true", ["--resume", "--out", "{out}"], {"force": True}),
         ("min_lr: 1e-2", ["--lr", "0.1"], {"min_lr": 0.01, "lr": 0.1}),
         ("mixup: 0.5\nbatch_size: 7", ["--batch-size", "8"], {"mixup": 0.5, "batch_size": 8}),
-        ("noise_preset: first", ["--augment", "universal"], {"noise_preset": "first"}),
+        ("noise: {preset: first}", ["--augment", "universal", "--noise.eps", "0.5"], {"augment": "universal"}),
         ("augment: trades", ["--noise-fraction", "0.5", "--augment", "boundary"], {"augment": "boundary"}),
         ("log: tensorboard", ["--out", "{out}"], {"log": "tensorboard"}),
     ],

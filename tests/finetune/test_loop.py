@@ -38,17 +38,23 @@ from fastnull.finetune.plan import make_plan
 from fastnull.finetune.refresh import RefreshBatches
 from fastnull.finetune.training import Training
 from fastnull.models import create_model, load_model, save_checkpoint
+from fastnull.synthesis.config import ALL_MODES, SynthesisConfig
 from fastnull.vit import SITES
 from tests.pictures import write_pictures
 
 # 48 of the digits: 43 after the hold-out, 2 batches of 16 an epoch and a rest, so that the order matters
 SMALL = FinetuneConfig(
-    augment="none", epochs=3, batch_size=16, lr=2e-3, attack_steps=2, noise_steps=2, limit=0.25, log_every=1,
-    progress=False,
+    augment="none", epochs=3, batch_size=16, lr=2e-3, attack_steps=2, log_every=1, progress=False
 )  # fmt: skip
 MIXED = {"mixup": 0.4, "cutmix": 0.5, "smoothing": 0.1}
 SGD = replace(SMALL, opt="sgd", lr=0.05)
 """The first steps of AdamW have the gradient's sign alone, which rounding turns."""
+
+
+def small(augment, base=SMALL, noise=None, **changes):
+    """SMALL with an augmentation, whose noise takes few steps."""
+    noise = {"steps": 2, "limit": 0.25, **(noise or {})} if augment in ALL_MODES else None
+    return replace(base, augment=augment, noise=noise, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +115,7 @@ def test_learns_the_digits(half_trained):
 def test_every_augmentation_learns(half_trained, augment):
     config = FinetuneConfig(augment=augment, epochs=2, lr=1e-3, attack_steps=2, attack_eps=2 / 255, progress=False)
     if augment == "universal":  # each epoch has a bank of its own: mild ones, or their differences are all one sees
-        config = replace(config, limit=0.25, image_fraction=1.0)
+        config = replace(config, noise={"limit": 0.25})
     result = finetune(config, copy.deepcopy(half_trained.model))
     first, last = result.history[0], result.history[-1]
     assert last["loss"] < first["loss"]
@@ -122,8 +128,8 @@ def test_every_augmentation_learns(half_trained, augment):
 # Universal learns its bank at epoch starts: step 3 lies behind the second one. 2 workers and image files: below.
 @pytest.mark.parametrize("augment", AUGMENTS)
 def test_stopped_run_goes_on_bitwise(tmp_path, few, monkeypatch, augment):
-    config = replace(
-        SMALL, augment=augment, drop_path=0.2, mixup=0.4, cutmix=0.5, smoothing=0.1, ema_decay=0.9, clip_grad=1.0,
+    config = small(
+        augment, drop_path=0.2, mixup=0.4, cutmix=0.5, smoothing=0.1, ema_decay=0.9, clip_grad=1.0,
         layer_decay=0.8, warmup_epochs=0.5, num_classes=10,
     )  # fmt: skip
     whole, parts = replace(config, out=str(tmp_path / "whole")), replace(config, out=str(tmp_path / "parts"))
@@ -145,8 +151,8 @@ def test_stopped_run_goes_on_bitwise(tmp_path, few, monkeypatch, augment):
 def test_stopped_run_on_image_files_goes_on_bitwise(tmp_path, monkeypatch, workers):
     """Random crops, RandAugment and erasing in worker processes; stopped by a crash behind a periodic state."""
     pictures = write_pictures(tmp_path / "pictures")
-    config = replace(
-        SMALL, augment="boundary", data=str(pictures), auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5, mixup=0.2,
+    config = small(
+        "boundary", data=str(pictures), auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5, mixup=0.2,
         drop_path=0.1, batch_size=4, epochs=2, val_fraction=0.25, workers=workers, checkpoint_every=3,
     )  # fmt: skip
     whole, parts = replace(config, out=str(tmp_path / "whole")), replace(config, out=str(tmp_path / "parts"))
@@ -171,8 +177,8 @@ def test_stopped_run_on_image_files_goes_on_bitwise(tmp_path, monkeypatch, worke
 @pytest.mark.filterwarnings("ignore:This process")
 def test_killed_at_twenty_moments_goes_on_bitwise(tmp_path, few):
     """SIGKILL from outside at random times, and at every third time in the middle of writing a state."""
-    config = replace(
-        SMALL, augment="boundary", num_classes=10, epochs=12, checkpoint_every=1, ema_decay=0.9, mixup=0.2,
+    config = small(
+        "boundary", num_classes=10, epochs=12, checkpoint_every=1, ema_decay=0.9, mixup=0.2,
         drop_path=0.2,
     )  # fmt: skip
     whole, parts = replace(config, out=str(tmp_path / "whole")), replace(config, out=str(tmp_path / "parts"))
@@ -391,7 +397,7 @@ def test_a_state_that_lacks_an_entry_is_told(tmp_path, few, entry):
 
 
 def test_torn_state_costs_the_steps_since_the_one_before(tmp_path, few):
-    config = replace(SMALL, augment="boundary", num_classes=10, out=str(tmp_path / "whole"))
+    config = small("boundary", num_classes=10, out=str(tmp_path / "whole"))
     finetune(config, train_data=few)
     torn = replace(config, out=str(tmp_path / "torn"))
     finetune(torn, train_data=few)
@@ -493,18 +499,27 @@ def _without_settings(config: FinetuneConfig) -> FinetuneConfig:
 
 @pytest.mark.filterwarnings("ignore:the universal noise")
 @pytest.mark.parametrize(
-    "changes", [{"limit": 0.1}, {"augment": "universal"}, {"layer_decay": 0.5, "amp": "bfloat16"}, {"batch_size": 8}]
+    "changes",
+    [{"noise": {"limit": 0.1}}, {"augment": "universal"}, {"layer_decay": 0.5, "amp": "bfloat16"}, {"batch_size": 8}],
 )
 def test_forced_settings_hold_from_the_resumed_step(tmp_path, few, monkeypatch, changes):
-    config = replace(
-        SMALL, augment="boundary", num_classes=10, ema_decay=0.9, layer_decay=0.8, out=str(tmp_path / "run")
-    )
+    config = small("boundary", num_classes=10, ema_decay=0.9, layer_decay=0.8, out=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
         stop_after(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 6"):
             finetune(config, train_data=few)
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    other = replace(config, resume=True, lr=1e-4, weight_decay=0.01, epochs=4, **changes)
+    changed = {"augment": "boundary", **changes}
+    other = small(
+        changed.pop("augment"),
+        config,
+        changed.pop("noise", None),
+        resume=True,
+        lr=1e-4,
+        weight_decay=0.01,
+        epochs=4,
+        **changed,
+    )
     with pytest.raises(ValueError, match=r"cannot resume .*lr \(was 0.002, now 0.0001\).*force=True"):
         finetune(other, train_data=few)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}, "nothing is lost"
@@ -512,7 +527,9 @@ def test_forced_settings_hold_from_the_resumed_step(tmp_path, few, monkeypatch, 
     lines = metrics(tmp_path / "run")
     (noted,) = [line for line in lines if line["kind"] == "settings"]
     assert noted["step"] == 3
-    assert noted["changed"].keys() == {"lr", "weight_decay", "epochs", *changes}
+    names = {"noise": ["noise.limit"], "augment": ["augment", "noise.mode"]}
+    expected = [name for change in changes for name in names.get(change, [change])]
+    assert noted["changed"].keys() == {"lr", "weight_decay", "epochs", *expected}
     assert FinetuneConfig.from_dict(json.loads((tmp_path / "run" / "config.json").read_text())["config"]).lr == 1e-4
     # cosine over the new run's steps, from the first one on
     total = make_plan(other, 43).steps
@@ -537,7 +554,7 @@ def test_global_generators_are_left_alone(few):
 
 
 def test_files_of_a_run(tmp_path, few):
-    config = replace(SMALL, augment="boundary", num_classes=10, ema_decay=0.9, out=str(tmp_path))
+    config = small("boundary", num_classes=10, ema_decay=0.9, out=str(tmp_path))
     result = finetune(config, train_data=few)
     assert (result.best_path, result.last_path) == (tmp_path / "best.safetensors", tmp_path / "last.safetensors")
     written = json.loads((tmp_path / "config.json").read_text())
@@ -588,14 +605,14 @@ def test_without_held_out_images_there_is_no_best_epoch(tmp_path, few):
 
 
 def test_same_seed_same_run_other_seed_another(few):
-    config = replace(SMALL, augment="boundary", num_classes=10)
+    config = small("boundary", num_classes=10)
     losses = [[r["loss"] for r in finetune(replace(config, seed=s), train_data=few).history] for s in (0, 0, 1)]
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
 
 
 def test_universal_noise_that_misses_eps_is_reported(tmp_path, few):
-    config = replace(SMALL, augment="universal", eps=1e-9, num_classes=10, epochs=1, out=str(tmp_path))
+    config = small("universal", noise={"eps": 1e-9}, num_classes=10, epochs=1, out=str(tmp_path))
     with pytest.warns(UserWarning, match="did not meet eps"):
         finetune(config, train_data=few)
     (refresh,) = [line for line in metrics(tmp_path) if line["kind"] == "refresh"]
@@ -610,12 +627,13 @@ COSTS = {
     "trades": 6 + 1 + 6,
 }  # fmt: skip
 
+COUNTED = {"per_image": {"steps": 4}, "boundary": {"steps": 4}, "universal": {"image_fraction": 0.1}}
+
 
 @pytest.mark.parametrize("augment", AUGMENTS)
 def test_equal_budgets_cost_the_same(augment):
     config = FinetuneConfig(
-        augment=augment, noise_steps=4 if augment != "universal" else None, attack_steps=3, compute_budget=60.0,
-        epochs=1,
+        augment=augment, noise=COUNTED.get(augment), site="patch", attack_steps=3, compute_budget=60.0, epochs=1
     )  # fmt: skip
     plan = make_plan(config, 1000)
     assert plan.step_cost == COSTS[augment]
@@ -636,8 +654,10 @@ ONE_VIEW_COSTS = {"random": 3, "universal": 3, "per_image": 3 + 9 / 4, "boundary
 
 @pytest.mark.parametrize("augment", ONE_VIEW_COSTS)
 def test_one_view_costs_half_and_its_share_of_the_search(augment):
-    steps = {"noise_steps": 4} if augment != "universal" else {}
-    config = FinetuneConfig(augment=augment, attack_steps=3, compute_budget=60.0, noise_fraction=0.25, **steps)
+    config = FinetuneConfig(
+        augment=augment, noise=COUNTED.get(augment), site="patch", attack_steps=3, compute_budget=60.0,
+        noise_fraction=0.25,
+    )  # fmt: skip
     assert make_plan(config, 1000).step_cost == ONE_VIEW_COSTS[augment]
 
 
@@ -658,7 +678,7 @@ def test_boundary_noise_in_pixels_takes_one_view_unless_two_are_asked_for():
 
 
 def test_budget_is_spent_as_planned(few):
-    config = replace(SMALL, augment="boundary", num_classes=10, compute_budget=27.0, epochs=1)
+    config = small("boundary", num_classes=10, compute_budget=27.0, epochs=1)
     result = finetune(config, train_data=few)
     # 43 images x 27 = 1161; a step costs 16 x (6 + 4) = 160: seven steps, the last in the fourth epoch
     assert result.plan.steps == 7
@@ -678,7 +698,7 @@ def test_the_counted_passes_are_the_passes_made(few, monkeypatch):
         model = create_model("vit_digits", num_classes=10)
         passed: list[int] = []
         model.network.blocks[0].register_forward_pre_hook(lambda _, args, to=passed: to.append(len(args[0])))
-        config = replace(SMALL, augment=augment, num_classes=10, epochs=1, val_fraction=0.0, train_fraction=1 / 3)
+        config = small(augment, num_classes=10, epochs=1, val_fraction=0.0, train_fraction=1 / 3)
         config = replace(config, noise_fraction=fraction)
         config = replace(config, backend="reference")  # the other backends do not call the model's own modules
         plan = make_plan(config, 48)
@@ -694,8 +714,8 @@ def test_the_counted_passes_are_the_passes_made(few, monkeypatch):
 
 def test_image_folder_is_finetuned_and_evaluated(tmp_path):
     pictures = write_pictures(tmp_path / "pictures")
-    config = replace(
-        SMALL, augment="boundary", data=str(pictures), epochs=6, batch_size=8, val_fraction=0.2, crop_scale=0.5,
+    config = small(
+        "boundary", data=str(pictures), epochs=6, batch_size=8, val_fraction=0.2, crop_scale=0.5,
         img_size=32, lr=3e-3,
     )  # fmt: skip
     result = finetune(config)
@@ -840,21 +860,21 @@ def test_universal_noise_is_judged_on_all_classes(few, monkeypatch):
         return original(self, held_out)
 
     monkeypatch.setattr(RefreshBatches, "check_images", check_images)
-    config = replace(SMALL, augment="universal", num_classes=10, batch_size=3, epochs=1, rounds=1, eps=2.0)
+    config = small("universal", num_classes=10, batch_size=3, epochs=1, noise={"rounds": 1, "eps": 2.0, "steps": None})
     finetune(config, train_data=few, val_data=(images[order], labels[order]))
     assert len(seen[0]) == 12
     assert set(seen[0]) == set(labels.tolist())
 
 
 def test_bfloat16_autocast(few):
-    result = finetune(replace(SMALL, augment="boundary", num_classes=10, amp="bfloat16"), train_data=few)
+    result = finetune(small("boundary", num_classes=10, amp="bfloat16"), train_data=few)
     assert all(math.isfinite(record["loss"]) for record in result.history)
     assert next(result.model.parameters()).dtype == torch.float32
 
 
 def test_float16_with_scaled_gradients(few):
     """The same losses as in float32, to float16's bits: unscaled before they are clipped."""
-    config = replace(SMALL, augment="boundary", num_classes=10, clip_grad=0.1, val_fraction=0.0, backend="reference")
+    config = small("boundary", num_classes=10, clip_grad=0.1, val_fraction=0.0, backend="reference")
     plain, half = (finetune(replace(config, amp=amp), train_data=few) for amp in (None, "float16"))
     assert [r["loss"] for r in half.history] == pytest.approx([r["loss"] for r in plain.history], rel=2e-2)
     assert next(half.model.parameters()).dtype == torch.float32
@@ -862,7 +882,7 @@ def test_float16_with_scaled_gradients(few):
 
 @pytest.mark.parametrize("augment", ["boundary", "adversarial"])
 def test_channels_last_changes_rounding_alone(few, augment):
-    config = replace(SMALL, augment=augment, num_classes=10)
+    config = small(augment, num_classes=10)
     plain, last = (finetune(replace(config, channels_last=on), train_data=few) for on in (False, True))
     weight = last.model.network.patch_embed.proj.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -881,9 +901,9 @@ SITED = [
 def test_every_augmentation_takes_channels_last(few, augment, site, fraction):
     if fraction and augment in ("none", "trades"):
         pytest.skip("has no fraction")
-    config = replace(
-        SGD, epochs=1, augment=augment, site=site, num_classes=10, noise_fraction=fraction, limit=0.05,
-        noise_step_size=0.01,
+    config = small(
+        augment, SGD, noise={"limit": 0.05, "step_size": 0.01}, site=site, epochs=1, num_classes=10,
+        noise_fraction=fraction,
     )  # fmt: skip
     plain = finetune(config, None, few)
     laid = (few[0].to(memory_format=torch.channels_last), few[1])
@@ -901,8 +921,8 @@ def test_every_augmentation_takes_channels_last(few, augment, site, fraction):
 )
 def test_another_default_dtype_changes_nothing(few, augment, site, changes):
     """torch.set_default_dtype is for what is made without a dtype; the model has one."""
-    config = replace(
-        SGD, epochs=1, augment=augment, site=site, num_classes=10, limit=0.05, noise_step_size=0.01, **changes
+    config = small(
+        augment, SGD, noise={"limit": 0.05, "step_size": 0.01}, site=site, epochs=1, num_classes=10, **changes
     )
     model = create_model("vit_digits", num_classes=10)
     right = finetune(config, copy.deepcopy(model), few)
@@ -950,7 +970,7 @@ def test_compiled_training_is_the_same(tmp_path, few, monkeypatch):
         return original(model, backend="eager")
 
     monkeypatch.setattr(torch, "compile", eagerly)
-    config = replace(SMALL, augment="boundary", num_classes=10)
+    config = small("boundary", num_classes=10)
     plain = finetune(config, train_data=few)
     result = finetune(replace(config, compile=True, out=str(tmp_path)), train_data=few)
     assert len(compiled) == 1
@@ -997,7 +1017,7 @@ BAD_DATA = {
 def test_bad_data(few, case, augment):
     spoil, error, message = BAD_DATA[case]
     with pytest.raises(error, match=message):
-        finetune(replace(SMALL, augment=augment, num_classes=10), train_data=spoil(*few))
+        finetune(small(augment, num_classes=10), train_data=spoil(*few))
 
 
 TEN = torch.eye(10)
@@ -1141,18 +1161,24 @@ def test_data_without_an_index_is_refused(few):
 BAD_SETTINGS = {
     "augment": ({"augment": "boundry"}, "augment must be one of .* Did you mean 'boundary'"),
     "site": ({"site": "logits"}, "site must be"),
-    "eps": ({"eps": 0.0}, "eps must be > 0"),
-    "limit": ({"limit": -0.1}, "limit must be >= 0"),
-    "noise_steps": ({"noise_steps": 0}, "noise_steps must be >= 1"),
+    "eps": ({"noise": {"eps": 0.0}}, "noise: eps must be > 0"),
+    "limit": ({"noise": {"limit": -0.1}}, "noise: limit must be >= 0"),
+    "limit in tokens": ({"noise": {"limit": 3.0}}, "noise: limit must be >= 0 and <= 1"),
+    "noise steps": ({"noise": {"steps": 0}}, "noise: steps must be >= 1"),
+    "noise field": ({"noise": {"step": 1}}, "noise: field must be one of .* Did you mean 'steps'"),
+    "noise of another mode": ({"noise": SynthesisConfig()}, r"noise.mode must be augment \('boundary'\)"),
+    "noise at another site": ({"noise": {"site": "block0"}}, r"noise.site must be site \('pixels'\); got 'block0'"),
+    "noise of another seed": ({"noise": {"seed": 1}}, r"noise.seed is the run's seed, 0; got 1"),
+    "no noise": ({"augment": "none", "noise": {"eps": 0.1}}, "noise is for augment .*; got augment='none'"),
     "attack_steps": ({"attack_steps": 0}, "attack_steps must be >= 1"),
     "attack_eps": ({"attack_eps": 8.0}, "attack_eps must be > 0 and <= 1"),
     "epochs": ({"epochs": 0}, "epochs must be >= 1"),
-    "lr": ({"lr": float("nan")}, "lr must be a number; got nan"),
+    "lr": ({"lr": float("nan")}, "lr must be a number or None; got nan"),
     "min_lr": ({"min_lr": 1.0}, "min_lr must be <= lr"),
     "odd": ({"mixup": 0.1, "batch_size": 5}, "batch_size must be even"),
     "smoothing": ({"smoothing": 1.0}, "smoothing must be >= 0 and < 1"),
     "amp": ({"amp": "float8"}, "amp must be one of"),
-    "preset": ({"noise_preset": "finetune"}, "noise_preset is for augment='universal'"),
+    "preset": ({"noise": {"preset": "finetune"}}, "noise.preset is for augment='universal'"),
     "both": ({"resume": True, "overwrite": True}, "either resume or overwrite"),
     "force": ({"force": True}, "force is for resume"),
     "nowhere": ({"resume": True}, "give out"),

@@ -28,7 +28,7 @@ META = torch.device("meta")
 """Stands for a GPU: whoever reads a value of it, which makes a host wait, gets an error."""
 EVERYTHING: dict[str, Any] = {
     "mixup": 0.2, "cutmix": 0.5, "smoothing": 0.1, "clip_grad": 1.0, "layer_decay": 0.8, "accumulate": 2,
-    "attack_steps": 2, "noise_steps": 2,
+    "attack_steps": 2,
 }  # fmt: skip
 
 

@@ -55,24 +55,6 @@ def test_token_counts_of_real_models(make_vit: Factory, grid: int) -> None:
         assert cosines(got[1], gradient).min() > (1 - 1e-9 if dtype == torch.float32 else 0.999)
 
 
-@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability() < (9, 0), reason="float8 from sm_90 on")
-@pytest.mark.parametrize("settings", [{}, {"global_pool": "avg"}])
-def test_mlps_in_eight_bits(make_vit: Factory, settings: dict[str, Any]) -> None:
-    """The gradient keeps its direction, and a graph of it replays what is launched."""
-    model = loud(make_vit(depth=3, **settings))
-    images, cotangent = torch.rand(4, 3, 16, 16), torch.randn(4, 10)
-    tokens, logits, gradient = (value.to(DEVICE) for value in exact(model, images, cotangent, "patch"))
-    model = model.to(DEVICE)
-    frozen = FrozenEncoder(model, dtype=torch.bfloat16, mlp_dtype=torch.float8_e4m3fn)
-    assert frozen.backend == DEVICE
-    got_logits, got_gradient = frozen.input_gradient(tokens.bfloat16(), cotangent.to(DEVICE))
-    assert relative(got_logits, logits) < 0.1
-    assert cosines(got_gradient, gradient).min() > 0.98
-    config = SynthesisConfig(limit=0.5, lr=0.01, steps=10, stop="never")
-    noises = [synthesize(frozen, images.to(DEVICE), replace(config, graph=graph)).tokens for graph in (True, False)]
-    assert noises[0].equal(noises[1])
-
-
 def test_auto_takes_the_backend_and_the_switch_replaces_its_kernels(make_vit: Factory) -> None:
     model, images = make_vit().to(DEVICE), torch.rand(4, 3, 16, 16, device=DEVICE)
     frozen = FrozenEncoder(model)

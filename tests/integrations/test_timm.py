@@ -21,15 +21,17 @@ LABELS = torch.arange(8)
 
 
 def test_forward_is_the_loss_of_both_views(vit: NormalizedModel, images: Tensor) -> None:
-    task = NullspaceTask(NullspaceAugment(vit, "boundary"), F.cross_entropy).train()
+    task = NullspaceTask(NullspaceAugment(vit, "boundary", site="patch"), F.cross_entropy).train()
     result = task(images, LABELS)
-    expected, _ = NullspaceAugment(vit, "boundary").loss(images, LABELS, F.cross_entropy)
+    expected, _ = NullspaceAugment(vit, "boundary", site="patch").loss(images, LABELS, F.cross_entropy)
     assert torch.equal(result["loss"], expected)
     torch.testing.assert_close(result["output"], vit(images))
     assert result["norm"] > 0
     assert result["influence"] > 0
     soft = F.one_hot(LABELS, 10).float()
-    assert torch.equal(NullspaceTask(NullspaceAugment(vit), F.cross_entropy)(images, soft)["loss"], expected)
+    assert torch.equal(
+        NullspaceTask(NullspaceAugment(vit, site="patch"), F.cross_entropy)(images, soft)["loss"], expected
+    )
 
 
 def test_evaluation_and_ema_see_no_noise(vit: NormalizedModel, images: Tensor) -> None:

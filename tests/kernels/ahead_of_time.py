@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-TYPES |= {torch.uint8: "u8", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv"}
+TYPES |= {torch.uint8: "u8", torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 

@@ -24,7 +24,7 @@ from tests.kernels.ahead_of_time import Launch, compile_for, launches_of  # noqa
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 ROWS = 256 * 197
-F32, BF16, U8, F8 = torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn
+F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
 
 
 def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -49,12 +49,6 @@ def linear_gelu(tanh: bool) -> None:
     LAUNCHERS["linear_dgelu_out"](x, meta(768, 3072), code, h)
 
 
-def linear_dx() -> None:
-    """Of qkv: the inner size is three times the width."""
-    dz, x, row = meta(ROWS, 2304), meta(ROWS, 768), meta(ROWS, dtype=F32)
-    LAUNCHERS["linear_layer_norm_dx_out"](dz, meta(2304, 768), x, row, row, row, row, x, x)
-
-
 def attention(tokens: int, head: int, dtype: torch.dtype = BF16) -> None:
     qkv, o = meta(256, tokens, 3, 12, head, dtype=dtype), meta(256, tokens, 12, head, dtype=dtype)
     LAUNCHERS["attention_out"](qkv, 0.125, o)
@@ -64,12 +58,6 @@ def attention(tokens: int, head: int, dtype: torch.dtype = BF16) -> None:
 def patch_project() -> None:
     images = meta(256, 3, 224, 224, dtype=F32)
     LAUNCHERS["patch_project_out"](images, meta(768, 384, dtype=F32), 16, True, images, images)
-
-
-def quantize_rows() -> None:
-    """Of both widths of an MLP."""
-    for width in (768, 3072):
-        LAUNCHERS["quantize_rows_out"](meta(1, ROWS, width), meta(ROWS, width, dtype=F8), meta(ROWS, dtype=F32))
 
 
 def noise() -> None:
@@ -87,7 +75,6 @@ CASES: dict[str, Callable[[], None]] = {
     "gelu, tanh": lambda: gelu(True),
     "linear_gelu, erf": lambda: linear_gelu(False),
     "linear_gelu, tanh": lambda: linear_gelu(True),
-    "linear_dx": linear_dx,
     **{f"attention, {n} tokens": lambda n=n: attention(n, 64) for n in (50, 65, 197, 257, 577)},
     **{f"attention, {n} tokens, heads of 32": lambda n=n: attention(n, 32) for n in (50, 65, 197, 257, 577)},
     "attention, 257 tokens, heads of 80": lambda: attention(257, 80),
@@ -96,7 +83,6 @@ CASES: dict[str, Callable[[], None]] = {
     "attention, 257 tokens, heads of 80, float32": lambda: attention(257, 80, F32),
     "patch_project": patch_project,
     "noise": noise,
-    "quantize_rows": quantize_rows,
 }
 RECORDED_WITH = "3.9.0"
 # Case: of each kernel in order of launch, registers a thread on sm_80, sm_90, sm_100.
@@ -115,7 +101,6 @@ REGISTERS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "gelu, tanh": ((40, 40, 40), (24, 21, 22)),
     "linear_gelu, erf": ((182, 194, 162), (213, 152, 128)),
     "linear_gelu, tanh": ((182, 128, 215), (213, 152, 128)),
-    "linear_dx": ((229, 252, 197),),
     "attention, 50 tokens": ((106, 82, 56), (168, 95, 101), (182, 177, 152)),
     "attention, 65 tokens": ((134, 78, 65), (178, 119, 125), (182, 177, 152)),
     "attention, 197 tokens": ((162, 188, 192), (128, 128, 189), (182, 177, 152)),
@@ -126,7 +111,6 @@ REGISTERS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "attention, 197 tokens, float32": ((62, 66, 64), (68, 62, 62), (90, 80, 88)),
     "attention, 257 tokens, heads of 80, float32": ((64, 65, 66), (74, 56, 74), (64, 76, 74)),
     "patch_project": ((108, 106, 106), (130, 128, 128)),
-    "quantize_rows": ((0, 32, 35), (0, 32, 32)),
     "noise": ((80, 84, 88), (61, 61, 61), (32, 32, 32), (40, 40, 40)),
 }
 
@@ -152,8 +136,6 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 )
 @pytest.mark.parametrize("case", CASES)
 def test_resources(case: str, capability: int) -> None:
-    if case == "quantize_rows" and capability == 80:
-        pytest.skip("sm_80 has no float8")
     launches = launches_for(case, capability)
     for launch, recorded in zip(launches, REGISTERS[case], strict=True):
         built, limit = compile_for(launch, capability), recorded[(80, 90, 100).index(capability)]
@@ -205,8 +187,6 @@ def test_sizes_of_one_compile() -> None:
         LAUNCHERS["dgelu_"](x, code)
         LAUNCHERS["linear_gelu_out"](x[0], x[0], None, False, x[0], None)
         LAUNCHERS["linear_dgelu_out"](x[0], x[0], code, x[0])
-        LAUNCHERS["linear_layer_norm_dx_out"](x[0], x[0], x[0], per_row, per_row, per_row, per_row, None, x[0])
-        LAUNCHERS["quantize_rows_out"](x, meta(1, 1, dtype=F8), per_row)
         LAUNCHERS["attention_out"](meta(1, 1, 3, 1, 1), 0.125, meta(1, 1, 1, 1))
         LAUNCHERS["attention_dqkv_out"](meta(1, 1, 3, 1, 1), meta(1, 1, 1, 1), 0.125, meta(1, 1, 3, 1, 1))
         LAUNCHERS["patch_project_out"](meta(1, 1, 1, 1), v, 1, False, None, meta(1, 1, 1, 1))

@@ -121,17 +121,6 @@ def test_nan_stays_in_its_image(backend: str) -> None:
         assert result.mean_influence.isnan().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_noise_loss_is_differentiable(backend: str, kind: str) -> None:
-    clean, noisy = logits(5, 12, torch.float32, torch.float32)
-    leaf = noisy.clone().requires_grad_()
-    with testing.use_backend(backend):
-        (grad,) = torch.autograd.grad(ops.noise_loss(clean, leaf, kind).mean(), leaf)
-    _, reference, _ = by_autograd(clean.double(), noisy.double(), kind)
-    testing.assert_gradient_close(grad, reference, by_autograd(clean, noisy, kind)[1])
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend: str) -> None:
     with testing.use_backend(backend):

@@ -28,7 +28,7 @@ METHODS = {
     # folder → (settings, clean, under attack, corrupted)
     "clean": ({"augment": "none"}, 97.0, 50.0, 45.0),
     "random": ({"augment": "random"}, 96.0, 65.0, 60.0),
-    "boundary": ({"augment": "boundary"}, 95.0, 75.0, 62.0),
+    "boundary": ({"augment": "boundary", "site": "patch"}, 95.0, 75.0, 62.0),
     "pixels": ({"augment": "boundary", "site": "pixels"}, 96.9, 82.0, 60.0),
 }
 
@@ -134,7 +134,7 @@ def test_sections_and_headline(runs: Path, tmp_path: Path) -> None:
     headline = section(text, "Result")
     # mean and standard deviation over 74, 75, 76; 26000 passes over 100 images; a quarter of the time
     assert "| boundary, tokens | 95.0 ± 0.0 | 75.0 ± 1.0 | 62.0 ± 1.0 | 260 | 30 | 12 ± 0 | 25 % |" in headline
-    assert headline.index("clean only") < headline.index("random") < headline.index("boundary, tokens")
+    assert headline.index("none") < headline.index("random") < headline.index("boundary, tokens")
     settings = section(text, "Settings of the methods")
     assert "start ±8/255" in settings
     # the mean of the second half, 0.2 and 0.4
@@ -148,7 +148,8 @@ def test_claims_follow_the_numbers(runs: Path, tmp_path: Path) -> None:
 
     holds, fails = holds_and_fails("as it is")
     assert (
-        "Boundary noise in tokens is more accurate under attack than clean-only finetuning (**+25.0 ± 0.3**)" in holds
+        "Boundary noise in tokens is more accurate under attack than finetuning on clean images (**+25.0 ± 0.3**)"
+        in holds
     )
     assert "Boundary noise in pixels loses less than 1 point on clean images" in holds
     assert "Boundary noise in tokens loses more than 1 point on clean images" in fails
@@ -161,7 +162,8 @@ def test_claims_follow_the_numbers(runs: Path, tmp_path: Path) -> None:
     holds, fails = holds_and_fails("flipped")
     assert "Boundary noise in tokens is more accurate under attack" not in holds
     assert (
-        "Boundary noise in tokens is less accurate under attack than clean-only finetuning (**−25.0 ± 0.3**)" in fails
+        "Boundary noise in tokens is less accurate under attack than finetuning on clean images (**−25.0 ± 0.3**)"
+        in fails
     )
     assert "Boundary noise in tokens loses less than 1 point on clean images" in holds
 
@@ -180,7 +182,7 @@ def test_interval_is_student_t() -> None:
     # differences 1, 2, 3: standard error 1/sqrt(3), t(2 degrees, 97.5 %) = 4.303
     found = Comparison("a", "b", "clean", (1.0, 2.0, 3.0))
     assert found.standard_error == pytest.approx(3**-0.5)
-    assert found.margin == pytest.approx(4.303 * 3**-0.5, rel=2e-3)
+    assert found.margin == pytest.approx(4.30265 * 3**-0.5, rel=1e-4)
     assert Claim(found, "a", "b").outcome == "open"
     # the margin of one point turns a loss of less than that into a claim that holds
     slight = Comparison("a", "b", "clean", (-0.1, -0.2, -0.15))
@@ -200,11 +202,16 @@ def test_pairs_by_seed() -> None:
 
 def test_settings_that_differ_are_not_averaged(tmp_path: Path) -> None:
     for eps in (0.1, 0.6):
-        write_run(tmp_path / f"eps{eps}", {"augment": "boundary", "eps": eps}, 0, record(90, 50, 50))
+        write_run(
+            tmp_path / f"eps{eps}",
+            {"augment": "boundary", "site": "patch", "noise": {"eps": eps}},
+            0,
+            record(90, 50, 50),
+        )
     write_run(tmp_path / "other", {"augment": "none"}, 0, record(90, 50, 50))
     write_run(tmp_path / "again", {"augment": "none"}, 0, record(80, 50, 50))
     labels = sorted(run.method for run in load_runs([tmp_path]))
-    assert labels == ["boundary, tokens, eps 0.1", "boundary, tokens, eps 0.6", "clean only", "clean only (2)"]
+    assert labels == ["boundary, tokens, noise.eps 0.1", "boundary, tokens, noise.eps 0.6", "none", "none (2)"]
 
 
 def test_results_alone_and_partial_ones(tmp_path: Path) -> None:
@@ -261,7 +268,8 @@ def test_document_escapes_and_aligns() -> None:
     assert "<title>A &amp; B</title>" in html
     assert "<code>a&lt;b&gt;</code> and <strong>bold</strong> &lt;script&gt;" in html
     assert 'aria-label="a &quot;quoted&quot; [alt]"' in html
-    assert html.count('class="text"') == 4
+    assert html.count('style="text-align:right"') == 2
+    assert "<td>a|b</td>" in html
     text = to_markdown(blocks)
     assert "| --- | --- | ---: |" in text
     assert r"a\|b" in text

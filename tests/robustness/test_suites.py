@@ -128,8 +128,8 @@ def test_published_images_are_not_cropped(root: Path, tmp_path: Path) -> None:
 
 def test_val_serves_clean_and_attacks(root: Path) -> None:
     record = evaluate(
-        Reader(), suites=("clean", "corruptions"), root=root, corruptions=("occlusion",), severities=(1,), limit=40,
-        progress=False,
+        Reader(), suites=("clean", "corruptions"), root=root, corruptions=("gaussian_noise",), severities=(1,),
+        limit=40, progress=False,
     )  # fmt: skip
     assert record["results"]["clean"] == 100
     assert record["protocol"]["n"] == 40
@@ -161,11 +161,11 @@ def test_damaged_files_of_any_folder_are_skipped_and_counted(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"cannot read the image file .*bee/b\.png"):
         evaluate(model, evaluation_data(str(tmp_path), model), suites=("clean",), progress=False)
     data = evaluation_data(str(tmp_path), model, skip_bad=True)
-    suites = {"suites": ("clean", "corruptions"), "corruptions": ("shift",), "severities": (1,)}
+    suites = {"suites": ("clean", "corruptions"), "corruptions": ("contrast",), "severities": (1,)}
     record = evaluate(model, data, **suites, batch_size=2, progress=False)
     assert record["results"]["clean"] == 100
     assert record["images"]["clean"] == {"n": 5, "skipped": ["bee/b.png"]}
-    assert record["images"]["corruptions/shift/1"] == {"n": 5, "skipped": ["bee/b.png"]}
+    assert record["images"]["corruptions/contrast/1"] == {"n": 5, "skipped": ["bee/b.png"]}
 
 
 def test_wrong_layouts_say_what_is_wrong(root: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastnull.ops.noise_objective import KINDS
-from fastnull.synthesis.objective import influence, noise_loss, noise_objective, prediction_gradient
+from fastnull.synthesis.objective import influence, noise_objective, prediction_gradient
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -35,8 +35,8 @@ def test_gradient_of_the_prediction_is_autograds() -> None:
 
 def test_values_by_hand() -> None:
     clean, noisy = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]])
-    assert noise_loss(clean, noisy, "l2").item() == 5
-    assert noise_loss(clean, noisy, "l2_squared").item() == 25
+    assert noise_objective(clean, noisy, "l2").loss.item() == 5
+    assert noise_objective(clean, noisy, "l2_squared").loss.item() == 25
     # softmax of (log 3, 0) is (3/4, 1/4), against (1/2, 1/2): 2 * (1/4)^2
     assert influence(clean, torch.tensor([[math.log(3), 0.0]])).item() == pytest.approx(1 / 8)
 

@@ -91,10 +91,12 @@ def test_every_mode_and_site_moves_influence_towards_eps(
 ) -> None:
     limit = 0.3 if site == "pixels" else 1.0
     # the start: eps = 2 is met at once, and a boundary step of 1e-9 moves nothing
-    at_once = SynthesisConfig(mode=mode, site=site, limit=limit, steps=1, eps=2.0, step_size=1e-9)
+    plain: dict[str, Any] = {"objective": "l2", "smooth_limit": 0.0, "contrast": 0.0, "step_range": 0.0}
+    at_once = SynthesisConfig(mode=mode, site=site, limit=limit, steps=1, eps=2.0, step_size=1e-9, **plain)
     before = synthesize(vit, images, at_once, check=images)
     eps = 0.3 * before.influence.mean().item()
-    config = SynthesisConfig(mode=mode, site=site, limit=limit, lr=0.03, steps=25, eps=eps)
+    size = 4 / 255 if site == "pixels" else None
+    config = SynthesisConfig(mode=mode, site=site, limit=limit, lr=0.03, steps=25, eps=eps, step_size=size, **plain)
     noise = synthesize(vit, images, config, check=images)
     count = 1 if mode == "universal" else len(images)
     shape = {"patch": (16, 32), "block0": (17, 32), "pixels": (3, 16, 16)}[site]
@@ -274,7 +276,7 @@ def test_a_start_that_does_not_fit_is_named(
 def test_too_many_starts_for_a_loader_are_named(vit: NormalizedModel, images: Tensor) -> None:
     loader = DataLoader(TensorDataset(images), batch_size=3)
     start = torch.rand(9, 16, 32)
-    with pytest.raises(ValueError, match=r"start must hold one noise an image \(8\); it holds 9"):
+    with pytest.raises(ValueError, match=r"start must hold one noise per image \(8\); it holds 9"):
         synthesize(vit, loader, SynthesisConfig(mode="boundary"), start=start)
     fits = synthesize(vit, loader, SynthesisConfig(mode="boundary"), start=start[:8])
     by_batches = synthesize(vit, images.split(3), SynthesisConfig(mode="boundary"), start=start[:8])
@@ -462,7 +464,7 @@ def test_limits_beyond_float32_are_refused(
 ) -> None:
     if "smooth_limit" in change and site != "pixels":
         return
-    with pytest.raises(ValueError, match=r"limit must be >= 0 and <= 3\.40282e\+38; got"):
+    with pytest.raises(ValueError, match=r"limit must be >= 0 and <= (3\.40282e\+38|1); got"):
         synthesize(vit, images, SynthesisConfig(mode=mode, site=site, **change))
 
 
@@ -472,7 +474,7 @@ DIVERGING = [
     {"mode": "universal", "lr": 1e300, "steps": 1},
     {"mode": "universal", "limit": 1e37},
     {"mode": "universal", "limit": 1e37, "stop": "batch", "on_unmet": "raise"},
-    {"mode": "per_image", "lr": 1e30},
+    {"mode": "per_image", "lr": 1e30, "steps": 30},
     {"mode": "per_image", "limit": 1e37},
     {"mode": "boundary", "step_size": 1e30},
     {"mode": "boundary", "step_size": 1e300},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastnull.augment import DEFAULTS, NullspaceAugment
+from fastnull.augment import NullspaceAugment
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.models import create_model
 from fastnull.rng import Place, generator, uniform
@@ -20,7 +20,7 @@ SHAPE = (400, 3, 16, 16)
 
 
 def start(**changes: Any) -> torch.Tensor:
-    config = SynthesisConfig(mode="boundary", site="pixels", **changes)
+    config = SynthesisConfig(mode="boundary", site="pixels", **{"smooth_limit": 0.0, **changes})
     return start_noise(SHAPE, config, generator(1, 2), torch.empty(0))
 
 
@@ -77,7 +77,7 @@ def test_synthesis_starts_there_too() -> None:
     torch.manual_seed(0)
     model = create_model("vit_digits")
     grey = torch.full((4, 3, 16, 16), 0.5)
-    config = SynthesisConfig(mode="boundary", site="pixels", limit=0.0, smooth_limit=0.25, steps=1, step_size=1e-6)
+    config = SynthesisConfig(mode="boundary", site="pixels", limit=0.0, smooth_limit=0.25, contrast=0.0, step_size=1e-6)
     noise = synthesize(model, grey, config).tokens
     assert float(noise.abs().amax()) > 0.02
     assert float(noise.diff(dim=3).abs().amax()) < 0.25  # neighbours hardly differ
@@ -88,7 +88,7 @@ def test_steps_are_spread_over_the_images_and_parts_get_those_of_the_whole() -> 
     model = create_model("vit_digits").train()
     images = torch.full((200, 3, 16, 16), 0.5)
     config = SynthesisConfig(
-        mode="boundary", site="pixels", limit=0.0, steps=1, step_size=0.1, step_range=0.8, objective="prediction"
+        mode="boundary", site="pixels", limit=0.0, smooth_limit=0.0, contrast=0.0, step_size=0.1, step_range=0.8
     )
 
     def draw(rows: torch.Tensor | None) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_noise_is_in_proportion_to_contrast_and_parts_get_that_of_the_whole() ->
     unit = unit / unit.flatten(1).std(1).view(-1, 1, 1, 1)
     images = 0.5 + torch.tensor([0.0, 0.02, 0.05, 0.1, 0.2]).view(-1, 1, 1, 1) * unit
     config = SynthesisConfig(
-        mode="boundary", site="pixels", limit=0.004, steps=1, step_size=0.01, contrast=0.1, objective="prediction"
+        mode="boundary", site="pixels", limit=0.004, smooth_limit=0.0, step_size=0.01, step_range=0.0, contrast=0.1
     )
 
     def draw(config: SynthesisConfig, rows: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,15 @@ def test_noise_along_the_predictions_loss_moves_the_prediction_most() -> None:
 
     def loss(objective: str) -> float:
         config = SynthesisConfig(
-            mode="boundary", site="pixels", limit=2 / 255, steps=1, step_size=8 / 255, eps=1.9, objective=objective
+            mode="boundary",
+            site="pixels",
+            limit=2 / 255,
+            smooth_limit=0.0,
+            contrast=0.0,
+            step_size=8 / 255,
+            step_range=0.0,
+            eps=1.9,
+            objective=objective,
         )
         noise = synthesize(model, images, config).tokens
         return float(F.cross_entropy(model(images + noise), predicted))
@@ -152,12 +160,11 @@ def test_noise_along_the_predictions_loss_moves_the_prediction_most() -> None:
 
 def test_settings_reach_the_synthesis() -> None:
     asked = {"limit": 0.1, "limit_range": 0.5, "smooth_limit": 0.2, "objective": "l2_squared"}
-    synthesis = FinetuneConfig(augment="boundary", site="pixels", noise_step_range=0.25, **asked).synthesis()
+    synthesis = FinetuneConfig(augment="boundary", site="pixels", noise=asked, seed=3).synthesis()
     assert synthesis is not None
-    assert {name: getattr(synthesis, name) for name in asked} == asked
-    assert synthesis.step_range == 0.25
-    # what is not asked for is the default of mode and site
-    assert synthesis.step_size == DEFAULTS["boundary", True]["step_size"]
+    # what is not asked for is the recommended value of mode and site
+    assert synthesis == SynthesisConfig.recommended("boundary", "pixels", seed=3, **asked)
+    assert synthesis.step_size == 12 / 255
 
 
 @pytest.mark.parametrize(
@@ -168,6 +175,7 @@ def test_settings_reach_the_synthesis() -> None:
         ({"objective": "prediction", "mode": "universal"}, "for mode 'boundary'; got mode='universal'"),
         ({"smooth_limit": -0.1, "site": "pixels"}, "smooth_limit must be"),
         ({"contrast": 0.1, "mode": "boundary"}, "contrast is for site 'pixels'; got site='patch'"),
+        ({"limit": 3.0, "site": "pixels"}, "limit must be >= 0 and <= 1; got 3.0"),
         ({"contrast": 0.1, "site": "pixels"}, "contrast is for noise of an image's own"),
         ({"smooth_limit": 0.1, "site": "patch"}, "smooth_limit is for site 'pixels'; got site='patch'"),
     ],

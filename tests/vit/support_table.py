@@ -1,4 +1,4 @@
-"""Writes docs/models.md: what fastnull can do with each kind of model, found out by doing it.
+"""Writes docs/models.md: what fastnull supports for each kind of model, found by trying it.
 
 python tests/vit/support_table.py        rewrite the page
 """
@@ -23,53 +23,35 @@ from tests.vit.zoo import KINDS, Kind
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
-HEAD = """# Models
+HEAD = """# Your model
 
-What fastnull can do with each kind of model. `tests/vit/support_table.py` writes this page: it builds a small one of
-each and tries; a test compares.
+What fastnull supports for each kind of model. `tests/vit/support_table.py` generates this page: it builds a small model
+of each kind and tries it, and a test compares the result with this page.
 
-- **Sites**: where noise can be added, with the model's own logits bit for bit where it is zero.
-- **Encoder**: `written out` has the fast forward and input gradient; `reference` runs the model under autograd, which
-  works everywhere, is slower, and is said once.
-- **Nullspace**: `PatchNullspace` (exact; there is one where the width is below the values of a patch).
+- **Sites**: where noise can be added. With zero noise the logits are bit for bit those of the model.
+- **Encoder**: `written out` is the fast forward and input gradient. `reference` runs the model under autograd: it works
+  for every model, is slower, and warns once.
+- **Nullspace**: whether `PatchNullspace` works. A nullspace exists where the width is smaller than the number of values
+  in a patch.
 
 """
 
 TAIL = """
-## What is proven when an encoder is made
+## How to pass a model
 
-The written-out encoder reads weights and never calls the model's modules, so it must be sure that this is the same
-thing. `FrozenEncoder` (and `NullspaceAugment`, `synthesize`, which make one) takes it only if
+- **timm**: by name on the command line. In Python pass the model, or use `fastnull.create_model(name)`.
+- **transformers**: pass the classifiers (`...ForImageClassification`). Their names before and after the renaming of
+  release 5.9 are both supported. Wrap them in `NormalizedModel(model, mean, std)` with the mean and standard deviation
+  of their image processor. They then take pixels in [0, 1] and return plain logits, as `finetune` and `evaluate` need.
+  A backbone without a classifier, such as `DINOv3ViTModel`, goes into `fastnull.vit.PooledClassifier(backbone,
+  classes)`.
+- **open_clip**: pass `model.visual`.
 
-1. every module is what its class says: its class comes from torch, timm, transformers, torchvision or open_clip, no
-   method of it was replaced on the instance (accelerate's autocast wrapper is known), it has no parametrised weights
-   and no hooks (those of FSDP, of output recording and of wandb are known), and linears, norms and the patch embedding
-   are torch's own;
-2. logits and input gradient of two random images are the model's own under autograd: within 3e-4 and 3e-3 of their size
-   in float32, within 0.1 and 0.3 in bfloat16. This costs one forward and backward of two images.
+The command line takes timm's names. `fastnull inspect` also takes `torchvision:vit_b_16`, `open_clip:ViT-B-32` and
+`transformers:FOLDER` (a folder with a config.json). In Python this is
+`fastnull.nullspace.inspection.inspect_model(model)`.
 
-Else the encoder runs on `reference`, and one warning names the first part that differs: adapters of PEFT and loralib,
-quantised layers and pruning run there. A forced backend raises `UnsupportedModelError`.
-
-`encoder.sync()` takes over all weights, and noise is synced at every draw: fused optimisers, writes through `.data` and
-`load_state_dict(assign=True)` leave no trace that could be relied on. It also compares the identities of modules, hooks
-and parameters; where one changed (a new head, an injected adapter, a hook) the model is split and proven anew.
-
-A training forward that should have had noise and had none raises `RuntimeError`, whatever modes, freezing, compilation
-or checkpointing are inside the model. Whether noise is on is decided by the mode of the model that is called.
-
-## Names
-
-In transformers the classifiers (`...ForImageClassification`) are meant; names before and after the renaming of
-release 5.9 are both known. Wrap them, `NormalizedModel(model, mean, std)`, with the mean and std of their image
-processor: then they take pixels in [0, 1] and return plain logits, as `finetune` and `evaluate` want it. A backbone
-without a classifier of its own, such as `DINOv3ViTModel`, goes into `fastnull.vit.PooledClassifier(backbone, classes)`.
-Of an open_clip model pass `model.visual`.
-
-Commands take timm's names. `fastnull inspect` takes the others too, `torchvision:vit_b_16`, `open_clip:ViT-B-32` and
-`transformers:FOLDER` (with its config.json); in Python it is `fastnull.nullspace.inspection.inspect_model(model)`.
-
-Another model: name its modules.
+For any other model, name its modules:
 
 ```python
 import torch
@@ -92,7 +74,32 @@ vit = HookedViT(Mine(), patch="backbone.patch_embed", block0="backbone.norm_pre"
 noise = synthesize(vit, torch.rand(8, 3, 16, 16), SynthesisConfig(mode="universal", limit=1.0, steps=3))
 ```
 
-Without tokens (`site="pixels"`) any model that maps images to logits works as it is.
+At `site="pixels"` every model that maps images to logits works as it is.
+
+## Checks when an encoder is created
+
+The written-out encoder reads weights and never calls the modules of the model, so it must be sure to compute the same
+function. `FrozenEncoder` (which `NullspaceAugment` and `synthesize` create) uses it only if both checks pass:
+
+1. Every module does what its class says. Its class comes from torch, timm, transformers, torchvision or open_clip. No
+   method was replaced on the instance (accelerate's autocast wrapper is allowed). There are no parametrised weights and
+   no hooks (those of FSDP, of output recording and of wandb are allowed). Linears, norms and the patch embedding are
+   torch's own.
+2. Logits and input gradient of two random images agree with those of the model under autograd: within 3e-4 and 3e-3 of
+   their size in float32, within 0.1 and 0.3 in bfloat16. This costs one forward and backward of two images.
+
+Otherwise the encoder runs on `reference`, and one warning names the first part that differs. Adapters of PEFT and
+loralib, quantised layers and pruning run there. If you force a backend, `UnsupportedModelError` is raised instead.
+
+`encoder.sync()` copies all weights, and noise is synced at every draw: fused optimisers, writes through `.data` and
+`load_state_dict(assign=True)` leave no reliable trace of a change. `sync()` also compares the identities of modules,
+hooks, buffers, parameters and the `forward` of classes, and the flags of modules (a pooling, an epsilon, a padding). If
+one changed (a new head, an injected adapter, a hook), the model is checked again.
+
+A training forward that should have had noise and had none raises `RuntimeError`. This holds for all modes, freezing,
+compilation and checkpointing inside the model. While an augmentation is attached, it also holds for a training call
+that bypasses the model it was made of, such as `model.network(images)` or `model.forward(images)`. The mode of the
+model that is called decides whether noise is on.
 """
 
 

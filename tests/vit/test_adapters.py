@@ -155,7 +155,7 @@ def test_it_finetunes(kind: Kind) -> None:
     before = copy.deepcopy(model.state_dict())
     images, labels = images_for(model).repeat(4, 1, 1, 1), torch.arange(8) % 5
     config = FinetuneConfig(
-        augment="boundary", site=sites(model.network)[0], epochs=2, batch_size=4, noise_steps=1, num_classes=5,
+        augment="boundary", site=sites(model.network)[0], epochs=2, batch_size=4, noise={"steps": 1}, num_classes=5,
         val_fraction=0.0, progress=False,
     )  # fmt: skip
     result = finetune(config, model, (images, labels))
@@ -179,7 +179,7 @@ def test_a_hugging_face_model_finetunes() -> None:
     model = NormalizedModel(find("transformers", "ViT"), [0.5] * 3, [0.5] * 3)
     model.network.classifier = nn.Linear(32, 10)
     assert isinstance(model(torch.rand(1, 3, 16, 16)), Tensor)
-    config = FinetuneConfig(augment="boundary", epochs=4, batch_size=32, lr=2e-3, noise_steps=1, progress=False)
+    config = FinetuneConfig(site="patch", epochs=4, batch_size=32, lr=2e-3, noise={"steps": 1}, progress=False)
     result = finetune(config, model)
     assert result.history[-1]["loss"] < 0.8 * result.history[0]["loss"]
 

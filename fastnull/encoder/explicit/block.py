@@ -22,7 +22,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastnull.encoder.explicit.float8 import Float8Linear
 from fastnull.encoder.explicit.folded import FoldedLinear
 from fastnull.encoder.explicit.products import packs
 from fastnull.ops import (
@@ -33,10 +32,7 @@ from fastnull.ops import (
     gelu_,
     layer_norm_dx,
     layer_norm_stats,
-    linear_dgelu_aux,
-    linear_gelu_aux,
 )
-from fastnull.ops.linear_gelu_aux import keeps_z
 from fastnull.vit.parts import BlockParts
 
 
@@ -47,9 +43,7 @@ class Saved:
         self.x = new(rows, block.width)
         self.middle = new(rows, block.width)
         self.qkv = new(rows, 3 * block.inner)
-        # of GELU; or its argument z, where the products have GELU in their epilogues
-        kept = block.dtype if block.keeps_z else derivative_dtype(block.dtype)
-        self.derivative = new(rows, block.hidden, dtype=kept)
+        self.derivative = new(rows, block.hidden, dtype=derivative_dtype(block.dtype))  # of GELU
         stat = torch.float64 if block.dtype == torch.float64 else torch.float32
         self.stats = [new(rows, dtype=stat) for _ in range(4)]  # mean and 1/std of norm1, then of norm2
 
@@ -76,12 +70,9 @@ class Block:
         parts: the live modules.
         dtype: of what is kept for the backward and of the block's input and output.
         compute: of weights and of everything else; None is `dtype`.
-        float8: whether the products of the MLP's two linears are 8-bit ones (see float8.py).
     """
 
-    def __init__(
-        self, parts: BlockParts, dtype: torch.dtype, compute: torch.dtype | None = None, float8: bool = False
-    ) -> None:
+    def __init__(self, parts: BlockParts, dtype: torch.dtype, compute: torch.dtype | None = None) -> None:
         self.parts, self.dtype, self.compute = parts, dtype, compute or dtype
         self.width = parts.qkv.in_features
         self.inner = parts.proj.in_features  # H·d
@@ -89,12 +80,9 @@ class Block:
         self.heads, self.head_dim = parts.heads, parts.proj.in_features // parts.heads
         self.qk_norm = parts.q_norm is not None or parts.k_norm is not None
         packed = packs(self.compute, parts.qkv.weight.device)
-        self.qkv, self.proj = (FoldedLinear(linear, self.compute, packed) for linear in (parts.qkv, parts.proj))
-        self.fc1, self.fc2 = (
-            Float8Linear(linear, self.compute) if float8 else FoldedLinear(linear, self.compute, packed)
-            for linear in (parts.fc1, parts.fc2)
+        self.qkv, self.proj, self.fc1, self.fc2 = (
+            FoldedLinear(linear, self.compute, packed) for linear in (parts.qkv, parts.proj, parts.fc1, parts.fc2)
         )
-        self.keeps_z = not float8 and keeps_z(parts.gelu, self.compute, parts.fc1.weight.device)
         # the affine that turns normalised q and k into what the scores take, [2, 1, d]: scale, shift
         device = parts.qkv.weight.device
         self.qk_scale = torch.ones(2, 1, self.head_dim, dtype=self.compute, device=device)
@@ -136,11 +124,8 @@ class Block:
         middle = self.proj.add_to(x, heads, out=_room(saved.middle[rows], scratch.middle))
         _keep(middle, saved.middle[rows])
         layer_norm_stats(middle, eps=self.parts.norm2.eps, out=(normed, mean2, rstd2))
-        if self.keeps_z:
-            linear_gelu_aux(normed, self.fc1.weight, self.fc1.bias, h=hidden, z=saved.derivative[rows])
-        else:
-            hidden = self.fc1.without_bias(normed, out=hidden)
-            gelu_(hidden, self.fc1.bias, self.parts.gelu, derivative=saved.derivative[rows])
+        hidden = self.fc1.without_bias(normed, out=hidden)
+        gelu_(hidden, self.fc1.bias, self.parts.gelu, derivative=saved.derivative[rows])
         _keep(self.fc2.add_to(middle, hidden, out=_room(out[rows], scratch.x)), out[rows])
 
     def backward(self, saved: Saved, scratch: Scratch, rows: slice, images: int, gradient: Tensor) -> None:
@@ -148,10 +133,7 @@ class Block:
         m = len(gradient)
         mean1, rstd1, mean2, rstd2 = (stat[rows] for stat in saved.stats)
         normed, heads, dz = scratch.normed[:m], scratch.heads[:m], scratch.hidden[: m * self.hidden].view(m, -1)
-        if self.keeps_z:
-            linear_dgelu_aux(gradient, self.fc2.weight, saved.derivative[rows], out=dz)
-        else:
-            dz = dgelu_(self.fc2.input_gradient(gradient, out=dz), saved.derivative[rows])
+        dz = dgelu_(self.fc2.input_gradient(gradient, out=dz), saved.derivative[rows])
         normed = self.fc1.input_gradient(dz, out=normed)
         layer_norm_dx(normed, _widened(saved.middle[rows], scratch.middle), mean2, rstd2, gradient, out=gradient)
         heads = self.proj.input_gradient(gradient, out=heads)

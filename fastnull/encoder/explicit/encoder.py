@@ -16,7 +16,6 @@ from torch import Tensor
 from fastnull.distributed.sharded import Units
 from fastnull.encoder.explicit.block import Block, Saved, Scratch
 from fastnull.encoder.explicit.class_token import ClassTokenBlock
-from fastnull.encoder.explicit.float8 import check_float8
 from fastnull.encoder.explicit.folded import FoldedLinear
 from fastnull.encoder.explicit.stem_and_head import Head, Stem
 from fastnull.ops.common import empty
@@ -38,10 +37,6 @@ class ExplicitEncoder:
         dtype: of what is kept and handed out; norms' statistics, the last block of a class-token model and the head
             have at least float32.
         compute: of weights and products, see block.py; None is `dtype`.
-        mlp_dtype: float8_e4m3fn for 8-bit products in the MLP of every block that runs over all tokens, see float8.py.
-
-    Raises:
-        ValueError: there are no products in `mlp_dtype` for this dtype, device or model.
     """
 
     def __init__(
@@ -50,10 +45,7 @@ class ExplicitEncoder:
         parts: ViTParts,
         dtype: torch.dtype,
         compute: torch.dtype | None = None,
-        mlp_dtype: torch.dtype | None = None,
     ) -> None:
-        if mlp_dtype is not None:
-            check_float8(mlp_dtype, dtype, parts.projection.weight.device)
         normalized = vit.normalized
         mean, std = (normalized.mean, normalized.std) if normalized else (None, None)
         self.dtype, self.compute = dtype, compute or dtype
@@ -64,7 +56,7 @@ class ExplicitEncoder:
         absorbed = self.head.reads_class_token_alone and last.q_norm is None and last.k_norm is None
         self.last = ClassTokenBlock(last, dtype) if absorbed else None
         whole = parts.blocks[:-1] if absorbed else parts.blocks
-        self.blocks = [Block(block, dtype, self.compute, mlp_dtype is not None) for block in whole]
+        self.blocks = [Block(block, dtype, self.compute) for block in whole]
         self.width = parts.projection.out_channels
         image = self.stem.tokens * parts.blocks[0].fc1.out_features * self.compute.itemsize
         self._part = max(CPU_IMAGES, round(CPU_BYTES / image)) if self.device.type == "cpu" else None

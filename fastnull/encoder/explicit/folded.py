@@ -40,10 +40,6 @@ class FoldedLinear:
         if rows is not None:
             weight, bias = weight * wide(rows).unsqueeze(1), bias * wide(rows)
         self.bias.copy_(bias)
-        self.store(weight)
-
-    def store(self, weight: Tensor) -> None:
-        """Take over the folded weight [out, in]."""
         if self._packed:
             cast = weight.to(self.bias.dtype)
             self._product, self._transposed = PackedProduct(cast), PackedProduct(cast.t())

@@ -44,10 +44,8 @@ CORRUPTIONS: dict[str, Corruption] = {
     "elastic_transform": digital.elastic_transform,
     "pixelate": digital.pixelate,
     "jpeg_compression": digital.jpeg_compression,
-    "occlusion": digital.occlusion,
-    "shift": digital.shift,
 }
-"""Name → function (images, severity, random). Register another one by adding it; occlusion and shift are ours."""
+"""Name → function (images, severity, random). Register another one by adding it."""
 
 DEMO_CORRUPTIONS = ("gaussian_noise", "impulse_noise", "gaussian_blur", "contrast", "brightness", "pixelate")
 """Six that make sense from 16 pixels upwards and need torch alone."""

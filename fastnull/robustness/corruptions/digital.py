@@ -1,4 +1,4 @@
-"""Digital corruptions of ImageNet-C: contrast, saturate, elastic transform, pixelate, JPEG; and occlusion and shift."""
+"""Digital corruptions of ImageNet-C: contrast, saturate, elastic transform, pixelate, JPEG."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from fastnull.robustness.corruptions.base import (
     BLACK,
-    border,
     check_rgb,
-    gather_pixels,
     gaussian_filter,
     sample_linear,
     separable,
@@ -109,24 +107,3 @@ def jpeg_compression(images: Tensor, severity: int, random: KeyedRandom) -> Tens
             decoded = torch.frombuffer(bytearray(opened.tobytes()), dtype=torch.uint8)
         results.append(decoded.view(pixels.shape).permute(2, 0, 1))
     return torch.stack(results).to(images.device).float().div(255)
-
-
-def occlusion(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
-    """A mid-gray square somewhere in the image, its side .2 to .6 of the image's shorter one (ours)."""
-    height, width = images.shape[2:]
-    side = round((0.2, 0.3, 0.4, 0.5, 0.6)[severity - 1] * min(height, width))
-    top = (random.uniform(1, 1) * (height - side + 1)).long()  # [B, 1, 1]
-    left = (random.uniform(1, 1) * (width - side + 1)).long()
-    rows = torch.arange(height, device=images.device)[:, None]
-    columns = torch.arange(width, device=images.device)
-    inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)  # [B, H, W]
-    return torch.where(inside[:, None], 0.5, images)
-
-
-def shift(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
-    """Moved by 1/16 to 5/16 of each side, up or down and left or right, edges repeated (ours)."""
-    height, width = images.shape[2:]
-    signs = [torch.where(random.uniform(1, 1) < 0.5, -1, 1) for _ in range(2)]  # [B, 1, 1]
-    rows = torch.arange(height, device=images.device)[:, None] + signs[0] * round(severity * height / 16)
-    columns = torch.arange(width, device=images.device) + signs[1] * round(severity * width / 16)
-    return gather_pixels(images, border(rows, height, "nearest"), border(columns, width, "nearest"))
