@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnull.augment import MODES, NullspaceAugment
+from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
 from fastnull.rng import Place, fraction_of
 from fastnull.synthesis import SynthesisConfig
+from fastnull.synthesis.config import ALL_MODES as MODES
 from fastnull.synthesis.objective import influence
 from fastnull.vit import SITES, NormalizedModel
 
