@@ -169,7 +169,7 @@ def test_statistics_by_hand() -> None:
     (row,) = [r for r in record["differences"] if (r["method"], r["measure"]) == ("a", "clean")]
     assert row["per_seed"] == [-1, 4, 3]  # paired by seed
     # mean 2, s = sqrt(7), t(2 degrees) = 4.303
-    half = 4.30 * 7**0.5 / 3**0.5
+    half = 4.302653 * 7**0.5 / 3**0.5
     assert (row["mean"], row["low"], row["high"]) == (2, pytest.approx(2 - half), pytest.approx(2 + half))
     assert compare({"a": {0: {"clean": 1.0}}, "b": {1: {"clean": 2.0}}}, "a", "b", "clean") is None
     assert record["methods"]["a"]["mean"]["corruption/impulse_noise"] == 64
@@ -189,7 +189,8 @@ def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ("clean",)}, "Did you mean 'none'"),
+        ({"methods": ("advers",)}, "Did you mean 'adversarial'"),
+        ({"methods": ("clean-only",)}, "method clean-only is called none since version 0.2"),
         ({"methods": ("random-tokens",)}, "takes the norm of boundary-tokens, which must be among the methods"),
         ({"methods": ("x",), "recipes": {"x": {"augmnt": "none"}}}, "recipe of x: field must be one of"),
         (
