@@ -442,7 +442,7 @@ def test_attaching_reaches_a_compiled_function_of_the_users(vit: NormalizedModel
 def test_labels_of_any_width(vit: NormalizedModel, images: Tensor, dtype: torch.dtype, share: float, mode: str) -> None:
     losses = []
     for labels in (torch.arange(8), torch.arange(8).to(dtype)):
-        aug = NullspaceAugment(vit.train(), mode, share=share)
+        aug = NullspaceAugment(vit.train(), mode, fraction=share)
         if mode == "universal":
             aug.refresh([images])
         losses.append(aug.loss(images, labels, F.cross_entropy)[0])
@@ -537,7 +537,7 @@ def test_any_memory_format(vit: NormalizedModel, images: Tensor, labels: Tensor,
 
 def test_plain_timm_model_takes_normalised_images(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
     network = vit.network.train()
-    aug = NullspaceAugment(network, "boundary")
+    aug = NullspaceAugment(network, "boundary", site="patch")
     loss, _ = aug.loss((images - 0.5) / 0.5, labels, F.cross_entropy)
     wrapped = NullspaceAugment(vit.train(), "boundary")
     torch.testing.assert_close(wrapped.loss(images, labels, F.cross_entropy)[0], loss)

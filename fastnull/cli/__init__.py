@@ -1,8 +1,9 @@
 """The command line: `fastnull COMMAND ...`, on argparse, with options made from the dataclasses (`options.py`).
 
-Options of a command are absent unless they are given, so that defaults can depend on other fields (a mode's, a preset's),
-fractions such as 8/255 are numbers, and an error is one line with the nearest name. The files stay short; a library that
-makes a parser from dataclasses was not taken over.
+Why no library makes it from the dataclasses: with tyro `--attack-eps 8/255` is an error ("could not convert string to
+float") and the help shows 0.03137254901960784 in place of 8/255; a nested optional field becomes a subcommand
+(`noise:synthesis-config`) whose values replace the recommended recipe; an option that is not given cannot be told from
+its default, which presets, YAML files and defaults that depend on other fields (augment, site, model) need.
 """
 
 from __future__ import annotations
