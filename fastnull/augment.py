@@ -41,6 +41,8 @@ from fastnull.synthesis.solvers import norms, own_noise, valid_noise
 from fastnull.synthesis.starts import Start, draw_start, warm_start
 from fastnull.vit.base import inside_frozen, logits_of
 
+MODES = ALL_MODES
+
 
 @dataclass
 class _View:

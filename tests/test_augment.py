@@ -540,9 +540,9 @@ def test_any_memory_format(vit: NormalizedModel, images: Tensor, labels: Tensor,
 
 def test_plain_timm_model_takes_normalised_images(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
     network = vit.network.train()
-    aug = NullspaceAugment(network, "boundary")
+    aug = NullspaceAugment(network, "boundary", site="patch")
     loss, _ = aug.loss((images - 0.5) / 0.5, labels, F.cross_entropy)
-    wrapped = NullspaceAugment(vit.train(), "boundary")
+    wrapped = NullspaceAugment(vit.train(), "boundary", site="patch")
     torch.testing.assert_close(wrapped.loss(images, labels, F.cross_entropy)[0], loss)
 
 

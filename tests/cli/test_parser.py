@@ -17,7 +17,7 @@ import torch
 
 from fastnull import __version__
 from fastnull.cli import commands, main
-from fastnull.cli.options import add_options, attribute_docs, from_options, number
+from fastnull.cli.options import add_options, attribute_docs, from_options, number, read_fields
 from fastnull.data import EMBEDDED, embedded
 from fastnull.finetune import FinetuneConfig
 from fastnull.models import create_model
@@ -78,10 +78,41 @@ def test_every_setting_is_an_option_with_its_default(capsys: pytest.CaptureFixtu
             main([name, "--help"])
         text = " ".join(capsys.readouterr().out.split())
         for entry in fields(settings):
+            if entry.name == "noise":
+                assert "--noise.step-size NUMBER" in text
+                assert "--noise.seed" not in text  # the run's
+                continue
             assert f"--{entry.name.replace('_', '-')} " in text.replace(",", " ")
     # documented in the class docstring, not in metadata
     assert "fraction of the batches that a round uses (default: 1)" in text
     assert set(attribute_docs(SynthesisConfig)) == {entry.name for entry in fields(SynthesisConfig)}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["finetune", "--eps", "0.1"], "--eps is called --noise.eps since version 0.2"),
+        (["finetune", "--train-ratio", "0.1"], "--train-ratio is called --train-fraction since version 0.2"),
+        (["synthesize", "--model", "m", "--out", "n", "--image-ratio", "1"], "is called --image-fraction since"),
+    ],
+)
+def test_old_options_show_the_new_ones(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert message in capsys.readouterr().err
+
+
+def test_noise_of_a_file_and_of_options_come_together(tmp_path: Path) -> None:
+    """What neither names is the recommended value of augmentation and site."""
+    file = tmp_path / "run.yaml"
+    file.write_text("augment: per_image\nnoise:\n  eps: 1/2\n  steps: 7\n")
+    parser = argparse.ArgumentParser()
+    add_options(parser, FinetuneConfig)
+    given = parser.parse_args(["--noise.steps", "5", "--seed", "3"])
+    config = from_options(FinetuneConfig, given, read_fields(FinetuneConfig, file))
+    assert config.noise == SynthesisConfig.recommended("per_image", "patch", eps=0.5, steps=5, seed=3)
+    published = from_options(FinetuneConfig.published("vit_s"), parser.parse_args(["--noise.eps", "0.5"]))
+    assert published.noise == SynthesisConfig.published("finetune", eps=0.5)
 
 
 def test_options_from_a_dataclass() -> None:

@@ -189,7 +189,8 @@ def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ("clean",)}, "Did you mean 'none'"),
+        ({"methods": ("advers",)}, "Did you mean 'adversarial'"),
+        ({"methods": ("clean-only",)}, "method clean-only is called none since version 0.2"),
         ({"methods": ("random-tokens",)}, "takes the norm of boundary-tokens, which must be among the methods"),
         ({"methods": ("x",), "recipes": {"x": {"augmnt": "none"}}}, "recipe of x: field must be one of"),
         (

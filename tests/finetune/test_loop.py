@@ -28,12 +28,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastnull.augment import NullspaceAugment
 from fastnull.compat import import_timm
 from fastnull.data import digits, evaluation_data
 from fastnull.distributed import Processes
 from fastnull.finetune import DivergenceError, FinetuneConfig, finetune
 from fastnull.finetune.checkpoint import read_state, write_state
-from fastnull.finetune.config import ATTACKS, AUGMENTS
+from fastnull.finetune.config import ATTACKS, AUGMENTS, RENAMED
 from fastnull.finetune.plan import make_plan
 from fastnull.finetune.refresh import RefreshBatches
 from fastnull.finetune.training import Training
@@ -527,7 +528,7 @@ def test_forced_settings_hold_from_the_resumed_step(tmp_path, few, monkeypatch, 
     lines = metrics(tmp_path / "run")
     (noted,) = [line for line in lines if line["kind"] == "settings"]
     assert noted["step"] == 3
-    names = {"noise": ["noise.limit"], "augment": ["augment", "noise.mode"]}
+    names = {"noise": ["noise.limit"], "augment": ["augment", "noise.mode", "noise.eps"]}
     expected = [name for change in changes for name in names.get(change, [change])]
     assert noted["changed"].keys() == {"lr", "weight_decay", "epochs", *expected}
     assert FinetuneConfig.from_dict(json.loads((tmp_path / "run" / "config.json").read_text())["config"]).lr == 1e-4
@@ -1215,6 +1216,42 @@ def test_every_setting_is_documented_and_survives_a_file():
     assert FinetuneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match="Did you mean 'lr'"):
         FinetuneConfig.from_dict({"lrr": 1.0})
+
+
+@pytest.mark.parametrize("augment", ALL_MODES)
+def test_defaults_are_one_recipe(augment):
+    """Of a run, of NullspaceAugment, and of a SynthesisConfig with that mode and site."""
+    config = FinetuneConfig(augment=augment)
+    assert config.site == ("pixels" if augment == "boundary" else "patch")
+    model = create_model("vit_digits")
+    aug = NullspaceAugment(model, augment)
+    assert config.synthesis() == aug.config == SynthesisConfig(mode=augment, site=config.site)
+    assert (config.fraction, aug.fraction) == ((0.5, 0.5) if augment == "boundary" else (0, 0))
+    for site in SITES:
+        recipe = SynthesisConfig(mode=augment, site=site)
+        assert recipe.limit <= 1 or (augment, site) in (("universal", "patch"), ("universal", "block0"))
+        assert (recipe.smooth_limit > 0) == (augment == "boundary" and site == "pixels")
+
+
+def test_the_learning_rate_is_that_of_the_model(tmp_path, few):
+    assert FinetuneConfig().highest_lr == FinetuneConfig(model="vit_photos").highest_lr == 4e-3
+    assert FinetuneConfig(model="vit_tiny_patch16_224").highest_lr == 5e-4
+    assert FinetuneConfig(lr=0.1).highest_lr == 0.1
+    config = replace(SMALL, lr=None, epochs=1, num_classes=10)
+    own = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+    for name, model, lr in (("named", None, 4e-3), ("made", create_model("vit_digits"), 4e-3), ("own", own, 5e-4)):
+        finetune(replace(config, out=str(tmp_path / name)), model, few)
+        # the record has the rate that was used
+        assert json.loads((tmp_path / name / "config.json").read_text())["config"]["lr"] == lr
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_old_names_show_the_new_ones(name):
+    message = f"{name} is now {RENAMED[name]}"
+    with pytest.raises(TypeError, match=message):
+        FinetuneConfig(**{name: 1})
+    with pytest.raises(TypeError, match=message):
+        FinetuneConfig.from_dict({name: 1})
 
 
 def test_published_recipe():
