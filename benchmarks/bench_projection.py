@@ -15,7 +15,7 @@ from fastnull.ops import patch_project
 
 SIZE = 224
 PATCHES = ((32, 768), (16, 384))
-"""Patch size and rank of ViT-B/32 (3072 values a patch, of which the tokens see 768 directions) and ViT-S/16."""
+"""Patch size and rank of ViT-B/32 (3072 values per patch, of which the tokens see 768 directions) and ViT-S/16."""
 
 
 def cases(settings: BenchSettings) -> Iterator[Case]:

@@ -44,7 +44,7 @@ def profile_step(
     """Profile `steps` training steps with boundary noise after two to warm up.
 
     Returns:
-        seconds a step of each phase, milliseconds of the ten operators that take most themselves, and on a GPU how
+        seconds per step of each phase, milliseconds of the ten operators that take most themselves, and on a GPU how
         often the host waited for it a step.
     """
     model = model.train().requires_grad_(True)

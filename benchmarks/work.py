@@ -69,7 +69,8 @@ def noise_step(s: ViTShape, B: int, itemsize: int) -> Work:
     """A step of synthesis with cached clean tokens and logits: the least that the mathematics needs.
 
     Bytes: every weight once in each direction, and the activations of a fused implementation, in units of
-    T = B·N·D values a block: 49 and twice the kept derivative of GELU (2 T as one byte beside 16-bit values, else 4 T).
+    T = B·N·D values per block: 49 and twice the kept derivative of GELU (2 T as one byte beside 16-bit
+    values, else 4 T).
     """
     flop = forward_flop(s, B) + input_gradient_flop(s, B) - class_token_saving(s, B)
     tokens = B * s.N * s.D * itemsize

@@ -455,7 +455,7 @@ class NullspaceAugment:
         return noise, influence
 
     def _solver(self) -> Replay:
-        """(tokens, clean logits, start) or (..., step size) → noise an image, influence, updates."""
+        """(tokens, clean logits, start) or (..., step size) → noise per image, influence, updates."""
         encoder, config = self.encoder, self.config
         self._solve_of = encoder.generation
         graph = use_graph(config.graph, encoder.device, encoder.backend)

@@ -32,7 +32,7 @@ FORMAT = "fastnull model 1"
 """The `format` entry in the metadata of files that `save_checkpoint` writes."""
 
 _EMBEDDED: dict[str, dict[str, Any]] = {
-    # 16 tokens of 4x4 pixels; width 32 < 48 values a patch leaves an exact nullspace of 16 dimensions
+    # 16 tokens of 4x4 pixels; width 32 < 48 values per patch leave an exact nullspace of 16 dimensions
     "vit_digits": {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10},
     # 16 tokens too, of 8x8 pixels; width 64 < 192
     "vit_photos": {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 13},
@@ -221,7 +221,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     if header.get("format") != FORMAT:
         raise ValueError(
             f"{path} was not written by fastnull's save_checkpoint, so it does not say which model it is for; use "
@@ -355,7 +355,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(str(path))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
 def _read_torch(path: Path) -> Any:
@@ -366,13 +366,13 @@ def _read_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:
-            raise ValueError(f"{path} is no whole torch checkpoint: {_first_line(error)}") from error
+            raise ValueError(f"{path} is truncated or not a torch checkpoint: {_first_line(error)}") from error
         raise ValueError(
             f"{path} is refused: beside tensors it holds a pickled {found[1]}, and unpickling can run any code. Save "
             "the plain state dict instead, or convert the file to safetensors where it comes from"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no whole torch checkpoint: {_first_line(error)}") from error
+        raise ValueError(f"{path} is truncated or not a torch checkpoint: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -100,7 +100,7 @@ class Noise:
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
                 header = {name: header.get(name, "") for name in ("site", "metadata")}
         except SafetensorError as error:
-            raise ValueError(f"{path} is no whole safetensors file (truncated, or a pickle?): {error}") from error
+            raise ValueError(f"{path} is truncated or not a safetensors file (a pickle?): {error}") from error
         check_noise(tensors, str(path))
         try:
             metadata = as_type("metadata", json.loads(header["metadata"]), dict[str, Any])

@@ -413,7 +413,7 @@ def test_loading_what_is_no_model_file(state: dict[str, Tensor], tmp_path: Path)
     with pytest.raises(ValueError, match=r"plain\.safetensors was not written by fastnull.*create_model\(name"):
         load_model(path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"plain\.safetensors is no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"plain\.safetensors is truncated or not a safetensors file"):
         load_model(path)
 
 

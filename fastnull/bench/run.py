@@ -186,7 +186,7 @@ def compare(first: Sequence[Row], second: Sequence[Row]) -> str:
     """A table of the rows that both results have: times, and B / A (below 1: B is faster).
 
     A ratio whose intervals from p20 to p80 overlap is marked `~`: the two differ by no more than a run's own spread.
-    Memory rows compare their peaks. Rows without a time are left out. Differences of machine are told first.
+    Memory rows compare their peaks. Rows without a time are left out. Differences of machine are reported first.
     """
     ours = {row.key: row for row in first}
     lines = []

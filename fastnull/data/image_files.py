@@ -152,7 +152,7 @@ def read_image(path: str | os.PathLike[str]) -> Any:
 
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is no regular file")  # to open a pipe would wait for its other end
+            raise ValueError("it is not a regular file")  # to open a pipe would wait for its other end
         with Image.open(path) as image:
             return eight_bits(image, "RGB")
     except Exception as error:  # what decoders raise on damaged files is of every kind

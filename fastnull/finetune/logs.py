@@ -1,6 +1,6 @@
 """Where a run's records go besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio or MLflow.
 
-The library is imported when the run starts, so that a missing one is told before the first step.
+The library is imported when the run starts, so that a missing one is reported before the first step.
 """
 
 from __future__ import annotations

@@ -173,8 +173,8 @@ def _pair(name: str, pair: Sequence[Any]) -> TensorDataset:
 
 @torch.no_grad()
 def _try_out(model: nn.Module, train: Samples, validation: Samples | None, device: torch.device) -> int:
-    """Show the model an image of each set, so that a wrong size or label is told before anything is written; returns
-    its classes."""
+    """Show the model an image of each set and return the number of its classes. A wrong size or label is reported
+    before anything is written."""
     classes = _classes(model, "training", *_first(train, "training"), device)
     if validation is not None:
         _classes(model, "held-out", *_first(validation, "held-out"), device)

@@ -38,7 +38,7 @@ def use_graph(asked: bool | None, device: torch.device, backend: str) -> bool:
 class Replay:
     """Calls `function(*inputs)`; with `graph`, by replaying a CUDA graph of it.
 
-    The first call for inputs of given shapes captures (said once where there are several shapes); every later one
+    The first call for inputs of given shapes captures (warns once where there are several shapes); every later one
     copies its inputs into the graph's own and replays, which gives bit for bit what the function gives.
 
     Args:

@@ -330,7 +330,7 @@ def _met(noise: Noise, config: SynthesisConfig) -> Noise:
 def _each_scaled_to_eps(
     encoder: FrozenEncoder, noise: Tensor, tokens: Tensor, clean: Tensor, config: SynthesisConfig
 ) -> Tensor:
-    """`scaled_to_eps` for one noise an image, all images at once."""
+    """`scaled_to_eps` for one noise per image, all images at once."""
 
     def below(scale: Tensor) -> Tensor:
         return influence(clean, encoder(perturb(encoder, tokens, expand_as_noise(scale, noise) * noise))) < config.eps

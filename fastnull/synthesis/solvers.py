@@ -33,7 +33,7 @@ def own_noise(
     config: SynthesisConfig,
     step_size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One noise an image, by config.mode: `boundary_noise` or `optimized_noise`, and the updates each image got [B]."""
+    """One noise per image by config.mode (`boundary_noise`, `optimized_noise`), and the updates of each image [B]."""
     tokens, start = tokens.contiguous(), start.contiguous()  # once: the steps want dense memory
     with no_autocast(tokens.device):
         if config.mode != "boundary":
@@ -56,7 +56,7 @@ def boundary_noise(
     config: SynthesisConfig,
     step_size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Drive one noise an image to influence = ε: against the gradient where it is above, along it where below.
+    """Drive one noise per image to influence = ε: against the gradient where it is above, along it where below.
 
     Args:
         encoder: at the site.
@@ -90,7 +90,7 @@ def boundary_step_size(start: Tensor, config: SynthesisConfig) -> float | Tensor
 def optimized_noise(
     encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, start: Tensor, config: SynthesisConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Move one noise an image by AdamW until its own influence is below ε.
+    """Move one noise per image by AdamW until its own influence is below ε.
 
     Args:
         encoder: at the site.

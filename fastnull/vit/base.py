@@ -32,7 +32,7 @@ class NormalizedModel(nn.Module):
 
     Args:
         network: takes normalised images [B, C, H, W], returns logits [B, K].
-        mean, std: one value a channel, in units of pixels in [0, 1].
+        mean, std: one value per channel, in units of pixels in [0, 1].
 
     Attributes:
         classes: names of the classes in the order of the logits; None where nobody gave them.
@@ -46,7 +46,7 @@ class NormalizedModel(nn.Module):
         super().__init__()
         finite = all(map(math.isfinite, (*mean, *std)))
         if len(mean) != len(std) or not finite or min(std) <= 0:
-            raise ValueError(f"mean and std must have one finite value a channel, std > 0; got mean {mean}, std {std}")
+            raise ValueError(f"mean and std must have a finite value per channel, std > 0; got mean {mean}, std {std}")
         self.network = network
         like = next(network.parameters())
         for name, value in (("mean", mean), ("std", std)):

@@ -229,7 +229,7 @@ def test_a_pipe_in_a_folder_can_be_skipped(tmp_path: Path) -> None:
     files = ImageFolder(tmp_path)
     skipping = ImageFiles(files, lambda image: torch.zeros(3, 1, 1), 3, skip_bad=True)
     assert [skipping[index][1] for index in range(2)] == [BAD, 0]
-    with pytest.raises(BadImageError, match=r"cat/a\.png: it is no regular file \(--skip-bad leaves"):
+    with pytest.raises(BadImageError, match=r"cat/a\.png: it is not a regular file \(--skip-bad leaves"):
         ImageFiles(files, lambda image: torch.zeros(3, 1, 1), 3)[0]
 
 

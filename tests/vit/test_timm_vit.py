@@ -184,7 +184,7 @@ def test_normalized_model() -> None:
     assert copy.deepcopy(model).bfloat16().mean.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="std > 0"):
         NormalizedModel(build(), [0.5] * 3, [0.5, 0.0, 0.5])
-    with pytest.raises(ValueError, match="one finite value a channel"):
+    with pytest.raises(ValueError, match="a finite value per channel"):
         NormalizedModel(build(), [0.5] * 3, [0.5])
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite"):
