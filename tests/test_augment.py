@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnull.augment import MODES, NullspaceAugment
+from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
 from fastnull.rng import Place, fraction_of
 from fastnull.synthesis import SynthesisConfig
+from fastnull.synthesis.config import ALL_MODES as MODES
 from fastnull.synthesis.objective import influence
 from fastnull.vit import SITES, NormalizedModel
 
@@ -437,12 +438,14 @@ def test_attaching_reaches_a_compiled_function_of_the_users(vit: NormalizedModel
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-def test_labels_of_any_width(vit: NormalizedModel, images: Tensor, dtype: torch.dtype, share: float, mode: str) -> None:
+def test_labels_of_any_width(
+    vit: NormalizedModel, images: Tensor, dtype: torch.dtype, fraction: float, mode: str
+) -> None:
     losses = []
     for labels in (torch.arange(8), torch.arange(8).to(dtype)):
-        aug = NullspaceAugment(vit.train(), mode, fraction=share)
+        aug = NullspaceAugment(vit.train(), mode, fraction=fraction)
         if mode == "universal":
             aug.refresh([images])
         losses.append(aug.loss(images, labels, F.cross_entropy)[0])
@@ -539,7 +542,7 @@ def test_plain_timm_model_takes_normalised_images(vit: NormalizedModel, images: 
     network = vit.network.train()
     aug = NullspaceAugment(network, "boundary", site="patch")
     loss, _ = aug.loss((images - 0.5) / 0.5, labels, F.cross_entropy)
-    wrapped = NullspaceAugment(vit.train(), "boundary")
+    wrapped = NullspaceAugment(vit.train(), "boundary", site="patch")
     torch.testing.assert_close(wrapped.loss(images, labels, F.cross_entropy)[0], loss)
 
 

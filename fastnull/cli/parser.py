@@ -304,7 +304,7 @@ def _finetune(command: Command) -> None:
 
 def _evaluate(command: Command) -> None:
     from fastnull.robustness import CORRUPTIONS, DEMO_CORRUPTIONS
-    from fastnull.robustness.evaluate import SUITES
+    from fastnull.robustness.settings import SUITES
 
     parser = command(
         "evaluate",

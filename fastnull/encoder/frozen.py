@@ -137,6 +137,10 @@ class FrozenEncoder:
             if not self.follow():
                 self._encoder.sync(self._units)
 
+    def sync_if_changed(self) -> None:
+        """The same as `sync`, for callers from version 0.1: no sign that weights changed holds for all optimisers."""
+        self.sync()
+
     def follow(self) -> bool:
         """Whether the structure of the model changed since the last look; if so, the encoder has been made anew of it.
 

@@ -119,8 +119,9 @@ class RunFolder:
     def open(self) -> None:
         """Make the folder, or clear it of the run that is overwritten: not before the new run is known to start."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in self._held() if self._overwrite else ():
-            file.unlink()
+        if self._overwrite:
+            for file in self._held():
+                file.unlink()
         for name in (*_OWN_FILES, "state-*.pt"):  # what a killed process had not renamed yet
             for half in self.path.glob(f".{name}.*.tmp"):
                 half.unlink()

@@ -37,13 +37,18 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     copies = 4 + (config.ema_decay is not None)  # weights, gradients, two moments
-    shares = processes.world if config.shard else 1
-    encoder = _encoder(model, config, sharded=shares > 1)
+    shards = processes.world if config.shard else 1
+    encoder = _encoder(model, config, sharded=shards > 1)
     image = to_pixels(train[0][0].unsqueeze(0))
     # autocast keeps copies of the weights too, once: two images tell them from what an image takes
     once, twice = (_kept(model, image.expand(count, -1, -1, -1), config) for count in (1, 2))
     kept = once + (images * views - 1) * (twice - once)
     synthesis = plan.step_cost - 3 * views
+    held_in = "weights, gradients, two moments"
+    if config.ema_decay is not None:
+        held_in += " and an average"
+    if shards > 1:
+        held_in += f" (a shard of {shards})"
     lines = [
         f"model      {config.model}: {parameters:,} parameters, {prepared.num_classes} classes",
         f"data       {config.data}: {len(train)} training images, "
@@ -53,8 +58,7 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
         f"cost       {plan.total_cost:,} forward passes of an image at most",
         f"synthesis  {synthesis} of {plan.step_cost} forward passes per image and step"
         + (f"; at most {plan.refresh_cost:,} an epoch for the universal noise" if plan.refresh_cost else ""),
-        f"memory     {_size(copies * held // shares)} for weights, gradients, two moments"
-        f"{' and an average' * (copies > 4)}{f' (a share of {shares})' if shares > 1 else ''}; "
+        f"memory     {_size(copies * held // shards)} for {held_in}; "
         f"{_size(kept)} kept for the backward pass; {_size(encoder)} of weights in the synthesis's encoder "
         "(estimates, of one process)",
         "",

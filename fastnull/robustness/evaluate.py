@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastnull.checks import as_type, check_choice, check_device, check_number, is_out_of_memory
+from fastnull.checks import check_device, is_out_of_memory
 from fastnull.data.classes import check_same_classes
 from fastnull.data.view import View
 from fastnull.noise import Noise
@@ -28,17 +28,16 @@ from fastnull.progress import progress_bar
 from fastnull.record import provenance, remove_left_over, write_json
 from fastnull.rng import preserved
 from fastnull.robustness.attacks.auto import attacks_for
-from fastnull.robustness.attacks.base import NORMS, check_logits, is_broken, model_logits
+from fastnull.robustness.attacks.base import check_logits, is_broken, model_logits
 from fastnull.robustness.batches import Batch, EvaluationData
-from fastnull.robustness.corruptions import CORRUPTIONS, DEMO_CORRUPTIONS, SEVERITIES, frost_source
+from fastnull.robustness.corruptions import frost_source
 from fastnull.robustness.measurements import ATTACKS, Measurement, clean_and_attacked, corrupted, noisy, plain
 from fastnull.robustness.metrics import Accuracy
 from fastnull.robustness.protocol import data_digest, dtype_name, normalisation, resumed, tensor_digest, weights_digest
-from fastnull.robustness.suites import FOLDER_SUITES, open_suite, suite_classes, suite_parts
+from fastnull.robustness.settings import EvaluationSettings
+from fastnull.robustness.suites import FOLDER_SUITES, open_suite, suite_classes
 from fastnull.robustness.table import eps_name, summarize
 from fastnull.vit import frozen
-
-SUITES = ("clean", *ATTACKS, "noise", "corruptions", *FOLDER_SUITES)
 
 SAVE_SECONDS = 30.0
 """Between two savings of the counts within a measurement."""
@@ -51,27 +50,11 @@ SYNC_ROUNDS = 8
 def evaluate(
     model: nn.Module,
     data: tuple[Tensor, Tensor] | Dataset | DataLoader | None = None,
+    settings: EvaluationSettings | None = None,
     *,
-    suites: Sequence[str] = ("clean", "fgsm", "pgd", "corruptions"),
-    eps: Sequence[float] = (1 / 255, 2 / 255, 4 / 255, 8 / 255),
-    norm: str = "linf",
-    steps: int = 10,
-    restarts: int = 1,
-    corruptions: Sequence[str] = DEMO_CORRUPTIONS,
-    severities: Sequence[int] = SEVERITIES,
-    root: str | os.PathLike[str] | None = None,
     source: nn.Module | None = None,
     noise: Noise | None = None,
-    frost_folder: str | os.PathLike[str] | None = None,
-    skip_bad: bool = False,
-    batch_size: int = 256,
-    workers: int = 0,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    out: str | os.PathLike[str] | None = None,
-    resume: bool = True,
-    progress: bool = True,
-    limit: int | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Measure a model's accuracy (in %) clean, under attack, under corruptions and on published test sets.
 
@@ -84,30 +67,11 @@ def evaluate(
         model: pixels in [0, 1] → logits [B, K] (or an output with `.logits`); evaluated in eval mode, in its own dtype.
         data: images [n, C, H, W] in [0, 1] and classes [n]; or a map-style data set of such pairs; or a DataLoader of
             such batches, in a fixed order. None takes root/imagenet-val, where a suite needs it.
-        suites: any of `clean`; `fgsm`, `pgd`, `mi_fgsm`, `apgd` (cross entropy), `apgd_t` (targeted DLR),
-            `autoattack`, for each of `eps`; `cw` (L2, constant 1) and `patch` (one patch), which have no radius;
-            `noise`; `corruptions` in memory; and the folders under `root`, see fastnull.robustness.suites.
-        eps: radii of the attacks, in units of pixels in [0, 1]; results are keyed "8/255" (`linf`) or "0.5" (`l2`).
-        norm: `linf` or `l2`.
-        steps: of PGD, MI-FGSM and APGD; PGD's step size is eps / 4, its start random.
-        restarts: of PGD and APGD.
-        corruptions: names of fastnull.robustness.CORRUPTIONS, computed in memory.
-        severities: any of 1 .. 5, of corruptions in memory and of imagenet-c.
-        root: folder of the published test sets.
+        settings: what is measured and how; None takes the defaults.
         source: transfer: the attacks are made on this model, of the same classes, and tried on `model`.
         noise: of suite `noise`, from any model whose site has the same shape: image i gets noise i mod M. Its
             permutation, of equal norm, is measured beside it.
-        frost_folder: pictures for the corruption frost; None takes those that the package makes.
-        skip_bad: image files of `root` that cannot be read are left out and listed in place of an error.
-        batch_size: of tensors and data sets; a DataLoader has its own.
-        workers: processes that load a data set.
-        seed: of the random starts and corruptions.
-        device: where to run; the model is moved there, as by `model.to`. None is where the model is.
-        out: file for the result (JSON), written after every number, and on the way to it.
-        resume: take over what `out` holds already; False starts anew.
-        progress: show a progress bar with the time that is left.
-        limit: use so many images of each data set only, drawn evenly over its classes by the seed: the same ones for
-            every model.
+        changes: fields of EvaluationSettings, in place of those of `settings`: evaluate(model, data, suites=("pgd",)).
 
     Returns:
         {"protocol": what was measured and how, "results": {"clean": %, "clean_top5": %, "fgsm": {"1/255": %, …},
@@ -116,110 +80,155 @@ def evaluate(
         "summary": see fastnull.robustness.table.summarize}.
 
     Raises:
-        TypeError: data of an unknown kind.
+        TypeError: data of an unknown kind, or a setting that does not exist or is of another type.
         ValueError: no images, a shuffled DataLoader, pixels outside [0, 1], labels out of range, NaN logits (the
             message names the suite), an unknown suite or corruption, eps out of range, a test set that is missing or
             laid out otherwise, a file that cannot be read, data without an index shared out over processes, or `out`
             made under another protocol (the message names what differs).
     """
-    about = {"steps": steps, "restarts": restarts, "batch_size": batch_size, "workers": workers, "seed": seed}
-    steps, restarts, batch_size, workers, seed = (as_type(name, value, int) for name, value in about.items())
-    limit = as_type("limit", limit, int | None)
-    eps, severities = as_type("eps", eps, tuple[float, ...]), as_type("severities", severities, tuple[int, ...])
-    resume, skip_bad = as_type("resume", resume, bool), as_type("skip_bad", skip_bad, bool)
-    _check(suites, eps, norm, steps, restarts, corruptions, severities, batch_size, workers, limit)
-    for name, module in (("model", model), ("source", source)):
-        if not isinstance(module, nn.Module) and not (name == "source" and module is None):
-            raise TypeError(f"{name} must be a torch.nn.Module; got {type(module).__name__}")
-    if source is not None:
-        check_same_classes(model, source, name="source")
-    if out is not None:
-        check_output(out, {}, name="out")
-    if device is None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    device = check_device(device)
-    model.to(device)
-    if source is not None:
-        source.to(device)
-    folders = [part for suite in suites if suite in FOLDER_SUITES for part in suite_parts(suite, severities)]
-    for part in folders:
-        if root is None:
-            raise ValueError(f"suite {part.partition('/')[0]} needs root, the folder of the published test sets")
-        suite_classes(part, root, model)
-    if "noise" in suites and noise is None:
+    settings = replace(settings or EvaluationSettings(), **changes)
+    device = _on_device(model, source, settings)
+    _check_folders(model, settings)
+    if "noise" in settings.suites and noise is None:
         raise ValueError("suite noise needs a noise")
-    main: EvaluationData | None = None
-    transform = "none: the images as given, pixels in [0, 1]"
-    if set(suites) - set(FOLDER_SUITES):
-        if data is None:
-            if root is None:
-                raise ValueError(f"suites {', '.join(suites)} need data, or a root with imagenet-val")
-            found = open_suite("imagenet-val", root, model, skip_bad=skip_bad)
-            data, transform = found.images, f"imagenet-val, {found.transform}"
-        main = EvaluationData(data, batch_size, limit, device, workers, seed)
-    world = distributed.get_world_size() if _is_distributed() else 1
-    if world > 1 and main is not None and not main.indexed:
-        raise ValueError("a DataLoader cannot be shared out over processes: give the data set, which has an index")
-    protocol: dict[str, Any] = {
-        "suites": list(suites),
-        "subset": "all" if limit is None else f"{limit}, drawn evenly over the classes by the seed",
-        "n": None if main is None else main.total,
-        "data": None if main is None else _digest(main),
-        "transform": transform,
-        "folders": {name: _described(name, model) for name in suites if name in FOLDER_SUITES},
-        "skip_bad": skip_bad,
-        **normalisation(model),
-        "weights": weights_digest(model),
-        "attacked_model": "itself" if source is None else weights_digest(source),
-        "noise": None if noise is None else f"{len(noise)} at {noise.site}, {tensor_digest(noise.tokens)}",
-        "eps": [eps_name(value, norm) for value in eps],
-        "norm": norm,
-        "steps": steps,
-        "step_size": "eps / 4",
-        "restarts": restarts,
-        "random_start": True,
-        "attacked": "all images",
-        "autoattack": _autoattack(source or model, main) if main is not None and "autoattack" in suites else None,
-        "corruptions": list(corruptions),
-        "severities": [int(severity) for severity in severities],
-        "corruption_source": "computed in memory in float32, not the published JPEG files",
-        "frost": frost_source(frost_folder),
-        "seed": seed,
-        "backend": "autograd",
-        "dtype": dtype_name(model, device),
-        "provenance": provenance(device),
-    }
-    if set(ATTACKS) & set(suites) and " float16" in f" {protocol['dtype']}":
+    main, transform = _images(model, data, settings, device)
+    protocol = _protocol(model, source, noise, settings, main, transform, device)
+    if set(ATTACKS) & set(settings.suites) and " float16" in f" {protocol['dtype']}":
         warnings.warn("gradients of sure predictions vanish in float16: attacks look weak; use bfloat16", stacklevel=3)
     record: dict[str, Any] = {"protocol": protocol, "results": {}, "images": {}, "summary": {}}
-    if out is not None and resume and Path(out).exists():
+    out = None if settings.out is None else Path(settings.out)
+    if out is not None and settings.resume and out.exists():
         record = resumed(out, protocol)
-    todo = [
-        *clean_and_attacked(model, source or model, suites, eps, norm, steps, restarts, seed),
-        *(noisy(model, noise) if noise is not None and "noise" in suites else ()),
-        *(corrupted(model, corruptions, severities, seed, frost_folder) if "corruptions" in suites else ()),
-        *(Measurement(tuple(part.split("/")), plain(model), part) for part in folders),
-    ]
+    todo = _measurements(model, source, noise, settings)
     todo = [measurement for measurement in todo if _lookup(record["results"], measurement.path) is None]
     first = not _is_distributed() or distributed.get_rank() == 0
     if out is not None and first:
         remove_left_over(out)
     on_main = sum(measurement.suite is None for measurement in todo)
     known = main.total if main is not None and on_main else 0
-    with progress_bar(None if known is None else on_main * known, show=progress and first, unit="image") as bar:
-        run = _Run(record, Path(out) if out is not None and first else None, bar)
+    total = None if known is None else on_main * known
+    with progress_bar(total, show=settings.progress and first, unit="image") as bar:
+        run = _Run(record, out if first else None, bar)
         for measurement in todo:
             bar.set_description(measurement.name)
             images, mask = main, None
-            if measurement.suite is not None and root is not None:
-                found = open_suite(measurement.suite, root, model, skip_bad=skip_bad)
-                images, mask = EvaluationData(found.images, batch_size, limit, device, workers, seed), found.mask
+            if measurement.suite is not None and settings.root is not None:
+                found = open_suite(measurement.suite, settings.root, model, skip_bad=settings.skip_bad)
+                images, mask = _batches(found.images, settings, device), found.mask
                 if bar.total is not None and images.total is not None:
                     bar.total += images.total  # a folder's images are counted when its turn comes
             assert images is not None
             run.measure(model, measurement, images, mask)
     record["summary"] = summarize(record["results"])
     return record
+
+
+def _on_device(model: nn.Module, source: nn.Module | None, settings: EvaluationSettings) -> torch.device:
+    """Check the models and move them to the device of the settings, which is returned."""
+    for name, module in (("model", model), ("source", source)):
+        if not isinstance(module, nn.Module) and not (name == "source" and module is None):
+            raise TypeError(f"{name} must be a torch.nn.Module; got {type(module).__name__}")
+    if source is not None:
+        check_same_classes(model, source, name="source")
+    if settings.out is not None:
+        check_output(settings.out, {}, name="out")
+    device = settings.device
+    if device is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = check_device(device)
+    model.to(device)
+    if source is not None:
+        source.to(device)
+    return device
+
+
+def _check_folders(model: nn.Module, settings: EvaluationSettings) -> None:
+    """Every folder of a suite is there, with classes that the model has."""
+    for part in settings.folders:
+        if settings.root is None:
+            raise ValueError(f"suite {part.partition('/')[0]} needs root, the folder of the published test sets")
+        suite_classes(part, settings.root, model)
+
+
+def _images(
+    model: nn.Module,
+    data: tuple[Tensor, Tensor] | Dataset | DataLoader | None,
+    settings: EvaluationSettings,
+    device: torch.device,
+) -> tuple[EvaluationData | None, str]:
+    """The images of all suites without a folder of their own (None: there is no such suite), and their transform."""
+    transform = "none: the images as given, pixels in [0, 1]"
+    if not settings.on_data:
+        return None, transform
+    if data is None:
+        if settings.root is None:
+            raise ValueError(f"suites {', '.join(settings.suites)} need data, or a root with imagenet-val")
+        found = open_suite("imagenet-val", settings.root, model, skip_bad=settings.skip_bad)
+        data, transform = found.images, f"imagenet-val, {found.transform}"
+    images = _batches(data, settings, device)
+    world = distributed.get_world_size() if _is_distributed() else 1
+    if world > 1 and not images.indexed:
+        raise ValueError("a DataLoader cannot be shared out over processes: give the data set, which has an index")
+    return images, transform
+
+
+def _batches(data: Any, settings: EvaluationSettings, device: torch.device) -> EvaluationData:
+    return EvaluationData(data, settings.batch_size, settings.limit, device, settings.workers, settings.seed)
+
+
+def _protocol(
+    model: nn.Module,
+    source: nn.Module | None,
+    noise: Noise | None,
+    settings: EvaluationSettings,
+    main: EvaluationData | None,
+    transform: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """All that decides what the numbers mean: results of another protocol do not go into the same file."""
+    suites, limit = settings.suites, settings.limit
+    return {
+        "suites": list(suites),
+        "subset": "all" if limit is None else f"{limit}, drawn evenly over the classes by the seed",
+        "n": None if main is None else main.total,
+        "data": None if main is None else _digest(main),
+        "transform": transform,
+        "folders": {name: _described(name, model) for name in suites if name in FOLDER_SUITES},
+        "skip_bad": settings.skip_bad,
+        **normalisation(model),
+        "weights": weights_digest(model),
+        "attacked_model": "itself" if source is None else weights_digest(source),
+        "noise": None if noise is None else f"{len(noise)} at {noise.site}, {tensor_digest(noise.tokens)}",
+        "eps": [eps_name(value, settings.norm) for value in settings.eps],
+        "norm": settings.norm,
+        "steps": settings.steps,
+        "step_size": "eps / 4",
+        "restarts": settings.restarts,
+        "random_start": True,
+        "attacked": "all images",
+        "autoattack": _autoattack(source or model, main) if main is not None and "autoattack" in suites else None,
+        "corruptions": list(settings.corruptions),
+        "severities": [int(severity) for severity in settings.severities],
+        "corruption_source": "computed in memory in float32, not the published JPEG files",
+        "frost": frost_source(settings.frost_folder),
+        "seed": settings.seed,
+        "backend": "autograd",
+        "dtype": dtype_name(model, device),
+        "provenance": provenance(device),
+    }
+
+
+def _measurements(
+    model: nn.Module, source: nn.Module | None, noise: Noise | None, settings: EvaluationSettings
+) -> list[Measurement]:
+    """Every number that the settings ask for, in the order of the result."""
+    suites, eps, norm, seed = settings.suites, settings.eps, settings.norm, settings.seed
+    found = [*clean_and_attacked(model, source or model, suites, eps, norm, settings.steps, settings.restarts, seed)]
+    if noise is not None and "noise" in suites:
+        found += noisy(model, noise)
+    if "corruptions" in suites:
+        found += corrupted(model, settings.corruptions, settings.severities, seed, settings.frost_folder)
+    return found + [Measurement(tuple(part.split("/")), plain(model), part) for part in settings.folders]
 
 
 class _Run:
@@ -313,13 +322,13 @@ class _Run:
 
     def _check_same_images(self, measurement: Measurement, images: int) -> None:
         protocol = self.record["protocol"]
-        seen = self.record["images"].get("all", {}).get("n")
-        if seen is None:
+        before = self.record["images"].get("all", {}).get("n")
+        if before is None:
             self.record["images"]["all"] = {"n": images}
             if protocol["n"] is None:
                 protocol["n"] = images
-        elif seen != images:
-            raise ValueError(f"data must yield the same images every time; {measurement.name} saw {images} of {seen}")
+        elif before != images:
+            raise ValueError(f"data must yield the same images every time; {measurement.name} saw {images} of {before}")
 
     def _due(self) -> bool:
         return self.out is not None and time.monotonic() - self._saved >= SAVE_SECONDS
@@ -365,32 +374,6 @@ def _gathered(accuracy: Accuracy, skipped: list[str]) -> tuple[Accuracy, list[st
         total.add(counts)
         names += theirs
     return total, names
-
-
-def _check(
-    suites: Sequence[str], eps: Sequence[float], norm: str, steps: int, restarts: int, corruptions: Sequence[str],
-    severities: Sequence[int], batch_size: int, workers: int, limit: int | None,
-) -> None:  # fmt: skip
-    for name, values in (("suites", suites), ("corruptions", corruptions)):
-        if isinstance(values, str):
-            raise TypeError(f"{name} must be a sequence of names; got the string {values!r}")
-    if not suites:
-        raise ValueError(f"suites must name at least one of {', '.join(SUITES)}")
-    for suite in suites:
-        check_choice("suite", suite, SUITES)
-    check_choice("norm", norm, NORMS)
-    for radius in eps:
-        check_number("eps", radius, 0, 1 if norm == "linf" else None)
-    for corruption in corruptions:
-        check_choice("corruption", corruption, CORRUPTIONS)
-    for severity in severities:
-        if severity not in SEVERITIES:
-            raise ValueError(f"severities must be among 1, 2, 3, 4, 5; got {severity!r}")
-    for name, value in (("steps", steps), ("restarts", restarts), ("batch_size", batch_size)):
-        check_number(name, value, 1)
-    check_number("workers", workers, 0)
-    if limit is not None:
-        check_number("limit", limit, 1)
 
 
 def _autoattack(model: nn.Module, data: EvaluationData) -> list[str]:

@@ -124,7 +124,8 @@ class UniversalRun:
         change = torch.zeros_like(self.noise)
         unknown = torch.full((len(moving),), math.nan, device=moving.device, dtype=torch.float32)
         losses, influences = unknown, unknown.clone()
-        for part in rows.split(max(1, MOST_IMAGES // len(tokens))) if len(rows) else ():
+        parts = rows.split(max(1, MOST_IMAGES // len(tokens))) if len(rows) else ()
+        for part in parts:
             loss, found, change[part] = self._judged_and_moved(tokens, clean, self.noise[part], lr)
             losses[part], influences[part] = loss.float(), found.float()
         losses, influences = torch.where(moving, losses, math.nan), torch.where(moving, influences, math.nan)
@@ -156,7 +157,9 @@ class UniversalRun:
         else:
             loss, influences, gradient = shared_gradient(self._encoder, tokens, clean, noise, config.objective)
             change = (gradient if mean is None else mean(gradient)) - pull
-        return (loss, influences, change) if mean is None else (mean(loss), mean(influences), change)
+        if mean is not None:
+            loss, influences = mean(loss), mean(influences)
+        return loss, influences, change
 
     def _part(self, pair: Pair) -> Pair:
         """What of a batch a step uses."""

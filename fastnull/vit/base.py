@@ -204,10 +204,12 @@ def under_adapters(layer: nn.Module) -> Any:
     """The layer that an adapter's layer is around: PEFT's `base_layer`, loralib's `conv`; another one is itself."""
     while True:
         libraries = {kind.__module__.partition(".")[0] for kind in type(layer).__mro__}
-        name = "base_layer" if "peft" in libraries else "conv" if "loralib" in libraries else None
-        if name not in layer._modules:
+        if "peft" in libraries and "base_layer" in layer._modules:
+            layer = layer.get_submodule("base_layer")
+        elif "loralib" in libraries and "conv" in layer._modules:
+            layer = layer.get_submodule("conv")
+        else:
             return layer
-        layer = layer.get_submodule(str(name))
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, NormalizedModel | None]:

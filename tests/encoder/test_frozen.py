@@ -215,6 +215,14 @@ def test_products_are_timed_once_and_can_be_chosen(vit: NormalizedModel, monkeyp
         FrozenEncoder(vit, dtype=torch.bfloat16, backend="cpu")
 
 
+def test_the_old_name_of_sync_is_no_condition(vit: NormalizedModel, images: Tensor) -> None:
+    frozen = FrozenEncoder(vit, backend="cpu")
+    with torch.no_grad():
+        vit.network.head.weight.data.mul_(2)
+    frozen.sync_if_changed()
+    torch.testing.assert_close(frozen(frozen.embed(images)), vit(images))
+
+
 def _assign(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     model.load_state_dict({name: change(value) for name, value in model.state_dict().items()}, assign=True)
 

@@ -85,7 +85,7 @@ def test_a_sharded_run_needs_a_share_of_the_memory(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("fastnull.distributed.processes.distributed.get_world_size", lambda: 4)
     text = dry_run(FinetuneConfig(augment="none", shard=True, epochs=1))
     assert "(4 processes x 1 parts of 16)" in text
-    assert "0.2 MB for weights, gradients, two moments (a share of 4); " in text
+    assert "0.2 MB for weights, gradients, two moments (a shard of 4); " in text
 
 
 def test_dry_run_refuses_what_the_run_would() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastnull.data.subset import even_subset
-from fastnull.robustness import CORRUPTIONS, corrupt, evaluate, fgsm, format_table, pgd
+from fastnull.robustness import CORRUPTIONS, EvaluationSettings, corrupt, evaluate, fgsm, format_table, pgd
 from fastnull.robustness.metrics import ALEXNET_ERRORS
 from fastnull.robustness.table import eps_name, summarize
 from tests.robustness.small_model import CLASSES, make_model
@@ -357,3 +357,13 @@ def test_all_corruptions_run(net: nn.Module) -> None:
     settings = {**QUICK, "corruptions": tuple(CORRUPTIONS), "severities": (3,)}
     record = evaluate(net, make_data(8), suites=("corruptions",), **settings)
     assert record["results"]["corruptions"].keys() == CORRUPTIONS.keys()
+
+
+def test_settings_and_keywords_say_the_same(net: nn.Module) -> None:
+    settings = EvaluationSettings(suites=("clean", "fgsm"), eps=(1 / 255, 4 / 255), progress=False)
+    expected = evaluate(net, make_data(), suites=["clean", "fgsm"], eps=[1 / 255, 4 / 255], progress=False)["results"]
+    assert evaluate(net, make_data(), settings)["results"] == expected
+    one = evaluate(net, make_data(), settings, eps=(4 / 255,))["results"]  # a keyword goes before the settings
+    assert one["fgsm"] == {"4/255": expected["fgsm"]["4/255"]}
+    with pytest.raises(TypeError, match="epsilon"):
+        evaluate(net, make_data(), epsilon=(1 / 255,))

@@ -202,7 +202,7 @@ class ExplicitEncoder:
 
     def _reserve(self, B: int, forward_only: bool) -> None:
         """Make room for B images; buffers only ever grow."""
-        wanted = (1 if forward_only else len(self.blocks)) if self.blocks else 0
+        wanted = min(1, len(self.blocks)) if forward_only else len(self.blocks)
         if self._capacity < B or len(self._saved) < wanted:
             self._capacity = max(B, self._capacity)
             N = self.stem.tokens
