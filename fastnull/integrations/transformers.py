@@ -2,7 +2,7 @@
 
 A Trainer, with one argument more:
 
-    trainer = NullspaceTrainer(model, args, train_dataset=data, augment=NullspaceAugment)
+    trainer = NullspaceTrainer(model, args, train_dataset=data)
     trainer.train()
 """
 
@@ -29,6 +29,13 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 FILE = "fastnull_augment.pt"
+
+
+def in_tokens(model: nn.Module) -> NullspaceAugment:
+    """Boundary noise at the patch embedding: image processors normalise images, which noise in pixels does not take."""
+    return NullspaceAugment(model, site="patch")
+
+
 """In every checkpoint folder."""
 
 
@@ -36,7 +43,7 @@ class NullspaceCallback(TrainerCallback):
     """Noise in every training forward of any Trainer, a new universal bank each epoch, and exact resume.
 
     Args:
-        augment: makes the augmentation from the model when training begins: NullspaceAugment itself, or
+        augment: makes the augmentation from the model when training begins; the default is `in_tokens`. Or
             `lambda model: NullspaceAugment(model, mode="boundary", steps=5)`.
         batches: universal mode: see fastnull.integrations.run.AugmentedRun.
         attach: False where the Trainer calls `augment.loss` itself, as NullspaceTrainer does.
@@ -47,7 +54,7 @@ class NullspaceCallback(TrainerCallback):
 
     def __init__(
         self,
-        augment: MakeAugment = NullspaceAugment,
+        augment: MakeAugment = in_tokens,
         batches: Tensor | Iterable[Any] | None = None,
         *,
         attach: bool = True,
@@ -121,7 +128,7 @@ class NullspaceTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        augment: MakeAugment = NullspaceAugment,
+        augment: MakeAugment = in_tokens,
         batches: Tensor | Iterable[Any] | None = None,
         criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
         **kwargs: Any,
