@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 FILE = "fastnull_augment.pt"
+"""In every checkpoint folder."""
 
 
 def in_tokens(model: nn.Module) -> NullspaceAugment:
@@ -36,15 +37,12 @@ def in_tokens(model: nn.Module) -> NullspaceAugment:
     return NullspaceAugment(model, site="patch")
 
 
-"""In every checkpoint folder."""
-
-
 class NullspaceCallback(TrainerCallback):
     """Noise in every training forward of any Trainer, a new universal bank each epoch, and exact resume.
 
     Args:
         augment: makes the augmentation from the model when training begins; the default is `in_tokens`. Or
-            `lambda model: NullspaceAugment(model, mode="boundary", steps=5)`.
+            `lambda model: NullspaceAugment(model, mode="boundary", site="patch", steps=5)`.
         batches: universal mode: see fastnull.integrations.run.AugmentedRun.
         attach: False where the Trainer calls `augment.loss` itself, as NullspaceTrainer does.
 
