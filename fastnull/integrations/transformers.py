@@ -2,7 +2,7 @@
 
 A Trainer, with one argument more:
 
-    trainer = NullspaceTrainer(model, args, train_dataset=data, augment=NullspaceAugment)
+    trainer = NullspaceTrainer(model, args, train_dataset=data)
     trainer.train()
 """
 
@@ -32,12 +32,17 @@ FILE = "fastnull_augment.pt"
 """In every checkpoint folder."""
 
 
+def in_tokens(model: nn.Module) -> NullspaceAugment:
+    """Boundary noise at the patch embedding: image processors normalise images, which noise in pixels does not take."""
+    return NullspaceAugment(model, site="patch")
+
+
 class NullspaceCallback(TrainerCallback):
     """Noise in every training forward of any Trainer, a new universal bank each epoch, and exact resume.
 
     Args:
-        augment: makes the augmentation from the model when training begins: NullspaceAugment itself, or
-            `lambda model: NullspaceAugment(model, mode="boundary", steps=5)`.
+        augment: makes the augmentation from the model when training begins; the default is `in_tokens`. Or
+            `lambda model: NullspaceAugment(model, mode="boundary", site="patch", steps=5)`.
         batches: universal mode: see fastnull.integrations.run.AugmentedRun.
         attach: False where the Trainer calls `augment.loss` itself, as NullspaceTrainer does.
 
@@ -47,7 +52,7 @@ class NullspaceCallback(TrainerCallback):
 
     def __init__(
         self,
-        augment: MakeAugment = NullspaceAugment,
+        augment: MakeAugment = in_tokens,
         batches: Tensor | Iterable[Any] | None = None,
         *,
         attach: bool = True,
@@ -121,7 +126,7 @@ class NullspaceTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        augment: MakeAugment = NullspaceAugment,
+        augment: MakeAugment = in_tokens,
         batches: Tensor | Iterable[Any] | None = None,
         criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
         **kwargs: Any,

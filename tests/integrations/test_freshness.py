@@ -276,7 +276,7 @@ def test_compiled_network_in_a_normalized_model(
     model = NormalizedModel(COMPILED[kind](vit.network), [0.5] * 3, [0.5] * 3).train()
     if already_run:
         model(images)
-    aug = NullspaceAugment(model, "boundary")
+    aug = NullspaceAugment(model, "boundary", site="patch")
     for _ in range(2):
         why = ""
         try:
@@ -292,7 +292,7 @@ def test_compiled_network_in_a_normalized_model(
     torch._dynamo.reset()
     if already_run:
         model(images)
-    aug = NullspaceAugment(model, "boundary").attach()
+    aug = NullspaceAugment(model, "boundary", site="patch").attach()
     why = ""
     try:
         noisy = model(images)

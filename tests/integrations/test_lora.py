@@ -234,7 +234,7 @@ def test_loralib(
     layers = lora_layers(model)
     base = [layer.weight.clone() for layer in layers]
     model.train(made_in == "train")
-    aug = NullspaceAugment(model, "boundary", steps=1, backend=backend)
+    aug = NullspaceAugment(model, "boundary", site="patch", steps=1, backend=backend)
     assert gap(model, aug.encoder, images) < 1e-5
     assert [layer.merged for layer in layers] == [merge and made_in == "eval"] * len(layers)
     model.train()
@@ -261,7 +261,7 @@ def test_gradients_beside_loralib_are_those_of_autograd(
 ) -> None:
     """Synthesis between the two forwards leaves nothing behind: the step is that of the two views by hand."""
     model = with_loralib(make_vit().train())
-    aug = NullspaceAugment(model, "boundary", steps=1, backend="reference")
+    aug = NullspaceAugment(model, "boundary", site="patch", steps=1, backend="reference")
     noises: list[Tensor] = []
     draw = aug.draw
 

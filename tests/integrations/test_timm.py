@@ -35,7 +35,7 @@ def test_forward_is_the_loss_of_both_views(vit: NormalizedModel, images: Tensor)
 
 
 def test_evaluation_and_ema_see_no_noise(vit: NormalizedModel, images: Tensor) -> None:
-    task = NullspaceTask(NullspaceAugment(vit, "boundary"), F.cross_entropy)
+    task = NullspaceTask(NullspaceAugment(vit, "boundary", site="patch"), F.cross_entropy)
     ema = task.setup_ema(decay=0.9)
     task.train()
     task(images, LABELS)["loss"].backward()
@@ -74,7 +74,7 @@ def test_compiled_task_sees_noise_and_compiles_once(vit: NormalizedModel, images
         return graph.forward
 
     eager = NullspaceTask(NullspaceAugment(vit.train(), "boundary"), F.cross_entropy)(images, LABELS)["loss"]
-    task = NullspaceTask(NullspaceAugment(vit, "boundary"), F.cross_entropy)
+    task = NullspaceTask(NullspaceAugment(vit, "boundary", site="patch"), F.cross_entropy)
     torch._dynamo.reset()
     task.compile(backend=backend)
     torch.testing.assert_close(task(images, LABELS)["loss"], eager)
@@ -90,7 +90,7 @@ def test_blocks_compiled_one_by_one_see_noise(vit: NormalizedModel, images: Tens
     torch._dynamo.reset()
     for block in vit.network.blocks:
         block.compile(backend="eager")
-    aug = NullspaceAugment(vit, "boundary")
+    aug = NullspaceAugment(vit, "boundary", site="patch")
     torch.testing.assert_close(aug.loss(images, LABELS, F.cross_entropy)[0], eager)
 
 
