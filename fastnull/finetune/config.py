@@ -9,7 +9,7 @@ from typing import Any
 from fastnull.checks import as_type, check_choice, check_fields, check_number, refuse_renamed
 from fastnull.encoder.frozen import BACKENDS
 from fastnull.finetune.logs import LOGS
-from fastnull.synthesis.config import ALL_MODES, SynthesisConfig, recommended_fraction, recommended_site
+from fastnull.synthesis.config import ALL_MODES, IN_TRAINING, SynthesisConfig, recommended_fraction, recommended_site
 from fastnull.vit import SITES
 
 AUGMENTS = ("none", "random", "universal", "per_image", "boundary", "adversarial", "trades")
@@ -38,6 +38,9 @@ RENAMED = {
     "image_ratio": "noise.image_fraction",
 }
 """Fields by the names of version 0.1."""
+REFRESH = {"universal": {"image_fraction": 0.1}}
+"""Recommended beside IN_TRAINING: a bank that is learned anew in every epoch takes a tenth of the training batches, as
+published."""
 OF_THE_RUN = {"mode": "augment", "site": "site", "seed": "seed"}
 """Fields of `noise` that are fields of the run: name there → name here."""
 
@@ -202,6 +205,8 @@ class FinetuneConfig:
             if noise.get("preset") is not None and self.augment != "universal":
                 raise ValueError(f"noise.preset is for augment='universal'; got augment={self.augment!r}")
             own = {name: getattr(self, here) for name, here in OF_THE_RUN.items()}
+            if noise.get("preset") is None:
+                own |= IN_TRAINING.get(self.augment, {}) | REFRESH.get(self.augment, {})
             try:
                 noise = SynthesisConfig.from_dict({**own, **noise})
             except (TypeError, ValueError) as error:
@@ -274,7 +279,8 @@ class FinetuneConfig:
         """The settings of NullspaceAugment; None where the augmentation is none of its modes."""
         if self.augment not in ALL_MODES:
             return None
-        return self.noise or SynthesisConfig.recommended(self.augment, self.site, seed=self.seed)
+        refresh = REFRESH.get(self.augment, {})
+        return self.noise or SynthesisConfig.recommended(self.augment, self.site, seed=self.seed, **refresh)
 
 
 _RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (

@@ -29,8 +29,8 @@ RECOMMENDED: dict[tuple[str, bool], dict[str, Any]] = {
         "eps": 0.6, "limit": 8 / 255, "steps": 1, "step_size": 12 / 255, "step_range": 1.0, "smooth_limit": 48 / 255,
         "contrast": 0.2, "objective": "prediction",
     },
-    ("per_image", False): {"limit": 1.0, "steps": 3},
-    ("per_image", True): {"limit": 8 / 255, "steps": 3, "lr": 2 / 255},
+    ("per_image", False): {"limit": 1.0, "steps": 30},
+    ("per_image", True): {"limit": 8 / 255, "steps": 30, "lr": 2 / 255},
     ("universal", False): {"limit": 3.0},
     ("universal", True): {"limit": 16 / 255, "lr": 2 / 255},
     ("random", False): {"limit": 0.5},
@@ -38,6 +38,8 @@ RECOMMENDED: dict[tuple[str, bool], dict[str, Any]] = {
 }  # fmt: skip
 """What settings are where None is given, by mode and site; the only place that holds them. Those of boundary noise in
 pixels come from the search in docs/recipe.md. What is not listed is in _OTHERWISE."""
+IN_TRAINING: dict[str, dict[str, Any]] = {"per_image": {"steps": 3}}
+"""By mode: what a noise made anew in every training step can afford, where a synthesis by itself goes on until ε."""
 _OTHERWISE: dict[str, Any] = {
     "eps": 0.03, "step_range": 0.0, "smooth_limit": 0.0, "contrast": 0.0, "objective": "l2",
 }  # fmt: skip
@@ -89,7 +91,7 @@ class SynthesisConfig:
             `prediction`: the cross entropy against the class predicted without noise.
         log_norm_weight: λ of the objective's −λ·log‖v‖ (paper, Eq. 6); 0 leaves it out.
         lr, weight_decay: of AdamW on the noise (universal, per_image); lr None is 0.1 at the token sites.
-        steps: most updates a noise gets; universal: None is rounds × the batches of a round.
+        steps: most updates a noise gets; None is rounds × the batches of a round (universal) or 30 (per_image).
         rounds: universal: how often the batches are gone through.
         image_fraction: universal: fraction of the batches that a round uses.
         schedule: of lr or radius. `cosine` decays over the steps that run; `published` has the published code's period,
@@ -224,7 +226,8 @@ class SynthesisConfig:
             site: None takes `recommended_site(augment)`.
             changes: fields to change.
         """
-        return cls(mode=augment, site=recommended_site(augment) if site is None else site, **changes)
+        site = recommended_site(augment) if site is None else site
+        return cls(mode=augment, site=site, **{**IN_TRAINING.get(augment, {}), **changes})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SynthesisConfig:

@@ -134,7 +134,7 @@ def test_settings_from_a_file_under_options(tmp_path: Path) -> None:
         ("1: 2", "field must be one of"),
         ("noise: 3", r"noise must hold `field: value` lines; got 3"),
         ("noise:\n  esp: 1", "noise.field must be one of .* Did you mean 'eps'"),
-        ("noise:\n  eps: many", "noise.eps: 'many' is no number"),
+        ("noise:\n  eps: many", "noise.eps: 'many' is not a number"),
         ("noise:\n  eps: 1\n  eps: 2", "noise.eps is given twice, in lines 2 and 3"),
         ("eps: 0.1\nnoise_share: 0.5", "eps is now noise.eps, noise_share is now noise_fraction"),
     ],

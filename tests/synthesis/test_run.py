@@ -474,7 +474,7 @@ DIVERGING = [
     {"mode": "universal", "lr": 1e300, "steps": 1},
     {"mode": "universal", "limit": 1e37},
     {"mode": "universal", "limit": 1e37, "stop": "batch", "on_unmet": "raise"},
-    {"mode": "per_image", "lr": 1e30, "steps": 30},
+    {"mode": "per_image", "lr": 1e30, "limit": 3.0},
     {"mode": "per_image", "limit": 1e37},
     {"mode": "boundary", "step_size": 1e30},
     {"mode": "boundary", "step_size": 1e300},
