@@ -58,7 +58,7 @@ def main() -> None:
 
     kinds = {
         "clean": (Trainer, {}),
-        "boundary noise": (NullspaceTrainer, {"augment": NullspaceAugment}),
+        "boundary noise": (NullspaceTrainer, {}),
         "universal noise": (Trainer, {"callbacks": [NullspaceCallback(universal, samples)]}),
     }
     for name, (kind, extra) in kinds.items():

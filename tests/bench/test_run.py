@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -487,7 +488,9 @@ def test_pytest_benchmark_runs_the_op_suites(tmp_path: Path) -> None:
     out = tmp_path / "ops.json"
     words = ["benchmarks/bench_ops.py", "-k", "adamw_step", "--benchmark-only", f"--benchmark-json={out}", "-q"]
     command = [sys.executable, "-m", "pytest", *words, "--benchmark-max-time=0.01", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True, timeout=300)
+    # a worker of pytest-xdist says so to its children, which would then measure nothing
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    run = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True, timeout=300, env=alone)
     assert run.returncode == 0, run.stdout + run.stderr
     names = [entry["name"] for entry in json.loads(out.read_text())["benchmarks"]]
     assert any("fastnull-bfloat16" in name for name in names)

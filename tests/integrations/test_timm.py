@@ -73,7 +73,9 @@ def test_compiled_task_sees_noise_and_compiles_once(vit: NormalizedModel, images
         graphs.append(graph)
         return graph.forward
 
-    eager = NullspaceTask(NullspaceAugment(vit.train(), "boundary"), F.cross_entropy)(images, LABELS)["loss"]
+    eager = NullspaceTask(NullspaceAugment(vit.train(), "boundary", site="patch"), F.cross_entropy)(images, LABELS)[
+        "loss"
+    ]
     task = NullspaceTask(NullspaceAugment(vit, "boundary", site="patch"), F.cross_entropy)
     torch._dynamo.reset()
     task.compile(backend=backend)
@@ -86,7 +88,7 @@ def test_compiled_task_sees_noise_and_compiles_once(vit: NormalizedModel, images
 
 
 def test_blocks_compiled_one_by_one_see_noise(vit: NormalizedModel, images: Tensor) -> None:
-    eager, _ = NullspaceAugment(vit.train(), "boundary").loss(images, LABELS, F.cross_entropy)
+    eager, _ = NullspaceAugment(vit.train(), "boundary", site="patch").loss(images, LABELS, F.cross_entropy)
     torch._dynamo.reset()
     for block in vit.network.blocks:
         block.compile(backend="eager")
