@@ -528,7 +528,7 @@ def test_forced_settings_hold_from_the_resumed_step(tmp_path, few, monkeypatch, 
     lines = metrics(tmp_path / "run")
     (noted,) = [line for line in lines if line["kind"] == "settings"]
     assert noted["step"] == 3
-    names = {"noise": ["noise.limit"], "augment": ["augment", "noise.mode", "noise.eps"]}
+    names = {"noise": ["noise.limit"], "augment": ["augment", "noise.mode", "noise.eps", "noise.image_fraction"]}
     expected = [name for change in changes for name in names.get(change, [change])]
     assert noted["changed"].keys() == {"lr", "weight_decay", "epochs", *expected}
     assert FinetuneConfig.from_dict(json.loads((tmp_path / "run" / "config.json").read_text())["config"]).lr == 1e-4
