@@ -1220,12 +1220,17 @@ def test_every_setting_is_documented_and_survives_a_file():
 
 @pytest.mark.parametrize("augment", ALL_MODES)
 def test_defaults_are_one_recipe(augment):
-    """Of a run, of NullspaceAugment, and of a SynthesisConfig with that mode and site."""
+    """Of a run, of NullspaceAugment, and of a SynthesisConfig with that mode and site, but for what a run can afford."""
     config = FinetuneConfig(augment=augment)
     assert config.site == ("pixels" if augment == "boundary" else "patch")
     model = create_model("vit_digits")
     aug = NullspaceAugment(model, augment)
-    assert config.synthesis() == aug.config == SynthesisConfig(mode=augment, site=config.site)
+    in_training = {"steps": 3} if augment == "per_image" else {}
+    assert aug.config == SynthesisConfig(mode=augment, site=config.site, **in_training)
+    a_tenth = {"image_fraction": 0.1} if augment == "universal" else {}
+    assert config.synthesis() == replace(aug.config, **a_tenth)
+    assert FinetuneConfig(augment=augment, noise={"limit": 0.5}).synthesis() == replace(config.synthesis(), limit=0.5)
+    assert SynthesisConfig(mode="per_image").steps == 30
     assert (config.fraction, aug.fraction) == ((0.5, 0.5) if augment == "boundary" else (0, 0))
     for site in SITES:
         recipe = SynthesisConfig(mode=augment, site=site)
