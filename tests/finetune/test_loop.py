@@ -1220,7 +1220,7 @@ def test_every_setting_is_documented_and_survives_a_file():
 
 @pytest.mark.parametrize("augment", ALL_MODES)
 def test_defaults_are_one_recipe(augment):
-    """Of a run, of NullspaceAugment, and of a SynthesisConfig with that mode and site, but for what a run can afford."""
+    """Of a run, of NullspaceAugment, and of a SynthesisConfig of that mode and site, but for what a run affords."""
     config = FinetuneConfig(augment=augment)
     assert config.site == ("pixels" if augment == "boundary" else "patch")
     model = create_model("vit_digits")
