@@ -1,4 +1,4 @@
-# make demo   sets everything up in .venv, runs the main job and writes runs/demo/report/index.html
+# make demo   sets everything up in .venv, runs the main job and writes runs/demo/report/report.html
 # make test   sets everything up in .venv, then lints, type-checks and tests
 # make docs   builds the pages and the API reference as HTML: build/docs/index.html; a warning is an error
 PYTHON ?= python3

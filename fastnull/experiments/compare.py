@@ -61,7 +61,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "noise": {"limit": 8 / 255, "smooth_limit": 48 / 255, "contrast": 0.2}, NORM_OF: "boundary-pixels",
     },
     # a start of ±3, as published, or of ±1 stays far above ε on this model at what rounds may cost here
-    "universal": {"augment": "universal", "noise": {"limit": 0.5, "lr": 0.1}},
+    "universal": {"augment": "universal", "noise": {"limit": 0.5, "lr": 0.1, "image_fraction": 1.0}},
     "per_image": {"augment": "per_image"},
     "boundary-tokens": {"augment": "boundary", "site": "patch", "noise": {"eps": 0.6}},
     # the default: one view, half of the images noisy
