@@ -468,3 +468,13 @@ def _with_header(path: Path, **changes: str | None) -> None:
         header = {**file.metadata(), **changes}
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file is no mapping)
     save_file(weights, path, metadata={key: value for key, value in header.items() if value is not None})
+
+
+def test_a_legacy_file_cut_at_any_byte_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cut.pth"
+    torch.save({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cut\.pth"):
+            read_state_dict(path)
