@@ -246,7 +246,8 @@ class NullspaceAugment:
         before = _random_state(images.device)
         clean = self._call(len(images), _View(noisy=False), forward)
         noisy = _View()
-        if torch.equal(before, _random_state(images.device)):
+        # of a fraction the synthesis takes some rows only
+        if not self.fraction and torch.equal(before, _random_state(images.device)):
             logits = logits_of(clean).detach()
             noisy.clean = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # else dropout was in it, which synthesis is to look through: it makes logits of its own

@@ -627,3 +627,11 @@ def test_import_needs_torch_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_views_of_a_fraction_are_made_with_each_images_own_logits(vit: NormalizedModel, images: Tensor) -> None:
+    aug = ready(vit, images, "boundary", "patch", fraction=0.5)
+    _, noisy = aug.views(images)
+    tokens = aug.encoder.embed(images)
+    noise = aug.at(0).draw(tokens)  # which takes clean logits of its own
+    torch.testing.assert_close(noisy, aug.encoder(tokens + noise))
