@@ -55,12 +55,14 @@ def test_few_classes(classes: int, norm: str) -> None:
     model = make_linear(classes)
     images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels = model(images).argmax(1)
+    before = torch.get_rng_state()
     found = autoattack(model, images, labels, EPS[norm], norm=norm)
+    assert torch.equal(before, torch.get_rng_state())
     fooled = model(found).argmax(1) != labels
     assert fooled.sum() >= (model(pgd(model, images, labels, EPS[norm], norm=norm)).argmax(1) != labels).sum()
     assert 0 < fooled.sum() < 16, "some image must reach every attack"
     change = (found - images).flatten(1)
-    assert (change.norm(dim=1) if norm == "l2" else change.abs().amax(1)).max() <= EPS[norm] * (1 + 1e-5)
+    assert (change.norm(dim=1) if norm == "l2" else change.abs().amax(1)).max() <= EPS[norm] * (1 + 1e-6)
 
 
 def test_one_class_is_refused() -> None:
