@@ -230,7 +230,7 @@ def test_criterion_replaces_the_loss(model: NormalizedModel, batch: tuple[Tensor
     found = pgd(model, images, labels, EPS, criterion=margin)
     own = [model(x).gather(1, labels[:, None]).mean() for x in (images, found)]
     assert own[1] < own[0]
-    with pytest.raises(ValueError, match=r"criterion must return one loss an image, \[32\]"):
+    with pytest.raises(ValueError, match=r"criterion must return one loss per image, \[32\]"):
         pgd(model, images, labels, EPS, criterion=lambda z, y: F.cross_entropy(z, y))
 
 

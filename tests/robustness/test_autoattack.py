@@ -86,7 +86,7 @@ def test_the_protocol_says_which_attacks_ran(classes: int) -> None:
 def test_l2_refuses_sizes_that_it_cannot_tile_before_it_attacks(height: int, width: int) -> None:
     model = make_linear(3, height, width)
     images = torch.rand(1, 3, height, width)
-    with pytest.raises(ValueError, match=f"in l2 does not take images of {height}x{width}.*use norm linf"):
+    with pytest.raises(ValueError, match=f"in l2 does not support images of {height}x{width}.*use norm linf"):
         autoattack(model, images, model(images).argmax(1), 0.5, norm="l2")
 
 

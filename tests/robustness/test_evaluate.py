@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastnull.data.subset import even_subset
 from fastnull.robustness import CORRUPTIONS, EvaluationSettings, corrupt, evaluate, fgsm, format_table, pgd
 from fastnull.robustness.metrics import ALEXNET_ERRORS
 from fastnull.robustness.table import eps_name, summarize
 from tests.robustness.small_model import CLASSES, Returning, make_model
+from tests.robustness.test_batches import Pairs
 
 # float64 in the comparisons of batch sizes: float32 sums may differ by a bit, and a sign with it
 QUICK: dict[str, Any] = {
@@ -94,17 +95,6 @@ def test_protocol_says_what_was_done(net: nn.Module) -> None:
     assert (protocol["seed"], protocol["steps"], protocol["restarts"], protocol["norm"]) == (3, 3, 1, "linf")
     assert {"torch", "commit", "device_name", "date"} <= protocol["provenance"].keys()
     json.dumps(protocol, allow_nan=False)
-
-
-class Pairs(Dataset):
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
 
 
 def test_every_kind_of_data_and_batch_size_gives_the_same(net: nn.Module) -> None:

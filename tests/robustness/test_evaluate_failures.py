@@ -111,7 +111,7 @@ def test_interrupts_keep_batches_and_bad_input_leaves_no_file(tmp_path: Path) ->
 def test_a_file_that_is_no_result_is_refused_by_name(text: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     out.write_text(text)
-    with pytest.raises(ValueError, match=r"result\.json is no result of evaluate\(\).*set resume=False"):
+    with pytest.raises(ValueError, match=r"result\.json is not a result of evaluate\(\).*set resume=False"):
         evaluate(make_model(dtype=torch.float64), make_data(), out=out, **QUICK)
     assert out.read_text() == text
 

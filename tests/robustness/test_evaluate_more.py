@@ -134,7 +134,7 @@ def test_a_loader_cannot_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "_is_distributed", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     loader = DataLoader(TensorDataset(*make_data()), batch_size=8)
-    with pytest.raises(ValueError, match="cannot be shared out"):
+    with pytest.raises(ValueError, match="cannot be split over processes"):
         evaluate(make_model(dtype=torch.float64), loader, **QUICK)
 
 
