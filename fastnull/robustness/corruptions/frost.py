@@ -1,8 +1,8 @@
 """Frost of ImageNet-C: a random part of a picture of frost over the image.
 
 The original's five photographs cannot be shipped. They are replaced by five computed pictures, with the mean and
-standard deviation of the colours of frost photographs, or by the pictures in a folder of the user. Results are not those of the
-original's photographs; the protocol of a result names the pictures.
+standard deviation of the colours of frost photographs, or by the pictures in a folder of the user. The protocol of a
+result names the pictures.
 """
 
 from __future__ import annotations
