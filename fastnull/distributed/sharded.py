@@ -103,7 +103,7 @@ class Held:
     """The parameters of a model before it is sharded, which puts others into its modules."""
 
     def __init__(self, model: nn.Module) -> None:
-        # weak, or the whole model would stay in memory beside its shares
+        # weak, or the whole model would stay in memory beside its shards
         self._parameters = {
             module: {name: weakref.ref(value) for name, value in module.named_parameters(recurse=False)}
             for module in model.modules()

@@ -1,6 +1,6 @@
 """The training state of a sharded run, through torch.distributed.checkpoint (DCP): a folder, one file a process.
 
-Every process writes its shares and, on whatever number of processes, reads those of its own from the files that hold
+Every process writes its shards and, on whatever number of processes, reads those of its own from the files that hold
 them. The files are safetensors: DCP's own format keeps a table of contents as a pickle, which a reader would run. What
 is not shared out (counts of steps, buffers, settings) has its place in the state file beside the folder.
 """
@@ -29,12 +29,12 @@ def state_of(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What is shared out, by name, and the rest: tensors and plain values, alike in all processes."""
     tables, moments = _tables(model, average, optimizer)
-    shares = {f"{table}.{name}": value for table, name, value in _entries(tables) if is_sharded(value)}
+    shards = {f"{table}.{name}": value for table, name, value in _entries(tables) if is_sharded(value)}
     rest: Tables = {table: {} for table in tables}
     for table, name, value in _entries(tables):
         if not is_sharded(value):
             rest[table][name] = value
-    return shares, {"tables": rest, "param_groups": moments["param_groups"]}
+    return shards, {"tables": rest, "param_groups": moments["param_groups"]}
 
 
 def load_state_of(
@@ -45,7 +45,7 @@ def load_state_of(
     optimizer: torch.optim.Optimizer,
     processes: Processes,
 ) -> None:
-    """Take over what `state_of` gave: the shares from the folder of `write_shares`. The model need not be sharded.
+    """Take over what `state_of` gave: the shards from the folder of `write_shards`. The model need not be sharded.
 
     Raises:
         ValueError: the state is of another model or optimiser.
@@ -83,7 +83,7 @@ def load_state_of(
 def load_whole_state(
     state: dict[str, Any], model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Take over the state of a run that was not sharded: every process takes its shares of the whole tensors.
+    """Take over the state of a run that was not sharded: every process takes its shards of the whole tensors.
 
     Raises:
         KeyError, RuntimeError, ValueError: the state is of another model or optimiser.
@@ -110,7 +110,7 @@ def load_whole_state(
     set_optimizer_state_dict(model, optimizer, named, options=whole)
 
 
-def write_shares(folder: Path, shares: dict[str, Tensor], processes: Processes) -> dict[str, str]:
+def write_shards(folder: Path, shards: dict[str, Tensor], processes: Processes) -> dict[str, str]:
     """Write what `state_of` gave, beside and renamed; returns the SHA-256 of each file. All processes take part.
 
     Raises:
@@ -122,7 +122,7 @@ def write_shares(folder: Path, shares: dict[str, Tensor], processes: Processes) 
     beside = folder.with_name(f".{folder.name}.tmp")
     processes.from_first(lambda: shutil.rmtree(beside, ignore_errors=True))
     try:
-        dcp.save(shares, storage_writer=dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True))
+        dcp.save(shards, storage_writer=dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True))
     except CheckpointException as error:
         raise _first_of(error) from error
     mine = sorted(os.listdir(beside))[processes.rank :: processes.world]
@@ -136,7 +136,7 @@ def write_shares(folder: Path, shares: dict[str, Tensor], processes: Processes) 
     return {name: digest for part in digests for name, digest in part.items()}
 
 
-def check_shares(folder: Path, files: dict[str, str]) -> None:
+def check_shards(folder: Path, files: dict[str, str]) -> None:
     """Raise ValueError unless the folder holds exactly these files, each with its SHA-256."""
     held = sorted(os.listdir(folder)) if folder.is_dir() else []
     if held != sorted(files):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fastnull.checks import refuse_renamed
 from fastnull.distributed.sharded import whole_state_dict
-from fastnull.distributed.sharded_state import check_shares
+from fastnull.distributed.sharded_state import check_shards
 from fastnull.finetune.config import RENAMED
 from fastnull.finetune.logs import Log
 from fastnull.finetune.run_lock import check_unlocked, locked
@@ -39,7 +39,7 @@ MARK = b"fastnull-state-1"
 _DIGEST = hashlib.sha256().digest_size
 _STATE = re.compile(r"state-(\d{9})\.pt")
 _OWN_FILES = ("config.json", "metrics.jsonl", "best.safetensors", "last.safetensors")
-RUN_FILES = (*_OWN_FILES, "state-*.pt", "state-*.shares")
+RUN_FILES = (*_OWN_FILES, "state-*.pt", "state-*.shards")
 """Patterns of all that a run writes in its folder."""
 
 FREE_KEYS = frozenset(
@@ -125,11 +125,11 @@ class RunFolder:
         for name in (*_OWN_FILES, "state-*.pt"):  # what a killed process had not renamed yet
             for half in self.path.glob(f".{name}.*.tmp"):
                 half.unlink()
-        for half in self.path.glob(".state-*.shares.tmp"):
+        for half in self.path.glob(".state-*.shards.tmp"):
             shutil.rmtree(half)
-        for shares in self.path.glob("state-*.shares"):
-            if not shares.with_suffix(".pt").exists():  # written before it
-                shutil.rmtree(shares)
+        for shards in self.path.glob("state-*.shards"):
+            if not shards.with_suffix(".pt").exists():  # written before it
+                shutil.rmtree(shards)
 
     def describe(
         self, config: dict[str, Any], device: torch.device | str, *, step: int = 0, data: Any = None, **extra: Any
@@ -233,7 +233,7 @@ class RunFolder:
         # one of a later step, which could not be read, stays: it must not push this one out
         for old in [other for other in self.states() if other.name <= path.name][keep:]:
             old.unlink()
-            shutil.rmtree(old.with_suffix(".shares"), ignore_errors=True)
+            shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)
         return path
 
     def load_state(self) -> dict[str, Any] | None:
@@ -248,8 +248,8 @@ class RunFolder:
                 state = read_state(path)
                 if not isinstance(state, dict) or type(state.get("step")) is not int:
                     raise ValueError(f"training state {path} holds no state with a step")
-                if "shares" in state:
-                    check_shares(path.with_suffix(".shares"), state["shares"])
+                if "shards" in state:
+                    check_shards(path.with_suffix(".shards"), state["shards"])
             except ValueError as error:
                 problems.append(str(error))
                 warnings.warn(f"{error}; using the state before it", stacklevel=2)
@@ -331,7 +331,7 @@ def _listed(changed: dict[str, dict[str, Any]]) -> str:
 
 
 def state_path(folder: str | os.PathLike[str], step: int) -> Path:
-    """The file of a run's training state; shares of a sharded one lie in the folder of that name with .shares."""
+    """The file of a run's training state; shards of a sharded one lie in the folder of that name with .shards."""
     return Path(folder) / f"state-{step:09d}.pt"
 
 

@@ -83,19 +83,19 @@ def make_plan(config: FinetuneConfig, images: int, processes: int = 1) -> Plan:
     if images < 1:
         raise ValueError("the training data holds no images")
     per_epoch = max(1, int(config.train_fraction * images))
-    shares = processes * config.accumulate
-    if config.batch_size % shares:
+    shards = processes * config.accumulate
+    if config.batch_size % shards:
         raise ValueError(
             f"batch_size must divide by the {processes} processes x accumulate {config.accumulate}; "
             f"got {config.batch_size}"
         )
-    if per_epoch < shares:
+    if per_epoch < shards:
         raise ValueError(
             f"{processes} processes x accumulate {config.accumulate} need an image each in a step; "
             f"an epoch has {per_epoch}"
         )
     batch_size = min(config.batch_size, per_epoch)
-    batch_size -= batch_size % shares
+    batch_size -= batch_size % shards
     if config.mixing:
         # each process mixes its own images
         batch_size -= batch_size % (2 * processes * config.accumulate)

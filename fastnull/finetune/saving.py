@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastnull.distributed.processes import Processes
-from fastnull.distributed.sharded_state import write_shares
+from fastnull.distributed.sharded_state import write_shards
 from fastnull.finetune.checkpoint import RunFolder, gathered_weights, save_weights, state_path
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.logs import Log
@@ -34,7 +34,7 @@ def resume_or_begin(training: Training, folder: RunFolder | None, ready: Prepare
     if state is not None:
         assert config.out is not None
         try:
-            training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shares"))
+            training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shards"))
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"a state in {config.out} is damaged or of another version: {error!r}") from error
     if folder is None:
@@ -74,8 +74,8 @@ def save(training: Training, folder: RunFolder | None, *, best: bool = False) ->
     with telling:
         state = training.state_dict()
         if training.sharded:
-            shares = state_path(training.config.out, training.step).with_suffix(".shares")
-            state["shares"] = write_shares(shares, training.shares(), training.processes)
+            shards = state_path(training.config.out, training.step).with_suffix(".shards")
+            state["shards"] = write_shards(shards, training.shards(), training.processes)
             weights = gathered_weights(training.evaluated)
         if folder is not None:  # the first process writes the rest
             _write(training, folder, state, weights, best=best)

@@ -53,7 +53,7 @@ class FinetuneResult:
         plan: steps and their cost.
         cost: forward passes for one image: `planned` and `spent` (less where a universal noise stops early), `budget`
             (None without one).
-        seconds: `total`, `synthesis` (noise or attack) and `synthesis_share` of the total.
+        seconds: `total`, `synthesis` (noise or attack) and `synthesis_fraction` of the total.
     """
 
     model: nn.Module
@@ -320,10 +320,10 @@ class Training:
         """Total and synthesis so far, those of the parts before a resume included."""
         total = self._seconds + time.perf_counter() - self._started
         synthesis = self._synthesis_seconds + self.watch.seconds()
-        return {"total": total, "synthesis": synthesis, "synthesis_share": synthesis / total}
+        return {"total": total, "synthesis": synthesis, "synthesis_fraction": synthesis / total}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, but for `shares`; tensors and plain values. All take part."""
+        """Everything that the next step depends on, but for `shards`; tensors and plain values. All take part."""
         if self.sharded:
             weights: dict[str, Any] = {"sharded": self._weights()[1]}
         else:
@@ -351,14 +351,14 @@ class Training:
     def _weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return state_of(self.model, None if self.ema is None else self.ema.module, self.optimizer)
 
-    def load_state_dict(self, state: dict[str, Any], shares: Path | None = None) -> None:
+    def load_state_dict(self, state: dict[str, Any], shards: Path | None = None) -> None:
         """Go on from what `state_dict` returned, of a sharded run or another, whatever this one is.
 
         Settings of the optimiser and of the noise are the state's, but with `force` in the configuration this run's.
 
         Args:
             state: of `state_dict`.
-            shares: where `write_shares` put `shares`, if the run was sharded.
+            shards: where `write_shards` put `shards`, if the run was sharded.
 
         Raises:
             ValueError: the state is of another model, or lacks an entry.
@@ -373,8 +373,8 @@ class Training:
             if "sharded" not in state and (average is None) != (state["ema"] is None):
                 raise ValueError("averaged weights are only here or only in the state")
             if "sharded" in state:
-                assert shares is not None
-                load_state_of(shares, state["sharded"], self.model, average, self.optimizer, self.processes)
+                assert shards is not None
+                load_state_of(shards, state["sharded"], self.model, average, self.optimizer, self.processes)
             elif self.sharded:
                 load_whole_state(state, self.model, average, self.optimizer)
             else:

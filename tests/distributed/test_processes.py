@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this tor
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# 43 images after the hold-out: 2 batches of 16 an epoch and a rest. 5 held out: unequal shares.
+# 43 images after the hold-out: 2 batches of 16 an epoch and a rest. 5 held out: unequal shards.
 SMALL = FinetuneConfig(
     augment="none", epochs=2, batch_size=16, lr=2e-3, attack_steps=2, log_every=1, num_classes=10, progress=False,
     device="cpu",
@@ -86,10 +86,10 @@ def train(changes: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:
     return finetune(config, model, (images[:48], labels[:48])).model.state_dict()
 
 
-def untrained(double: bool) -> nn.Module:
+def untrained(double: bool, **changes: Any) -> nn.Module:
     """The model that all begin with."""
     torch.manual_seed(0)
-    model = create_model("vit_digits", num_classes=10)
+    model = create_model("vit_digits", num_classes=10, **changes)
     with torch.no_grad():
         for block in model.network.blocks:  # random weights barely see the noise: make them louder
             block.mlp.fc1.weight.mul_(4)
@@ -212,6 +212,15 @@ def ranks(launcher: int) -> dict[int, int]:
     return found
 
 
+def assert_ends_with_a_dead_process(process: subprocess.Popen[str]) -> None:
+    """Kill one process of a run: the others end with a message."""
+    os.kill(ranks(process.pid)[1], signal.SIGKILL)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "another process of the run has ended" in text
+    assert "Signal 9" in text
+
+
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes through /proc")
 def test_torchrun_a_stop_a_dead_process_and_the_end(tmp_path: Path) -> None:
     """SIGTERM stops all after one step; a killed process ends the others with a message; what is left goes on."""
@@ -229,14 +238,10 @@ def test_torchrun_a_stop_a_dead_process_and_the_end(tmp_path: Path) -> None:
     (out / "metrics.jsonl").unlink()
     with launch(*words, "--resume") as process:
         started(process, out)
-        os.kill(ranks(process.pid)[1], signal.SIGKILL)
-        text, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "another process of the run has ended" in text
-    assert "Signal 9" in text
+        assert_ends_with_a_dead_process(process)
 
 
-def test_bad_shares() -> None:
+def test_batches_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match="batch_size must divide by the 3 processes x accumulate 2; got 64"):
         make_plan(replace(SMALL, batch_size=64, accumulate=2), 1000, processes=3)
     with pytest.raises(ValueError, match="8 processes x accumulate 1 need an image each in a step; an epoch has 7"):
@@ -247,23 +252,23 @@ def test_bad_shares() -> None:
         replace(SMALL, accumulate=0)
 
 
-def test_rows_are_shared_out_once_and_pairs_stay_together() -> None:
+def test_every_row_is_in_one_shard_and_pairs_stay_together() -> None:
     processes = Processes()
     processes.world = 3
     for pairs in (False, True):
-        shares = []
+        shards = []
         for processes.rank in range(3):
-            shares.append(processes.rows(12, pairs=pairs))
+            shards.append(processes.rows(12, pairs=pairs))
             assert (
                 [place.rows.tolist() for place in processes.places(12, 2, pairs=pairs)]
                 == [  # type: ignore[union-attr]
-                    shares[-1][:2],
-                    shares[-1][2:],
+                    shards[-1][:2],
+                    shards[-1][2:],
                 ]
             )
-        assert sorted(row for share in shares for row in share) == list(range(12))
+        assert sorted(row for shard in shards for row in shard) == list(range(12))
         if pairs:
-            assert all(row + partner == 11 for share in shares for row, partner in zip(share, share[::-1], strict=True))
+            assert all(row + partner == 11 for shard in shards for row, partner in zip(shard, shard[::-1], strict=True))
 
 
 def test_only_a_lost_peer_is_one() -> None:

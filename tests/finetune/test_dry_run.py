@@ -21,18 +21,20 @@ pytest.importorskip("sklearn")
 
 def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    words = [
-        "--augment",
-        "boundary",
-        "--site",
-        "patch",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "32",
-        "--accumulate",
-        "2",
-        "--out",
+    words = f"--augment boundary --site patch --epochs 2 --batch-size 32 --accumulate 2 --out {out}".split()
+        *[
+            "--augment",
+            "boundary",
+            "--site",
+            "patch",
+            "--epochs",
+            "2",
+            "--batch-size",
+            "32",
+            "--accumulate",
+            "2",
+            "--out",
+        ],
         str(out),
     ]
     assert main(["finetune", "--dry-run", *words]) == 0
@@ -79,7 +81,7 @@ def test_the_encoder_of_the_synthesis_counts() -> None:
     assert 2 * weights < written_out < 12 * weights  # folded and packed
 
 
-def test_a_sharded_run_needs_a_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sharded_run_needs_a_shard_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastnull.distributed.processes.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("fastnull.distributed.processes.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("fastnull.distributed.processes.distributed.get_world_size", lambda: 4)

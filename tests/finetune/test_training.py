@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,19 +94,6 @@ OPTIMIZERS = [
     # these need other packages and a GPU; second derivatives; half a minute each (kron)
     if not name.startswith(("bnb", "fused", "kron")) and name != "adahessian"
 ]
-FORMS: dict[str, Any] = {
-    f"{kind.__name__} {form}": lambda parameters, kind=kind, form=form: kind(parameters, lr=0.05, **{form: True})
-    for form, kinds in {
-        "fused": (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad),
-        "foreach": (
-            torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.Adamax, torch.optim.AdamW,
-            torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop,
-            torch.optim.SGD,
-        ),
-    }.items()
-    for kind in kinds
-}  # fmt: skip
-"""Of torch; the capturable ones are for a GPU alone."""
 
 
 def gaps_in_training(model: NormalizedModel, config: FinetuneConfig, images: Tensor) -> tuple[list[float], float]:
@@ -129,18 +115,10 @@ def gaps_in_training(model: NormalizedModel, config: FinetuneConfig, images: Ten
     return gaps, float((seen[-1] - seen[0]).abs().max())
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, *FORMS])
-def test_noise_is_made_for_the_weights_of_the_step(
-    vit: NormalizedModel, images: Tensor, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the real loop, whatever the optimiser does to the weights: fused ones leave their version as it was."""
-    config = FinetuneConfig(augment="boundary", num_classes=10, batch_size=8, lr=0.05, opt="sgd", progress=False)
-    if name in FORMS:
-        monkeypatch.setattr(
-            "fastnull.finetune.training._made_by_timm", lambda _, network: FORMS[name](network.parameters())
-        )
-    else:
-        config = replace(config, opt=name)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_noise_is_made_for_the_weights_of_the_step(vit: NormalizedModel, images: Tensor, name: str) -> None:
+    """In the finetuning loop, with timm's optimisers; tests/integrations/test_optimizers.py has torch's."""
+    config = FinetuneConfig(augment="boundary", num_classes=10, batch_size=8, lr=0.05, opt=name, progress=False)
     gaps, moved = gaps_in_training(vit, config, images)
     assert len(gaps) == 4
     assert max(gaps) < 1e-5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,18 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastnull.augment import NullspaceAugment
-from fastnull.compat import import_timm
 from fastnull.vit import NormalizedModel
+from tests.integrations.models import LIGHTNING, QUIET, lightning_of
 
-NAMES = {"lightning.pytorch": "lightning", "pytorch_lightning": "pytorch_lightning"}
 
-
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=LIGHTNING)
 def library(request: pytest.FixtureRequest) -> Any:
-    """(the library, our callback for it)."""
-    import_timm()
-    ours = importlib.import_module(f"fastnull.integrations.{NAMES[request.param]}")
-    return importlib.import_module(request.param), ours.NullspaceCallback
+    return lightning_of(request.param)
 
 
 def module_of(library: Any, vit: NormalizedModel) -> Any:
@@ -58,8 +52,7 @@ def module_of(library: Any, vit: NormalizedModel) -> Any:
 
 
 def trainer_of(library: Any, callback: Any, epochs: int, **settings: Any) -> Any:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    settings = {"enable_checkpointing": False, "max_epochs": epochs, **quiet, **settings}
+    settings = {"enable_checkpointing": False, "max_epochs": epochs, **QUIET, **settings}
     return library.Trainer(callbacks=[callback], **settings)
 
 
