@@ -308,7 +308,7 @@ def test_the_hook_form_too_gives_noise_or_an_error(vit: NormalizedModel, images:
     model = nested_compiled(vit, images)
     aug = NullspaceAugment(model, "random")
     aug._attached = True  # as if its compilation had not been seen
-    with pytest.raises(RuntimeError, match="noise was asked for in this training forward and none was added"):
+    with pytest.raises(RuntimeError, match="noise was requested in this training forward and none was added"):
         model(images)
     model.eval()(images)
 
@@ -363,7 +363,7 @@ def test_processes_that_exchange_no_gradients_are_warned_of(
     for name, value in {"is_initialized": True, "get_world_size": 2, "is_available": True}.items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     aug = ready(vit, images, "random")
-    with pytest.warns(UserWarning, match="make the augmentation of the wrapped model"):
+    with pytest.warns(UserWarning, match="create the augmentation from the wrapped model"):
         aug.loss(images, labels, F.cross_entropy)
 
 

@@ -204,7 +204,7 @@ def test_finetune_says_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["finetune", "--augment", "none", "--epochs", "1", "--train-fraction", "0.1", "--out", str(out)]
     assert main(words) == 0
     assert f"next: fastnull evaluate --model {out / 'last.safetensors'} --data digits" in capsys.readouterr().out
-    assert "--resume goes on with it, --overwrite starts over" in error_of(capsys, *words)
+    assert "--resume resumes it, --overwrite starts again" in error_of(capsys, *words)
 
 
 @pytest.mark.parametrize(("mode", "judged"), [("universal", "20 held-out images"), ("boundary", "its own images")])

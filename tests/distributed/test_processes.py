@@ -242,9 +242,9 @@ def test_torchrun_a_stop_a_dead_process_and_the_end(tmp_path: Path) -> None:
 
 
 def test_batches_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="batch_size must divide by the 3 processes x accumulate 2; got 64"):
+    with pytest.raises(ValueError, match="batch_size must be divisible by 3 processes x accumulate 2; got 64"):
         make_plan(replace(SMALL, batch_size=64, accumulate=2), 1000, processes=3)
-    with pytest.raises(ValueError, match="8 processes x accumulate 1 need an image each in a step; an epoch has 7"):
+    with pytest.raises(ValueError, match=r"8 processes x accumulate 1 need at least one image each .*has 7"):
         make_plan(SMALL, 7, processes=8)
     with pytest.raises(ValueError, match="at least two for each of 4 processes"):
         make_plan(replace(SMALL, mixup=0.5), 7, processes=4)

@@ -212,7 +212,7 @@ def test_resume_on_as_many_more_and_fewer_processes(together: Path) -> None:
     assert_same_run(together / "2 to 2", together / "all", bitwise=True)
     assert_same_run(together / "1 to 2", together / "alone")
     resumed = up_to(3, together / "1 to 2", together / "1 to 2 to 1")
-    with pytest.warns(UserWarning, match="shard: there is one process, which holds everything"):
+    with pytest.warns(UserWarning, match="shard: there is only one process"):
         train({**ALL, "shard": True, "resume": True}, resumed)
     assert_same_run(resumed, together / "alone")
     assert "model" in read_state(resumed / "state-000000004.pt")  # whole again
@@ -273,7 +273,7 @@ def test_damaged_shards_are_recognised_and_the_state_before_used(together: Path,
         shutil.rmtree(shards)
     (run / "config.json").unlink()
     folder = RunFolder(run, {}, resume=True)
-    with pytest.warns(UserWarning, match="000003.*using the state before it"):
+    with pytest.warns(UserWarning, match="000003.*using the previous state"):
         state = folder.load_state()
     assert state is not None
     assert state["step"] == 2

@@ -121,10 +121,10 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
 def test_resume_with_other_settings_names_them(tmp_path):
     folder(tmp_path)
     RunFolder(tmp_path, {**CONFIG, "workers": 2}, resume=True)  # how it runs, not what it computes
-    with pytest.raises(ValueError, match=r"epochs \(was 2, now 3\), lr \(was 0.1, now 0.2\). force=True goes on"):
+    with pytest.raises(ValueError, match=r"epochs \(was 2, now 3\), lr \(was 0.1, now 0.2\). force=True uses"):
         RunFolder(tmp_path, {**CONFIG, "lr": 0.2, "epochs": 3}, resume=True)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="no configuration of a run"):
+    with pytest.raises(ValueError, match="not the configuration of a run"):
         RunFolder(tmp_path, CONFIG, resume=True)
 
 
@@ -152,9 +152,7 @@ def test_what_a_state_is_tied_to_cannot_be_forced(tmp_path, was, now):
     run = RunFolder(tmp_path, was)
     run.open()
     run.describe(was, "cpu")
-    with pytest.raises(
-        ValueError, match=f"states are tied to {next(iter(was))} .*a new run can start from its weights"
-    ):
+    with pytest.raises(ValueError, match=f"with another value of {next(iter(was))} .*start a new run from its weights"):
         RunFolder(tmp_path, now, resume=True, force=True)
 
 
@@ -204,8 +202,8 @@ def test_metrics_that_are_lost_are_told_and_epochs_come_back(tmp_path):
         assert resumed(whole, None) == logged
         assert resumed(whole + '{"step": 5}\n{"step": 6, "lo', None) == logged
     lines = whole.splitlines(keepends=True)
-    assert resumed("".join(lines[:2]), "lacks 4 records up to step 4, those of 2 epochs") == [*logged[:2], *epochs]
-    assert resumed("".join(lines[:4]), "lacks 2 records up to step 4, those of 1 epochs") == [*logged[:4], epochs[1]]
+    assert resumed("".join(lines[:2]), "lacks 4 records up to step 4; those of 2 epochs") == [*logged[:2], *epochs]
+    assert resumed("".join(lines[:4]), "lacks 2 records up to step 4; those of 1 epochs") == [*logged[:4], epochs[1]]
     assert resumed("".join(lines[1:]), r"lacks 1 records up to step 4; the others") == logged[1:]
     assert resumed("", "lacks 6 records") == epochs
     run.metrics.unlink()
@@ -226,7 +224,7 @@ BAD_LINES = {
 def test_a_bad_line_of_the_metrics_is_named_and_does_not_block(tmp_path, case):
     run = folder(tmp_path)
     run.metrics.write_bytes(b'{"step": 1}\n' + BAD_LINES[case] + b'\n{"step": 2}\n')
-    with pytest.warns(UserWarning, match=r"metrics.jsonl, line 2, is no record with a step and is left out"):
+    with pytest.warns(UserWarning, match=r"metrics.jsonl, line 2, is not a record with a step and is ignored"):
         run.rewind(2)
     assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
@@ -286,7 +284,7 @@ def test_a_later_state_that_cannot_be_read_does_not_push_others_out(tmp_path):
 def test_a_state_without_a_step_is_none(tmp_path, content):
     run = folder(tmp_path)
     write_state(tmp_path / "state-000000001.pt", content)
-    with pytest.warns(UserWarning, match="holds no state with a step"), pytest.raises(ValueError, match="can be read"):
+    with pytest.warns(UserWarning, match="has no step"), pytest.raises(ValueError, match="can be read"):
         run.load_state()
 
 
@@ -294,5 +292,5 @@ def test_a_state_without_a_step_is_none(tmp_path, content):
 def test_broken_settings_are_named(tmp_path, text):
     folder(tmp_path)
     (tmp_path / "config.json").write_bytes(text)
-    with pytest.raises(ValueError, match=r"config.json is no configuration of a run"):
+    with pytest.raises(ValueError, match=r"config.json is not the configuration of a run"):
         RunFolder(tmp_path, CONFIG, resume=True)

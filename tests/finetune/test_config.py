@@ -42,7 +42,7 @@ BAD_SETTINGS = {
     "amp": ({"amp": "float8"}, "amp must be one of"),
     "preset": ({"noise": {"preset": "finetune"}}, "noise.preset is for augment='universal'"),
     "both": ({"resume": True, "overwrite": True}, "either resume or overwrite"),
-    "force": ({"force": True}, "force is for resume"),
+    "force": ({"force": True}, "force needs resume"),
     "nowhere": ({"resume": True}, "give out"),
     "a fraction of an epoch": ({"epochs": 2.5}, r"epochs must be an integer; got 2\.5"),
     "no noise, one view": ({"augment": "none", "noise_fraction": 0.5}, "for augmentations of one view: 'none' has no"),

@@ -8,7 +8,11 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
@@ -155,7 +159,7 @@ def test_metrics_cut_before_the_state_are_told_and_epochs_come_back(tmp_path, fe
     finetune(config, train_data=few)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:1]) + lines[1][:10])
-    with pytest.warns(UserWarning, match="lacks 5 records up to step 4, those of 2 epochs come back"):
+    with pytest.warns(UserWarning, match="lacks 5 records up to step 4; those of 2 epochs are restored"):
         finetune(replace(config, resume=True), train_data=few)
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert found == [json.loads(lines[row]) for row in (0, 2, 5)]
@@ -171,7 +175,7 @@ def test_a_state_that_lacks_an_entry_is_told(tmp_path, few, entry):
     state = read_state(path)
     del state[entry]
     write_state(path, state)
-    with pytest.raises(ValueError, match=rf"it lacks {entry}|holds no state with a {entry}"):
+    with pytest.raises(ValueError, match=rf"it lacks {entry}|has no {entry}"):
         finetune(replace(config, resume=True), train_data=few)
 
 
@@ -200,7 +204,7 @@ def test_resume_with_another_model_is_told(tmp_path, few):
         with pytest.raises(ValueError, match=f"(?s){message}"):
             finetune(replace(config, epochs=1, resume=True), other, train_data=few)
     (tmp_path / "config.json").unlink()  # or it would refuse the setting first
-    with pytest.raises(ValueError, match="averaged weights are only here"):
+    with pytest.raises(ValueError, match="has averaged weights"):
         finetune(replace(config, ema_decay=0.9, resume=True), train_data=few)
     assert before.items() - {path: path.read_bytes() for path in tmp_path.iterdir()}.items() == {
         (tmp_path / "config.json", before[tmp_path / "config.json"])
@@ -263,3 +267,55 @@ def test_resume_with_other_classes_is_refused(tmp_path):
     (data / "train" / "cat").rename(data / "train" / "emu")
     with pytest.raises(ValueError, match=r"other settings: classes \(was \['cat', 'dog'\], now \['dog', 'emu'\]\)"):
         finetune(replace(config, resume=True, epochs=1))
+
+
+def test_sigterm_saves_and_exits_as_terminated(tmp_path, few, monkeypatch, capsys):
+    config = replace(SMALL, num_classes=10, out=str(tmp_path / "run"))
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit) as stopped:
+            finetune(config, train_data=few)
+    assert stopped.value.code == 143
+    assert "resume with resume=True" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert finetune(replace(config, resume=True), train_data=few).history[-1]["step"] == 6
+
+
+def test_ctrl_c_in_a_terminal(tmp_path):
+    """To the whole process group, workers included, as a terminal sends it: the run stops in order and goes on."""
+    pictures = write_pictures(tmp_path / "pictures")
+    script = (
+        "import sys; from fastnull.finetune import *;"
+        f"finetune(FinetuneConfig(data={str(pictures)!r}, augment='none', epochs=10**6, batch_size=4, workers=2,"
+        f"img_size=32, out={str(tmp_path / 'run')!r}, log_every=1, progress=False))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    try:
+        metrics_file = tmp_path / "run" / "metrics.jsonl"
+        for _ in range(600):
+            if metrics_file.exists() and metrics_file.read_text().count('"kind": "step"') >= 3:
+                break
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "resume with resume=True" in error
+    state = read_state(sorted((tmp_path / "run").glob("state-*.pt"))[-1])
+    assert state["step"] == metrics(tmp_path / "run")[-1]["step"]  # nothing was lost
+
+
+def test_second_ctrl_c_ends_at_once(few, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    stop_after(monkeypatch, 1, twice)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        finetune(replace(SMALL, num_classes=10), train_data=few)
+    assert str(stopped.value) == ""  # not the orderly end

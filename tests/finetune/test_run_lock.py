@@ -47,7 +47,7 @@ def holder(folder: Path, how: str = "alone") -> Iterator[subprocess.Popen[str]]:
 
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
-        message = f"^out {re.escape(str(tmp_path))} is in use by process {process.pid} on .*, which writes there"
+        message = f"^out {re.escape(str(tmp_path))} is in use by process {process.pid} on .*: wait until it ends"
         for _ in range(2):
             with pytest.raises(ValueError, match=message), locked(tmp_path):
                 pass
@@ -116,7 +116,7 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with (
-        pytest.warns(UserWarning, match="cannot be locked .*No locks available.*start no second run"),
+        pytest.warns(UserWarning, match="cannot be locked .*No locks available.*do not start a second run"),
         locked(tmp_path),
     ):
         pass

@@ -51,7 +51,7 @@ def test_every_writer_tells_of_a_full_disk(tmp_path, few, monkeypatch, size, fil
         stop_after(monkeypatch, 3, lambda: stack.enter_context(largest_file(size)))
         monkeypatch.setattr(Training, "end_epoch", best_of_all(Training.end_epoch))
         with pytest.raises(
-            OSError, match=rf"cannot save step 4: File too large \(.*{file}\); the state of step 2 is whole"
+            OSError, match=rf"cannot save step 4: File too large \(.*{file}\); the state of step 2 is complete"
         ):
             finetune(config, model, few)
     assert not list(tmp_path.glob(".*"))
@@ -78,7 +78,7 @@ def test_metrics_and_settings_tell_of_a_full_disk(tmp_path, few, monkeypatch):
             monkeypatch, 3, lambda: stack.enter_context(largest_file((tmp_path / "metrics.jsonl").stat().st_size))
         )
         with pytest.raises(
-            OSError, match=r"cannot log step 3: File too large \(.*jsonl\); the state of step 2 is whole"
+            OSError, match=r"cannot log step 3: File too large \(.*jsonl\); the state of step 2 is complete"
         ):
             finetune(config, train_data=few)
     monkeypatch.undo()

@@ -128,7 +128,7 @@ def test_noise_is_made_for_the_weights_of_the_step(vit: NormalizedModel, images:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("adahessian", "opt 'adahessian' takes second derivatives"),
+        ("adahessian", "opt 'adahessian' needs second derivatives"),
         ("fusedadamw", "opt 'fusedadamw' cannot be used here: .*"),
         ("bnbadamw", "opt 'bnbadamw' cannot be used here: .*"),
     ],

@@ -117,11 +117,11 @@ def test_resumed_run_ends_bit_for_bit_the_same(
 
 
 @pytest.mark.filterwarnings("ignore:Found .* module")
-def test_model_in_eval_mode_is_told(library: Any, vit: NormalizedModel, loader: Any) -> None:
+def test_model_in_eval_mode_is_warned_of(library: Any, vit: NormalizedModel, loader: Any) -> None:
     lightning, make = library
     module = module_of(lightning, vit)
     callback = module.callback = make(lambda module: NullspaceAugment(module.vit.eval(), "random"))
-    with pytest.warns(UserWarning, match=r"the model is in eval mode when training begins .* call its train\(\)"):
+    with pytest.warns(UserWarning, match=r"the model is in eval mode when training starts .* call its train\(\)"):
         trainer_of(lightning, callback, 1, limit_train_batches=1).fit(module, loader)
 
 

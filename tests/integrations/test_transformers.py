@@ -53,7 +53,7 @@ def weights(trainer: Trainer) -> list[Tensor]:
 def test_training_has_both_views_and_evaluation_one(tmp_path: Path) -> None:
     network = model()
     trainer = build(NullspaceTrainer, tmp_path, network, arguments={"label_smoothing_factor": 0.1})
-    with pytest.raises(RuntimeError, match="it has not begun"):
+    with pytest.raises(RuntimeError, match="has not happened yet"):
         _ = trainer.augment
     mean = trainer.train().training_loss
     assert trainer.augment.step == 6, "one draw a batch"
