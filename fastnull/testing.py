@@ -1,4 +1,4 @@
-"""What the tests of the ops share: input factories, NaN poison, choice of the backend, comparators.
+"""Helpers for the tests of the ops: input factories, NaN poison, choice of the backend, comparators.
 
 The comparators state one rule: against float64, an implementation may err at most twice as much as torch does in the
 same dtype, plus a rounding of the largest value. They have tests of their own (tests/test_testing.py).
@@ -91,7 +91,7 @@ def assert_within_budget(actual: Tensor, reference: Tensor, baseline: Tensor, na
 def assert_gradient_close(actual: Tensor, reference: Tensor, baseline: Tensor, name: str = "gradient") -> None:
     """`assert_within_budget`, and as a direction: cosine, relative L2 error, and no common bias.
 
-    The relative L2 error may be twice that of `baseline` plus eps. The bias is the mean error as a share of the mean
+    The relative L2 error may be twice that of `baseline` plus eps. The bias is the mean error as a fraction of the mean
     magnitude: rounding averages out over many elements, a wrong term does not.
     """
     assert_within_budget(actual, reference, baseline, name)

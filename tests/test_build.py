@@ -101,13 +101,13 @@ def test_a_broken_library_is_reported_once_with_versions(tmp_path: Path, monkeyp
 
 
 @needs_library
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_cut_library_is_never_loaded(tmp_path: Path, share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.99])
+def test_a_cut_library_is_never_loaded(tmp_path: Path, fraction: float) -> None:
     """In a process of its own: to load such a file ends it with SIGBUS."""
     for name in ("_C_cpu.so", _C.RECORD):
         shutil.copy(_C.DIRECTORY / name, tmp_path / name)
     whole = _C.cpu.path.read_bytes()
-    (tmp_path / "_C_cpu.so").write_bytes(whole[: int(share * len(whole))])
+    (tmp_path / "_C_cpu.so").write_bytes(whole[: int(fraction * len(whole))])
     code = (
         "import pathlib, torch; from fastnull import _C, ops;"
         f"_C.DIRECTORY = pathlib.Path({str(tmp_path)!r});"

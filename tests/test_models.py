@@ -167,8 +167,8 @@ def test_a_legacy_file_cut_anywhere_is_named(seed: int, state: dict[str, Tensor]
     path = tmp_path / "cut.pth"
     torch.save(state, path, _use_new_zipfile_serialization=False)
     whole = path.read_bytes()
-    for share in torch.rand(8, generator=torch.Generator().manual_seed(seed)).tolist():
-        path.write_bytes(whole[: int(share * len(whole))])
+    for fraction in torch.rand(8, generator=torch.Generator().manual_seed(seed)).tolist():
+        path.write_bytes(whole[: int(fraction * len(whole))])
         with pytest.raises(ValueError, match=r"cut\.pth"):
             read_state_dict(path)
 

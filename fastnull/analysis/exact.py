@@ -38,10 +38,10 @@ def dimensions(names: Sequence[str] = FAMILIES) -> list[Row]:
         names: as `fastnull.models.create_model` takes them.
 
     Returns:
-        Rows with model, values (C·ph·pw), width (D), rank, nullity, share (nullity / values) and per_channel_nullity;
+        Rows with model, values (C·ph·pw), width (D), rank, nullity, fraction (nullity / values), per_channel_nullity;
         where there is no linear patch embedding these are None and `reason` says why.
     """
-    kept = ("model", "values", "width", "rank", "nullity", "share", "per_channel_nullity", "reason")
+    kept = ("model", "values", "width", "rank", "nullity", "fraction", "per_channel_nullity", "reason")
     return [{key: row[key] for key in kept} for row in inspect_models(names)]
 
 
@@ -63,7 +63,7 @@ def natural_pictures(size: tuple[int, int], channels: int = 3) -> Tensor:
 
 
 def energy(space: PatchNullspace, images: Mapping[str, Tensor], seed: int = 0) -> list[Row]:
-    """Share of the squared pixel values that lies in the nullspace, beside that of a random matrix of the same shape.
+    """Fraction of the squared pixel values in the nullspace, beside that of a random matrix of the same shape.
 
     An image without structure, or a random matrix, gives dim / (C·ph·pw) on average. Trained embeddings look where
     pictures have their energy, so what they miss holds less.
@@ -74,8 +74,8 @@ def energy(space: PatchNullspace, images: Mapping[str, Tensor], seed: int = 0) -
         seed: of the random matrix and of white noise, which is measured too.
 
     Returns:
-        Rows with images (label), weights (`model` or `random`), pixels (share of Σ x²), contrast (share after each
-        image's mean colour is taken off) and expected (dim / (C·ph·pw)).
+        Rows with images (label), weights (`model` or `random`), pixels (fraction of Σ x²), contrast (that without each
+        image's mean colour) and expected (dim / (C·ph·pw)).
     """
     source = generator(seed)
     like = next(iter(images.values()))
@@ -88,8 +88,8 @@ def energy(space: PatchNullspace, images: Mapping[str, Tensor], seed: int = 0) -
         {
             "images": label,
             "weights": name,
-            "pixels": _share(kernel, found),
-            "contrast": _share(kernel, found - found.mean((2, 3), keepdim=True)),
+            "pixels": _fraction(kernel, found),
+            "contrast": _fraction(kernel, found - found.mean((2, 3), keepdim=True)),
             "expected": kernel.dim / (kernel.dim + kernel.rank),
         }
         for label, found in sets.items()
@@ -97,7 +97,7 @@ def energy(space: PatchNullspace, images: Mapping[str, Tensor], seed: int = 0) -
     ]
 
 
-def _share(space: PatchNullspace, images: Tensor) -> float:
+def _fraction(space: PatchNullspace, images: Tensor) -> float:
     whole = images.double()
     return float(space.project(whole).square().sum() / whole.square().sum())
 
@@ -124,7 +124,7 @@ def leak(
 
     Returns:
         Rows with dtype, noise (`exact` or `random`), rms, norm (mean L2 norm an image), tokens and logits (‖change‖ /
-        ‖clean‖ over all images) and agreement (share of images whose prediction stays).
+        ‖clean‖ over all images) and agreement (fraction of images whose prediction stays).
 
     Raises:
         ValueError: no nullspace, or no adapter for the model.

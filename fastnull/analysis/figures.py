@@ -40,7 +40,7 @@ def _exact(tables: Tables, caption: str) -> Figure:
     with plots.canvas("exact", 1, 3, width=14, height=4.6) as (axes, done):
         rows = [row for row in tables["dimensions"] if row["reason"] is None]
         places = range(len(rows))
-        axes[0].barh(places, [100 * row["share"] for row in rows], color=plots.STYLES[4]["color"])
+        axes[0].barh(places, [100 * row["fraction"] for row in rows], color=plots.STYLES[4]["color"])
         axes[0].set_yticks(places, [row["model"] for row in rows], fontsize=7)
         axes[0].invert_yaxis()
         axes[0].set(xlabel="of a patch's dimensions in the nullspace [%]", xlim=(0, 100))
@@ -56,7 +56,7 @@ def _exact(tables: Tables, caption: str) -> Figure:
         )
         if leaks:
             axes[2].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(0, 0.33))  # between the dtypes
-        return done("Nullities of patch embeddings; share of image energy in the nullspace; leak of its noise", caption)
+        return done("Nullities of patch embeddings; part of image energy in the nullspace; leak of its noise", caption)
 
 
 def _energy_bars(axis: Any, rows: list[Row]) -> None:
@@ -64,10 +64,10 @@ def _energy_bars(axis: Any, rows: list[Row]) -> None:
     bars = [("pixels", "model"), ("contrast", "model"), ("contrast", "random")]
     titles = ("all of it, this model", "contrast, this model", "contrast, random weights")
     for index, ((column, weights), title) in enumerate(zip(bars, titles, strict=True)):
-        shares = [100 * row[column] for label in labels for row in rows
+        heights = [100 * row[column] for label in labels for row in rows
                   if row["images"] == label and row["weights"] == weights]  # fmt: skip
-        x = [place + 0.27 * (index - 1) for place in range(len(shares))]
-        axis.bar(x, shares, 0.25, label=title, color=plots.STYLES[2 * index + 1]["color"])
+        x = [place + 0.27 * (index - 1) for place in range(len(heights))]
+        axis.bar(x, heights, 0.25, label=title, color=plots.STYLES[2 * index + 1]["color"])
     axis.set_xticks(range(len(labels)), labels)
     axis.set(ylabel="of the image energy in the nullspace [%]", ylim=(0, 110))
     axis.legend(frameon=False, fontsize=7, ncols=2)
@@ -145,15 +145,15 @@ def _transfer(tables: Tables, caption: str) -> Figure:
                 for j, b in enumerate(names):
                     cell = cells[a, b]
                     if cell["agreement"] is not None:
-                        share = "" if cell["share"] is None else f"\n×{cell['share']:.2g}"
+                        ratio = "" if cell["ratio"] is None else f"\n×{cell['ratio']:.2g}"
                         colour = "black" if cell["agreement"] > 0.55 else "white"
-                        axis.text(j, i, f"{100 * cell['agreement']:.0f} %{share}", ha="center", va="center",
+                        axis.text(j, i, f"{100 * cell['agreement']:.0f} %{ratio}", ha="center", va="center",
                                   color=colour, fontsize=8)  # fmt: skip
             axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
             axis.set_yticks(range(len(names)), names, fontsize=8)
             axis.set(title=f"{kind} noise", xlabel="tried on", ylabel="made on")
             axis.grid(visible=False)
-        return done("Share of predictions that stay, for noise made on one model and tried on another", caption)
+        return done("Fraction of predictions that stay, for noise made on one model and tried on another", caption)
 
 
 def _curves(

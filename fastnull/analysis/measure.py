@@ -33,7 +33,7 @@ def measure(encoder: FrozenEncoder, noises: Tensor, pairs: Sequence[Pair]) -> tu
         pairs: clean tokens and logits, see `embedded_pairs`.
 
     Returns:
-        The influence, and the share of images whose prediction stays.
+        The influence, and the fraction of images whose prediction stays.
     """
     seen: list[Tensor] = []
     same: list[Tensor] = []

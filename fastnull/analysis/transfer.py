@@ -46,7 +46,7 @@ def transfer(
 
     Returns:
         Rows with kind, source, target, norm, influence, agreement, control (influence of permuted noise on the target)
-        and share (influence / control; below 1 the noise is hidden from the target better than chance). Where the
+        and ratio (influence / control; below 1 the noise is hidden from the target better than chance). Where the
         noise cannot be made or tried (no nullspace, no such site, another shape there), the last five are None and
         `reason` says why.
 
@@ -72,8 +72,8 @@ def transfer(
                     rows.append(_row(kind, source, target, reason=str(error)))
                     continue
                 control, _ = judge(permuted)
-                share = seen / control if control else None
-                numbers = (float(norms(made[None])[0]), seen, same, control, share)
+                ratio = seen / control if control else None
+                numbers = (float(norms(made[None])[0]), seen, same, control, ratio)
                 rows.append(_row(kind, source, target, numbers))
     return rows
 
@@ -124,6 +124,6 @@ def _learned(model: nn.Module, batches: Sequence[Tensor], config: SynthesisConfi
 def _row(
     kind: str, source: str, target: str, numbers: Sequence[float | None] = (None,) * 5, reason: str | None = None
 ) -> Row:
-    names = ("norm", "influence", "agreement", "control", "share")
+    names = ("norm", "influence", "agreement", "control", "ratio")
     about = {"kind": kind, "source": source, "target": target}
     return {**about, **dict(zip(names, numbers, strict=True)), "reason": reason}

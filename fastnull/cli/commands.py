@@ -169,7 +169,7 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure a model on test images, print the table and write the results; under torchrun shared out."""
+    """Measure a model on test images, print the table and write the results; under torchrun on several processes."""
     from fastnull.data.sources import evaluation_data
     from fastnull.models import load_model
     from fastnull.noise import Noise
@@ -392,7 +392,7 @@ def _print_noise(model: nn.Module, noise: Any, images: Tensor, batch_size: int, 
 
 
 def _measured(encoder: Any, tokens: Tensor, images: Tensor, batch_size: int, shared: bool) -> tuple[float, float]:
-    """Mean influence and share of equal predictions; every noise on all images, or each on its own."""
+    """Mean influence and fraction of equal predictions; every noise on all images, or each on its own."""
     from fastnull.synthesis.objective import influence
     from fastnull.synthesis.solvers import perturb
 

@@ -188,7 +188,7 @@ def _inspect(command: Command) -> None:
     parser.add_argument("--pretrained", action="store_true", help="measure timm's pretrained weights (downloads them)")
     parser.add_argument("--checkpoint", metavar="FILE", help="measure the weights in a file (one model)")
     parser.add_argument(
-        "--tolerance", type=number, metavar="NUMBER", help="singular values up to this share of the largest are zero"
+        "--tolerance", type=number, metavar="NUMBER", help="singular values up to this fraction of the largest are zero"
     )
 
 
@@ -228,7 +228,7 @@ def _tune(command: Command) -> None:
         commands.tune,
         "try limits and eps of the noise on one batch, before a training run",
         "Synthesise noise for every limit and eps on one batch, and print its norm, its influence (the mean over\n"
-        "images of the sum over classes of (p - p~)^2) and the share of predictions that stay. The lines without\n"
+        "images of the sum over classes of (p - p~)^2) and the fraction of predictions that stay. The lines without\n"
         "synthesis are the random starts: limits whose start is far above or below eps ask for other settings.",
         "fastnull tune --model runs/first/last.safetensors --data digits --site pixels --out runs/tune",
     )
@@ -280,7 +280,7 @@ def _finetune(command: Command) -> None:
         "finetune a model with nullspace noise, or with a control",
         "Finetune a model; weights, metrics and settings go to a folder, from which --resume goes on exactly. The\n"
         "best epoch is chosen on images held out from the training data; the test images are left to `evaluate`.\n"
-        "Under `torchrun --nproc_per_node N -m fastnull finetune ...` the images of a step are shared out.",
+        "Under `torchrun --nproc_per_node N -m fastnull finetune ...` the images of a step are split over processes.",
         "fastnull finetune --model vit_small_patch16_224 --pretrained --data images --out runs/first",
     )
     parser.add_argument("--preset", metavar="NAME", help="published recipe to start from: vit_s, vit_b or madry")
@@ -312,7 +312,7 @@ def _evaluate(command: Command) -> None:
         "measure accuracy: clean, under attack, under corruptions, on published test sets",
         "Measure a model on test images and print a table. With --out the results go to a file as they come in, which\n"
         "`report` reads and an interrupted run completes with --resume. Under `torchrun -m fastnull evaluate ...` the\n"
-        "images are shared out over the processes.",
+        "images are split over the processes.",
         "fastnull evaluate --model runs/first/last.safetensors --data images --eps 1/255 2/255 --out results.json",
     )
     _model_options(parser)

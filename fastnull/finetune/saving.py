@@ -20,7 +20,12 @@ from fastnull.finetune.training import Training
 
 def run_folder(config: FinetuneConfig, processes: Processes) -> RunFolder | None:
     """The folder of a run, checked but not yet written; None without a folder, and if rank > 0."""
-    folder = processes.from_first(lambda: _folder(config))
+
+    def make() -> RunFolder | None:
+        modes = {"overwrite": config.overwrite, "resume": config.resume, "force": config.force}
+        return None if config.out is None else RunFolder(config.out, config.to_dict(), **modes)
+
+    folder = processes.from_first(make)
     return folder if processes.first else None
 
 
@@ -106,12 +111,6 @@ def _naming_the_last_state(folder: RunFolder, what: str) -> Iterator[None]:
         )
         file = f" ({error.filename})" if error.filename else ""
         raise OSError(error.errno, f"{what}: {error.strerror or error}{file}; {left}") from error
-
-
-def _folder(config: FinetuneConfig) -> RunFolder | None:
-    if config.out is None:
-        return None
-    return RunFolder(config.out, config.to_dict(), overwrite=config.overwrite, resume=config.resume, force=config.force)
 
 
 def _open(folder: RunFolder, config: FinetuneConfig, stack: ExitStack) -> dict[str, Any] | None:

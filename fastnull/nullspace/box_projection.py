@@ -11,7 +11,7 @@ TOLERANCE = 1e-7
 """A point is within the subspace when what leaves it is this small against the point asked for."""
 
 GAP = 5e-3
-"""A finished point is taken when half its squared distance is within this share of the smallest one possible."""
+"""A finished point is taken when half its squared distance is within this fraction of the smallest one possible."""
 
 MAX_STEPS = 3_000
 """Dual steps after which the best found is returned with a warning."""

@@ -60,12 +60,12 @@ class PixelNullspace(v2.Transform):
         count: of exact noises.
         valid: see above.
         bounds: (lowest, highest) value of an image, numbers or tensors that broadcast to [C, H, W]. None: any value.
-        p: the share of images that get noise; the others stay bit for bit.
+        p: the fraction of images that get noise; the others stay bit for bit.
         seed: of exact noise.
 
     Attributes:
         bank: [M, C, H, W] in float32, shared memory; part of the state_dict.
-        residual: [M], share of each token noise that no image can make; 0 for exact and pixel noise.
+        residual: [M], fraction of each token noise that no image can make; 0 for exact and pixel noise.
 
     Raises:
         ImportError: no torchvision.
@@ -173,12 +173,12 @@ class PixelNullspace(v2.Transform):
     def _inside(self, images: Tensor, noise: Tensor) -> Tensor:
         low, high = (bound.to(images) for bound in self.bounds or ())
         if self.valid != "clamp":
-            share = torch.where(noise > 0, high - images, low - images) / noise
-            share = torch.where(noise == 0, 1, share).clamp(0, 1)  # images outside by rounding: not below 0
+            scale = torch.where(noise > 0, high - images, low - images) / noise
+            scale = torch.where(noise == 0, 1, scale).clamp(0, 1)  # images outside by rounding: not below 0
             if self.valid == "shrink_image":
-                noise = noise * share.amin(dim=(1, 2, 3), keepdim=True)
+                noise = noise * scale.amin(dim=(1, 2, 3), keepdim=True)
             else:
-                cut = self._cut(share).amin(dim=(1, 3, 5), keepdim=True)  # [B, 1, h, 1, w, 1]
+                cut = self._cut(scale).amin(dim=(1, 3, 5), keepdim=True)  # [B, 1, h, 1, w, 1]
                 noise = (self._cut(noise) * cut).view_as(noise)
         return (images + noise).clamp(low, high)  # after shrinking only a rounding
 

@@ -102,8 +102,8 @@ def detect(
 
     The false positive rate of a key is exact: under a wrong one the score's r·√((n − 1) / (1 − r²)), n = patches · dim,
     has Student's t distribution with n − 1 degrees of freedom. A pattern that was not drawn at random, such as another
-    picture, may be like pictures that do not carry it: give some of those as `unmarked`, and the rate is the share of
-    them that score as high, (1 + how many) / (1 + all).
+    picture, may be like pictures that do not carry it: give some of those as `unmarked`, and the rate is the fraction
+    of them that score as high, (1 + how many) / (1 + all).
 
     Args:
         ns: of the model.

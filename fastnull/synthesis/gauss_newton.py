@@ -22,7 +22,7 @@ from torch import Tensor
 from fastnull.ops.common import no_autocast
 
 DAMPING = 0.005
-"""Share of the trace of the system that is added to its diagonal."""
+"""Fraction of the trace of the system that is added to its diagonal."""
 CG_STEPS = 24
 """Solved to 2e-9 for 64 images. Eight steps give as good a noise, but one that depends on the order of the images:
 before conjugate gradients have converged, rounding decides what they have found so far."""

@@ -178,25 +178,6 @@ def test_evaluation_data_is_pixels(pictures, model):
     assert len(evaluation_data("digits", create_model("vit_digits"))) == 500
 
 
-def test_batches_do_not_depend_on_workers_or_on_where_they_start(pictures, model):
-    view = View.of(model)
-    config = FinetuneConfig(auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5)
-    data = Samples(ImageFolder(pictures / "train"), view.training(**image_settings(config)), 3, seed=3)
-
-    def run(workers, start, epoch=1):
-        order = EpochBatches(len(data), 4, 5, seed=3)
-        order.epoch, order.start = epoch, start
-        return [images for images, _ in loader(data, order, workers=workers)]
-
-    whole = run(0, 0)
-    assert len(whole) == 5
-    for images, again in zip(whole, run(2, 0), strict=True):
-        assert torch.equal(images, again)
-    for images, again in zip(whole[3:], run(2, 3), strict=True):
-        assert torch.equal(images, again)
-    assert not torch.equal(whole[0], run(0, 0, epoch=2)[0])
-
-
 def test_order_covers_the_data_and_changes_each_epoch():
     order = EpochBatches(11, 3, 3, seed=0)
     first = [index for batch in order for index, _ in batch]

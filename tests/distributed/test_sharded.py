@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from tests.distributed.test_processes import (
     SMALL,
     assert_ends_with_a_dead_process,
     assert_nearly_same_run,
+    assert_same_run,
     launch,
     simplify,
     started,
@@ -79,23 +79,6 @@ def up_to(step: int, source: Path, out: Path) -> Path:
         if int(later.stem[6:]) > step:
             shutil.rmtree(later) if later.is_dir() else later.unlink()
     return out
-
-
-def assert_same_run(left: Path, right: Path, *, bitwise: bool = False) -> None:
-    """Weights (averaged ones, where there are), noise and metrics of two runs, up to float64's rounding."""
-    close = {"rtol": 0.0, "atol": 0.0} if bitwise else {"rtol": 1e-6, "atol": 1e-8}
-    weights, expected = (load_file(folder / "last.safetensors") for folder in (left, right))
-    torch.testing.assert_close(weights, expected, **close)
-    states = [read_state(sorted(folder.glob("state-*.pt"))[-1]) for folder in (left, right)]
-    banks = [(state["augment"].get("bank") or {}).get("tokens") for state in states]
-    torch.testing.assert_close(*banks, **close)
-    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (left, right)]
-    for mine, theirs in zip(*lines, strict=True):
-        record, wanted = json.loads(mine), json.loads(theirs)
-        assert record.pop("seconds", {}).keys() == wanted.pop("seconds", {}).keys()
-        assert record.pop("changed", None) == wanted.pop("changed", None)
-        assert record.pop("kind") == wanted.pop("kind")
-        assert record == pytest.approx(wanted, rel=0 if bitwise else 1e-6, abs=0 if bitwise else 1e-9)
 
 
 def _together(rank: int, folder: str) -> None:

@@ -49,7 +49,7 @@ ONE_VIEW_COSTS = {"random": 3, "universal": 3, "per_image": 3 + 9 / 4, "boundary
 
 
 @pytest.mark.parametrize("augment", ONE_VIEW_COSTS)
-def test_one_view_costs_half_and_its_share_of_the_search(augment):
+def test_one_view_costs_half_and_its_fraction_of_the_search(augment):
     config = FinetuneConfig(
         augment=augment, noise=COUNTED.get(augment), site="patch", attack_steps=3, compute_budget=60.0,
         noise_fraction=0.25,

@@ -36,7 +36,7 @@ def tokens(model: NormalizedModel, images: Tensor) -> Tensor:
 
 
 def leak(model: NormalizedModel, images: Tensor, noisy: Tensor) -> float:
-    """How far tokens move, as a share of how far they could for a change of that length."""
+    """How far tokens move, as a fraction of how far they could for a change of that length."""
     weight = model.network.patch_embed.proj.weight.detach().flatten(1) / 0.5
     moved = (tokens(model, noisy) - tokens(model, images)).norm()
     return float(moved / (torch.linalg.matrix_norm(weight, 2) * (noisy - images).norm()))
@@ -96,7 +96,7 @@ def test_normalised_images_have_bounds_of_their_own(vit: NormalizedModel, images
         PixelNullspace(vit, 16)(torch.full((1, 3, 16, 16), 2.0))
 
 
-def test_only_the_chosen_share_of_images_is_changed(vit: NormalizedModel, images: Tensor) -> None:
+def test_only_the_chosen_fraction_of_images_is_changed(vit: NormalizedModel, images: Tensor) -> None:
     assert torch.equal(PixelNullspace(vit, 16, p=0.0)(images), images)
     many = images.repeat(25, 1, 1, 1)
     changed = (PixelNullspace(vit, 16, p=0.25)(many) != many).flatten(1).any(1).float().mean()

@@ -9,7 +9,7 @@ from fastnull import ops, testing
 from fastnull.ops.noise_step import adamw_step_ref
 
 BACKENDS = testing.cpu_backends()
-# Noise shapes: [M, N, D] of tokens; a width that is no multiple of a vector, and is larger than one thread's share
+# Noise shapes: [M, N, D] of tokens; a width that is no multiple of a vector, and is larger than one thread's part
 # (32768 elements), so that ranges begin inside a noise; a width under one vector.
 SHAPES = [(3, 5, 96), (2, 3, 112, 111), (4, 3)]
 

@@ -83,14 +83,10 @@ def test_l2_pgd_is_the_formula(model: NormalizedModel, batch: tuple[Tensor, Tens
     torch.testing.assert_close(result, point, atol=1e-6, rtol=0)
 
 
-def test_fgsm_and_pgd_equal_torchattack(model: NormalizedModel, batch: tuple[Tensor, Tensor]) -> None:
+def test_mi_fgsm_equals_torchattack(model: NormalizedModel, batch: tuple[Tensor, Tensor]) -> None:
     import_timm()  # makes torchvision importable beside any torch; torchattack imports it
     library = pytest.importorskip("torchattack")
     images, labels = batch
-    theirs = library.FGSM(model, device="cpu", eps=EPS)(images, labels)
-    assert torch.equal(fgsm(model, images, labels, EPS), theirs)
-    theirs = library.PGD(model, device="cpu", eps=EPS, steps=10, alpha=EPS / 4, random_start=False)(images, labels)
-    assert torch.equal(pgd(model, images, labels, EPS, random_start=False), theirs)
     # it keeps the change instead of the image, which rounds differently where eps / 10 is no sum of few bits
     theirs = library.MIFGSM(model, device="cpu", eps=EPS, steps=10, decay=1.0)(images, labels)
     torch.testing.assert_close(mi_fgsm(model, images, labels, EPS), theirs, atol=1e-6, rtol=0)
@@ -274,28 +270,6 @@ def test_cw_leaves_what_is_misled_already(model: NormalizedModel, batch: tuple[T
     images, labels = batch
     wrong = (labels + 1) % CLASSES
     assert torch.equal(cw_l2(model, images, wrong, steps=2, search_steps=1), images)
-
-
-def test_patch_attack_changes_the_patch_that_matters() -> None:
-    class OnePatch(nn.Module):
-        """Sees nothing but the 4 x 4 pixels at row 8, column 4."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(48, 3)
-
-        def forward(self, images: Tensor) -> Tensor:
-            return self.head(images[:, :, 8:12, 4:8].flatten(1) * 4)
-
-    torch.manual_seed(0)
-    model = OnePatch()
-    images = torch.rand(4, 3, 16, 16)
-    labels = model(images).argmax(1)
-    found = patch_attack(model, images, labels, patch_size=4, steps=30)
-    changed = (found != images).any(1).any(0)  # [H, W]
-    assert changed[8:12, 4:8].all()
-    assert changed.sum() == 16
-    assert (loss_of(model, found, labels) > loss_of(model, images, labels)).all()
 
 
 # --- reproducibility

@@ -273,10 +273,10 @@ def test_a_limit_beyond_the_data_is_all_of_it(kind: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_what_a_limit_chose(world: int) -> None:
+def test_processes_split_what_a_limit_chose(world: int) -> None:
     data = EvaluationData(Pairs(), 4, 22, CPU)
-    shared = [batch.indices for rank in range(world) for batch in data.batches(0, rank, world)]
-    assert torch.equal(torch.cat(shared).sort().values, even_subset(SORTED, 22, 0))
+    parts = [batch.indices for rank in range(world) for batch in data.batches(0, rank, world)]
+    assert torch.equal(torch.cat(parts).sort().values, even_subset(SORTED, 22, 0))
 
 
 def test_a_stream_has_no_limit() -> None:

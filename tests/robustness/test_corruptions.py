@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from pathlib import Path
@@ -447,14 +446,6 @@ def test_elastic_transform_is_scipys_sampling(photos: Tensor, severity: int) -> 
         result = corrupt(photos[:1], "elastic_transform", severity)[0, channel].numpy()
         # float32 positions of some hundred pixels; a few land on the other side of a pixel's edge
         np.testing.assert_allclose(result, expected.clip(0, 1), atol=2e-3)
-
-
-def test_jpeg_is_pillows(photos: Tensor) -> None:
-    image = pytest.importorskip("PIL.Image")
-    file = io.BytesIO()
-    image.fromarray((image_of(photos[2]) * 255).round().astype(np.uint8)).save(file, "JPEG", quality=18)
-    expected = np.asarray(image.open(file)) / 255
-    assert_same(corrupt(photos, "jpeg_compression", 2)[2], expected)
 
 
 @pytest.mark.parametrize(("rule", "mode"), [("nearest", "edge"), ("reflect", "symmetric"), ("reflect101", "reflect")])
