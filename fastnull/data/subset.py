@@ -66,13 +66,8 @@ def labels_of(data: Any) -> Tensor | None:
     found = _integers(getattr(data, "targets", None), data)
     for holder, name in ((data, "files"), (data, "samples"), (getattr(data, "reader", None), "samples")):
         pairs = getattr(holder, name, None)
-        if (
-            found is None
-            and isinstance(pairs, list)
-            and pairs
-            and all(isinstance(p, tuple) and len(p) == 2 for p in pairs)
-        ):
-            found = _integers([pair[-1] for pair in pairs if len(pair) == 2], data)
+        if found is None and pairs and isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs):
+            found = _integers([pair[1] for pair in pairs if len(pair) == 2], data)
     reader: Any = getattr(data, "reader", None)
     columns: Any = getattr(reader, "dataset", None)
     if found is None and hasattr(columns, "features"):
