@@ -91,7 +91,7 @@ def test_noisy_rows_are_spaced_evenly_over_the_larger_batch() -> None:
             assert found.total == 100
 
 
-def test_batches_of_one_are_noisy_in_turns(vit: NormalizedModel, images: Tensor) -> None:
+def test_a_fraction_of_batches_of_one_is_noisy(vit: NormalizedModel, images: Tensor) -> None:
     aug = ready(vit, images, "boundary", "pixels", fraction=0.25)
     aug.step = 0
     noisy = [bool(aug.draw(images[:1]).any()) for _ in range(8)]
@@ -260,7 +260,7 @@ def test_frozen_parts_in_eval_mode_take_no_noise_away(
     clean = clean.detach()
     with aug:
         assert not torch.allclose(vit(images), clean)
-        vit.training = False  # the mode of the model that is called, whatever its parts are in
+        vit.training = False  # the mode of the model that is called, not the modes of its parts
         assert torch.equal(vit(images), clean)
 
 
@@ -371,7 +371,7 @@ def test_calls_past_the_model_are_an_error(
     vit: NormalizedModel, images: Tensor, call: Callable[..., Tensor], site: str
 ) -> None:
     aug = NullspaceAugment(vit.train(), site=site)
-    call(vit, images)  # not attached: nothing was asked for
+    call(vit, images)  # not attached: no noise was requested
     aug.attach()
     with pytest.raises(RuntimeError, match="a part of the model was called in training"):
         call(vit, images)
@@ -600,5 +600,5 @@ def test_views_of_a_fraction_are_made_with_each_images_own_logits(vit: Normalize
     aug = ready(vit, images, "boundary", "patch", fraction=0.5)
     _, noisy = aug.views(images)
     tokens = aug.encoder.embed(images)
-    noise = aug.at(0).draw(tokens)  # which takes clean logits of its own
+    noise = aug.at(0).draw(tokens)  # which computes its own clean logits
     torch.testing.assert_close(noisy, aug.encoder(tokens + noise))

@@ -1,4 +1,4 @@
-"""Several processes on one batch: noise, losses and weights are those of one process; nobody waits for the dead."""
+"""Several processes on one batch: noise, losses and weights are those of one process; a dead process ends the run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ ALONE: dict[str, dict[str, Any]] = {
 
 
 def train(changes: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:
-    """Train in float64, where rounding is no excuse, but for ROUNDED; returns the weights."""
+    """Train in float64, except ROUNDED, so that rounding errors are small; returns the weights."""
     images, labels = digits()[0].tensors
     model = untrained("amp" not in changes)
     if changes.get("soft"):
@@ -113,7 +113,7 @@ def assert_nearly_same_run(left: Path, right: Path) -> None:
 
 
 def simplify(patch: pytest.MonkeyPatch) -> None:
-    """torch.compile runs the graphs that it captures as they are, which takes seconds less than generating code; and
+    """torch.compile captures graphs but does not generate code, which is seconds faster; and
     gradients are scaled by less, so that the scale is not halved on one process where it is kept on two."""
     patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     patch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**10))
@@ -223,7 +223,7 @@ def assert_ends_with_a_dead_process(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes through /proc")
 def test_torchrun_a_stop_a_dead_process_and_the_end(tmp_path: Path) -> None:
-    """SIGTERM stops all after one step; a killed process ends the others with a message; what is left goes on."""
+    """SIGTERM stops all after the same step; the run resumes; a killed process ends the others with a message."""
     out = tmp_path / "run"
     words = ("--out", str(out), "--epochs", "300", "--log-every", "1", "--train-fraction", "0.1", "--keep-last", "9")
     with launch(*words) as process:

@@ -1,4 +1,4 @@
-"""A sharded run (FSDP2) on two processes is the run of one, and goes on on any number; nobody waits for the dead."""
+"""A sharded run (FSDP2) on two processes equals that of one, resumes on any number, and ends if one process dies."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def train(changes: dict[str, Any], out: Path) -> nn.Module:
-    """Train in float64, where rounding is no excuse, but for ROUNDED. The model has LayerScale, and a frozen patch
+    """Train in float64, except ROUNDED, so that rounding errors are small. The model has LayerScale, and a frozen patch
     embedding."""
     images, labels = digits()[0].tensors
     rounded = "amp" in changes
@@ -100,7 +100,7 @@ def _together(rank: int, folder: str) -> None:
     save_file(_overflowed(rank), out / f"overflowed-{rank}.safetensors")
     _more_gathers_than_images(out / "uneven")
     save_file(_clipped(), out / f"norm-{rank}.safetensors")
-    _told(rank, out)
+    _errors(rank, out)
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -144,7 +144,7 @@ def _overflowed(rank: int) -> dict[str, Tensor]:
     return {**found, "scale": torch.tensor(scaler.get_scale())}
 
 
-def _told(rank: int, out: Path) -> None:
+def _errors(rank: int, out: Path) -> None:
     """Errors of two processes."""
     model = create_model("vit_digits", num_classes=10)
     with pytest.raises(ValueError, match="is not sharded: call fully_shard"), FrozenEncoder(model).sharding():

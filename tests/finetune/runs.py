@@ -38,7 +38,7 @@ def small(augment, base=SMALL, noise=None, **changes):
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, stop: Callable[[], None]) -> None:
-    """Call `stop` at the end of a step: from inside the run, as a signal comes."""
+    """Call `stop` at the end of a step, inside the run, like a signal."""
     taken = []
     original = Training.train_step
 

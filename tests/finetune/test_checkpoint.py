@@ -66,7 +66,7 @@ def test_damaged_state_is_recognised_and_the_one_before_used(tmp_path, damage):
 
 
 def test_state_with_code_is_refused(tmp_path):
-    """A state with a right checksum is still read with weights_only: a checksum is no signature."""
+    """A state with a correct checksum is still read with weights_only: a checksum is not a signature."""
 
     class Harmful:
         def __reduce__(self):
@@ -141,7 +141,7 @@ def test_what_a_state_is_tied_to_cannot_be_forced(tmp_path, was, now):
         RunFolder(tmp_path, now, resume=True, force=True)
 
 
-def test_resume_on_other_data_is_told(tmp_path):
+def test_resume_on_other_data_is_refused(tmp_path):
     run = RunFolder(tmp_path, CONFIG)
     run.open()
     run.describe(CONFIG, "cpu", data={"train": 43})
@@ -165,7 +165,7 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
         run.log({"step": 5, "loss": float("nan")})
 
 
-def test_metrics_that_are_lost_are_told_and_epochs_come_back(tmp_path):
+def test_lost_metrics_give_a_warning_and_epochs_are_restored(tmp_path):
     run = folder(tmp_path)
     epochs = [{"kind": "epoch", "step": step, "loss": step / 10} for step in (2, 4)]
     logged = [{"step": 1}, {"step": 2}, epochs[0], {"step": 3}, {"step": 4}, epochs[1]]

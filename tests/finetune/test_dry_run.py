@@ -50,7 +50,7 @@ def test_dry_run_looks_at_the_model_that_would_be_trained(tmp_path: Path) -> Non
     assert " random |" in dry_run(FinetuneConfig())
 
 
-def test_a_model_without_a_nullspace_to_measure_is_told() -> None:
+def test_a_model_without_a_nullspace_to_measure_is_named() -> None:
     assert "resnet18: " in dry_run(FinetuneConfig(model="resnet18", augment="none")).splitlines()[-1]
 
 

@@ -44,7 +44,7 @@ def test_learns_the_digits(half_trained):
 @pytest.mark.parametrize("augment", AUGMENTS)
 def test_every_augmentation_learns(half_trained, augment):
     config = FinetuneConfig(augment=augment, epochs=2, lr=1e-3, attack_steps=2, attack_eps=2 / 255, progress=False)
-    if augment == "universal":  # each epoch has a bank of its own: mild ones, or their differences are all one sees
+    if augment == "universal":  # small noise, or the differences between the banks of the epochs dominate the loss
         config = replace(config, noise={"limit": 0.25})
     result = finetune(config, copy.deepcopy(half_trained.model))
     first, last = result.history[0], result.history[-1]
@@ -199,7 +199,7 @@ def test_channels_last_in_odd_shapes(few, channels, batch):
 
 
 def test_compiled_training_is_the_same(tmp_path, few, monkeypatch):
-    """Graphs are captured and run as they are, which takes seconds less than generating code for them."""
+    """Graphs are captured but not compiled to code, which is seconds faster."""
     compiled = []
     original = torch.compile
 

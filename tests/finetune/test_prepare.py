@@ -172,7 +172,7 @@ BAD_LABELS = {
 
 
 @pytest.mark.parametrize("case", BAD_LABELS)
-def test_bad_labels_are_told_before_the_first_step(few, monkeypatch, case):
+def test_bad_labels_are_refused_before_the_first_step(few, monkeypatch, case):
     spoil, message = BAD_LABELS[case]
     monkeypatch.setattr(Training, "train_step", None)
     config = replace(SMALL, num_classes=10)

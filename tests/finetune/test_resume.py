@@ -73,7 +73,7 @@ def test_stopped_run_on_image_files_goes_on_bitwise(tmp_path, monkeypatch, worke
         raise OSError("lost the machine")
 
     with monkeypatch.context() as patch:
-        stop_after(patch, 7, crash)  # 4 steps an epoch: in the second one
+        stop_after(patch, 7, crash)  # 4 steps per epoch: in the second one
         with pytest.raises(OSError, match="lost the machine"):
             finetune(parts)
     assert [path.name for path in sorted((tmp_path / "parts").glob("state*"))] == [
@@ -154,7 +154,7 @@ def test_a_run_in_use_is_left_alone(tmp_path, few, monkeypatch, how):
     finetune(replace(config, **{how: True}), train_data=few)  # nobody holds it any more
 
 
-def test_metrics_cut_before_the_state_are_told_and_epochs_come_back(tmp_path, few):
+def test_truncated_metrics_give_a_warning_and_epochs_are_restored(tmp_path, few):
     config = replace(SMALL, num_classes=10, epochs=2, out=str(tmp_path))
     finetune(config, train_data=few)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -168,7 +168,7 @@ def test_metrics_cut_before_the_state_are_told_and_epochs_come_back(tmp_path, fe
 @pytest.mark.parametrize(
     "entry", ["step", "model", "optimizer", "ema", "scaler", "augment", "history", "best", "seconds"]
 )
-def test_a_state_that_lacks_an_entry_is_told(tmp_path, few, entry):
+def test_a_state_that_lacks_an_entry_is_refused(tmp_path, few, entry):
     config = replace(SMALL, num_classes=10, epochs=1, keep_last=1, out=str(tmp_path))
     finetune(config, train_data=few)
     (path,) = tmp_path.glob("state-*.pt")
@@ -187,7 +187,7 @@ def test_finished_run_resumes_to_its_result(tmp_path, few):
     assert [record["loss"] for record in again.history] == [record["loss"] for record in first.history]
 
 
-def test_resume_with_another_model_is_told(tmp_path, few):
+def test_resume_with_another_model_is_refused(tmp_path, few):
     config = replace(SMALL, num_classes=10, epochs=1, out=str(tmp_path))
     finetune(config, train_data=few)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -277,7 +277,7 @@ def test_sigterm_saves_and_exits_as_terminated(tmp_path, few, monkeypatch, capsy
 
 
 def test_ctrl_c_in_a_terminal(tmp_path):
-    """To the whole process group, workers included, as a terminal sends it: the run stops in order and goes on."""
+    """Sent to the whole process group with its workers, as by a terminal: the run stops and can be resumed."""
     pictures = write_pictures(tmp_path / "pictures")
     script = (
         "import sys; from fastnull.finetune import *;"

@@ -27,7 +27,7 @@ from tests.finetune.runs import (
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Inside, the system lets no file grow beyond `size` bytes: to whoever writes it is a full disk."""
+    """Limit files to `size` bytes, which acts like a full disk."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -43,7 +43,7 @@ def largest_file(size: int) -> Iterator[None]:
     ids=["weights", "weights of another's model", "state"],
 )
 def test_every_writer_tells_of_a_full_disk(tmp_path, few, monkeypatch, size, file, made):
-    """By the system's own error: safetensors has another one of its own."""
+    """With the system's error, also for safetensors."""
     model = create_model("vit_digits", num_classes=10)
     model = model if made else nn.Sequential(model)
     config = replace(SMALL, num_classes=10, out=str(tmp_path))

@@ -24,7 +24,7 @@ from fastnull.noise import Noise
 from fastnull.vit import NormalizedModel
 
 META = torch.device("meta")
-"""Stands for a GPU: whoever reads a value of it, which makes a host wait, gets an error."""
+"""Stands for a GPU: reading a value of it, which would synchronise, is an error."""
 EVERYTHING: dict[str, Any] = {
     "mixup": 0.2, "cutmix": 0.5, "smoothing": 0.1, "clip_grad": 1.0, "layer_decay": 0.8, "accumulate": 2,
     "attack_steps": 2,

@@ -105,7 +105,7 @@ def test_resumed_run_ends_bit_for_bit_the_same(
     assert torch.equal(again.augment.bank.tokens, noise.augment.bank.tokens)
     for mine, theirs in zip(resumed.vit.parameters(), whole.vit.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    # a state from within an epoch: the bank comes from it, and is not learnt again
+    # a state from within an epoch: its bank is used, and not learned again
     state = half.state_dict()
     late = make(universal, [images])
     late.load_state_dict(state)

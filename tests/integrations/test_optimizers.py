@@ -1,4 +1,4 @@
-"""Noise is made with the model's current weights, whoever wrote them and however."""
+"""Noise is computed with the model's current weights, however they were written."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_every_way_to_write_weights(
     loss, _ = aug.loss(images, LABELS, F.cross_entropy)
     assert (seen[1] - seen[0]).abs().max() > MOVED
     assert max(gaps) < SMALL
-    # a copy of the new model, with an augmentation of its own, makes the same noise
+    # a copy of the new model with a new augmentation gives the same noise
     fresh = NullspaceAugment(copy.deepcopy(model), "boundary", steps=1, backend=backend)
     fresh.step = 1
     torch.testing.assert_close(loss, fresh.loss(images, LABELS, F.cross_entropy)[0], rtol=1e-5, atol=1e-5)

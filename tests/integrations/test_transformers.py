@@ -147,7 +147,7 @@ def focal(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tenso
 
 
 class Weighted(ViTForImageClassification):
-    """A user's model with a loss of its own in its forward."""
+    """A user's model that computes another loss in its forward."""
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         logits = super().forward(pixel_values).logits

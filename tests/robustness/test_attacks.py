@@ -87,7 +87,7 @@ def test_mi_fgsm_equals_torchattack(model: NormalizedModel, batch: tuple[Tensor,
     import_timm()  # makes torchvision importable beside any torch; torchattack imports it
     library = pytest.importorskip("torchattack")
     images, labels = batch
-    # it keeps the change instead of the image, which rounds differently where eps / 10 is no sum of few bits
+    # it keeps the change instead of the image, which rounds differently where eps / 10 is not exact
     theirs = library.MIFGSM(model, device="cpu", eps=EPS, steps=10, decay=1.0)(images, labels)
     torch.testing.assert_close(mi_fgsm(model, images, labels, EPS), theirs, atol=1e-6, rtol=0)
 
@@ -296,7 +296,7 @@ def test_generator_and_seed_choose_the_starts(model: NormalizedModel, batch: tup
     torch.manual_seed(1)
     first = run()
     torch.manual_seed(2)
-    assert torch.equal(run(), first), "the global seed has no say"
+    assert torch.equal(run(), first), "the global seed has no effect"
     assert not torch.equal(run(seed=1), first)
     generator = torch.Generator().manual_seed(5)
     drawn = run(generator=generator)

@@ -124,7 +124,7 @@ def test_pixels_just_outside_count_as_black_and_white(photos: Tensor) -> None:
         assert torch.equal(corrupt(near, name, 2), corrupt(near.clamp(0, 1), name, 2))
 
 
-def test_caller_autocast_has_no_say(photos: Tensor) -> None:
+def test_autocast_of_the_caller_has_no_effect(photos: Tensor) -> None:
     expected = corrupt(photos, "gaussian_blur", 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(corrupt(photos, "gaussian_blur", 3), expected)

@@ -53,7 +53,7 @@ class Failing(nn.Module):
 def test_finished_batches_stay_when_memory_runs_out(error: Exception, tmp_path: Path) -> None:
     data, out = make_data(), tmp_path / "result.json"
     expected = evaluate(Counting(), data, batch_size=8, **QUICK)
-    # clean takes 7 calls, FGSM 2 a batch: this is its fourth
+    # clean takes 7 calls, FGSM 2 per batch: this is its fourth
     message = r"^fgsm/1/255: cpu has no memory left; smaller batches .*resuming"
     with pytest.raises(torch.OutOfMemoryError, match=message):
         evaluate(Failing(error, 7 + 2 * 3), data, batch_size=8, out=out, **QUICK)
@@ -199,7 +199,7 @@ def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
     )  # fmt: skip
     expected = evaluate(make_model(dtype=torch.float64), make_data(), limit=20, **QUICK)
     assert record["results"] == expected["results"]
-    # and a run without NumPy's goes on with its file
+    # and a run without NumPy's numbers resumes from its file
     again = evaluate(make_model(dtype=torch.float64), make_data(), limit=20, out=tmp_path / "a.json", **QUICK)
     assert again["results"] == expected["results"]
 

@@ -26,7 +26,7 @@ OTHER = 999
 
 
 class Reader(nn.Module):
-    """Reads the class off the colour of an image. `shy` prefers a class that is not in A or R to the right one."""
+    """Predicts the class from the colour of an image; `shy` prefers a class that is not in A or R."""
 
     def __init__(self, shift: int = 0, shy: bool = False, classes: int = 1000) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ def test_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 class Named(Reader):
-    """A Reader whose classes are in an order of its own, and have names; `extra` classes stand before ImageNet's."""
+    """A Reader with class names in another order; `extra` classes come before ImageNet's."""
 
     def __init__(self, names: list[str], order: list[int]) -> None:
         super().__init__(classes=len(names))
