@@ -241,19 +241,6 @@ def test_an_overwritten_folder_holds_another_run(tmp_path):
     assert folder(tmp_path, overwrite=True).run not in (None, first)
 
 
-def test_runs_from_before_runs_had_names_go_on(tmp_path):
-    run = folder(tmp_path)
-    write_state(tmp_path / "state-000000001.pt", state(1))
-    written = json.loads((tmp_path / "config.json").read_text())
-    del written["run"]
-    (tmp_path / "config.json").write_text(json.dumps(written))
-    again = folder(tmp_path, resume=True)
-    assert same(again.load_state(), state(1))
-    again.save_state(state(2), 2, keep=2)
-    assert same(folder(tmp_path, resume=True).load_state(), state(2))
-    assert run.run is not None
-
-
 def test_a_later_state_that_cannot_be_read_does_not_push_others_out(tmp_path):
     run = folder(tmp_path)
     for step in (1, 9):

@@ -1,9 +1,10 @@
-"""Watching what noise is made with."""
+"""Lightning's two packages, and a check of the weights that noise is computed with."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,13 @@ from torch import Tensor
 
 from fastnull.augment import NullspaceAugment
 from fastnull.vit.base import logits_of
+from tests.integrations.models import LIGHTNING, lightning_of
+
+
+@pytest.fixture(params=LIGHTNING)
+def lightning(request: pytest.FixtureRequest) -> Any:
+    """(the library, our callback for it)."""
+    return lightning_of(request.param)
 
 
 @pytest.fixture

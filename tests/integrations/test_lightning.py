@@ -14,12 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastnull.augment import NullspaceAugment
 from fastnull.vit import NormalizedModel
-from tests.integrations.models import LIGHTNING, QUIET, lightning_of
-
-
-@pytest.fixture(params=LIGHTNING)
-def library(request: pytest.FixtureRequest) -> Any:
-    return lightning_of(request.param)
+from tests.integrations.models import QUIET
 
 
 def module_of(library: Any, vit: NormalizedModel) -> Any:
@@ -67,12 +62,12 @@ def loader(images: Tensor) -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 def test_training_forwards_see_noise_and_validation_none(
-    library: Any, vit: NormalizedModel, images: Tensor, loader: Any
+    lightning: Any, vit: NormalizedModel, images: Tensor, loader: Any
 ) -> None:
-    lightning, make = library
-    module = module_of(lightning, vit)
+    library, make = lightning
+    module = module_of(library, vit)
     callback = module.callback = make(lambda module: NullspaceAugment(module.vit, "random"))
-    trainer_of(lightning, callback, 2).fit(module, loader, loader)
+    trainer_of(library, callback, 2).fit(module, loader, loader)
     assert len(module.training_logits) == 8
     assert not any(torch.allclose(noisy, clean) for noisy, clean in module.training_logits)
     assert set(module.validation_steps) == {0}
@@ -83,15 +78,15 @@ def test_training_forwards_see_noise_and_validation_none(
 
 @pytest.mark.filterwarnings("ignore")
 def test_resumed_run_ends_bit_for_bit_the_same(
-    library: Any, make_vit: Any, images: Tensor, loader: Any, tmp_path: Path
+    lightning: Any, make_vit: Any, images: Tensor, loader: Any, tmp_path: Path
 ) -> None:
-    lightning, make = library
+    library, make = lightning
 
     def fit(epochs: int, path: Path | None = None) -> tuple[Any, Any, Any]:
         torch.manual_seed(0)
-        module = module_of(lightning, make_vit())
+        module = module_of(library, make_vit())
         callback = module.callback = make(universal, [images])
-        trainer = trainer_of(lightning, callback, epochs)
+        trainer = trainer_of(library, callback, epochs)
         trainer.fit(module, loader, ckpt_path=path)
         return trainer, module, callback
 
@@ -117,16 +112,16 @@ def test_resumed_run_ends_bit_for_bit_the_same(
 
 
 @pytest.mark.filterwarnings("ignore:Found .* module")
-def test_model_in_eval_mode_is_warned_of(library: Any, vit: NormalizedModel, loader: Any) -> None:
-    lightning, make = library
-    module = module_of(lightning, vit)
+def test_model_in_eval_mode_is_warned_of(lightning: Any, vit: NormalizedModel, loader: Any) -> None:
+    library, make = lightning
+    module = module_of(library, vit)
     callback = module.callback = make(lambda module: NullspaceAugment(module.vit.eval(), "random"))
     with pytest.warns(UserWarning, match=r"the model is in eval mode when training starts .* call its train\(\)"):
-        trainer_of(lightning, callback, 1, limit_train_batches=1).fit(module, loader)
+        trainer_of(library, callback, 1, limit_train_batches=1).fit(module, loader)
 
 
-def test_processes_have_noise_of_their_own(library: Any, vit: NormalizedModel) -> None:
-    _, make = library
+def test_processes_have_noise_of_their_own(lightning: Any, vit: NormalizedModel) -> None:
+    _, make = lightning
     callback = make(lambda module: NullspaceAugment(module.vit, "random"))
     callback.on_fit_start(None, SimpleNamespace(vit=vit))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0))
