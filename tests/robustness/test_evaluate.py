@@ -41,17 +41,21 @@ def net() -> nn.Module:
 class Counting(nn.Module):
     """Counts calls, and raises after some."""
 
-    def __init__(self, fail_after: int | None = None, nan_after: int | None = None) -> None:
+    def __init__(
+        self,
+        fail_after: int | None = None,
+        nan_after: int | None = None,
+        error: type[BaseException] = KeyboardInterrupt,
+    ) -> None:
         super().__init__()
         self.inner = make_model(dtype=torch.float64)
         self.calls = 0
-        self.fail_after = fail_after
-        self.nan_after = nan_after
+        self.fail_after, self.nan_after, self.error = fail_after, nan_after, error
 
     def forward(self, images: Tensor) -> Tensor:
         self.calls += 1
         if self.fail_after is not None and self.calls > self.fail_after:
-            raise KeyboardInterrupt
+            raise self.error
         logits = self.inner(images)
         return logits * math.nan if self.nan_after is not None and self.calls > self.nan_after else logits
 
