@@ -41,9 +41,7 @@ def test_a_measurement_resumes_where_it_was_killed(
     expected = evaluate(whole, data, out=tmp_path / "other.json", **settings)
     assert whole.calls == 7 * (1 + 4)  # PGD: 3 steps and the answer
     with pytest.raises(error):
-        evaluate(
-            Counting(fail_after=7 + 3 * 4 + 2, error=error), data, out=out, **settings
-        )  # in PGD's fourth batch
+        evaluate(Counting(fail_after=7 + 3 * 4 + 2, error=error), data, out=out, **settings)  # in PGD's fourth batch
     kept = json.loads(out.read_text())
     assert kept["results"]["clean"] == expected["results"]["clean"]
     assert (kept["partial"]["measurement"], kept["partial"]["position"]) == ("pgd/4/255", 24)
