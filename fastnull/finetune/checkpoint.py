@@ -346,10 +346,10 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote.
+    """Read a state of `write_state`.
 
     Raises:
-        ValueError: truncated, damaged, of another program, or with something in it that is no tensor or plain value.
+        ValueError: truncated, damaged, not written by fastnull, or with other contents than tensors and plain values.
     """
     size = path.stat().st_size - len(MARK) - _DIGEST
     with open(path, "rb") as file:

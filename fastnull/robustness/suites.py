@@ -93,7 +93,7 @@ def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, ski
     mask = None
     if layout.classes < 1000:
         mask = torch.zeros(count, dtype=torch.bool).index_fill_(0, torch.tensor(sorted(places.values())), True)
-    how = "as it is, resized only where the model takes another size" if layout.as_is else (
+    how = "unchanged, resized only if the model has another size" if layout.as_is else (
         f"resized (crop {view.crop:g}, {view.interpolation}), cropped to {view.size[0]}x{view.size[1]}"
     )  # fmt: skip
     return FolderSet(ImageFiles(files, transform, view.channels, skip_bad), mask, how)

@@ -22,11 +22,7 @@ from fastnull.synthesis.config import ALL_MODES
 SMALL = FinetuneConfig(
     augment="none", epochs=3, batch_size=16, lr=2e-3, attack_steps=2, log_every=1, progress=False
 )  # fmt: skip
-
-
 MIXED = {"mixup": 0.4, "cutmix": 0.5, "smoothing": 0.1}
-
-
 SGD = replace(SMALL, opt="sgd", lr=0.05)
 """The first steps of AdamW have the gradient's sign alone, which rounding turns."""
 
