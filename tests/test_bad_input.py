@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from fastnull.cli import main
 from fastnull.finetune.checkpoint import read_state, write_state
 from fastnull.models import load_model
 from fastnull.noise import Noise
+from tests.commands import refused
 from tests.damage import damaged
 
 pytest.importorskip("sklearn")
@@ -45,22 +45,6 @@ def _no_hang() -> Iterator[None]:
     signal.alarm(60)
     yield
     signal.alarm(0)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object, bar: bool = False) -> str:
-    """The error line of a command, which must be the only one but for notes (and, with `bar`, a progress bar)."""
-    capsys.readouterr()
-    try:
-        code: Any = main([str(word) for word in words])
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    told = capsys.readouterr().err
-    lines = [line for line in told.splitlines() if not line.startswith("note:")]
-    assert code == 2, told
-    assert bar or len(lines) == 1, told
-    assert "Traceback" not in told
-    assert lines[-1].startswith("fastnull: error: ")
-    return lines[-1]
 
 
 def commands(run: Path) -> dict[str, list[str]]:
