@@ -261,15 +261,6 @@ def test_a_large_bank_that_fits_nowhere(
     assert "5000 noises of [16, 32] with their steps need about 0.0614 GB; cpu has 0.0041 GB" in line
 
 
-@pytest.mark.parametrize(
-    ("given", "kept"), [("False", False), ("no", False), ("0", False), ("true", True), ("YES", True), ("none", None)]
-)
-def test_switches_that_have_three_states(given: str, kept: bool | None, run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "noise.safetensors"
-    assert main([*commands(run)["synthesize"], "--keep", given, "--out", str(out)]) == 0
-    assert Noise.load(out).metadata["config"]["keep"] is kept
-
-
 def header_of(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata())

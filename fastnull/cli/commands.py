@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,13 +20,6 @@ from fastnull.distributed import processes as distributed
 from fastnull.paths import check_output
 
 Result = TypeVar("Result")
-
-SUBSET = "drawn evenly over the classes by the seed"
-"""What a record says of the images that `tune` takes."""
-
-
-class InterruptedWork(KeyboardInterrupt):
-    """Ctrl-C, after finished work has been kept; the message says how to continue."""
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -50,7 +43,7 @@ def demo(args: argparse.Namespace) -> None:
         page = run_demo(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=args.jobs)
     except KeyboardInterrupt:
         quick, seeds = " --quick" if args.quick else "", f" --seeds {args.seeds}" if args.seeds else ""
-        raise InterruptedWork(f"continue with: fastnull demo{quick}{seeds} --out {args.out} --resume") from None
+        raise KeyboardInterrupt(f"continue with: fastnull demo{quick}{seeds} --out {args.out} --resume") from None
     _print_report(page)
 
 
@@ -76,7 +69,9 @@ def compare(args: argparse.Namespace) -> None:
     try:
         record = run_compare(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=args.jobs)
     except KeyboardInterrupt:
-        raise InterruptedWork(f"continue with the same command and --resume; finished runs are in {args.out}") from None
+        raise KeyboardInterrupt(
+            f"continue with the same command and --resume; finished runs are in {args.out}"
+        ) from None
     print(format_comparison(record), end="")
     print(f"numbers: {Path(args.out) / 'comparison.json'}; report: {Path(args.out) / 'report' / 'report.html'}")
 
@@ -115,7 +110,7 @@ def analyze(args: argparse.Namespace) -> None:
 
     settings = from_options(AnalysisSettings(), args)
     written = [f"{name}{rest}" for name in args.what for rest in (".json", "-*.csv", ".png", ".svg")]
-    check_output(args.out, _inputs(args), files=written)
+    check_output(args.out, _inputs(vars(args)), files=written)
     for name in args.what:
         check_free(Path(args.out) / f"{name}.json", args.overwrite)
     if args.others and args.model is None:
@@ -136,8 +131,7 @@ def analyze(args: argparse.Namespace) -> None:
 def _subjects(args: argparse.Namespace, seed: int) -> tuple[str, nn.Module, dict[str, nn.Module]]:
     """The model to analyse with its name, and further ones for `transfer`."""
     if args.model is not None:
-        given = {name: argparse.Namespace(**{**vars(args), "model": name}) for name in args.others}
-        return args.model, open_model(args).eval(), {name: open_model(each).eval() for name, each in given.items()}
+        return args.model, open_model(args).eval(), {name: open_model(args, name).eval() for name in args.others}
     from fastnull.analysis.small import small_family, small_model
 
     for name in ("checkpoint", "pretrained", "num_classes"):
@@ -166,12 +160,11 @@ def finetune(args: argparse.Namespace) -> None:
     file = None if args.config is None else read_fields(FinetuneConfig, args.config)
     config: FinetuneConfig = from_options(base, args, file)
     given = config.to_dict()
-    check_given(given)  # those of the file too
+    check_given(given)  # the fields of the file too
     if config.device is not None:
         check_device(config.device)
     if config.out is not None:
-        read = argparse.Namespace(**{**vars(args), **given, "model": None})
-        check_output(config.out, _inputs(read), files=RUN_FILES)
+        check_output(config.out, _inputs({**given, "config": args.config, "model": None}), files=RUN_FILES)
     if args.dry_run:
         print(_together(lambda: dry_run(config)) or "", end="")
         return
@@ -180,7 +173,7 @@ def finetune(args: argparse.Namespace) -> None:
     try:
         result = _together(lambda: run(config))
     except KeyboardInterrupt:
-        raise InterruptedWork from None  # it has said how to continue
+        raise KeyboardInterrupt from None  # it has said how to continue
     if result is None:
         return
     if result.best_accuracy is not None:
@@ -228,7 +221,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if getattr(args, option) and args.out is None:
             raise ValueError(f"--{option} needs --out FILE")
     if args.out is not None:
-        check_output(args.out, _inputs(args))
+        check_output(args.out, _inputs(vars(args)))
         if Path(args.out).exists() and not (args.overwrite or args.resume):
             raise ValueError(f"{args.out} exists: --resume completes it, --overwrite replaces it")
     if getattr(args, "corruptions", None) == ["all"]:
@@ -289,7 +282,7 @@ def tune(args: argparse.Namespace) -> None:
 
     check_number("images", args.images, 1)
     if args.out is not None:
-        check_output(args.out, _inputs(args), files=("tune.json", "tune.png"))
+        check_output(args.out, _inputs(vars(args)), files=("tune.json", "tune.png"))
     args.site = args.site or recommended_site(args.mode)
     model = open_model(args).eval()
     images, _ = _two_sets(args, model, args.images, args.seed)
@@ -297,7 +290,8 @@ def tune(args: argparse.Namespace) -> None:
     rows = try_settings(model, images, progress=True, **about)
     print(format_tried(rows, args.site), end="")
     if args.out is not None:
-        about |= {"model": args.model, "data": args.data, "images": len(images), "subset": SUBSET}
+        about |= {"model": args.model, "data": args.data, "images": len(images)}
+        about["subset"] = "drawn evenly over the classes by the seed"
         print(f"written: {', '.join(map(str, write_tried(rows, args.out, about, str(images.device))))}")
 
 
@@ -318,7 +312,7 @@ def synthesize(args: argparse.Namespace) -> None:
     base = SynthesisConfig if args.preset is None else SynthesisConfig.published(args.preset)
     config: SynthesisConfig = from_options(base, args)
     out = Path(args.out)
-    check_output(out, _inputs(args))
+    check_output(out, _inputs(vars(args)))
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists: --overwrite replaces it")
     check_number("images", args.images, 1)
@@ -337,7 +331,7 @@ def synthesize(args: argparse.Namespace) -> None:
     except SynthesisInterrupted as stop:
         beside = keep(stop.noise, "partial")
         how = f"continue with --start {beside}" if config.mode == "universal" else "it has the images done so far"
-        raise InterruptedWork(f"the noise so far is in {beside}; {how}") from None
+        raise KeyboardInterrupt(f"the noise so far is in {beside}; {how}") from None
     except (EpsilonNotMetError, SynthesisOutOfMemoryError) as error:
         if error.noise is None:
             raise
@@ -363,51 +357,51 @@ def bench(args: argparse.Namespace) -> None:
     run(args)
 
 
-def open_model(args: argparse.Namespace) -> nn.Module:
-    """The model that --model (a name, or a file of `save_checkpoint`) and --checkpoint give, on --device.
+def open_model(args: argparse.Namespace, name: str | None = None) -> nn.Module:
+    """The model that a name, or a file of `save_checkpoint`, and --checkpoint give, on --device.
+
+    Args:
+        args: the parsed command line.
+        name: in place of --model.
 
     Raises:
         FileNotFoundError, ValueError: no such file or name, or no such device here.
     """
     from fastnull.models import create_model, load_model
 
-    device = _device(args)
-    if Path(args.model).is_file():
-        if args.checkpoint is not None:
-            raise ValueError(f"--checkpoint is for a model by name; {args.model} is a file that holds weights itself")
-        for option, given in (("--pretrained", args.pretrained), ("--num-classes", args.num_classes is not None)):
-            if given:
-                raise ValueError(f"{option} is for a model by name; {args.model} is a file, which says that itself")
-        model: nn.Module = load_model(args.model)
-    elif Path(args.model).suffix in (".safetensors", ".pth", ".pt"):
-        raise FileNotFoundError(f"there is no file {args.model}")
-    else:
-        if args.checkpoint is None and not args.pretrained:
-            print("note: no --checkpoint and no --pretrained, so the weights are random", file=sys.stderr)
-        model = create_model(
-            args.model, num_classes=args.num_classes, pretrained=args.pretrained, checkpoint=args.checkpoint
-        )
-    return model.to(device)
+    device, name = _device(args), args.model if name is None else name
+    given = {key: getattr(args, key) for key in ("num_classes", "pretrained", "checkpoint")}
+    if Path(name).is_file():
+        for key, value in given.items():
+            if value is not None and value is not False:
+                raise ValueError(
+                    f"{option_of(key)} is for a model by name; {name} is a file that has weights and classes"
+                )
+        return load_model(name).to(device)
+    if Path(name).suffix in (".safetensors", ".pth", ".pt"):
+        raise FileNotFoundError(f"there is no file {name}")
+    if args.checkpoint is None and not args.pretrained:
+        print("note: no --checkpoint and no --pretrained, so the weights are random", file=sys.stderr)
+    return create_model(name, **given).to(device)
 
 
 def _device(args: argparse.Namespace) -> torch.device:
-    """--device, or the GPU of this process where there is one: torchrun starts one process a GPU."""
+    """--device, or the GPU of this process if there is one: torchrun starts one process per GPU."""
     local = os.environ.get("LOCAL_RANK", "0")
     return check_device(args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
 
 
-def _inputs(args: argparse.Namespace) -> dict[str, Any]:
+def _inputs(given: Mapping[str, Any]) -> dict[str, Any]:
     """The files and folders that a command reads, by option; names of models and data sets are none."""
     from fastnull.data.sources import EMBEDDED
 
     found: dict[str, Any] = {}
-    for name in ("model", "checkpoint", "source", "noise", "start", "others", "config", "sources"):
-        given = getattr(args, name, None)
-        texts = [given] if isinstance(given, str) else given or []
-        found[f"--{name}"] = [text for text in texts if os.path.isfile(text)]
+    for name in ("model", "checkpoint", "source", "noise", "start", "others", "config"):
+        value = given.get(name)
+        texts = [value] if isinstance(value, str) else value or []
+        found[option_of(name)] = [text for text in texts if os.path.isfile(text)]
     for name in ("data", "data_dir", "root", "frost_folder"):
-        given = getattr(args, name, None)
-        found[option_of(name)] = None if given in EMBEDDED else given
+        found[option_of(name)] = None if given.get(name) in EMBEDDED else given.get(name)
     return found
 
 

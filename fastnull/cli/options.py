@@ -82,14 +82,9 @@ def add_options(
             metavar = first if first in ("file", "folder") else kind.__name__
             how = {"type": kind, "metavar": metavar.upper(), "nargs": "+" if several else None}
         group.add_argument(option_of(full), dest=full, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
-    for old, new in _renamed(settings).items():
+    for old, new in getattr(settings, "renamed", {}).items():
         now, hidden = option_of(prefix + new), argparse.SUPPRESS
         parser.add_argument(option_of(prefix + old), nargs="*", action=_Renamed, const=now, default=hidden, help=hidden)
-
-
-def _renamed(settings: type[Any]) -> Mapping[str, str]:
-    """Fields of a dataclass by old names → new ones."""
-    return getattr(settings, "renamed", {})
 
 
 class _Renamed(argparse.Action):
@@ -136,13 +131,12 @@ def from_options(
     return replace(base, **given)  # type: ignore[type-var]
 
 
-def check_given(arguments: argparse.Namespace | Mapping[str, Any]) -> None:
+def check_given(values: Mapping[str, Any]) -> None:
     """Check what all options have in common: no text is empty, and none names a pipe or a device.
 
     Raises:
         ValueError: an empty text (as a path it would be the working directory), or see `check_readable`.
     """
-    values = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     for name, value in values.items():
         option = name if name in POSITIONAL else option_of(name)
         for text in value if isinstance(value, (list, tuple)) else (value,):
@@ -185,7 +179,7 @@ def _read_mapping(prefix: str, node: Any, settings: type[Any]) -> dict[str, Any]
         if name in nodes:
             raise ValueError(f"{prefix}{name} is given twice, in lines {lines[name]} and {line}")
         nodes[name], lines[name] = value, line
-    refuse_renamed(prefix.rstrip(": ."), nodes, _renamed(settings), ValueError)
+    refuse_renamed(prefix.rstrip(": ."), nodes, getattr(settings, "renamed", {}), ValueError)
     hints = typing.get_type_hints(settings)
     if prefix.endswith("."):
         hints["preset"] = str | None  # of the noise, see FinetuneConfig

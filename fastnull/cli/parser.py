@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     try:
         args = _parser().parse_args(words)
-        check_given(args)
+        check_given(vars(args))
         args.run(args)
     except KeyboardInterrupt as stop:
         print(f"\nfastnull: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
