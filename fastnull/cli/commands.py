@@ -7,9 +7,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,6 @@ from fastnull.checks import check_device, check_number
 from fastnull.cli.options import check_given, from_options, option_of, read_fields
 from fastnull.distributed import processes as distributed
 from fastnull.paths import check_output
-
-Result = TypeVar("Result")
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -35,15 +32,13 @@ def demo(args: argparse.Namespace) -> None:
     from fastnull.experiments.demo import DemoSettings, run_demo
     from fastnull.report.illustrations import FILE as NOISE
 
-    settings = DemoSettings.quickly() if args.quick else DemoSettings()
-    if args.seeds is not None:
-        settings = replace(settings, seeds=args.seeds)
+    settings = from_options(DemoSettings.quickly() if args.quick else DemoSettings(), args)
     check_output(args.out, {}, files=("demo.json", NOISE, *OWN_FILES))
     try:
         page = run_demo(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=args.jobs)
     except KeyboardInterrupt:
-        quick, seeds = " --quick" if args.quick else "", f" --seeds {args.seeds}" if args.seeds else ""
-        raise KeyboardInterrupt(f"continue with: fastnull demo{quick}{seeds} --out {args.out} --resume") from None
+        words = f"{'--quick ' if args.quick else ''}--seeds {settings.seeds} --out {args.out} --resume"
+        raise KeyboardInterrupt(f"continue with: fastnull demo {words}") from None
     _print_report(page)
 
 
@@ -164,7 +159,9 @@ def finetune(args: argparse.Namespace) -> None:
     if config.device is not None:
         check_device(config.device)
     if config.out is not None:
-        check_output(config.out, _inputs({**given, "config": args.config, "model": None}), files=RUN_FILES)
+        check_output(
+            config.out, _inputs({**given, "config": args.config, "model": None, "noise": None}), files=RUN_FILES
+        )
     if args.dry_run:
         print(_together(lambda: dry_run(config)) or "", end="")
         return
@@ -188,7 +185,7 @@ def finetune(args: argparse.Namespace) -> None:
     print(f"next: fastnull evaluate --model {result.last_path} {data} --out {Path(config.out) / 'results.json'}")
 
 
-def _together(work: Callable[[], Result]) -> Result | None:
+def _together(work: Callable[[], Any]) -> Any:
     """What the work returns in all processes of torchrun; None in those that print nothing."""
     distributed.join()
     result = work()

@@ -22,8 +22,6 @@ SHORTER = {"suites": "--suite", "frost_folder": "--frost"}
 """Fields whose option has a name of its own."""
 POSITIONAL = ("models", "what", "sources")
 """Arguments without an option."""
-NONE = ("none", "null", "~")
-"""What stands for None; the last two in YAML."""
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -187,8 +185,10 @@ def _read_mapping(prefix: str, node: Any, settings: type[Any]) -> dict[str, Any]
     for name, value in nodes.items():
         hint = hints[check_choice(f"{prefix}field", name, hints)]
         text = value.value if value.id == "scalar" else None
+        if text in ("", "~", "null") and not value.style:  # YAML's null, not in quotes
+            text = "none"
         nested = _nested_in(hint)
-        if nested is not None and text not in NONE:
+        if nested is not None and text != "none":
             given[name] = _read_mapping(f"{prefix}{name}.", value, nested)
         elif text is None or not text.strip():
             raise ValueError(f"{prefix}{name} must {'be a single value' if text is None else 'not be empty'}")
@@ -221,7 +221,7 @@ def _converter(hint: Any) -> Callable[[str], Any]:
         return read
 
     def optional(text: str) -> Any:
-        return None if text.lower() in NONE else read(text)
+        return None if text.lower() == "none" else read(text)
 
     optional.__name__ = read.__name__
     return optional

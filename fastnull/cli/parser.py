@@ -21,9 +21,6 @@ from fastnull.cli import commands
 from fastnull.cli.options import Help, add_options, check_given, number
 from fastnull.cli.streams import lasting_streams
 
-_PLAIN = (ValueError, TypeError, ImportError, OSError)
-"""Errors whose text is for users."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 2 for an error, 130 for Ctrl-C.
@@ -60,8 +57,9 @@ def _print_error(error: Exception) -> int:
     """Print an error in one line; returns the exit code."""
     text = " ".join(str(error).split())
     kind = type(error)
+    plain = isinstance(error, (ValueError, TypeError, ImportError, OSError)) or kind.__module__.startswith("fastnull.")
     # torch raises RuntimeError for most things; other kinds that are not ours say little without their names
-    if not (isinstance(error, _PLAIN) or kind.__module__.startswith("fastnull.")) or not text:
+    if not plain or not text:
         text = f"{'' if kind is RuntimeError and text else f'{kind.__name__}: '}{text} (--debug shows where)"
     # the functions behind name their arguments, the user has options
     text = re.sub(r"\b(resume|overwrite|force)=True\b", r"--\1", text)
@@ -82,9 +80,6 @@ class _Parser(argparse.ArgumentParser):
 class _Version(argparse.Action):
     """Prints what was built and what is in use."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **_: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="print version, build and what is in use, and exit")
-
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from fastnull.build_info import build_info
 
@@ -99,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="New here? `fastnull demo --quick` shows everything on small images in a minute or two.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_Version)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print version, build and what is in use, and exit")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     for name, add in COMMANDS.items():
         run = getattr(commands, name)
@@ -118,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(parser: _Parser) -> None:
     option = parser.add_argument
     option("--quick", action="store_true", help="one seed, shorter training, fewer attacks")
-    option("--seeds", type=int, metavar="N", help="repetitions (default: 3, with --quick 1)")
+    what = "repetitions (default: 3, with --quick 1)"
+    option("--seeds", type=int, default=argparse.SUPPRESS, metavar="N", help=what)
     _folder(parser, "a demo", default="runs/demo")
 
 

@@ -103,6 +103,7 @@ def test_settings_from_a_file_under_options(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
         "augment: none\nlr: 1e-3\nattack_eps: 4/255\nclip_grad: null\nepochs: 1\ntrain_fraction: 0.1\nema_decay: 0\n"
+        "noise:\n"
     )
     config = replace(FinetuneConfig(augment="none", clip_grad=1.0), **read_fields(FinetuneConfig, file))
     assert (config.lr, config.attack_eps, config.clip_grad, config.ema_decay) == (1e-3, 4 / 255, None, 0.0)
@@ -133,7 +134,7 @@ def test_settings_from_a_file_under_options(tmp_path: Path) -> None:
         ("overwrite: no\nout: a\noverwrite: yes", "overwrite is given twice, in lines 1 and 3"),
         ("1: 2", "field must be one of"),
         ("? [lr]\n: 1", "field must be one of"),
-        ("label:", "label must not be empty"),
+        ("label: ''", "label must not be empty"),
         ("noise: 3", r"noise must hold `field: value` lines; it holds '3'"),
         ("noise:\n  esp: 1", "noise.field must be one of .* Did you mean 'eps'"),
         ("noise:\n  eps: many", "noise.eps: 'many' is not a number"),
