@@ -3,7 +3,7 @@
 tyro and jsonargparse were tried instead. In both, `--attack-eps 8/255` is an error. tyro makes a subcommand of a nested
 optional field (`noise:synthesis-config`). jsonargparse wants `--noise.step_size`, `--pretrained true`, `--eps [1,2,4]`
 and `null`, takes `--amp none` for the text "none", drops the first of two equal fields of a YAML file in silence, and
-finds no option at all in a class with a `__new__`. To adapt it takes about as many lines as our own options.
+finds no option at all in a class with a `__new__`. To adapt it would take about as many lines as our own options.
 """
 
 from __future__ import annotations
