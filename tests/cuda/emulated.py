@@ -103,6 +103,11 @@ def guarded_nan(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return guarded(torch.full(shape, float("nan"), dtype=dtype))
 
 
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A guarded normal tensor."""
+    return guarded(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
+
+
 def load_kernels() -> None:
     """Make torch.ops.fastnull_emulated."""
     sources = [p for p in sorted((CSRC / "cuda").iterdir()) if p.suffix in (".cu", ".cpp")]

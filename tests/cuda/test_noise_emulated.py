@@ -8,13 +8,10 @@ import torch
 from fastnull import testing
 from fastnull.ops.noise_objective import noise_objective_ref
 from fastnull.ops.noise_step import adamw_step_ref, direct_step_ref
-from tests.cuda.emulated import backwards, guarded, guarded_nan
+from tests.cuda.emulated import backwards, guarded, guarded_nan, randn
+from tests.ops import checks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return guarded(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
 
 # K: 1000 = ImageNet, no multiple of 256; 10 = less than a warp; 1; B0 < B: several noises over the same images.
@@ -117,17 +114,14 @@ def test_zero_and_nan_gradients(kernels: torch._ops._OpNamespace, sign: bool) ->
     assert noise[2].isfinite().all()
 
 
-@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-23, 1.0, 1e19, 3e38])
+@pytest.mark.parametrize("size", checks.SIZES)
 def test_a_normalised_step_has_its_length_for_gradients_of_any_size(
     kernels: torch._ops._OpNamespace, size: float
 ) -> None:
-    direction = torch.linspace(-1, 1, 2050, dtype=torch.float64)  # more than a chunk
-    grad = guarded((torch.stack([direction, torch.zeros(2050)]) * size).float())
+    grad, expected = checks.gradient_of_size(size, 2050)  # more than a chunk
     noise, ones = guarded(torch.zeros(2, 2050)), torch.ones(2)
-    kernels.direct_step_(noise, grad, ones, 0.5 * ones.double(), False)
-    expected = -0.5 * grad[0].double() / grad[0].double().norm()
-    torch.testing.assert_close(noise[0].double(), expected, rtol=1e-6, atol=1e-9)
-    assert not noise[1].any()
+    kernels.direct_step_(noise, guarded(grad), ones, 0.5 * ones.double(), False)
+    checks.normalized_step_of_length(noise, expected)
 
 
 def test_bad_input(kernels: torch._ops._OpNamespace) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastnull import ops, testing
 from fastnull.ops.attention import attention_dqkv_ref, attention_dqkv_sdpa, attention_ref, attention_sdpa
+from tests.ops import checks
 
 BACKENDS = testing.cpu_backends()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -31,65 +31,32 @@ def inputs(B: int, N: int, H: int, d: int, dtype: torch.dtype, seed: int = 0) ->
     return testing.randn((B, N, 3, H, d), dtype, g), testing.randn((B, N, H, d), dtype, g)
 
 
-def torch_attention(qkv: torch.Tensor, scale: float) -> torch.Tensor:
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-
-def torch_gradient(qkv: torch.Tensor, grad_o: torch.Tensor, scale: float) -> torch.Tensor:
-    leaf = qkv.clone().requires_grad_()
-    return torch.autograd.grad(torch_attention(leaf, scale), leaf, grad_o)[0]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_gradient(backend: str, case: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    qkv, grad_o = inputs(*case, dtype)
-    scale = case[3] ** -0.5
-    with testing.use_backend(backend), testing.poisoned():
-        o = ops.attention(qkv)
-        dqkv = ops.attention_dqkv(qkv, grad_o)
-    testing.assert_within_budget(o, torch_attention(qkv.double(), scale), torch_attention(qkv, scale), "o")
-    reference, baseline = torch_gradient(qkv.double(), grad_o.double(), scale), torch_gradient(qkv, grad_o, scale)
-    for part, name in enumerate(("dq", "dk", "dv")):
-        if case[1] == 1 and name != "dv":  # one token: the softmax is constant
-            assert dqkv[:, :, part].abs().max() <= 1e-6
-            continue
-        testing.assert_gradient_close(dqkv[:, :, part], reference[:, :, part], baseline[:, :, part], name)
+    with testing.use_backend(backend):
+        checks.attention(*inputs(*case, dtype), case[3] ** -0.5)
 
 
 @pytest.mark.parametrize("N", [257, 577])
 def test_long_sequences_on_the_level_in_use(N: int) -> None:
     """/14 and 384-pixel models; four and nine query blocks."""
-    qkv, grad_o = inputs(1, N, 1, 64, torch.float32)
-    o, dqkv = ops.attention(qkv), ops.attention_dqkv(qkv, grad_o)
-    testing.assert_within_budget(o, attention_ref(qkv.double(), 0.125), torch_attention(qkv, 0.125))
-    reference = attention_dqkv_ref(qkv.double(), grad_o.double(), 0.125)
-    testing.assert_gradient_close(dqkv, reference, torch_gradient(qkv, grad_o, 0.125))
+    checks.attention(*inputs(1, N, 1, 64, torch.float32), 0.125)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.03, -0.4])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scale_is_an_argument(backend: str, scale: float) -> None:
     """1.0 = folded into the weights: large scores, nearly one-hot rows; negative: the maximum moves."""
-    qkv, grad_o = inputs(1, 19, 2, 32, torch.float32, seed=1)
     with testing.use_backend(backend):
-        o, dqkv = ops.attention(qkv, scale), ops.attention_dqkv(qkv, grad_o, scale)
-    testing.assert_within_budget(o, attention_ref(qkv.double(), scale), torch_attention(qkv, scale))
-    reference = attention_dqkv_ref(qkv.double(), grad_o.double(), scale)
-    testing.assert_gradient_close(dqkv, reference, torch_gradient(qkv, grad_o, scale))
+        checks.attention(*inputs(1, 19, 2, 32, torch.float32, seed=1), scale)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_sum_to_one(backend: str) -> None:
-    """With v = 1 the output is the row sum of the softmax, and nothing flows back into q and k."""
-    qkv, grad_o = inputs(2, 50, 2, 64, torch.float32, seed=2)
-    qkv[:, :, 2] = 1
     with testing.use_backend(backend):
-        o, dqkv = ops.attention(qkv), ops.attention_dqkv(qkv, grad_o)
-    torch.testing.assert_close(o, torch.ones_like(o), rtol=0, atol=1e-6)
-    torch.testing.assert_close(dqkv[:, :, :2], torch.zeros_like(dqkv[:, :, :2]), rtol=0, atol=1e-5)
+        checks.attention_rows_sum_to_one(*inputs(2, 50, 2, 64, torch.float32, seed=2))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -104,27 +71,16 @@ def test_shift_of_the_scores_and_large_scores(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_batch_order_does_not_matter_and_heads_are_apart(backend: str) -> None:
-    qkv, _ = inputs(3, 50, 2, 32, torch.bfloat16, seed=4)
+def test_images_and_heads_are_apart(backend: str) -> None:
     with testing.use_backend(backend):
-        o = ops.attention(qkv)
-        assert ops.attention(qkv.flip(0)).equal(o.flip(0))
-        assert ops.attention(qkv[:, :, :, 1:]).equal(o[:, :, 1:])
+        checks.attention_of_images_and_heads_alone(*inputs(3, 50, 2, 32, torch.bfloat16, seed=4))
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_propagates_within_its_head(backend: str, part: int) -> None:
-    qkv, grad_o = inputs(1, 50, 2, 64, torch.float32, seed=5)
-    qkv[0, 49, part, 1, 63] = float("nan")
     with testing.use_backend(backend):
-        o, dqkv = ops.attention(qkv), ops.attention_dqkv(qkv, grad_o)
-    assert o[0, :, 0].isfinite().all()
-    assert dqkv[0, :, :, 0].isfinite().all()
-    # A NaN in q reaches its own row alone, in k every row, in v one column of every row.
-    expected = attention_ref(qkv, 0.125)
-    assert o.isnan().equal(expected.isnan())
-    assert dqkv[0, :, :, 1].isnan().any()
+        checks.attention_of_nan(*inputs(1, 50, 2, 64, torch.float32, seed=5), part)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,10 +101,8 @@ def test_autograd_and_given_outputs(backend: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2, 8), (2, 0, 3, 2, 8), (2, 5, 3, 0, 8)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend: str, shape: tuple[int, ...]) -> None:
-    B, N, _, H, d = shape
     with testing.use_backend(backend):
-        assert ops.attention(torch.empty(shape)).shape == (B, N, H, d)
-        assert ops.attention_dqkv(torch.empty(shape), torch.empty(B, N, H, d)).shape == shape
+        checks.attention_of_nothing(torch.empty(shape))
 
 
 def test_transposed_heads_are_copied_and_right() -> None:
@@ -182,8 +136,7 @@ def test_opcheck(backend: str) -> None:
 def test_torchs_attention_is_the_fallback_of_wide_heads(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """The fallback of a GPU, on CPU tensors: the same forward and packed gradient, also without grad mode."""
     source = torch.Generator().manual_seed(0)
-    qkv = testing.randn(shape, dtype, source)
-    grad_o = testing.randn((*shape[:2], *shape[3:]), dtype, source)
+    qkv, grad_o = testing.randn(shape, dtype, source), testing.randn((*shape[:2], *shape[3:]), dtype, source)
     with torch.no_grad():
         o, dqkv = attention_sdpa(qkv, 0.2), attention_dqkv_sdpa(qkv, grad_o, 0.2)
     with torch.inference_mode():
