@@ -1,4 +1,4 @@
-"""The depth of a model's parameters: which block each belongs to, for any model that has a list of them."""
+"""The block that each parameter of a model belongs to, for layer-wise learning rates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model in order: members of a list of several modules of one class, in the innermost such lists.
+    """The blocks of a model in order: members of its innermost lists of several modules of one class.
 
     Raises:
         ValueError: there is no such list.
@@ -27,11 +27,11 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:
-    """Parameter name → depth, numbered as timm numbers a ViT's: 0 up to the first block, i + 1 in block i and behind it
-    up to the next (a final norm with the last one), and one more in the head.
+    """Parameter name → depth, numbered as in timm: 0 before the first block, i + 1 in and after block i (a final norm
+    belongs to the last one), and one more in the head.
 
-    The head is what comes after the last block in another child of the model than that block, and is more than a norm:
-    `classifier` in transformers, `heads` in torchvision. Order is that in which the model registers its parameters.
+    Parameters are taken in the order of registration. The head is what follows the last block in another child of the
+    model and is more than a norm: `classifier` in transformers, `heads` in torchvision.
 
     Raises:
         ValueError: as `blocks_of`.
@@ -39,18 +39,18 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
     blocks = blocks_of(model)
     owner = {name: index for index, block in enumerate(blocks) for name in _names_of(model, block)}
     ids: dict[str, int] = {}
-    seen, trunk = 0, ""
+    depth, trunk = 0, ""
     for name, _ in model.named_parameters():
         child = name.partition(".")[0]
         if name in owner:
-            seen, trunk = owner[name] + 1, child
-        head = seen == len(blocks) and child != trunk and _is_more_than_a_norm(getattr(model, child))
-        ids[name] = len(blocks) + 1 if head else seen
+            depth, trunk = owner[name] + 1, child
+        head = depth == len(blocks) and child != trunk and _is_more_than_a_norm(getattr(model, child))
+        ids[name] = len(blocks) + 1 if head else depth
     return ids
 
 
 class Layered:
-    """A model's parameters with `layer_ids`, as timm's functions that group parameters look for them."""
+    """A model's parameters and `layer_ids` in the interface of timm's parameter grouping."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

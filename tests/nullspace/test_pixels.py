@@ -220,7 +220,7 @@ def test_bad_images_and_noise_are_named(vit: NormalizedModel, images: Tensor) ->
         noise(images[:, :, :12])
     with pytest.raises(ValueError, match=r"shape \[B, C, H, W\]"):
         noise(images[0])
-    with pytest.raises(ValueError, match="site 'block0' has no pixels"):
+    with pytest.raises(ValueError, match="site 'block0' has no pre-image"):
         noise.refresh(synthesize(vit, images, SynthesisConfig(site="block0", steps=1)))
 
 

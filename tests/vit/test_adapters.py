@@ -274,7 +274,7 @@ def test_bad_models_say_what_to_do() -> None:
     assert FrozenEncoder(model, site="pixels").backend == "reference"
     with pytest.raises(ValueError, match=r"Strange has no module named 'patches'"):
         HookedViT(model, "patches")
-    with pytest.raises(ValueError, match=r"Strange does not say its image size: pass image_size"):
+    with pytest.raises(ValueError, match=r"Strange has no known image size: pass image_size"):
         HookedViT(Strange(nn.Sequential(nn.Conv2d(3, 2, 4))), "inner")
     with pytest.raises(ValueError, match="a LayerNorm, has no convolution"):
         HookedViT(model, "inner.norm", image_size=(32, 32))
