@@ -1,4 +1,4 @@
-"""Progress bars: live on a terminal, a line now and then in a log file, and no tqdm where none is shown."""
+"""Progress bars: live on a terminal, occasional lines in a log file."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import sys
 from typing import Any
 
 LOG_INTERVAL = 30.0
-"""Seconds between lines where nobody watches."""
+"""Seconds between lines in a log file."""
 
 
 def watched() -> bool:
-    """Whether the bars go to a terminal."""
+    """Whether bars are shown on a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def progress_bar(total: int | None, *, show: bool = True, **options: Any) -> Any:
-    """A tqdm bar on stderr; `options` are tqdm's (desc, unit, initial, ...). A silent stand-in unless `show`.
-
-    Without a stderr (2>&-) nothing is shown.
-    """
+    """A tqdm bar on stderr with tqdm's `options`; a silent one without `show` or without a stderr (2>&-)."""
     if not show or sys.stderr is None:
         return _Silent()
     from tqdm import tqdm
@@ -28,7 +25,7 @@ def progress_bar(total: int | None, *, show: bool = True, **options: Any) -> Any
 
 
 class _Silent:
-    """What is called on a bar here, doing nothing."""
+    """The used methods of a bar, doing nothing."""
 
     disable = True
     total: float | None = None

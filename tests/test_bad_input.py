@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastnull.cli import main
 from fastnull.finetune.checkpoint import read_state, write_state
 from fastnull.models import load_model
 from fastnull.noise import Noise
-from tests.damage import damaged
+from tests.damage import damaged, header_of
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -286,11 +285,6 @@ def test_switches_that_have_three_states(given: str, kept: bool | None, run: Pat
     assert Noise.load(out).metadata["config"]["keep"] is kept
 
 
-def header_of(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata())
-
-
 def test_damaged_model_files(run: Path, tmp_path: Path) -> None:
     source, path = run / "last.safetensors", tmp_path / "model.safetensors"
     weights, header = load_file(source), header_of(source)
@@ -319,7 +313,7 @@ def test_damaged_noise_files(run: Path, tmp_path: Path) -> None:
     for key in ("site", "metadata"):
         for value in (None, "{", "[]", "3", ""):
             save_file(tensors, path, {k: v for k, v in {**header, key: value}.items() if v is not None})
-            with pytest.raises(ValueError, match="has a broken header"):
+            with pytest.raises(ValueError, match="has an invalid header"):
                 Noise.load(path)
     for key in tensors:
         save_file({name: tensor for name, tensor in tensors.items() if name != key}, path, header)

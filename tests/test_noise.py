@@ -56,7 +56,7 @@ def test_bad_files_are_refused(noise: Noise, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pickle"):
         Noise.load(path)
     save_file({"tokens": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="is no noise file of fastnull"):
+    with pytest.raises(ValueError, match="is not a noise file of fastnull"):
         Noise.load(path)
     save_file({"tokens": torch.zeros(1)}, path, metadata={"format": "fastnull-noise-1", "site": "patch"})
     with pytest.raises(ValueError, match="lacks influence, norm, converged, steps"):
@@ -122,7 +122,7 @@ def test_tensors_of_another_shape_are_refused(
 def test_a_broken_header_is_one_error_that_names_the_file(noise: Noise, tmp_path: Path, header: dict[str, str]) -> None:
     path = tmp_path / "n.safetensors"
     rewritten(noise, path, {"format": "fastnull-noise-1", **header})
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))} has a broken header"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} has an invalid header"):
         Noise.load(path)
 
 

@@ -134,7 +134,7 @@ def _inspect(
     name: str, pretrained: bool, checkpoint: str | os.PathLike[str] | None, tolerance: float | None
 ) -> dict[str, Any]:
     if pretrained and checkpoint is not None:
-        raise ValueError("pretrained and checkpoint exclude each other: both bring weights")
+        raise ValueError("pretrained and checkpoint exclude each other: both give weights")
     if name.partition(":")[0] in LIBRARIES:
         return _inspect_other(name, pretrained, checkpoint, tolerance)
     with torch.device("cpu" if pretrained else "meta"):

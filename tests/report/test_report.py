@@ -243,7 +243,7 @@ def test_errors(runs: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             write_report([tmp_path / "broken.json"], tmp_path / "r")
     write_report([runs / "clean-0"], tmp_path / "r")
-    with pytest.raises(ValueError, match="holds a report already"):
+    with pytest.raises(ValueError, match="contains a report already"):
         write_report([runs / "clean-0"], tmp_path / "r")
     write_report([runs / "clean-0"], tmp_path / "r", overwrite=True)
 
