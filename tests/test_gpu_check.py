@@ -1,14 +1,14 @@
-"""scripts/gpu_check.sh without a GPU: that its dry run does every part, keeps what was measured and tells failures."""
+"""scripts/gpu_check.sh without a GPU: its dry run does every part, keeps measurements and reports failures."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from dataclasses import asdict
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
         (["--only", "stops", "OUT"], "no part is called stops"),
     ],
 )
-def test_misuse_is_told(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_misuse_is_an_error(tmp_path: Path, arguments: list[str], message: str) -> None:
     done = check(*(str(tmp_path) if word == "OUT" else word for word in arguments))
     assert done.returncode == 98
     assert message in done.stderr
@@ -161,12 +161,7 @@ def test_misuse_is_told(tmp_path: Path, arguments: list[str], message: str) -> N
 @pytest.fixture
 def summary() -> Any:
     """scripts/gpu_summary.py as a module."""
-    spec = importlib.util.spec_from_file_location("gpu_summary", ROOT / "scripts" / "gpu_summary.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SourceFileLoader("gpu_summary", str(ROOT / "scripts" / "gpu_summary.py")).load_module()
 
 
 def row(backend: str, dtype: str, ms: float | None, note: str = "") -> dict[str, Any]:
@@ -179,14 +174,18 @@ def row(backend: str, dtype: str, ms: float | None, note: str = "") -> dict[str,
     )  # fmt: skip
 
 
+def summarized(summary: Any, folder: Path, name: str, rows: list[dict[str, Any]], parts: str = "") -> dict[str, Any]:
+    (folder / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    (folder / "parts").write_text(parts)
+    return summary.summarize(folder, folder)
+
+
 def test_the_table_holds_ratios_and_what_was_wanted(summary: Any, tmp_path: Path) -> None:
     rows = [
         row("published", "float32", 180.0), row("frozen", "bfloat16", 45.0), row("compiled", "bfloat16", None),
         row("fastnull", "bfloat16", 32.0), row("fastnull, graph", "bfloat16", 30.0), row("published", "bfloat16", 90.0),
     ]  # fmt: skip
-    (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "parts").write_text("build\t0\t60\nsteps\t124\t260\nops\t1\t3\n")
-    found = summary.summarize(tmp_path, tmp_path)
+    found = summarized(summary, tmp_path, "steps", rows, "build\t0\t60\nsteps\t124\t260\nops\t1\t3\n")
     (step,) = found["steps"]
     assert (step["ms"], step["x frozen"], step["x compiled"], step["x published"]) == (30.0, 1.5, None, 6.0)
     text = summary.table(found)
@@ -199,34 +198,28 @@ def test_the_table_holds_ratios_and_what_was_wanted(summary: Any, tmp_path: Path
 
 def test_a_wrong_step_has_no_time_and_says_so(summary: Any, tmp_path: Path) -> None:
     rows = [row("frozen", "bfloat16", 45.0), row("fastnull", "bfloat16", None, "WRONG: error 0.4")]
-    (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "parts").write_text("")
-    (step,) = summary.summarize(tmp_path, tmp_path)["steps"]
+    (step,) = summarized(summary, tmp_path, "steps", rows)["steps"]
     assert step["ms"] is None
     assert step["x frozen"] is None
     assert "WRONG" in step["note"]
 
 
-def test_a_step_that_no_graph_holds_is_the_eager_one(summary: Any, tmp_path: Path) -> None:
+def test_without_a_graph_the_eager_step_counts(summary: Any, tmp_path: Path) -> None:
     rows = [
         row("frozen", "bfloat16", 45.0, "attention flash"), row("fastnull, graph", "bfloat16", None, "FAILED: capture"),
         row("fastnull", "bfloat16", 30.0),
     ]  # fmt: skip
-    (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "parts").write_text("")
-    (step,) = summary.summarize(tmp_path, tmp_path)["steps"]
+    (step,) = summarized(summary, tmp_path, "steps", rows)["steps"]
     assert step["ms"] == 30.0
     assert step["note"] == "frozen: attention flash"
 
 
-def test_an_op_stands_beside_the_fastest_of_torchs(summary: Any, tmp_path: Path) -> None:
+def test_an_op_is_compared_with_torchs_fastest(summary: Any, tmp_path: Path) -> None:
     rows = [
         row("torch", "bfloat16", 3.0), row("torch, flash", "bfloat16", 2.0), row("torch, cudnn", "bfloat16", None),
         row("torch", "float32", 1.0), row("fastnull", "bfloat16", 1.0), row("fastnull, fused", "bfloat16", 0.5),
         row("fastnull (again)", "bfloat16", 1.0),
     ]  # fmt: skip
-    (tmp_path / "ops.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "parts").write_text("")
-    ours, fused = summary.summarize(tmp_path, tmp_path)["ops"]
+    ours, fused = summarized(summary, tmp_path, "ops", rows)["ops"]
     assert (ours["best other"], ours["x best other"], fused["x best other"]) == ("torch, flash", 2.0, 4.0)
     assert fused["op"] == "vit_base_patch16_224, fused"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,9 +20,7 @@ CASES = [(2, 3, 14, 21, 7, 40), (3, 1, 10, 15, 5, 7), (2, 3, 32, 40, 4, 20)]
 @pytest.mark.parametrize(("complement", "add"), [(True, True), (False, False)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_against_float64(
-    kernels: torch._ops._OpNamespace, case: tuple[int, ...], dtype: torch.dtype, complement: bool, add: bool
-) -> None:
+def test_against_float64(kernels: Any, case: tuple[int, ...], dtype: torch.dtype, complement: bool, add: bool) -> None:
     B, C, H, W, p, D = case
     _, null, row = bases(C, p, D)
     basis = row if complement else null
@@ -32,7 +32,7 @@ def test_against_float64(
 
 
 @pytest.mark.parametrize("complement", [False, True])
-def test_the_embedding_cannot_see_the_result(kernels: torch._ops._OpNamespace, complement: bool) -> None:
+def test_the_embedding_cannot_see_the_result(kernels: Any, complement: bool) -> None:
     """At the size of S/16, on tensor cores that cut their sums off."""
     W, null, row = bases(3, 16, 384)
     noise, basis = randn(1, 3, 16, 32, seed=3), guarded((row if complement else null).float())
@@ -41,7 +41,7 @@ def test_the_embedding_cannot_see_the_result(kernels: torch._ops._OpNamespace, c
     checks.leak(W, result, noise, 16)
 
 
-def test_any_strides_in_place_and_any_order(kernels: torch._ops._OpNamespace) -> None:
+def test_any_strides_in_place_and_any_order(kernels: Any) -> None:
     _, null, row = (b.float() for b in bases(3, 4, 20))
     noise, images, expected = randn(2, 3, 8, 12, seed=4), randn(2, 3, 8, 12, seed=5), guarded_nan(2, 3, 8, 12)
     kernels.patch_project_out(noise, row, 4, True, images, expected)
@@ -55,7 +55,7 @@ def test_any_strides_in_place_and_any_order(kernels: torch._ops._OpNamespace) ->
     assert last.equal(alone)
 
 
-def test_empty_basis_and_bad_input(kernels: torch._ops._OpNamespace) -> None:
+def test_empty_basis_and_bad_input(kernels: Any) -> None:
     noise, out, nothing = randn(1, 1, 4, 4, seed=6), guarded_nan(1, 1, 4, 4), torch.empty(4, 0)
     kernels.patch_project_out(noise, nothing, 2, False, None, out)
     assert not out.any()

@@ -1,4 +1,4 @@
-"""Watermarks: invisible to the model, found after rounding to 8 bits, and not found where there is none."""
+"""Watermarks: invisible to the model, detected after rounding to 8 bits, and only with the right key."""
 
 from __future__ import annotations
 

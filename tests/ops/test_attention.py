@@ -9,7 +9,6 @@ from fastnull import ops, testing
 from fastnull.ops.attention import attention_dqkv_ref, attention_dqkv_sdpa, attention_ref, attention_sdpa
 from tests.ops import checks
 
-BACKENDS = testing.cpu_backends()
 DTYPES = [torch.float32, torch.bfloat16]
 # N: 1 = CLS alone; 7 = less than a vector of AVX2; 50 = B/32, one query block, tail of 2 in a vector; 64 = whole
 # vectors; 73 = one more than a query block holds, so two blocks that add into dk and dv; 197 = B/16, three
@@ -33,10 +32,8 @@ def inputs(B: int, N: int, H: int, d: int, dtype: torch.dtype, seed: int = 0) ->
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_gradient(backend: str, case: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    with testing.use_backend(backend):
-        checks.attention(*inputs(*case, dtype), case[3] ** -0.5)
+    checks.attention(*inputs(*case, dtype), case[3] ** -0.5)
 
 
 @pytest.mark.parametrize("N", [257, 577])
@@ -46,63 +43,49 @@ def test_long_sequences_on_the_level_in_use(N: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.03, -0.4])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_scale_is_an_argument(backend: str, scale: float) -> None:
     """1.0 = folded into the weights: large scores, nearly one-hot rows; negative: the maximum moves."""
-    with testing.use_backend(backend):
-        checks.attention(*inputs(1, 19, 2, 32, torch.float32, seed=1), scale)
+    checks.attention(*inputs(1, 19, 2, 32, torch.float32, seed=1), scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_sum_to_one(backend: str) -> None:
-    with testing.use_backend(backend):
-        checks.attention_rows_sum_to_one(*inputs(2, 50, 2, 64, torch.float32, seed=2))
+    checks.attention_rows_sum_to_one(*inputs(2, 50, 2, 64, torch.float32, seed=2))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_shift_of_the_scores_and_large_scores(backend: str) -> None:
     """A constant added to every key moves no softmax; scores of a thousand do not overflow."""
     qkv, _ = inputs(1, 33, 1, 32, torch.float32, seed=3)
     shifted = qkv.clone()
     shifted[:, :, 1] += 1.5
-    with testing.use_backend(backend):
-        torch.testing.assert_close(ops.attention(shifted), ops.attention(qkv), rtol=0, atol=2e-6)
-        assert ops.attention(qkv, 100.0).isfinite().all()
+    torch.testing.assert_close(ops.attention(shifted), ops.attention(qkv), rtol=0, atol=2e-6)
+    assert ops.attention(qkv, 100.0).isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_images_and_heads_are_apart(backend: str) -> None:
-    with testing.use_backend(backend):
-        checks.attention_of_images_and_heads_alone(*inputs(3, 50, 2, 32, torch.bfloat16, seed=4))
+    checks.attention_of_images_and_heads_alone(*inputs(3, 50, 2, 32, torch.bfloat16, seed=4))
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_propagates_within_its_head(backend: str, part: int) -> None:
-    with testing.use_backend(backend):
-        checks.attention_of_nan(*inputs(1, 50, 2, 64, torch.float32, seed=5), part)
+    checks.attention_of_nan(*inputs(1, 50, 2, 64, torch.float32, seed=5), part)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_autograd_and_given_outputs(backend: str) -> None:
     qkv, grad_o = inputs(2, 10, 2, 16, torch.float32, seed=6)
     out, dout = torch.full((2, 10, 2, 16), float("nan")), torch.full((2, 10, 3, 2, 16), float("nan"))
     leaf = qkv.clone().requires_grad_()
-    with testing.use_backend(backend):
-        (grad,) = torch.autograd.grad(ops.attention(leaf), leaf, grad_o)
-        assert ops.attention(qkv, out=out) is out
-        assert ops.attention_dqkv(qkv, grad_o, out=dout) is dout
-        assert out.equal(ops.attention(qkv))
-        assert dout.equal(grad)
-        with pytest.raises(ValueError, match="out cannot be given"):
-            ops.attention(leaf, out=out)
+    (grad,) = torch.autograd.grad(ops.attention(leaf), leaf, grad_o)
+    assert ops.attention(qkv, out=out) is out
+    assert ops.attention_dqkv(qkv, grad_o, out=dout) is dout
+    assert out.equal(ops.attention(qkv))
+    assert dout.equal(grad)
+    with pytest.raises(ValueError, match="out cannot be given"):
+        ops.attention(leaf, out=out)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2, 8), (2, 0, 3, 2, 8), (2, 5, 3, 0, 8)])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend: str, shape: tuple[int, ...]) -> None:
-    with testing.use_backend(backend):
-        checks.attention_of_nothing(torch.empty(shape))
+    checks.attention_of_nothing(torch.empty(shape))
 
 
 def test_transposed_heads_are_copied_and_right() -> None:
@@ -121,14 +104,12 @@ def test_bad_arguments_are_named() -> None:
         ops.attention(qkv, out=torch.zeros(2, 4, 16))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     qkv, grad_o = inputs(2, 5, 2, 8, torch.float32, seed=8)
-    with testing.use_backend(backend):
-        testing.opcheck("attention_out", (qkv, 0.3, torch.empty(2, 5, 2, 8)))
-        testing.opcheck("attention_dqkv_out", (qkv, grad_o, 0.3, torch.empty(2, 5, 3, 2, 8)))
-        # A dense permuted output: what a fake that invents strides would get wrong.
-        testing.opcheck("attention_out", (qkv, 0.3, torch.empty(2, 2, 5, 8).transpose(1, 2)))
+    testing.opcheck("attention_out", (qkv, 0.3, torch.empty(2, 5, 2, 8)))
+    testing.opcheck("attention_dqkv_out", (qkv, grad_o, 0.3, torch.empty(2, 5, 3, 2, 8)))
+    # A dense permuted output: what a fake that invents strides would get wrong.
+    testing.opcheck("attention_out", (qkv, 0.3, torch.empty(2, 2, 5, 8).transpose(1, 2)))
 
 
 @pytest.mark.parametrize("shape", [(2, 50, 3, 2, 64), (1, 5, 3, 1, 130)])

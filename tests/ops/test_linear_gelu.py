@@ -10,7 +10,6 @@ from fastnull import ops, testing
 from fastnull.ops.linear_gelu import decode_derivative, encode_derivative, gelu_ref
 from tests.ops import checks
 
-BACKENDS = testing.cpu_backends()
 DTYPES = [torch.float32, torch.bfloat16]
 KINDS = ["none", "tanh"]
 # 3072 = ViT-B's hidden width; 197 = a tail at every level; 5 = less than a vector.
@@ -20,20 +19,16 @@ SHAPES = [(2, 50, 3072), (3, 197), (4, 5)]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_value_and_derivative(backend: str, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
     g = torch.Generator().manual_seed(0)
     z, bias = 2 * testing.randn(shape, dtype, g), torch.randn(shape[-1], generator=g).to(dtype)
     derivative = torch.full(shape, float("nan")) if dtype == torch.float32 else torch.zeros(shape, dtype=torch.uint8)
-    with testing.use_backend(backend):
-        checks.gelu(z, bias, kind, derivative)
+    checks.gelu(z, bias, kind, derivative)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_far_tails_are_exact(backend: str, kind: str) -> None:
-    with testing.use_backend(backend):
-        checks.gelu_tails(kind, "cpu", torch.bfloat16)
+    checks.gelu_tails(kind, "cpu", torch.bfloat16)
 
 
 def test_code_round_trip() -> None:
@@ -55,7 +50,6 @@ def mlp(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, k
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_mlp_input_gradient(backend: str, dtype: torch.dtype, kind: str) -> None:
     """linear_gelu_derivative and linear_dgelu, as the encoder chains them."""
     g = torch.Generator().manual_seed(1)
@@ -67,7 +61,7 @@ def test_mlp_input_gradient(backend: str, dtype: torch.dtype, kind: str) -> None
         leaf = x.to(dt).requires_grad_()
         return torch.autograd.grad(mlp(leaf, w1.to(dt), b1.to(dt), w2.to(dt), kind), leaf, dy.to(dt))[0]
 
-    with testing.use_backend(backend), testing.poisoned():
+    with testing.poisoned():
         h, derivative = ops.linear_gelu_derivative(x, w1, b1, kind)
         dx = ops.linear_dgelu(dy, w2, derivative) @ w1
     forward64 = F.gelu(F.linear(x.double(), w1.double(), b1.double()), approximate=kind)
@@ -76,7 +70,6 @@ def test_mlp_input_gradient(backend: str, dtype: torch.dtype, kind: str) -> None
     assert derivative.dtype == ops.derivative_dtype(dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_autograd_of_all_inputs(backend: str) -> None:
     g = torch.Generator().manual_seed(2)
     inputs = [torch.randn(s, generator=g) for s in ((2, 5, 12), (20, 12), (20,))]
@@ -87,8 +80,7 @@ def test_autograd_of_all_inputs(backend: str) -> None:
         return torch.autograd.grad(F.gelu(F.linear(*leaves)), leaves, dy.to(dt))
 
     leaves = [t.clone().requires_grad_() for t in inputs]
-    with testing.use_backend(backend):
-        actual = torch.autograd.grad(ops.linear_gelu(*leaves), leaves, dy)
+    actual = torch.autograd.grad(ops.linear_gelu(*leaves), leaves, dy)
     pairs = zip(("dx", "dweight", "dbias"), actual, gradients(torch.float64), gradients(torch.float32), strict=True)
     for name, a, reference, baseline in pairs:
         testing.assert_gradient_close(a, reference, baseline, name)
@@ -96,21 +88,17 @@ def test_autograd_of_all_inputs(backend: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_propagates(backend: str, dtype: torch.dtype, kind: str) -> None:
-    with testing.use_backend(backend):
-        checks.gelu_of_nan(torch.zeros(2, 19, dtype=dtype), kind, torch.empty(2, 19, dtype=ops.derivative_dtype(dtype)))
+    checks.gelu_of_nan(torch.zeros(2, 19, dtype=dtype), kind, torch.empty(2, 19, dtype=ops.derivative_dtype(dtype)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_and_given_outputs(backend: str) -> None:
-    with testing.use_backend(backend):
-        h, derivative = ops.linear_gelu_derivative(torch.empty(0, 6), torch.ones(4, 6))
-        assert h.shape == derivative.shape == (0, 4)
-        out, kept = torch.empty(3, 4), torch.empty(3, 4)
-        h, derivative = ops.linear_gelu_derivative(torch.ones(3, 6), torch.ones(4, 6), out=out, derivative=kept)
-        assert h is out
-        assert derivative is kept
+    h, derivative = ops.linear_gelu_derivative(torch.empty(0, 6), torch.ones(4, 6))
+    assert h.shape == derivative.shape == (0, 4)
+    out, kept = torch.empty(3, 4), torch.empty(3, 4)
+    h, derivative = ops.linear_gelu_derivative(torch.ones(3, 6), torch.ones(4, 6), out=out, derivative=kept)
+    assert h is out
+    assert derivative is kept
 
 
 def test_bad_arguments_are_named() -> None:
@@ -122,10 +110,8 @@ def test_bad_arguments_are_named() -> None:
         ops.linear_gelu_derivative(torch.ones(3, 6), torch.ones(4, 6), out=torch.empty(3, 5))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     z = testing.randn((1, 3, 8), torch.float32, torch.Generator().manual_seed(3))
-    with testing.use_backend(backend):
-        testing.opcheck("gelu_out", (z, torch.ones(8), False, torch.empty(1, 3, 8), torch.empty(1, 3, 8)))
-        testing.opcheck("gelu_out", (z, None, True, torch.empty(1, 3, 8), None))
-        testing.opcheck("dgelu_", (z.clone(), torch.ones(1, 3, 8)))
+    testing.opcheck("gelu_out", (z, torch.ones(8), False, torch.empty(1, 3, 8), torch.empty(1, 3, 8)))
+    testing.opcheck("gelu_out", (z, None, True, torch.empty(1, 3, 8), None))
+    testing.opcheck("dgelu_", (z.clone(), torch.ones(1, 3, 8)))

@@ -9,7 +9,6 @@ from fastnull import ops, testing
 from tests.ops import checks
 from tests.ops.checks import torch_adamw
 
-BACKENDS = testing.cpu_backends()
 # Noise shapes: [M, N, D] of tokens; a width that is no multiple of a vector, and is larger than one thread's part
 # (32768 elements), so that ranges begin inside a noise; a width under one vector.
 SHAPES = [(3, 5, 96), (2, 3, 112, 111), (4, 3)]
@@ -22,46 +21,36 @@ def noise_and_grads(shape: tuple[int, ...], steps: int, seed: int = 0) -> tuple[
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_adamw_is_torchs(backend: str, shape: tuple[int, ...], weight_decay: float) -> None:
     noise, grads = noise_and_grads(shape, 4)
     baseline = torch_adamw(noise, grads, weight_decay)
-    with testing.use_backend(backend):
-        checks.adamw(noise, grads, weight_decay)
+    checks.adamw(noise, grads, weight_decay)
     # Four steps of float32 in the same order: within two units in the last place of torch's own result.
     torch.testing.assert_close(noise, baseline, rtol=2.4e-7, atol=1.2e-7)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_gate_freezes_bit_for_bit_and_turns_around(backend: str) -> None:
-    with testing.use_backend(backend):
-        checks.adamw_gates(*noise_and_grads((3, 7, 9), 3, seed=1))
+    checks.adamw_gates(*noise_and_grads((3, 7, 9), 3, seed=1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_gradient_and_a_rate_for_each_noise(backend: str) -> None:
     noise, (grad,) = noise_and_grads((2, 5, 20), 1, seed=2)
     grad, rates = grad.to(torch.bfloat16), torch.tensor([0.1, 0.02])
     expected = torch.stack([torch_adamw(noise[m], [grad[m]], lr=rates[m].item()) for m in range(2)])
-    with testing.use_backend(backend):
-        ops.adamw_step(noise, grad, ops.AdamWState.zeros(noise), lr=rates, betas=(0.9, 0.99))
+    ops.adamw_step(noise, grad, ops.AdamWState.zeros(noise), lr=rates, betas=(0.9, 0.99))
     torch.testing.assert_close(noise, expected, rtol=2.4e-7, atol=1.2e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_direct_steps(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     noise, (grad,) = noise_and_grads(shape, 1, seed=3)
-    with testing.use_backend(backend):
-        checks.direct_steps(noise, grad.to(dtype))
+    checks.direct_steps(noise, grad.to(dtype))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_properties_of_direct_steps(backend: str) -> None:
     noise, (grad,) = noise_and_grads((3, 4, 33), 1, seed=4)
-    with testing.use_backend(backend):
-        checks.properties_of_direct_steps(noise, grad)
+    checks.properties_of_direct_steps(noise, grad)
 
 
 def test_gates() -> None:
@@ -70,10 +59,8 @@ def test_gates() -> None:
     assert ops.descent_gate(influence, 0.1).tolist() == [0.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend: str) -> None:
-    with testing.use_backend(backend):
-        checks.steps_of_nothing(torch.empty(0, 4))
+    checks.steps_of_nothing(torch.empty(0, 4))
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -103,7 +90,6 @@ def take(step: str, noise: torch.Tensor, grad: torch.Tensor, state: ops.AdamWSta
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("grad_layout", [*LAYOUTS, "expanded"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_any_memory_format_gives_the_same_bits(backend: str, layout: str, grad_layout: str, step: str) -> None:
     """In place: in the caller's memory and its strides, the state's too; what lies between the values stays NaN."""
     start, grads = noise_and_grads((3, 3, 4, 5), 2, seed=8)
@@ -114,9 +100,8 @@ def test_any_memory_format_gives_the_same_bits(backend: str, layout: str, grad_l
         noise = laid_out(start, noise_in)
         state = ops.AdamWState(*(laid_out(torch.zeros_like(start), noise_in) for _ in range(2)), torch.zeros(3).long())
         strides, address = noise.stride(), noise.data_ptr()
-        with testing.use_backend(backend):
-            for grad in grads:
-                take(step, noise, grad if grad_in == "expanded" else laid_out(grad, grad_in), state)
+        for grad in grads:
+            take(step, noise, grad if grad_in == "expanded" else laid_out(grad, grad_in), state)
         assert (noise.stride(), noise.data_ptr()) == (strides, address)
         if noise_in == "gaps":
             assert noise._base is not None
@@ -131,14 +116,12 @@ def test_any_memory_format_gives_the_same_bits(backend: str, layout: str, grad_l
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12, 1e12, 1e25, *checks.SIZES])
 @pytest.mark.parametrize("width", [5, 4099])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_normalised_step_has_its_length_for_gradients_of_any_size(
     backend: str, dtype: torch.dtype, width: int, size: float
 ) -> None:
     grad, expected = checks.gradient_of_size(size, width, dtype)
     noise = torch.zeros(2, width)
-    with testing.use_backend(backend):
-        ops.normalized_step(noise, grad, lr=0.5)
+    ops.normalized_step(noise, grad, lr=0.5)
     checks.normalized_step_of_length(noise, expected)
 
 
@@ -162,16 +145,14 @@ def test_bad_arguments_are_named() -> None:
         ops.sign_step(torch.zeros(3).expand(2, 3), noise, lr=0.1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     noise, (grad,) = noise_and_grads((2, 3, 4), 1, seed=6)
     gate, lr = torch.tensor([1.0, 0.0]), torch.full((2,), 0.1, dtype=torch.float64)
     state = ops.AdamWState.zeros(noise)
     moments = (state.exp_avg, state.exp_avg_sq, state.steps)
-    with testing.use_backend(backend):
-        testing.opcheck("adamw_step_", (noise, grad, *moments, gate, lr, 0.9, 0.999, 1e-8, 0.0))
-        testing.opcheck("direct_step_", (noise, grad, gate, lr, True))
-        testing.opcheck("direct_step_", (noise, grad, gate, lr, False))
+    testing.opcheck("adamw_step_", (noise, grad, *moments, gate, lr, 0.9, 0.999, 1e-8, 0.0))
+    testing.opcheck("direct_step_", (noise, grad, gate, lr, True))
+    testing.opcheck("direct_step_", (noise, grad, gate, lr, False))
 
 
 def test_float64_gives_torchs_result() -> None:
