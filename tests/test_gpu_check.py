@@ -54,13 +54,19 @@ def test_the_dry_run_does_every_part(tmp_path: Path) -> None:
     assert done.stdout.rstrip().endswith((tmp_path / "out" / "table.txt").read_text().rstrip())
 
 
-def test_a_part_that_fails_is_counted_and_the_others_run(tmp_path: Path) -> None:
-    python = tmp_path / "python"  # every benchmark fails
+def fake_python(folder: Path, bench: str) -> str:
+    """A Python whose benchmarks are the shell script `bench`."""
+    python = folder / "python"
     python.write_text(
-        f'#!/bin/sh\ncase "$*" in *"fastnull bench"*) echo "no luck"; exit 3 ;; esac\nexec "{sys.executable}" "$@"\n'
+        f'#!/bin/sh\ncase "$*" in *"fastnull bench"*) ;; *) exec "{sys.executable}" "$@" ;; esac\n{bench}'
     )
     python.chmod(0o755)
-    done = check("--dry-run", "--only", "steps ops build", str(tmp_path / "out"), PYTHON=str(python))
+    return str(python)
+
+
+def test_a_part_that_fails_is_counted_and_the_others_run(tmp_path: Path) -> None:
+    python = fake_python(tmp_path, 'echo "no luck"; exit 3\n')
+    done = check("--dry-run", "--only", "steps ops build", str(tmp_path / "out"), PYTHON=python)
     assert done.returncode == 2
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [(part["part"], part["status"] != 0) for part in summary["parts"]] == [
@@ -71,14 +77,10 @@ def test_a_part_that_fails_is_counted_and_the_others_run(tmp_path: Path) -> None
 
 
 def test_a_part_out_of_time_keeps_what_it_measured(tmp_path: Path) -> None:
-    python = tmp_path / "python"  # the first case is written, the second never ends
-    result = json.dumps({"rows": [row("fastnull", "bfloat16", 30.0)]})
-    python.write_text(
-        f'#!/bin/sh\ncase "$*" in *"fastnull bench"*) ;; *) exec "{sys.executable}" "$@" ;; esac\n'
-        f'for last; do :; done\nmkdir -p "$last"\necho \'{result}\' >"$last/20260101T000000Z-x.json"\nsleep 60\n'
-    )
-    python.chmod(0o755)
-    done = check("--dry-run", "--only", "steps noise", str(tmp_path / "out"), PYTHON=str(python), TOTAL="3")
+    result = json.dumps({"rows": [row("fastnull", "bfloat16", 30.0)]})  # the first case; the second does not end
+    bench = f'for last; do :; done\nmkdir -p "$last"\necho \'{result}\' >"$last/20260101T000000Z-x.json"\nsleep 60\n'
+    python = fake_python(tmp_path, bench)
+    done = check("--dry-run", "--only", "steps noise", str(tmp_path / "out"), PYTHON=python, TOTAL="3")
     assert done.returncode == 2
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [part["status"] for part in summary["parts"]] == [124, 124]

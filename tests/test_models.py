@@ -41,6 +41,11 @@ def state() -> dict[str, Tensor]:
     return create_model("vit_digits").network.state_dict()
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "m.safetensors"
+
+
 def test_vit_digits() -> None:
     model = create_model("vit_digits")
     assert isinstance(model, NormalizedModel)
@@ -185,8 +190,7 @@ def test_other_kinds_of_files(tmp_path: Path) -> None:
         read_state_dict(tmp_path)
 
 
-def test_weights_that_do_not_fit_are_named_and_counted(state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "odd.safetensors"
+def test_weights_that_do_not_fit_are_named_and_counted(state: dict[str, Tensor], path: Path) -> None:
     changed = {key: value for key, value in state.items() if not key.startswith("blocks.3")}
     changed["surplus"] = torch.zeros(1)
     changed["norm.weight"] = torch.zeros(33)
@@ -195,17 +199,16 @@ def test_weights_that_do_not_fit_are_named_and_counted(state: dict[str, Tensor],
         create_model("vit_digits", checkpoint=path)
     message = str(caught.value)
     for part in (
-        "odd.safetensors does not fit VisionTransformer", "12 missing: blocks.3.norm1.weight", ", ...",
+        "m.safetensors does not fit VisionTransformer", "12 missing: blocks.3.norm1.weight", ", ...",
         "1 unexpected: surplus", "1 of another shape: norm.weight [33] in the file, [32] in the model",
     ):  # fmt: skip
         assert part in message
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite(value: float, state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "nan.safetensors"
+def test_weights_that_are_not_finite(value: float, state: dict[str, Tensor], path: Path) -> None:
     save_file({**state, "norm.bias": torch.full((32,), value)}, path)
-    with pytest.raises(ValueError, match=r"nan\.safetensors: NaN or Inf in 1 tensors: norm\.bias"):
+    with pytest.raises(ValueError, match=r"m\.safetensors: NaN or Inf in 1 tensors: norm\.bias"):
         create_model("vit_digits", checkpoint=path)
 
 
@@ -213,11 +216,10 @@ TYPES = [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torc
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_weights_of_another_type_are_refused(dtype: torch.dtype, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_weights_of_another_type_are_refused(dtype: torch.dtype, state: dict[str, Tensor], path: Path) -> None:
     """Quantised ones, say: copied into the model they would pass for weights."""
-    path = tmp_path / "w.safetensors"
     save_file({**state, "blocks.0.mlp.fc1.weight": state["blocks.0.mlp.fc1.weight"].to(dtype)}, path)
-    message = rf"w.safetensors: 1 tensors of another type .*: blocks.0.mlp.fc1.weight is {dtype}, not torch.float32"
+    message = rf"m.safetensors: 1 tensors of another type .*: blocks.0.mlp.fc1.weight is {dtype}, not torch.float32"
     with pytest.raises(ValueError, match=message):
         create_model("vit_digits", checkpoint=path)
     save_file({key: value.to(dtype) for key, value in state.items()}, path)
@@ -228,8 +230,7 @@ def test_weights_of_another_type_are_refused(dtype: torch.dtype, state: dict[str
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_a_saved_model_with_weights_of_another_type_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
+def test_a_saved_model_with_weights_of_another_type_is_refused(dtype: torch.dtype, path: Path) -> None:
     save_checkpoint(create_model("vit_digits").to(torch.float16), path)
     save_file({key: value.to(dtype) for key, value in load_file(path).items()}, path, header_of(path))
     with pytest.raises(ValueError, match="tensors of another type"):
@@ -262,16 +263,14 @@ BAD_NORMALISATION = {
 
 
 @pytest.mark.parametrize("case", BAD_NORMALISATION)
-def test_bad_normalisation_in_a_file(case: str, tmp_path: Path) -> None:
+def test_bad_normalisation_in_a_file(case: str, path: Path) -> None:
     name, values, message = BAD_NORMALISATION[case]
-    path = tmp_path / "m.safetensors"
     _with_header(path, **{name: json.dumps(values)})
     with pytest.raises(ValueError, match=message):
         load_model(path)
 
 
-def test_another_head_is_left_out_only_when_asked_for(state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "seven.safetensors"
+def test_another_head_is_left_out_only_when_asked_for(state: dict[str, Tensor], path: Path) -> None:
     save_file(create_model("vit_digits", num_classes=7).network.state_dict(), path)
     with pytest.raises(ValueError, match=r"head\.weight \[7, 32\] in the file, \[10, 32\] in the .*pass num_classes"):
         create_model("vit_digits", checkpoint=path)
@@ -294,8 +293,7 @@ def test_another_head_is_left_out_only_when_asked_for(state: dict[str, Tensor], 
         create_model("vit_digits", num_classes=10, checkpoint=path)
 
 
-def test_position_embedding_is_resized_only_when_a_size_is_asked_for(state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "small.safetensors"
+def test_position_embedding_is_resized_only_when_a_size_is_asked_for(state: dict[str, Tensor], path: Path) -> None:
     save_file(state, path)
     model = create_model("vit_digits", img_size=32, checkpoint=path)
     assert model.network.pos_embed.shape == (1, 65, 32)
@@ -348,8 +346,7 @@ def test_copies_and_own_normalisation_survive(tmp_path: Path) -> None:
     assert torch.equal(again.std, model.std)
 
 
-def test_metadata_is_strings_that_any_reader_can_parse(tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
+def test_metadata_is_strings_that_any_reader_can_parse(path: Path) -> None:
     save_checkpoint(create_model("vit_digits"), path)
     header = header_of(path)
     assert header["format"] == "fastnull model 1"
@@ -358,8 +355,7 @@ def test_metadata_is_strings_that_any_reader_can_parse(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_foreign_models_are_saved_but_not_rebuilt(vit: NormalizedModel, tmp_path: Path) -> None:
-    path = tmp_path / "mine.safetensors"
+def test_foreign_models_are_saved_but_not_rebuilt(vit: NormalizedModel, path: Path) -> None:
     for model in (vit, vit.network):
         save_checkpoint(model, path)
         assert read_metadata(path)["rebuilds"] is False
@@ -368,8 +364,7 @@ def test_foreign_models_are_saved_but_not_rebuilt(vit: NormalizedModel, tmp_path
             load_model(path)
 
 
-def test_bad_saves_leave_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
+def test_bad_saves_leave_the_old_file(path: Path, tmp_path: Path) -> None:
     model = create_model("vit_digits")
     save_checkpoint(model, path, epoch=1)
     with pytest.raises(TypeError, match="plain JSON values"):
@@ -388,21 +383,19 @@ def test_bad_saves_leave_the_old_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_loading_what_is_no_model_file(state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "plain.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"plain\.safetensors"):
+def test_loading_what_is_no_model_file(state: dict[str, Tensor], path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"m\.safetensors"):
         load_model(path)
     save_file(state, path)
-    with pytest.raises(ValueError, match=r"plain\.safetensors was not written by fastnull.*create_model\(name"):
+    with pytest.raises(ValueError, match=r"m\.safetensors was not written by fastnull.*create_model\(name"):
         load_model(path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"plain\.safetensors is truncated or not a safetensors file"):
+    with pytest.raises(ValueError, match=r"m\.safetensors is truncated or not a safetensors file"):
         load_model(path)
 
 
 @pytest.mark.parametrize("names", [["cat", "dog", "frog"], ["a\nb", "caf\u00e9", "\udcff"]])
-def test_names_of_classes_are_kept(tmp_path: Path, names: list[str]) -> None:
-    path = tmp_path / "m.safetensors"
+def test_names_of_classes_are_kept(path: Path, names: list[str]) -> None:
     model = create_model("vit_digits", num_classes=3)
     assert model.classes is None
     model.classes = names
@@ -415,8 +408,7 @@ def test_names_of_classes_are_kept(tmp_path: Path, names: list[str]) -> None:
         assert create_model("vit_digits", num_classes=4, checkpoint=path).classes is None
 
 
-def test_without_names_there_are_none(tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
+def test_without_names_there_are_none(path: Path) -> None:
     save_checkpoint(create_model("vit_digits"), path)
     assert load_model(path).classes is None
     assert create_model("vit_digits", checkpoint=path).classes is None
@@ -427,8 +419,7 @@ def test_without_names_there_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [["cat", "dog"], "cat dog frog", [1, 2, 3], {"cat": 0}])
-def test_names_that_are_none_are_refused(tmp_path: Path, names: Any) -> None:
-    path = tmp_path / "m.safetensors"
+def test_names_that_are_none_are_refused(path: Path, names: Any) -> None:
     model = create_model("vit_digits", num_classes=3)
     model.classes = names
     with pytest.raises((TypeError, ValueError), match="classes must be"):

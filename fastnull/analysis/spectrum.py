@@ -23,6 +23,7 @@ from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.rng import generator
 from fastnull.vit import SITES, frozen
 from fastnull.vit.base import SplitViT
+from fastnull.vit.layers import blocks_of
 from fastnull.vit.split import as_split
 
 LOGITS = "logits"
@@ -114,7 +115,7 @@ def jacobian_spectra(
     """
     check_number("rank", rank, 1)
     vit = as_split(model, check_choice("site", site, SITES))
-    blocks = blocks_of(vit)
+    blocks = blocks_of(vit.network, least=1)
     allowed: list[int | str] = [*range(1, len(blocks) + 1), LOGITS]
     for depth in depths or ():
         if depth not in allowed:
@@ -172,23 +173,6 @@ def along(
             row = measured_row(encoder, norm * unit, pairs, {"kind": kind})
             rows.append({**row, "predicted": norm * slopes[kind] if kind in slopes else None})
     return rows
-
-
-def blocks_of(vit: SplitViT) -> list[nn.Module]:
-    """The encoder's blocks: the longest list of modules of one class. Raises ValueError if there is none."""
-    chains = [
-        list(module)
-        for module in vit.network.modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0
-    ]
-    chains = [chain for chain in chains if len({type(block) for block in chain}) == 1 and _is_deep(chain[0])]
-    if not chains:
-        raise ValueError(f"the blocks of {type(vit.network).__name__} are not found: it has no list of equal modules")
-    return max(chains, key=len)
-
-
-def _is_deep(block: nn.Module) -> bool:
-    return any(True for _ in block.parameters()) and any(True for _ in block.children())
 
 
 def _behind(

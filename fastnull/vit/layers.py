@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model in order: members of its innermost lists of several modules of one class.
+def blocks_of(model: nn.Module, least: int = 2) -> list[nn.Module]:
+    """The blocks of a model in order: members of its innermost lists of at least `least` modules of one class.
 
     Raises:
         ValueError: there is no such list.
@@ -16,13 +16,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for module in model.modules():
         members = list(module.children()) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
-        alike = len(members) > 1 and len({type(member) for member in members}) == 1
+        alike = len(members) >= least and len({type(member) for member in members}) == 1
         if alike and next(members[0].children(), None) is not None:
             found += members
     listed = set(found)
     blocks = [block for block in found if not any(part in listed for part in block.modules() if part is not block)]
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no list of several modules of one class that would be its blocks")
+        raise ValueError(f"{type(model).__name__} has no list of modules of one class for its blocks")
     return blocks
 
 

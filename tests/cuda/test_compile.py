@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 import warnings
@@ -17,6 +16,7 @@ import torch
 
 from fastnull import _C
 from tests.cuda.emulated import ROOT
+from tests.test_build import FOREIGN, undefined_symbols
 
 ARCHITECTURES = {"sm_80", "sm_90a", "sm_100"}
 
@@ -68,13 +68,9 @@ def test_no_kernel_spills(library: Path) -> None:
 
 
 def test_the_library_needs_the_stable_abi_alone(library: Path) -> None:
-    if shutil.which("nm") is None:
-        pytest.skip("no nm")
-    command = ["nm", "-D", "--undefined-only", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    names = [line.split()[-1].split("@")[0] for line in done.stdout.splitlines() if line.strip()]
-    assert not [n for n in names if n.startswith(("Py", "_Py", "_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "cu"))]
-    # In libtorch_cuda, which is not among the libraries this one names: it would not load.
+    names = undefined_symbols(library)
+    assert not [name for name in names if name.startswith((*FOREIGN, "cu"))]
+    # in libtorch_cuda, which this library does not link
     assert "aoti_torch_get_current_cuda_stream" not in names
 
 

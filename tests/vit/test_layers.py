@@ -31,7 +31,7 @@ def test_blocks_are_found() -> None:
         "Block", "SwinTransformerBlock", "ConvNeXtBlock", "BasicBlock",
     ]  # fmt: skip
     assert [len(blocks) for blocks in found] == [4, 12, 12, 8]
-    with pytest.raises(ValueError, match="Linear has no list of several modules of one class"):
+    with pytest.raises(ValueError, match="Linear has no list of modules of one class"):
         blocks_of(nn.Linear(2, 2))
 
 
