@@ -196,7 +196,7 @@ def check_device(device: str | torch.device) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (found.index or 0) >= count:
             built = "" if torch.version.cuda or torch.version.hip else " (this torch was built without CUDA)"
-            raise ValueError(f"device {str(found)!r} is not here: torch sees {count} CUDA devices{built}")
+            raise ValueError(f"device {str(found)!r} does not exist: torch sees {count} CUDA devices{built}")
     elif found.type != "cpu":
         try:
             torch.zeros(1, device=found).cpu()

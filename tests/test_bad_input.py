@@ -28,7 +28,7 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished finetuning run with results, and a noise beside it."""
+    """A finished finetuning run with results and a noise file."""
     folder = tmp_path_factory.mktemp("bad") / "run"
     words = ["--augment", "none", "--epochs", "1", "--train-fraction", "0.1", "--no-progress"]
     assert main(["finetune", "--out", str(folder), *words]) == 0
@@ -216,7 +216,7 @@ def test_pipes_among_results_and_in_a_configuration(tmp_path: Path, refused: Ref
 
 DEVICES = [
     ("rubbish", "device must be cpu, cuda"),
-    ("cuda:63", "is not here: torch sees"),
+    ("cuda:63", "does not exist: torch sees"),
     ("cuda:256", "device must be cpu, cuda"),
     ("meta", "cannot be used here"),
     ("cuda:x", "device must be cpu, cuda"),
@@ -235,8 +235,8 @@ def test_devices(name: str, device: str, message: str, tmp_path: Path, refused: 
 def test_cuda_where_there_is_none(run: Path, tmp_path: Path, refused: Refused, commands: Commands) -> None:
     for name in ("evaluate", "finetune"):
         line = refused(*commands[name], "--device", "cuda", "--out", tmp_path / "out")
-        assert "device 'cuda' is not here: torch sees 0 CUDA devices" in line
-    assert "is not here" in refused(*commands["finetune"], "--device", "cuda", "--dry-run", "--out", "x")
+        assert "device 'cuda' does not exist: torch sees 0 CUDA devices" in line
+    assert "does not exist" in refused(*commands["finetune"], "--device", "cuda", "--dry-run", "--out", "x")
 
 
 def test_limits_beyond_float32(tmp_path: Path, refused: Refused, commands: Commands) -> None:

@@ -80,7 +80,7 @@ def test_a_missing_library_is_quiet_and_explained(folder: Path) -> None:
 
 
 def record(folder: Path, **rest: object) -> None:
-    """A build record beside a library, with its true digest."""
+    """Write a build record with the digest of the library."""
     digest = hashlib.sha256((folder / "_C_cpu.so").read_bytes()).hexdigest()
     (folder / _C.RECORD).write_text(json.dumps({"cpu": {"sha256": digest}, **rest}))
 

@@ -217,7 +217,6 @@ TYPES = [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torc
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_weights_of_another_type_are_refused(dtype: torch.dtype, state: dict[str, Tensor], path: Path) -> None:
-    """Quantised ones, say: copied into the model they would pass for weights."""
     save_file({**state, "blocks.0.mlp.fc1.weight": state["blocks.0.mlp.fc1.weight"].to(dtype)}, path)
     message = rf"m.safetensors: 1 tensors of another type .*: blocks.0.mlp.fc1.weight is {dtype}, not torch.float32"
     with pytest.raises(ValueError, match=message):

@@ -2,7 +2,7 @@
 
 A patch embedding cuts the image into patches x ∈ R^(C·ph·pw) and maps each to W x + b. Noise in the kernel of W changes
 no token and therefore no logit (the paper's N_θ, not trivial if C·ph·pw > D). The kernel is that of the joint matrix
-over all channels; the published code takes it per channel, which finds up to D·(C − 1) dimensions less. It is computed
+over all channels; the published code takes it per channel, which gives up to D·(C − 1) dimensions less. It is computed
 by a float64 SVD W = U S Rᵀ of the stored weights.
 """
 
@@ -80,7 +80,7 @@ class PatchNullspace:
         if weight.ndim != 4 or weight.numel() == 0:
             raise ValueError(f"weight must have shape [D, C, ph, pw], none of them 0; got {list(weight.shape)}")
         if weight.is_meta:
-            raise ValueError("weight lies on the meta device and holds no values; load the model's weights first")
+            raise ValueError("weight is on the meta device and has no values; load the model's weights first")
         check_finite("weight", weight)
         self.width, self.channels, *patch = weight.shape
         self.patch_size = (patch[0], patch[1])
@@ -422,7 +422,7 @@ def patch_projection(model: nn.Module | SplitViT) -> nn.Conv2d:
     if not plain:
         raise ValueError(
             f"{name} has no exact patch nullspace here: its first layer {layer} lets patches overlap, pads, dilates or "
-            "groups them, so its kernel is no product of one kernel a patch. Needed is stride = kernel size without "
+            "groups them, so its kernel is not a product of kernels per patch. Needed is stride = kernel size without "
             "padding, dilation or groups"
         )
     return layer

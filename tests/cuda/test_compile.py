@@ -1,4 +1,4 @@
-"""The CUDA library as nvcc makes it: no spills on any architecture, and nothing of torch beyond the stable ABI."""
+"""The CUDA library built by nvcc: no spills on any architecture, and only the stable ABI of torch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def library(setup: dict[str, Any]) -> Path:
 
 
 def reports(library: Path) -> list[tuple[str, str, str]]:
-    """(kernel, architecture, what ptxas says of it) of every kernel."""
+    """(kernel, architecture, report of ptxas) of every kernel."""
     found = []
     for path in sorted((library.parent / "cuda").glob("*.ptxas.txt")):
         for part in path.read_text().split("Compiling entry function ")[1:]:
@@ -67,7 +67,7 @@ def test_no_kernel_spills(library: Path) -> None:
     assert {path.name.removesuffix(".o.ptxas.txt") for path in (library.parent / "cuda").glob("*.txt")} == sources
 
 
-def test_the_library_needs_the_stable_abi_alone(library: Path) -> None:
+def test_the_library_needs_only_the_stable_abi(library: Path) -> None:
     names = undefined_symbols(library)
     assert not [name for name in names if name.startswith((*FOREIGN, "cu"))]
     # in libtorch_cuda, which this library does not link
@@ -102,9 +102,9 @@ def test_without_nvcc_one_line_says_so(
     monkeypatch.setitem(build.plan_cuda.__func__.__globals__, "find_nvcc", lambda: None)
     monkeypatch.delenv("FASTNULL_CUDA", raising=False)
     assert build.plan_cuda() is None
-    said = capsys.readouterr().out
-    assert "not built: no nvcc was found (set CUDA_HOME). GPUs run the Triton kernels." in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().out
+    assert "not built: no nvcc was found (set CUDA_HOME). GPUs run the Triton kernels." in output
+    assert output.count("\n") == 1
     assert build.info["cuda"] == {"missing": "no nvcc was found (set CUDA_HOME)"}
     monkeypatch.setenv("FASTNULL_CUDA", "1")
     with pytest.raises(SystemExit, match="FASTNULL_CUDA=1, but no nvcc was found"):

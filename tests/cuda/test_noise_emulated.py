@@ -104,7 +104,7 @@ def test_direct_steps(kernels: Any, shape: tuple[int, ...], dtype: torch.dtype, 
 
 @pytest.mark.parametrize("sign", [False, True])
 def test_zero_and_nan_gradients(kernels: Any, sign: bool) -> None:
-    """No step along a gradient of 0; NaN goes through, into its own noise alone."""
+    """No step along a gradient of 0; NaN goes through, in its own noise only."""
     noise, grad = randn(3, 40, seed=11), randn(3, 40, seed=12)
     grad[0] = 0
     grad[1, 7] = float("nan")

@@ -1,4 +1,4 @@
-"""The projection on the nullspace, emulated: against float64, and as seen by the embedding."""
+"""The projection onto the nullspace, emulated: against float64, and the tokens of the result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_against_float64(kernels: Any, case: tuple[int, ...], dtype: torch.dtype
 
 
 @pytest.mark.parametrize("complement", [False, True])
-def test_the_embedding_cannot_see_the_result(kernels: Any, complement: bool) -> None:
+def test_the_result_has_no_tokens(kernels: Any, complement: bool) -> None:
     """At the size of S/16, on tensor cores that cut their sums off."""
     W, null, row = bases(3, 16, 384)
     noise, basis = randn(1, 3, 16, 32, seed=3), guarded((row if complement else null).float())

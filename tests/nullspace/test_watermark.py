@@ -46,7 +46,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())
 
 
-def test_the_model_sees_nothing(model: NormalizedModel, space: PatchNullspace, pictures: Tensor) -> None:
+def test_the_outputs_do_not_change(model: NormalizedModel, space: PatchNullspace, pictures: Tensor) -> None:
     marked = embed(space, pictures, 7)
     assert marked.dtype == pictures.dtype
     assert float(marked.min()) >= 0

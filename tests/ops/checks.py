@@ -1,4 +1,4 @@
-"""What holds for every implementation of an op. The inputs give the device: CPU, GPU or Triton's interpreter."""
+"""Checks of every implementation of an op, on the device of the inputs: CPU, GPU or Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_float64_stays_float64() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups_share_clean_logits(backend: str, kind: str) -> None:
-    """Three noises over the same five images: means and cotangents as if each noise were alone."""
+    """Three noises over the same five images: means and cotangents as for each noise by itself."""
     clean, _ = logits(5, 10, torch.float32, torch.float32)
     noisy, _ = logits(15, 10, torch.float32, torch.float32, seed=1)
     together = ops.noise_objective(clean, noisy, kind, groups=3)

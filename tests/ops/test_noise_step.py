@@ -91,7 +91,7 @@ def take(step: str, noise: torch.Tensor, grad: torch.Tensor, state: ops.AdamWSta
 @pytest.mark.parametrize("grad_layout", [*LAYOUTS, "expanded"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_memory_format_gives_the_same_bits(backend: str, layout: str, grad_layout: str, step: str) -> None:
-    """In place: in the caller's memory and its strides, the state's too; what lies between the values stays NaN."""
+    """In the caller's memory and strides, for the state too; gaps between the values stay NaN."""
     start, grads = noise_and_grads((3, 3, 4, 5), 2, seed=8)
     if grad_layout == "expanded":
         grads = [grad[:1, :, :1].expand(3, 3, 4, 5) for grad in grads]

@@ -1,4 +1,4 @@
-"""Projection of image noise on the nullspace of a patch embedding, every CPU backend against float64."""
+"""Projection of image noise onto the nullspace of a patch embedding, every CPU backend against float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_against_float64(backend: str, case: tuple[int, ...], dtype: torch.dtype
 
 
 @pytest.mark.parametrize("complement", [False, True])
-def test_the_embedding_cannot_see_the_result(backend: str, complement: bool) -> None:
+def test_the_result_has_no_tokens(backend: str, complement: bool) -> None:
     """At the size of ViT-B/32's patches: 2304 of 3072 dimensions stay."""
     W, null, row = bases(3, 32, 768)
     noise = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
@@ -119,7 +119,7 @@ def test_bad_arguments_are_named() -> None:
 
 @pytest.mark.parametrize("patch_size", [0, -1, -4])
 def test_a_patch_size_below_one_is_refused(backend: str, patch_size: int) -> None:
-    """By the function, and by the op itself, which would leave its output as it was allocated."""
+    """By the function and by the op itself, which would not write its output."""
     noise, basis = torch.zeros(1, 3, 8, 8), torch.zeros(48, 3)
     with pytest.raises(ValueError, match=f"patch_size must be at least 1; got {patch_size}"):
         ops.patch_project(noise, basis, patch_size, True)

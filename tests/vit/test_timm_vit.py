@@ -1,4 +1,4 @@
-"""The timm adapter: its four steps are the model's own forward, bit for bit, and nothing of the model is changed."""
+"""The timm adapter: its four steps are the model's own forward, bit for bit, and the model is not changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastnull.vit.split import as_split
 from fastnull.vit.timm_hooked import TimmHooked
 from tests.conftest import build_vit
 
-# Every branch of forward_features and forward_head that a member of the family takes. 16x16 pixels, patch 4: 16 tokens.
+# Every branch of forward_features and forward_head that is in use. 16x16 pixels, patch 4: 16 tokens.
 CONFIGS: dict[str, dict[str, Any]] = {
     "class token": {},
     "class token, averaged": {"global_pool": "avg"},  # fc_norm comes in for the final norm
@@ -117,7 +117,7 @@ def test_named_models(name: str) -> None:
 
 
 def test_noise_enters_where_the_site_says() -> None:
-    """The same noise at `patch` and, with zeros for the prefix, at `block0` agrees where no norm lies between."""
+    """The same noise at `patch` and, with zeros for the prefix, at `block0` agrees if there is no norm between them."""
     model, images = build(), torch.rand(2, 3, 16, 16)
     adapter = split(model)
     noise = torch.randn(16, 32)

@@ -87,7 +87,7 @@ def test_nan_propagates_within_its_head(part: int) -> None:
 
 
 def test_nothing_is_written_beside_the_outputs() -> None:
-    """Outputs are slices of bigger tensors, as the buffers of an encoder are; their last dimension alone is dense."""
+    """Outputs are slices of larger tensors, as the buffers of an encoder; only their last dimension is dense."""
     qkv, grad_o = inputs(1, 5, 2, 20, torch.float32, seed=14)
     whole_o, whole_dqkv = nan(3, 7, 4, 28), nan(3, 7, 5, 4, 28)
     ops.attention(qkv, out=whole_o[1:2, 1:6, 1:3, 4:24])

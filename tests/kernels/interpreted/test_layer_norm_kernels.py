@@ -62,7 +62,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 
 
 def test_float64_is_refused_by_the_launcher() -> None:
-    """The public function never sends it there; a direct call must not lose digits silently."""
+    """The public function does not call it; a direct call must not lose precision silently."""
     x, stat = torch.zeros(1, 2, 8, dtype=torch.float64, device=DEVICE), torch.zeros(2, device=DEVICE)
     with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16"):
         torch.ops.fastnull.layer_norm_out(x, None, None, EPS, x, stat, stat.clone())

@@ -1,4 +1,4 @@
-"""Projection kernels against float64, and against the embedding that must not see the result."""
+"""Projection kernels against float64, and the tokens of the result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_against_float64(case: tuple[int, ...], dtype: torch.dtype, complement: 
 
 
 @pytest.mark.parametrize("complement", [False, True])
-def test_the_embedding_cannot_see_the_result(complement: bool) -> None:
+def test_the_result_has_no_tokens(complement: bool) -> None:
     """At the size of S/16: 384 of 768 dimensions stay."""
     W, null, row = bases(3, 16, 384)
     noise = randn((1, 3, 32, 48), torch.float32, 3)
@@ -54,7 +54,7 @@ def test_channels_last_and_in_place() -> None:
 
 
 def test_empty_batch_and_empty_basis() -> None:
-    """An embedding that sees everything has no nullspace: nothing is left of the noise."""
+    """Without a nullspace the projection is 0."""
     noise = randn((1, 1, 4, 4), torch.float32, 6)
     nothing = torch.empty(4, 0, device=DEVICE)
     assert not ops.patch_project(noise, nothing, 2, False).any()
