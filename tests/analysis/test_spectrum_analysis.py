@@ -85,6 +85,7 @@ def test_small_noise_moves_the_logits_as_predicted(vit: NormalizedModel, images:
 
 def test_a_model_of_another_library(images: Tensor) -> None:
     model = find("transformers", "ViT")
+    model = type(model)(model.config).eval()  # with its initial weights
     spectra = jacobian_spectra(model, images[:2], 4)
     assert [found.depth for found in spectra] == [1, 2, LOGITS]
     # the residual branch has small weights: nearly the identity

@@ -44,13 +44,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "one block": {"depth": 1},
 }
 
-# Named members: distilled (two prefix tokens, two heads), scaled blocks in parallel, post-norm, conditional bias
+# Named members that tests/vit/zoo.py lacks
 NAMED = [
-    "deit_tiny_distilled_patch16_224",
     "deit3_small_patch16_224",
-    "vit_small_patch14_reg4_dinov2",
-    "vit_base_patch16_clip_224",
-    "vit_base_patch16_siglip_224",
     "vit_medium_patch16_gap_240",
     "aimv2_large_patch14_224",
     "flexivit_small",
@@ -107,8 +103,7 @@ def test_dynamic_models_take_other_sizes() -> None:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_models(name: str) -> None:
-    side = 28 if "14" in name else 32
-    options = {} if "relpos" in name or "flexivit" in name else {"img_size": side}
+    options = {} if "relpos" in name or "flexivit" in name else {"img_size": 28 if "14" in name else 32}
     model = import_timm().create_model(name, depth=1, embed_dim=64, num_heads=2, num_classes=5, **options)
     if "relpos" in name:  # its blocks take a shared bias that the chain does not know
         assert isinstance(split(model), TimmHooked)
@@ -130,16 +125,6 @@ def test_noise_enters_where_the_site_says() -> None:
         from_block = normed.logits(normed.embed(images, "block0") + padded, "block0")
     torch.testing.assert_close(at_patch, at_block, rtol=0, atol=1e-5)
     assert float((differs - from_block).abs().max()) > 1e-3
-
-
-def test_gradients_reach_every_site() -> None:
-    adapter = split(build())
-    images = torch.rand(2, 3, 16, 16)
-    for site in SITES:
-        leaf = adapter.embed(images, site).detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(adapter.logits(leaf, site).square().sum(), leaf)
-        assert bool(torch.isfinite(gradient).all())
-        assert float(gradient.norm()) > 0
 
 
 def test_a_hybrid_knows_its_image_channels() -> None:
