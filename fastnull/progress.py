@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 LOG_INTERVAL = 30.0
@@ -25,7 +26,7 @@ def progress_bar(total: int | None, *, show: bool = True, **options: Any) -> Any
 
 
 class _Silent:
-    """The used methods of a bar, doing nothing."""
+    """A bar whose methods do nothing."""
 
     disable = True
     total: float | None = None
@@ -35,14 +36,5 @@ class _Silent:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def update(self, n: float = 1) -> None: ...
-
-    def refresh(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def write(self, text: str) -> None: ...
-
-    def set_description(self, text: str) -> None: ...
-
-    def set_postfix(self, values: dict[str, str], refresh: bool = True) -> None: ...
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +44,14 @@ def build_vit(*, distilled: bool = False, **changes: Any) -> NormalizedModel:
             if parameter.ndim > 1 and "pos_embed" not in name:
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
     return NormalizedModel(network, [0.5] * 3, [0.5] * 3).eval()
+
+
+def run_example(name: str, *words: str) -> str:
+    """Run a script of examples/ and return its output."""
+    script = str(Path(__file__).parents[1] / "examples" / name)
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture

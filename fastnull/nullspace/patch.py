@@ -271,7 +271,7 @@ class PatchNullspace:
             wanted = self._rows_of(self._like(target, images))
         # a pixel outside by a rounding error keeps its value
         room = ((low - patches).clamp(max=0), (high - patches).clamp(min=0))
-        weights = (self.singular_values[: self.rank] / self._largest).to(images.device)
+        weights = (self.singular_values[: self.rank] / self.singular_values[0]).to(images.device)
         change = box_projection(wanted - patches, self._rows.to(images.device), *room, weights)
         changed = self._to_images((patches + change).clamp(low, high).unflatten(0, (-1, *grid)), grid)
         return changed.to(images.dtype)
@@ -282,10 +282,6 @@ class PatchNullspace:
             f"PatchNullspace(dim={self.dim}, rank={self.rank}, patch={height}x{width}, channels={self.channels}, "
             f"width={self.width}, tolerance={self.tolerance:.2g})"
         )
-
-    @property
-    def _largest(self) -> float:
-        return float(self.singular_values[0])
 
     def _cast(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = (device, dtype)
@@ -321,10 +317,10 @@ class PatchNullspace:
 
     def _check_kernel(self) -> None:
         if self.dim == 0:
-            values = self.weight.shape[1]
+            values, smallest = self.weight.shape[1], self.singular_values[-1] / self.singular_values[0]
             raise ValueError(
                 f"this patch embedding has no nullspace: its {self.width}x{values} matrix has rank {self.rank} = all "
-                f"{values} values of a patch (smallest singular value {self.singular_values[-1] / self._largest:.2g} "
+                f"{values} values of a patch (smallest singular value {smallest:.2g} "
                 f"of the largest, tolerance {self.tolerance:.2g}). Use token noise (fastnull.synthesis, site 'patch'), "
                 f"or a model whose width is below {values}, such as vit_small_patch16_224 or vit_base_patch32_224"
             )
@@ -394,10 +390,8 @@ def patch_projection(model: nn.Module | SplitViT) -> nn.Conv2d:
     name = type(network).__name__
     # timm names the layer that takes the image, even if it is not patch_embed.proj
     first = (getattr(network, "pretrained_cfg", None) or {}).get("first_conv")
-    layer: object = None
-    if isinstance(first, str):
-        layer = _submodule(network, first)
-    if not isinstance(layer, nn.Module):
+    layer: object = dict(network.named_modules()).get(first) if isinstance(first, str) else None
+    if layer is None:
         layer = _projection_without_config(model, network)
     # a subclass with its own forward (weight standardisation, padding) does not apply the stored weight
     if not isinstance(layer, nn.Conv2d) or type(layer).forward is not nn.Conv2d.forward:
@@ -434,10 +428,3 @@ def _projection_without_config(model: nn.Module | SplitViT, network: nn.Module) 
     except ValueError:
         embed = getattr(network, "patch_embed", None)
         return getattr(embed, "proj", None)
-
-
-def _submodule(network: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return network.get_submodule(path)
-    except AttributeError:
-        return None

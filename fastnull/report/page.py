@@ -69,7 +69,8 @@ def compose(
     """The report as blocks, from at least one run, the content of demo.json, and figures of the noise."""
     methods = list(dict.fromkeys(run.method for run in runs))
     grouped = {method: [run for run in runs if run.method == method] for method in methods}
-    blocks: list[Block] = [Heading(_title(demo), 1), *_introduction(runs, grouped, demo)]
+    title = "fastnull demo: finetuning with nullspace noise" if demo else "fastnull: robustness report"
+    blocks: list[Block] = [Heading(title, 1), *_introduction(runs, grouped, demo)]
     blocks += [Heading("Result"), _headline(grouped)]
     blocks += [Heading("What holds on this data and what does not"), *_claims_section(grouped)]
     blocks += [Heading("Accuracy under attack"), *_attack_figure(grouped)]
@@ -84,10 +85,6 @@ def compose(
 def scores(grouped: Mapping[str, Sequence[Run]]) -> dict[str, dict[int, Mapping[str, float | None]]]:
     """Method → seed → summary of the results."""
     return {method: {run.seed: run.record["summary"] for run in runs} for method, runs in grouped.items()}
-
-
-def _title(demo: Mapping[str, Any] | None) -> str:
-    return "fastnull demo: finetuning with nullspace noise" if demo else "fastnull: robustness report"
 
 
 def _introduction(

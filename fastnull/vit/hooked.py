@@ -45,7 +45,8 @@ class HookedViT(SplitViT):
         self.projection = self._projection()
         self.channels = self._first_convolution().in_channels
         self.image_size = image_size or self._image_size()
-        self.num_classes = self._num_classes()
+        labels = getattr(getattr(self.network, "config", None), "num_labels", 0)
+        self.num_classes = int(getattr(self.network, "num_classes", 0) or labels)
         self.num_prefix_tokens = num_prefix_tokens
 
     def site_module(self, site: str) -> nn.Module:
@@ -162,10 +163,6 @@ class HookedViT(SplitViT):
             if found:
                 return (found, found) if isinstance(found, int) else (found[0], found[1])
         raise ValueError(f"{type(self.network).__name__} has no known image size: pass image_size=(height, width)")
-
-    def _num_classes(self) -> int:
-        config = getattr(self.network, "config", None)
-        return int(getattr(self.network, "num_classes", 0) or getattr(config, "num_labels", 0))
 
 
 class _Reached(Exception):  # noqa: N818 (not an error: it ends a forward)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from fastnull.compat import import_timm
 from fastnull.nullspace import PatchNullspace
 from fastnull.vit import NormalizedModel, split
+from tests.conftest import run_example
 
 # Nullity per patch of the joint matrix, max(0, 3p² − D), for the shapes (D, p) of the models.
 NULLITY = {
@@ -510,13 +509,9 @@ def test_bad_requests_for_the_largest_change(
 def test_the_example_runs(tmp_path: Path) -> None:
     pytest.importorskip("skimage")
     pytest.importorskip("matplotlib")
-    script = Path(__file__).parents[2] / "examples" / "hidden_change.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--out", str(tmp_path / "seen.png")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    output = run_example("hidden_change.py", "--out", str(tmp_path / "seen.png"))
     assert (tmp_path / "seen.png").stat().st_size > 10_000
-    classes = re.findall(r"class (\d+), pixels changed by ([\d.]+) rms, logits by (\S+) at most", done.stdout)
+    classes = re.findall(r"class (\d+), pixels changed by ([\d.]+) rms, logits by (\S+) at most", output)
     assert len(classes) == 3
     assert len({label for label, _, _ in classes}) == 1
     assert all(float(pixels) > 0.1 and float(logits) < 1e-3 for _, pixels, logits in classes[1:])

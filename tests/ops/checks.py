@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from fastnull.ops.layer_norm import layer_norm_ref
 from fastnull.ops.linear_gelu import decode_derivative, gelu_ref
 from fastnull.ops.patch_project import patch_project_ref
 
+Op = Callable[..., Tensor]
 EPS = 1e-6
 """Of the LayerNorms."""
 SIZES = [1e-44, 1e-38, 1e-23, 1.0, 1e19, 3e38]
@@ -93,6 +95,18 @@ def layer_norm_gradient(x: Tensor, dxhat: Tensor, dres: Tensor | None) -> None:
         _, mean, rstd = ops.layer_norm_stats(x, eps=EPS)
         dx = ops.layer_norm_dx(dxhat, x, mean, rstd, dres)
     testing.assert_gradient_close(dx, gradient(torch.float64), gradient(x.dtype), "dx")
+
+
+def gradients(op: Op, reference: Op, inputs: list[Tensor], dy: Tensor) -> None:
+    """Gradients of an op for all inputs (x, weight, bias) against float64."""
+
+    def of(function: Op, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*leaves), leaves, dy.to(dtype))
+
+    results = (of(op, dy.dtype), of(reference, torch.float64), of(reference, dy.dtype))
+    for name, *values in zip(("dx", "dweight", "dbias"), *results, strict=True):
+        testing.assert_gradient_close(*values, name)
 
 
 def layer_norm_of_nan(x: Tensor) -> None:

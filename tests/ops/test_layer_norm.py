@@ -45,14 +45,7 @@ def test_autograd_of_all_inputs(backend: str) -> None:
     g = generator(2)
     x, dy = (testing.randn((3, 5, 33), torch.float32, g) for _ in range(2))
     inputs = [x, torch.randn(33, generator=g), torch.randn(33, generator=g)]
-    leaves = [t.double().requires_grad_() for t in inputs]
-    reference = torch.autograd.grad(F.layer_norm(leaves[0], (33,), *leaves[1:], EPS), leaves, dy.double())
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    baseline = torch.autograd.grad(F.layer_norm(leaves[0], (33,), *leaves[1:], EPS), leaves, dy)
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    actual = torch.autograd.grad(ops.layer_norm(*leaves, EPS), leaves, dy)
-    for name, a, r, b in zip(("dx", "dweight", "dbias"), actual, reference, baseline, strict=True):
-        testing.assert_gradient_close(a, r, b, name)
+    checks.gradients(lambda *x: ops.layer_norm(*x, EPS), lambda x, *p: F.layer_norm(x, (33,), *p, EPS), inputs, dy)
 
 
 def test_in_place_and_given_outputs(backend: str) -> None:

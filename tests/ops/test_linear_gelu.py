@@ -73,17 +73,7 @@ def test_mlp_input_gradient(backend: str, dtype: torch.dtype, kind: str) -> None
 def test_autograd_of_all_inputs(backend: str) -> None:
     g = torch.Generator().manual_seed(2)
     inputs = [torch.randn(s, generator=g) for s in ((2, 5, 12), (20, 12), (20,))]
-    dy = torch.randn(2, 5, 20, generator=g)
-
-    def gradients(dt: torch.dtype) -> tuple[torch.Tensor, ...]:
-        leaves = [t.to(dt).requires_grad_() for t in inputs]
-        return torch.autograd.grad(F.gelu(F.linear(*leaves)), leaves, dy.to(dt))
-
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    actual = torch.autograd.grad(ops.linear_gelu(*leaves), leaves, dy)
-    pairs = zip(("dx", "dweight", "dbias"), actual, gradients(torch.float64), gradients(torch.float32), strict=True)
-    for name, a, reference, baseline in pairs:
-        testing.assert_gradient_close(a, reference, baseline, name)
+    checks.gradients(ops.linear_gelu, lambda *x: F.gelu(F.linear(*x)), inputs, torch.randn(2, 5, 20, generator=g))
 
 
 @pytest.mark.parametrize("kind", KINDS)
