@@ -108,7 +108,7 @@ def _introduction(
         yield Paragraph(f"{_count(len(grouped), 'model')} on {_images(runs)} images. {_count(len(seeds), 'seed')}.")
     differing = _differing_protocols(runs)
     if differing:
-        yield Paragraph(f"**Not like with like:** the results were measured under different protocols ({differing}).")
+        yield Paragraph(f"**Not comparable:** the results were measured under different protocols ({differing}).")
 
 
 def _images(runs: Sequence[Run]) -> str:

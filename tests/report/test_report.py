@@ -227,7 +227,7 @@ def test_results_alone_and_partial_ones(tmp_path: Path) -> None:
     (tmp_path / "theirs.json").write_text(json.dumps(other))
     text = markdown_of([tmp_path / "mine.json", tmp_path / "theirs.json"], tmp_path / "r")
     assert "| mine | 90.0 | 50.0 | – |" in text
-    assert "Not like with like" in text
+    assert "Not comparable" in text
     assert "(steps)" in text
     assert "Nothing to compare" in text
     only_clean = {**alone, "results": {"clean": 90.0}}
