@@ -57,7 +57,10 @@ def transfer(
     for source, model in models.items():
         for kind, config in {"exact": None, **configs}.items():
             try:
-                made = _exact(model, images) if config is None else _learned(model, batches, config)
+                if config is None:
+                    made = PatchNullspace.from_model(model).sample(images[:1].cpu(), EXACT_RMS, generator(0))[0]
+                else:
+                    made = synthesize(model, batches, replace(config, mode="universal", count=1)).tokens[0].cpu()
             except ValueError as error:
                 rows += [_row(kind, source, target, reason=str(error)) for target in models]
                 continue
@@ -108,15 +111,6 @@ def _uncut(model: nn.Module, noises: Tensor, images: Tensor, batch_size: int) ->
                 influences.append(influence(clean, noisy))
                 same.append(clean.argmax(1) == noisy.argmax(1))
     return float(torch.cat(influences).mean()), float(torch.cat(same).float().mean())
-
-
-def _exact(model: nn.Module, images: Tensor) -> Tensor:
-    """Exact nullspace noise [C, H, W]."""
-    return PatchNullspace.from_model(model).sample(images[:1].cpu(), EXACT_RMS, generator(0))[0]
-
-
-def _learned(model: nn.Module, batches: Sequence[Tensor], config: SynthesisConfig) -> Tensor:
-    return synthesize(model, batches, replace(config, mode="universal", count=1)).tokens[0].cpu()
 
 
 def _row(

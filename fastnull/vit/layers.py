@@ -37,14 +37,16 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
         ValueError: as `blocks_of`.
     """
     blocks = blocks_of(model)
-    owner = {name: index for index, block in enumerate(blocks) for name in _names_of(model, block)}
+    index_of = {id(parameter): index for index, block in enumerate(blocks) for parameter in block.parameters()}
     ids: dict[str, int] = {}
     depth, trunk = 0, ""
-    for name, _ in model.named_parameters():
+    for name, parameter in model.named_parameters():
         child = name.partition(".")[0]
-        if name in owner:
-            depth, trunk = owner[name] + 1, child
-        head = depth == len(blocks) and child != trunk and _is_more_than_a_norm(getattr(model, child))
+        if id(parameter) in index_of:
+            depth, trunk = index_of[id(parameter)] + 1, child
+        part = getattr(model, child)
+        more_than_norm = isinstance(part, nn.Module) and any(p.ndim > 1 for p in part.parameters())
+        head = depth == len(blocks) and child != trunk and more_than_norm
         ids[name] = len(blocks) + 1 if head else depth
     return ids
 
@@ -63,12 +65,3 @@ class Layered:
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Name → depth; there is no coarser grouping."""
         return self._ids.__getitem__
-
-
-def _names_of(model: nn.Module, block: nn.Module) -> Iterator[str]:
-    ours = {id(parameter) for parameter in block.parameters()}
-    return (name for name, parameter in model.named_parameters() if id(parameter) in ours)
-
-
-def _is_more_than_a_norm(module: object) -> bool:
-    return isinstance(module, nn.Module) and any(parameter.ndim > 1 for parameter in module.parameters())
