@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import asdict
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,7 +164,7 @@ def test_misuse_is_an_error(tmp_path: Path, arguments: list[str], message: str) 
 @pytest.fixture
 def summary() -> Any:
     """scripts/gpu_summary.py as a module."""
-    return SourceFileLoader("gpu_summary", str(ROOT / "scripts" / "gpu_summary.py")).load_module()
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "gpu_summary.py")))
 
 
 def row(backend: str, dtype: str, ms: float | None, note: str = "") -> dict[str, Any]:
