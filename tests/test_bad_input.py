@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from fastnull.cli import main
 from fastnull.finetune.checkpoint import read_state, write_state
 from fastnull.models import load_model
 from fastnull.noise import Noise
+from tests.commands import refused as error_of
 from tests.damage import damaged, header_of
 
 Refused = Callable[..., str]
@@ -51,23 +52,8 @@ def _no_hang() -> Iterator[None]:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """A function: words of a command → its error line, which must be the only one except for notes (and a bar)."""
-
-    def error_of(*words: object, bar: bool = False) -> str:
-        capsys.readouterr()
-        try:
-            code: Any = main([str(word) for word in words])
-        except SystemExit as stop:  # argparse
-            code = stop.code
-        output = capsys.readouterr().err
-        lines = [line for line in output.splitlines() if not line.startswith("note:")]
-        assert code == 2, output
-        assert bar or len(lines) == 1, output
-        assert "Traceback" not in output
-        assert lines[-1].startswith("fastnull: error: ")
-        return lines[-1]
-
-    return error_of
+    """A function: words of a command → its error line."""
+    return functools.partial(error_of, capsys)
 
 
 @pytest.fixture
@@ -279,15 +265,6 @@ def test_a_large_bank_that_fits_nowhere(
     monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__)
     line = refused(*commands["synthesize"], "--count", "5000", "--out", tmp_path / "out")
     assert "5000 noises of [16, 32] with their steps need about 0.0614 GB; cpu has 0.0041 GB" in line
-
-
-@pytest.mark.parametrize(
-    ("given", "kept"), [("False", False), ("no", False), ("0", False), ("true", True), ("YES", True), ("none", None)]
-)
-def test_switches_that_have_three_states(given: str, kept: bool | None, tmp_path: Path, commands: Commands) -> None:
-    out = tmp_path / "noise.safetensors"
-    assert main([*commands["synthesize"], "--keep", given, "--out", str(out)]) == 0
-    assert Noise.load(out).metadata["config"]["keep"] is kept
 
 
 def test_damaged_model_files(run: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -24,15 +24,23 @@ def embedded_pairs(encoder: FrozenEncoder, images: Tensor, batch_size: int) -> l
 
 
 @torch.no_grad()
-def measure(encoder: FrozenEncoder, noises: Tensor, pairs: Sequence[Pair]) -> tuple[float, float]:
-    """Influence and agreement (fraction of unchanged predictions) of noises [M, ...], over all noises and images."""
+def measure(
+    encoder: FrozenEncoder, noises: Tensor, pairs: Iterable[Pair], *, shared: bool = True
+) -> tuple[float, float]:
+    """Influence and agreement (fraction of unchanged predictions) of noises [M, ...], over noises and images.
+
+    Each noise is measured on all images, or without `shared` noise i only on image i.
+    """
     influences: list[Tensor] = []
     same: list[Tensor] = []
-    for noise in noises.to(encoder.device):
-        for tokens, clean in pairs:
-            noisy = encoder(perturb(encoder, tokens, noise))
+    begin = 0
+    for tokens, clean in pairs:
+        end = begin + len(clean)
+        for noise in noises if shared else (noises[begin:end],):
+            noisy = encoder(perturb(encoder, tokens, noise.to(encoder.device)))
             influences.append(influence(clean, noisy))
             same.append(clean.argmax(1) == noisy.argmax(1))
+        begin = end
     return float(torch.cat(influences).mean()), float(torch.cat(same).float().mean())
 
 
