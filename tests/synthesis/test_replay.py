@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,46 +11,7 @@ from torch import Tensor
 
 from fastnull.synthesis import replay
 from fastnull.synthesis.replay import Replay, Report, use_graph
-
-
-def pretend_graphs(monkeypatch: pytest.MonkeyPatch, state: Sequence[Tensor], *, conditional: bool = False) -> list[str]:
-    """A graph that remembers the function and the very tensors, as a real one does; returns what happened.
-
-    With `conditional` it has conditional nodes.
-    """
-    events: list[str] = []
-
-    def warm_up(function: replay.Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        events.append("warm up")
-        return [function(*inputs) for _ in range(replay.WARM_UPS)][-1]
-
-    def capture(function: replay.Function, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        events.append("capture")
-        before = [value.clone() for value in state]
-        results = function(*inputs)
-        for result in results:
-            result.fill_(torch.nan)
-        for value, kept in zip(state, before, strict=True):  # a capture runs nothing
-            value.copy_(kept)
-
-        def run() -> None:
-            events.append("replay")
-            for result, new in zip(results, function(*inputs), strict=True):
-                result.copy_(new)
-
-        return run, results
-
-    def run_if(runs: Tensor, body: Callable[[], object]) -> None:
-        if runs:
-            body()
-        else:
-            events.append("left out")
-
-    monkeypatch.setattr(replay, "_warm_up", warm_up)
-    monkeypatch.setattr(replay, "_capture", capture)
-    monkeypatch.setattr(replay, "_run_if", run_if)
-    monkeypatch.setattr(replay, "conditional_nodes", lambda device: conditional)
-    return events
+from tests.synthesis.recorded_graphs import pretend_graphs
 
 
 def test_replays_are_the_eager_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +25,7 @@ def test_replays_are_the_eager_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = [Replay(accumulate, graph=False)(x)[0] for x in inputs]
     expected = total.clone()
     total.zero_()
-    events = pretend_graphs(monkeypatch, [total])
+    events = pretend_graphs(monkeypatch)
     replayed = Replay(accumulate, graph=True, state=[total])
     results = [replayed(x)[0] for x in inputs]
     assert events == ["warm up", "capture"] + ["replay"] * 5
@@ -74,7 +35,7 @@ def test_replays_are_the_eager_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_shape_is_captured_once_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = pretend_graphs(monkeypatch, [])
+    events = pretend_graphs(monkeypatch)
     double = Replay(lambda x: (2 * x,), graph=True)
     double(torch.ones(2))
     with pytest.warns(UserWarning, match=r"another shape \(\[3\]\)"):
@@ -97,7 +58,7 @@ def test_steps_in_vain_are_left_out_where_there_are_conditional_nodes(
         total.add_(x * runs)  # a masked step
         return (total * 2,)
 
-    events = pretend_graphs(monkeypatch, [total], conditional=conditional)
+    events = pretend_graphs(monkeypatch, conditional=conditional)
     replayed = Replay(accumulate, graph=True, state=[total], when=gate)
     results = []
     for runs_now in (True, False, False, True):

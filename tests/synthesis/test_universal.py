@@ -31,7 +31,7 @@ from fastnull.synthesis.config import MODES
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.solvers import own_noise, shared_gradient
 from fastnull.vit import SITES, NormalizedModel
-from tests.synthesis.test_replay import pretend_graphs
+from tests.synthesis.recorded_graphs import NothingWaits, pretend_graphs
 
 
 @pytest.fixture
@@ -99,17 +99,8 @@ def test_final_scale_meets_eps_from_both_sides(vit: NormalizedModel, loader: lis
 
 def in_a_graph(monkeypatch: pytest.MonkeyPatch, *, conditional: bool) -> list[str]:
     """Let synthesis run in the stand-in for graphs; returns what happens."""
-    states: list[Tensor] = []
-    events = pretend_graphs(monkeypatch, states, conditional=conditional)
     monkeypatch.setattr(universal, "use_graph", lambda *_: True)
-    given = universal.Replay
-
-    def replay(function: Any, graph: bool, state: tuple[Tensor, ...], when: Any) -> Any:
-        states[:] = state
-        return given(function, graph, state, when)
-
-    monkeypatch.setattr(universal, "Replay", replay)
-    return events
+    return pretend_graphs(monkeypatch, conditional=conditional)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -240,15 +231,6 @@ def test_memory_is_fixed_after_the_first_step(
     assert len(bar.held) == total
     settled = 2 * universal.LOOK_EVERY  # by then every batch has been kept, and the first look been taken
     assert set(bar.held[settled:]) == {bar.held[settled]}
-
-
-class NothingWaits(TorchDispatchMode):
-    """Fails where the host would read a value of the device, or send it one: neither can be in a graph."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aten = torch.ops.aten
-        assert func not in (aten._local_scalar_dense.default, aten.nonzero.default, aten.lift_fresh.default), func
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("site", SITES)
