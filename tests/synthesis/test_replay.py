@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastnull.synthesis import replay
+from fastnull import augment
+from fastnull.augment import NullspaceAugment
+from fastnull.encoder import FrozenEncoder
+from fastnull.rng import generator
+from fastnull.synthesis import SynthesisConfig, replay, run, synthesize, universal
+from fastnull.synthesis.batches import Batches, embed_batch
 from fastnull.synthesis.replay import Replay, Report, use_graph
+from fastnull.vit import NormalizedModel
 from tests.synthesis.recorded_graphs import pretend_graphs
 
 
@@ -69,6 +76,96 @@ def test_steps_in_vain_are_left_out_where_there_are_conditional_nodes(
     assert results[3].tolist() == [4, 4]
     assert all(bool(result.isnan().all()) == conditional for result in results[1:3])
     assert events.count("left out") == (2 if conditional else 0)
+
+
+def drawn(model: NormalizedModel, sizes: Sequence[int], between: Callable[[NullspaceAugment], object]) -> list[Tensor]:
+    """Noise for batches of these sizes, with something else after the first."""
+    augment = NullspaceAugment(copy.deepcopy(model).train(), "boundary", site="patch", steps=2)
+    noises = []
+    for size in sizes:
+        tokens = augment.encoder.embed(torch.rand(size, 3, 16, 16, generator=generator(size)))
+        noises.append(augment.draw(tokens))
+        if len(noises) == 1:
+            between(augment)
+    return noises
+
+
+def other_weights(augment: NullspaceAugment) -> None:
+    with torch.no_grad():
+        for parameter in augment.model.parameters():
+            parameter.mul_(1.1)
+
+
+def another_module(augment: NullspaceAugment) -> None:
+    blocks = augment.encoder.vit.network.blocks
+    blocks[0] = copy.deepcopy(blocks[1])
+
+
+BETWEEN: dict[str, Callable[[NullspaceAugment], object]] = {
+    "nothing": lambda augment: None,
+    "a larger batch": lambda augment: augment.draw(torch.randn(64, 16, 32)),
+    "evaluation": lambda augment: augment.encoder(torch.randn(300, 16, 32)),
+    "another user of the encoder": lambda augment: augment.encoder.input_gradient(
+        torch.randn(100, 16, 32), torch.randn(100, 10)
+    ),
+    "other weights": other_weights,
+    "another module": another_module,
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_a_graph_outlives_what_happens_to_its_encoder(
+    vit: NormalizedModel, between: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = drawn(vit, (10, 10, 4, 10), BETWEEN[between])
+    monkeypatch.setattr(augment, "use_graph", lambda *_: True)
+    events = pretend_graphs(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fastnull: inputs of another shape")
+        replayed = drawn(vit, (10, 10, 4, 10), BETWEEN[between])
+    for mine, wanted in zip(replayed, eager, strict=True):
+        assert torch.equal(mine, wanted)
+    assert events.count("capture") <= 4
+
+
+def test_batches_of_several_sizes_are_each_captured_in_the_memory_of_the_largest(
+    vit: NormalizedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = list(torch.rand(104, 3, 16, 16).split([10, 64, 10, 10, 10]))
+    config = SynthesisConfig(mode="per_image", steps=2)
+    eager = synthesize(vit, batches, config)
+    monkeypatch.setattr(run, "use_graph", lambda *_: True)
+    events = pretend_graphs(monkeypatch)
+    with pytest.warns(UserWarning, match="another shape") as warned:
+        replayed = synthesize(vit, batches, config)
+    assert torch.equal(replayed.tokens, eager.tokens)
+    assert events.count("capture") == 3, "10, 64, and 10 once more in the buffers of 64"
+    assert len(warned) == 1
+
+
+def test_noise_is_judged_on_many_images_between_the_steps_of_a_graph(
+    vit: NormalizedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, many = list(torch.rand(3, 4, 3, 16, 16)), torch.rand(300, 3, 16, 16)
+    config = SynthesisConfig(count=2, steps=5, limit=1.0, stop="never", solver="adamw")
+    start = torch.rand(2, 16, 32)
+
+    def noise() -> Tensor:
+        encoder = FrozenEncoder(vit)
+        pairs = [embed_batch(encoder, many)]
+        whole = universal.UniversalRun(encoder, Batches(encoder, loader, loader[:1], config), config, start.clone())
+
+        class Bar:
+            def update(self) -> None:
+                universal.judge(encoder, whole.noise, pairs)
+
+        whole.run(5, Bar())
+        return whole.noise
+
+    eager = noise()
+    monkeypatch.setattr(universal, "use_graph", lambda *_: True)
+    pretend_graphs(monkeypatch)
+    assert torch.equal(noise(), eager)
 
 
 def test_without_the_nodes_or_a_device_there_is_nothing_to_try() -> None:
