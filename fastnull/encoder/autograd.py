@@ -104,6 +104,10 @@ class AutogradEncoder:
         """None: the model itself says which tokens it takes."""
         return None
 
+    def buffers(self) -> list[object]:
+        """None: autograd takes its memory anew each time."""
+        return []
+
     def memory(self) -> dict[str, int]:
-        """Nothing is held: autograd takes its memory anew each time."""
+        """Nothing is held."""
         return {"weights": 0, "kept": 0, "scratch": 0}

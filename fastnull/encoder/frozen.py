@@ -245,6 +245,14 @@ class FrozenEncoder:
         whose memory autograd takes anew each time."""
         return self._encoder.memory()
 
+    def buffers(self) -> tuple[object, ...]:
+        """What a CUDA graph of the encoder's passes reads and writes.
+
+        The graph keeps these objects alive, and is captured again where this returns other ones: after a larger batch,
+        which needs larger buffers, or after the structure of the model changed.
+        """
+        return self._encoder, *self._encoder.buffers()
+
     def _check_device(self) -> None:
         now = self.vit.projection.weight.device
         if now != self._device:

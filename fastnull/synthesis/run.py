@@ -247,7 +247,11 @@ def _per_image(
     done = 0
     total = len(batches) if isinstance(batches, Sequence) else None
     graph = use_graph(config.graph, encoder.device, encoder.backend)
-    solve = Replay(lambda tokens, clean, first, *size: own_noise(encoder, tokens, clean, first, config, *size), graph)
+    solve = Replay(
+        lambda tokens, clean, first, *size: own_noise(encoder, tokens, clean, first, config, *size),
+        graph,
+        buffers=encoder.buffers,
+    )
     size = one_size(batches) if isinstance(batches, Sequence) else None
     images = count_images(batches)
     if start is not None and images is not None and len(start) != images:

@@ -91,7 +91,7 @@ class UniversalRun:
         self._all = graph
         moments = () if self._adamw is None else (self._adamw.exp_avg, self._adamw.exp_avg_sq, self._adamw.steps)
         changed = (self.noise, self.taken, self._marked, *moments)
-        self._step = Replay(self._one_step, graph, changed, when=lambda: self._moving().any())
+        self._step = Replay(self._one_step, graph, changed, lambda: self._moving().any(), encoder.buffers)
 
     @property
     def history(self) -> list[dict[str, float]]:

@@ -7,8 +7,7 @@ a GPU would read and write whatever lies there now.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -107,10 +106,6 @@ def pretend_graphs(monkeypatch: pytest.MonkeyPatch, *, conditional: bool = False
     events: list[str] = []
     recorders: list[Recorder] = []
 
-    def warm_up(function: replay.Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        events.append("warm up")
-        return [function(*inputs) for _ in range(replay.WARM_UPS)][-1]
-
     def capture(function: replay.Function, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         events.append("capture")
         recorders.append(Recorder())
@@ -144,7 +139,6 @@ def pretend_graphs(monkeypatch: pytest.MonkeyPatch, *, conditional: bool = False
 
         outer.append(operation)
 
-    monkeypatch.setattr(replay, "_warm_up", warm_up)
     monkeypatch.setattr(replay, "_capture", capture)
     monkeypatch.setattr(replay, "_run_if", run_if)
     monkeypatch.setattr(replay, "conditional_nodes", lambda device: conditional)

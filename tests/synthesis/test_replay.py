@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastnull import augment
 from fastnull.augment import NullspaceAugment
@@ -35,7 +39,7 @@ def test_replays_are_the_eager_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     events = pretend_graphs(monkeypatch)
     replayed = Replay(accumulate, graph=True, state=[total])
     results = [replayed(x)[0] for x in inputs]
-    assert events == ["warm up", "capture"] + ["replay"] * 5
+    assert events == ["capture"] + ["replay"] * 5
     assert torch.equal(total, expected)  # neither the warm-ups nor the capture moved it
     for result, wanted in zip(results, eager, strict=True):
         assert torch.equal(result, wanted)  # earlier results outlive later replays
@@ -159,6 +163,9 @@ def test_noise_is_judged_on_many_images_between_the_steps_of_a_graph(
             def update(self) -> None:
                 universal.judge(encoder, whole.noise, pairs)
 
+            def set_postfix(self, *args: Any, **kwargs: Any) -> None:
+                pass
+
         whole.run(5, Bar())
         return whole.noise
 
@@ -166,6 +173,59 @@ def test_noise_is_judged_on_many_images_between_the_steps_of_a_graph(
     monkeypatch.setattr(universal, "use_graph", lambda *_: True)
     pretend_graphs(monkeypatch)
     assert torch.equal(noise(), eager)
+
+
+def test_two_users_of_one_encoder_capture_again_in_its_larger_buffers(
+    vit: NormalizedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = FrozenEncoder(vit)
+    events = pretend_graphs(monkeypatch)
+
+    def gradient(tokens: Tensor) -> tuple[Tensor, ...]:
+        return encoder.input_gradient(tokens, lambda logits: logits.sin())
+
+    small, large = (Replay(gradient, graph=True, buffers=encoder.buffers) for _ in range(2))
+    inputs = {small: torch.randn(10, 16, 32), large: torch.randn(64, 16, 32)}
+    for user in (small, large, small, large, small):
+        assert torch.equal(user(inputs[user])[1], gradient(inputs[user])[1])
+    assert events.count("capture") == 3
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_a_capture_is_on_the_device_of_its_inputs_and_owns_its_workspaces(
+    error: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without CUDA: a model on the second card while the first one is the current device."""
+    happened: list[Any] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+    @contextmanager
+    def device(where: torch.device) -> Iterator[None]:
+        happened.append(where)
+        yield
+
+    @contextmanager
+    def graph(graph: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        happened.append(("capture", stream.device))
+        yield
+
+    def function(x: Tensor) -> tuple[Tensor]:
+        if error is not None:
+            raise error
+        return (x + 1,)
+
+    for name, fake in {"device": device, "graph": graph, "Stream": Stream, "CUDAGraph": Mock}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    cleared = lambda: happened.append("cleared")  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", cleared, raising=False)
+    monkeypatch.setattr(replay, "_capture_stream", replay._capture_stream.__wrapped__)
+    second = torch.device("cuda", 1)
+    with FakeTensorMode(), nullcontext() if error is None else pytest.raises(error):
+        replay._capture(function, [torch.empty(2, device=second)])
+    assert happened[:4] == [second, "cleared", ("capture", second), "cleared"]
 
 
 def test_without_the_nodes_or_a_device_there_is_nothing_to_try() -> None:
@@ -181,6 +241,17 @@ def test_a_report_is_what_was_sent_at_the_look_before() -> None:
     assert report.read() == [1, 2]
     report.send(value)
     assert report.read() == [7, 7]
+
+
+def test_a_report_waits_for_the_stream_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    event, second = Mock(), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "Event", Mock(return_value=event))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
+    with FakeTensorMode():
+        value = torch.empty(2, device=second)
+        report = Report(value)
+        report.send(value)
+    event.record.assert_called_once_with(("stream of", second))
 
 
 def test_a_graph_needs_the_cuda_backend() -> None:
