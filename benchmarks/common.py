@@ -193,8 +193,7 @@ def interleaved(
 ) -> list[list[float]]:
     """Milliseconds of each, round by round: every round runs all, beginning with another one.
 
-    On a GPU at most QUEUED rounds are in the queue, so that `seconds` limits how long they run and not how long it takes
-    to launch them.
+    On a GPU the host is at most QUEUED rounds ahead, so that `seconds` limits the running and not the launching.
     """
     readers: list[list[Callable[[], float]]] = [[] for _ in prepared]
     times: list[list[float]] = [[] for _ in prepared]
