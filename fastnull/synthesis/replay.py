@@ -1,11 +1,10 @@
-"""A function of tensors that is captured once in a CUDA graph and replayed; called as it is where there is no graph.
+"""Captures a function of tensors once in a CUDA graph and replays it; without a graph, calls the function.
 
-A synthesis step is hundreds of short kernels: launched one by one from Python they leave a GPU waiting. The function
+A synthesis step is hundreds of short kernels, which leave a GPU idle if Python launches them one by one. The function
 must work on tensors alone, read nothing back from the device, and keep its state in tensors that it changes in place.
 
-What the host has to know of the device it gets by a `Report`, one look late: it never waits for what it has just
-launched. Steps that turn out to be in vain until then are left out by the device itself (`when`), where torch has
-conditional nodes.
+The host reads values of the device through a `Report`, one look late, so that it never waits for what it has just
+launched. Steps that are no longer needed by then are skipped on the device (`when`), if torch has conditional nodes.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from torch import Tensor
 Function = Callable[..., tuple[Tensor, ...]]
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 WARM_UPS = 2
-"""Calls before the capture: they compile kernels, choose algorithms and grow the encoder's buffers."""
+"""Calls before the capture. They compile kernels, choose algorithms and allocate the encoder's buffers."""
 
 
 def use_graph(asked: bool | None, device: torch.device, backend: str) -> bool:
-    """Whether synthesis runs in a graph: where it is asked for, or (None) on the cuda backend.
+    """Whether synthesis runs in a graph: as asked, or for None on the cuda backend.
 
     Raises:
-        ValueError: a graph was asked for on another device or backend.
+        ValueError: `asked` is True on another device or backend.
     """
     if asked and (device.type != "cuda" or backend != "cuda"):
         raise ValueError(
@@ -45,14 +44,14 @@ class Replay:
     function.
 
     Args:
-        function: of tensors, to a tuple of tensors.
+        function: takes tensors and returns a tuple of tensors.
         graph: capture and replay; needs CUDA.
         state: tensors that the function changes in place; a capture leaves them as they were.
-        when: a bool scalar on the device, computed by each replay. Where it is False, the function would change
+        when: returns a bool scalar on the device, computed in each replay. If it is False, the function would change
             nothing, and a graph with conditional nodes skips it. Its floating results are then NaN.
         buffers: returns the objects whose memory the function uses and others may replace, such as an encoder's
-            buffers. The graphs keep them alive. Where other objects have taken their place, graphs are captured again,
-            so that the old memory is freed.
+            buffers. The graphs keep them alive. Once it returns other objects, graphs are captured again, so that the
+            old memory is freed.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Replay:
         return self._captured[key](*inputs)
 
     def _drop_outdated(self) -> None:
-        """Drop graphs whose buffers have been replaced, and hold those of now."""
+        """Drop graphs whose buffers have been replaced, and hold the current ones."""
         held = self._buffers()
         if held != self._held:  # compares identities: the objects have no __eq__
             self._captured.clear()
@@ -120,7 +119,7 @@ class _Captured:
 
 
 def _capture(function: Function, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-    """What replays the function, which has not run yet, and the results that a replay fills."""
+    """A function that replays the graph, and the results that it fills. The capture itself runs nothing."""
     device = inputs[0].device
     graph = torch.cuda.CUDAGraph()
     with (
@@ -141,10 +140,10 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def _own_workspaces() -> Iterator[None]:
-    """Around a capture: workspaces of cuBLAS (32 MiB on Hopper) that the graph uses live and end with it.
+    """Give the graph that is captured inside cuBLAS workspaces of its own (32 MiB on Hopper), freed with the graph.
 
-    torch keeps one for every stream that ever multiplied. One that was there before could be freed while the graph
-    still has its address (torch.compile's own graphs do so), and one that outlives the graph is a leak.
+    torch keeps a workspace for every stream on which cuBLAS ran. An older one could be freed while the graph still uses
+    its address (torch.compile frees all of them for its own graphs), and a new one would outlive the graph.
     """
     torch._C._cuda_clearCublasWorkspaces()
     try:
@@ -154,7 +153,7 @@ def _own_workspaces() -> Iterator[None]:
 
 
 def _skippable(function: Function, when: Callable[[], Tensor], results: tuple[Tensor, ...]) -> Function:
-    """The function in a conditional node; into `results`, which are there whether it runs or not."""
+    """The function in a conditional node. It writes into `results`, which exist whether it runs or not."""
 
     def skippable(*inputs: Tensor) -> tuple[Tensor, ...]:
         for result in results:
@@ -171,7 +170,7 @@ def _skippable(function: Function, when: Callable[[], Tensor], results: tuple[Te
 
 
 def _run_if(runs: Tensor, body: Callable[[], object]) -> None:
-    """Inside a capture: the body as a conditional node, which a replay runs where the bool scalar `runs` is True."""
+    """Inside a capture: make the body a conditional node, which a replay runs if the bool scalar `runs` is True."""
     graph = torch.cuda.CUDAGraph.get_currently_capturing_graph()  # type: ignore[no-untyped-call]
     graph.begin_capture_to_if_node(runs)
     try:
@@ -182,7 +181,7 @@ def _run_if(runs: Tensor, body: Callable[[], object]) -> None:
 
 @functools.cache
 def conditional_nodes(device: torch.device) -> bool:
-    """Whether a graph on this device can leave out a part of itself (torch >= 2.13, CUDA >= 12.4); found by trying."""
+    """Whether a graph on this device can skip a part of itself (torch >= 2.13, CUDA >= 12.4); found by a trial."""
     if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
         return False
     ones, total = (torch.full((16, 16), value, device=device) for value in (1.0, 0.0))
@@ -206,11 +205,11 @@ def conditional_nodes(device: torch.device) -> bool:
 class Report:
     """Numbers from the device that the host reads one look late.
 
-    `send` copies them into pinned memory behind what has been launched so far; `read` at the next look waits, if at
-    all, for that copy, while the device has all the work since then to go on with.
+    `send` copies them into pinned memory, after the work launched so far. `read`, at the next look, waits for that copy
+    alone, while the device goes on with the work launched since.
 
     Args:
-        like: what will be sent.
+        like: a tensor like those that will be sent.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -220,14 +219,14 @@ class Report:
         self._sent = False
 
     def send(self, values: Tensor) -> None:
-        """Have these values ready for `read`; what was sent before must have been read."""
+        """Copy these values for the next `read`. Values sent before must have been read."""
         self._host.copy_(values, non_blocking=True)
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(self._device))
         self._sent = True
 
     def read(self) -> list[float] | None:
-        """What was sent last; None before the first `send`."""
+        """The values sent last; None before the first `send`."""
         if not self._sent:
             return None
         if self._event is not None:
