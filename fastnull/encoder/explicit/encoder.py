@@ -1,6 +1,6 @@
-"""The encoder with forward and input gradient written out over preallocated buffers: what the fast backends run.
+"""The encoder of the fast backends: forward and input gradient written out over preallocated buffers.
 
-It knows no device: the ops it calls (fastnull.ops) choose their implementation by the tensors they get.
+Its code is the same for all devices: the ops it calls (fastnull.ops) choose their implementation by their tensors.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fastnull.vit.parts import ViTParts
 
 CPU_BYTES = 2_500_000
 CPU_IMAGES = 8
-"""Images that pass through at once on the CPU: as many as CPU_BYTES of a block's widest buffer, its MLP's, take, and at
-least CPU_IMAGES. Their number bounds the memory. The products want many rows: half of it costs a ViT-S/16 step 2 %."""
+"""Images in a block at once on the CPU: as many as fill CPU_BYTES of its widest buffer, the MLP's, and at least
+CPU_IMAGES. Fewer take less memory, but products want many rows: with half as many a ViT-S/16 step takes 2 % longer."""
 
 
 class Buffers:
-    """What a pass of up to so many images writes. The size is fixed: a CUDA graph holds the addresses.
+    """The memory that a pass writes. Its size is fixed, since CUDA graphs hold the addresses.
 
     Args:
         images: most images of a pass.
@@ -53,7 +53,7 @@ class Buffers:
         self.images = images
         self.saved = [Saved(images * tokens, block, new) for block in blocks]
         self.final = new(images, tokens, width)  # output of the last block
-        # that output is read for the last time where its gradient is written
+        # its last read is where its gradient is written
         shared = compute == self.final.dtype
         self.gradient = self.final if shared else new(images, tokens, width, dtype=compute)
         self.scratch: Scratch
@@ -67,9 +67,9 @@ class ExplicitEncoder:
     Args:
         vit: adapter of the live model.
         parts: what the adapter's `parts()` gave.
-        dtype: of what is kept and handed out; norms' statistics, the last block of a class-token model and the head
-            have at least float32.
-        compute: of weights and products, see block.py; None is `dtype`.
+        dtype: of what is kept and returned; norms' statistics, the last block of a class-token model and the head have
+            at least float32.
+        compute: dtype of weights and products, see block.py; None is `dtype`.
     """
 
     def __init__(
@@ -94,18 +94,18 @@ class ExplicitEncoder:
         image = self.stem.tokens * parts.blocks[0].fc1.out_features * self.compute.itemsize
         self._part = max(CPU_IMAGES, round(CPU_BYTES / image)) if self.device.type == "cpu" else None
         self._for_gradients: Buffers | None = None
-        self._for_logits: Buffers | None = None  # one block's, where the others are too small
+        self._for_logits: Buffers | None = None  # of one block, if those for gradients are too small
         self.sync()
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers are."""
+        """Device of the buffers."""
         return self.stem.weight.device
 
     @torch.no_grad()
     def sync(self, units: Units | None = None) -> None:
-        """Cast and fold the model's current weights into the buffers, in place. The model may be sharded in units."""
-        # what it takes to read the weights of a module: of the model for all that lies around its blocks
+        """Cast and fold the model's current weights, in place. The model may be sharded in units."""
+        # a unit is gathered to read its weights; those outside the blocks belong to the model's own unit
         gathered = nullcontext if units is None else units.gathered
         with gathered(self._model):
             self.stem.sync()
@@ -115,7 +115,7 @@ class ExplicitEncoder:
                 block.sync()
 
     def embed(self, images: Tensor, site: str) -> Tensor:
-        """Images [B, C, H, W] → the tensor at the site, in memory of its own."""
+        """Images [B, C, H, W] → the tensor at the site, in new memory."""
         if site == "pixels":
             return images.to(self.dtype)
         patches = self.stem.patches(images)
@@ -126,7 +126,7 @@ class ExplicitEncoder:
         return out
 
     def logits(self, tokens: Tensor, site: str) -> Tensor:
-        """The tensor at the site → logits [B, K] in float32 or better. Uses one block's buffers for all."""
+        """The tensor at the site → logits [B, K] in float32 or float64. All blocks use the buffers of one."""
         logits = [self._forward(tokens[part], site, forward_only=True) for part in self._parts(len(tokens))]
         return torch.cat(logits) if logits else self._no_logits()
 
@@ -138,14 +138,14 @@ class ExplicitEncoder:
         by_image: bool,
         sum_every: int | None = None,
     ) -> tuple[Tensor, ...]:
-        """Logits, the gradient of Σ logits · cotangent at the site, in memory of their own, and the results beside it.
+        """Logits, the gradient of Σ logits · cotangent at the site, both in new memory, and the other results.
 
         Args:
             tokens: the tensor at the site.
-            site: which.
-            cotangent: called with logits and the images they belong to; returns the cotangent, and results beside it.
-            by_image: the images may come in several calls; what is kept for the backward is kept for those of one.
-            sum_every: sum the gradient over so many images each time, in float32 or better.
+            site: its name.
+            cotangent: called with logits and the slice of their images; returns the cotangent and other results.
+            by_image: the cotangent may be called for parts of the batch; the backward then keeps one part only.
+            sum_every: sum the gradient over every so many images in a row, in float32 or float64.
         """
         B = len(tokens)
         if sum_every is None:
@@ -157,7 +157,7 @@ class ExplicitEncoder:
             _, *aux = cotangent(logits, slice(0, 0))
             return logits, gradient, *aux
         parts = self._parts(B) if by_image else [slice(0, B)]
-        results = []  # of each part: logits, and what came beside the cotangent
+        results = []  # of each part: logits, and the other results
         for images in parts:
             logits = self._forward(tokens[images], site)
             weights, *aux = cotangent(logits, images)
@@ -171,7 +171,7 @@ class ExplicitEncoder:
         return logits, gradient, *aux
 
     def _forward(self, tokens: Tensor, site: str, forward_only: bool = False) -> Tensor:
-        """Tokens at the site → logits, for as many images as are kept at once."""
+        """Tokens at the site → logits, in one pass."""
         B = len(tokens)
         buffers = self._reserve(B, forward_only)
         saved = buffers.saved
@@ -187,7 +187,7 @@ class ExplicitEncoder:
         return self.head.forward(x if self.last is None else self.last.forward(x).unsqueeze(1))
 
     def _backward(self, cotangent: Tensor, tokens: Tensor, site: str) -> Tensor:
-        """Gradient of the logits [B, K] → of the tokens at the site, in memory that the next pass overwrites."""
+        """Gradient of the logits [B, K] → of the tokens at the site, in buffers that the next pass overwrites."""
         B, buffers = len(cotangent), self._for_gradients
         assert buffers is not None, "backward without forward"
         gradient = buffers.gradient[:B]  # [B, P + N, D]
@@ -220,7 +220,7 @@ class ExplicitEncoder:
         return torch.empty(0, len(self.head.linears[0].bias), dtype=self.head.dtype, device=self.device)
 
     def _parts(self, B: int) -> list[slice]:
-        """The images of a batch in parts of equal size, as near as can be."""
+        """The images of a batch in parts of nearly equal size."""
         count = -(-B // self._part) if self._part else 1
         ends = [round(B * index / count) for index in range(count + 1)] if B else []
         return [slice(start, end) for start, end in itertools.pairwise(ends)]
@@ -232,7 +232,7 @@ class ExplicitEncoder:
         return rows[: B * self.stem.tokens].view(B, self.stem.tokens, self.width)
 
     def _reserve(self, B: int, forward_only: bool) -> Buffers:
-        """Buffers for B images, new ones where those in use are too small."""
+        """Buffers for B images, new ones if those in use are too small."""
         if self._for_gradients is not None and self._for_gradients.images >= B:
             return self._for_gradients
         if forward_only:
@@ -256,7 +256,7 @@ class ExplicitEncoder:
         return [held for held in (self._for_gradients, self._for_logits) if held is not None]
 
     def token_shape(self, site: str) -> tuple[int, int] | None:
-        """Of an image's tokens at the site; None in pixels."""
+        """Shape of an image's tokens at the site; None in pixels."""
         if site == "pixels":
             return None
         return self.stem.tokens if site == "block0" else len(self.stem.positions), self.width
