@@ -240,7 +240,9 @@ class ExplicitEncoder:
                 self._for_logits = None  # give the memory back before asking for more
                 self._for_logits = self._new_buffers(B, self.blocks[:1])
             return self._for_logits
-        self._for_gradients = self._for_logits = None
+        if self._for_logits is not None and self._for_logits.images <= B:
+            self._for_logits = None
+        self._for_gradients = None
         self._for_gradients = self._new_buffers(B, self.blocks)
         return self._for_gradients
 
