@@ -84,7 +84,7 @@ def test_steps_in_vain_are_left_out_where_there_are_conditional_nodes(
 
 def drawn(model: NormalizedModel, sizes: Sequence[int], between: Callable[[NullspaceAugment], object]) -> list[Tensor]:
     """Noise for batches of these sizes, with something else after the first."""
-    augment = NullspaceAugment(copy.deepcopy(model).train(), "boundary", site="patch", steps=2)
+    augment = NullspaceAugment(copy.deepcopy(model).train(), "boundary", site="patch", steps=2, backend="cpu")
     noises = []
     for size in sizes:
         tokens = augment.encoder.embed(torch.rand(size, 3, 16, 16, generator=generator(size)))
@@ -137,11 +137,11 @@ def test_batches_of_several_sizes_are_each_captured_in_the_memory_of_the_largest
 ) -> None:
     batches = list(torch.rand(104, 3, 16, 16).split([10, 64, 10, 10, 10]))
     config = SynthesisConfig(mode="per_image", steps=2)
-    eager = synthesize(vit, batches, config)
+    eager = synthesize(FrozenEncoder(vit, backend="cpu"), batches, config)
     monkeypatch.setattr(run, "use_graph", lambda *_: True)
     events = pretend_graphs(monkeypatch)
     with pytest.warns(UserWarning, match="another shape") as warned:
-        replayed = synthesize(vit, batches, config)
+        replayed = synthesize(FrozenEncoder(vit, backend="cpu"), batches, config)
     assert torch.equal(replayed.tokens, eager.tokens)
     assert events.count("capture") == 3, "10, 64, and 10 once more in the buffers of 64"
     assert len(warned) == 1
@@ -155,8 +155,8 @@ def test_noise_is_judged_on_many_images_between_the_steps_of_a_graph(
     start = torch.rand(2, 16, 32)
 
     def noise() -> Tensor:
-        encoder = FrozenEncoder(vit)
-        pairs = [embed_batch(encoder, many)]
+        encoder = FrozenEncoder(vit, backend="cpu")
+        pairs = [embed_batch(FrozenEncoder(vit, backend="cpu"), many)]  # so the first large batch is judged
         whole = universal.UniversalRun(encoder, Batches(encoder, loader, loader[:1], config), config, start.clone())
 
         class Bar:
@@ -178,7 +178,7 @@ def test_noise_is_judged_on_many_images_between_the_steps_of_a_graph(
 def test_two_users_of_one_encoder_capture_again_in_its_larger_buffers(
     vit: NormalizedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = FrozenEncoder(vit)
+    encoder = FrozenEncoder(vit, backend="cpu")
     events = pretend_graphs(monkeypatch)
 
     def gradient(tokens: Tensor) -> tuple[Tensor, ...]:
