@@ -25,7 +25,7 @@ from torch import Tensor
 from fastnull.ops.common import no_autocast
 
 DAMPING = 0.005
-"""Share of the trace of the system that is added to its diagonal."""
+"""Fraction of the trace of the system that is added to its diagonal."""
 CG_STEPS = 24
 """Iterations; they solve a system of 64 images to 2e-9. With eight the noise is as good, but it depends on the order of
 the images: before conjugate gradients have converged, rounding decides what they have found so far."""
@@ -40,15 +40,15 @@ def gauss_newton_step(
     push: Tensor | float = 0.0,
     mean: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The step d of each noise; the noise stays as it is.
+    """The step d of each noise; the noise itself is not changed.
 
     Args:
         noise: [M, ...], float32 or float64.
         changes: f of each noise on each image [M, B].
         rows: gradient of each of them [M, B, ...], in the noise's dtype.
         radius: longest step, as a fraction of the noise's norm; [M], [] or a number.
-        push: [M, ...] or 0, what a term of the objective beside the changes asks for: its negative gradient.
-        mean: over processes that hold equally many images each; None is one process.
+        push: [M, ...] or 0: negative gradient of any other term of the objective.
+        mean: takes means over processes that hold equally many images; None is one process.
 
     Returns:
         [M, ...], in the noise's dtype.
@@ -68,7 +68,7 @@ def _from_images(G: Tensor, changes: Tensor, wish: Tensor | None) -> Tensor:
     system = torch.bmm(G, G.mT)  # [M, B, B]
     diagonal = system.diagonal(dim1=1, dim2=2)
     damping = DAMPING * diagonal.sum(1, keepdim=True)  # B λ, [M, 1]
-    diagonal += torch.where(damping == 0, 1, damping)  # no gradient at all: nothing to solve, and nothing that fails
+    diagonal += torch.where(damping == 0, 1, damping)  # without any gradient the system would be 0
     solve = _by_cholesky if G.device.type == "cpu" else _by_conjugate_gradients
     if wish is None:
         return -_combined(solve(system, changes), G)
