@@ -45,7 +45,7 @@ def transfer(
 
     Returns:
         Rows with kind, source, target, norm, influence, agreement, control (influence of permuted noise on the target),
-        share (influence / control; below 1 the noise affects the target less than chance) and `reason`: why the
+        ratio (influence / control; below 1 the noise affects the target less than chance) and `reason`: why the
         others are None (no nullspace, no such site, or another shape).
 
     Raises:
