@@ -158,10 +158,8 @@ def test_sync_gives_what_a_new_encoder_has_bit_for_bit(make_vit: Factory, images
             fresh = FrozenEncoder(model, dtype=dtype, backend="cpu")
             tokens, cotangent = fresh.embed(images), torch.randn(8, 10)
             assert torch.equal(frozen.embed(images), tokens)
-            for mine, theirs in zip(
-                frozen.input_gradient(tokens, cotangent), fresh.input_gradient(tokens, cotangent), strict=True
-            ):
-                assert torch.equal(mine, theirs)
+            mine, theirs = frozen.input_gradient(tokens, cotangent), fresh.input_gradient(tokens, cotangent)
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
             now = [linear.weight.data_ptr() for block in frozen._encoder.blocks for linear in block.linears()]
             assert now == pointers, "in place"
 
@@ -199,9 +197,9 @@ def test_parts_of_a_batch_are_the_whole(make_vit: Factory, monkeypatch: pytest.M
     assert seen == [*((i, i + 1) for i in range(7)), (0, 7), (0, 2), (2, 5), (5, 7), (0, 7), (0, 7), (0, 7)]
     assert memories == [memories[0], 3 * memories[0], 7 * memories[0]]
     for first, *others in (given, made):
-        for other in others:
-            torch.testing.assert_close(other[0], first[0], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(other[1], first[1], rtol=1e-4, atol=1e-6)
+        for logits, gradient in others:
+            torch.testing.assert_close(logits, first[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(gradient, first[1], rtol=1e-4, atol=1e-6)
 
 
 def test_products_are_timed_once_and_can_be_chosen(vit: NormalizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,10 +290,9 @@ def test_cotangent_as_tensor_callable_and_tuple(vit: NormalizedModel, images: Te
         tokens = frozen.embed(images)
         clean = frozen(tokens).roll(1, 0)
         expected = frozen.input_gradient(tokens, noise_objective(clean, frozen(tokens)).cotangent)[1]
-        called = frozen.input_gradient(tokens, lambda logits, c=clean: noise_objective(c, logits).cotangent)[1]
-        tupled = frozen.input_gradient(tokens, lambda logits, c=clean: (noise_objective(c, logits).cotangent, 1))[1]
-        assert torch.equal(called, expected)
-        assert torch.equal(tupled, expected)
+        for rest in ((), (1,)):
+            called = frozen.input_gradient(tokens, lambda y, c=clean, r=rest: (noise_objective(c, y).cotangent, *r))
+            assert torch.equal(called[1], expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -468,11 +465,6 @@ def test_model_is_kept_alive_by_its_encoder(make_vit: Factory, images: Tensor) -
     frozen = FrozenEncoder(make_vit(), backend="cpu")
     frozen.sync()
     assert frozen(frozen.embed(images)).isfinite().all()
-
-
-def test_foreign_modules_are_named() -> None:
-    with pytest.raises(ValueError, match="no adapter splits Linear"):
-        FrozenEncoder(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -654,5 +646,4 @@ def test_the_encoder_runs_on_references_op_by_op(vit: NormalizedModel, images: T
     for names in ((), ("attention",), ("layer_norm", "linear_gelu")):
         with ops.references(*names):
             got = frozen.input_gradient(tokens, cotangent)
-        for mine, other in zip(got, expected, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
