@@ -91,14 +91,7 @@ def boundary_step_size(start: Tensor, config: SynthesisConfig) -> float | Tensor
 def optimized_noise(
     encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, start: Tensor, config: SynthesisConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the noise of each image by AdamW until its influence is below ε.
-
-    Args:
-        encoder: at the site.
-        tokens: at the site, without noise [B, ...].
-        clean: logits without noise [B, K].
-        start: noise to start from [B, ...].
-        config: eps, objective, log_norm_weight, lr, weight_decay, steps and schedule are used.
+    """Move the noise of each image by AdamW until its influence is below ε; arguments as of `boundary_noise`.
 
     Returns:
         The noise [B, ...], the influence before the last step [B] and the number of updates [B].
