@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 LOG_INTERVAL = 30.0
 """Seconds between lines where nobody watches."""
+
+
+_listener: ContextVar[Callable[[str, float], None] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(tell: Callable[[str, float], None]) -> Iterator[None]:
+    """Inside, bars that are not shown call `tell` with their description and by how much they advanced."""
+    token = _listener.set(tell)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def watched() -> bool:
@@ -20,7 +36,9 @@ def progress_bar(total: int | None, *, show: bool = True, **options: Any) -> Any
     Without a stderr (2>&-) nothing is shown.
     """
     if not show or sys.stderr is None:
-        return _Silent()
+        bar = _Silent(options.get("desc", ""))
+        bar.update(options.get("initial", 0))
+        return bar
     from tqdm import tqdm
 
     seconds = 0.1 if watched() else LOG_INTERVAL
@@ -28,17 +46,23 @@ def progress_bar(total: int | None, *, show: bool = True, **options: Any) -> Any
 
 
 class _Silent:
-    """What is called on a bar here, doing nothing."""
+    """What is called on a bar here, showing nothing; see `listening`."""
 
     disable = True
     total: float | None = None
+
+    def __init__(self, description: str = "") -> None:
+        self._description = description
 
     def __enter__(self) -> _Silent:
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
-    def update(self, n: float = 1) -> None: ...
+    def update(self, n: float = 1) -> None:
+        tell = _listener.get()
+        if tell is not None and n:
+            tell(self._description, n)
 
     def refresh(self) -> None: ...
 
@@ -46,6 +70,7 @@ class _Silent:
 
     def write(self, text: str) -> None: ...
 
-    def set_description(self, text: str) -> None: ...
+    def set_description(self, text: str) -> None:
+        self._description = text
 
     def set_postfix(self, values: dict[str, str], refresh: bool = True) -> None: ...

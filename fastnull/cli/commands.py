@@ -48,7 +48,8 @@ def demo(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Compare ways of finetuning, print the tables and say where the report is."""
-    from fastnull.experiments.compare import OWN_FILES, CompareSettings, run_compare
+    from fastnull.experiments.compare import OWN_FILES, run_compare
+    from fastnull.experiments.settings import CompareSettings
     from fastnull.record import read_json
     from fastnull.report.comparison import format_comparison
 

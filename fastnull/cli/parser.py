@@ -146,7 +146,7 @@ def _demo(command: Command) -> None:
 
 
 def _compare(command: Command) -> None:
-    from fastnull.experiments.compare import RECIPES, CompareSettings
+    from fastnull.experiments.settings import RECIPES, CompareSettings
 
     parser = command(
         "compare",
@@ -166,7 +166,7 @@ def _compare(command: Command) -> None:
         "--recipes", metavar="FILE",
         help='more methods, JSON: {"name": {"augment": "boundary", "noise": {"eps": 0.5}}, ...}, fields of finetune',
     )  # fmt: skip
-    add_options(parser, CompareSettings, skip=("recipes",), title="the comparison")
+    add_options(parser, CompareSettings, skip=("recipes", "common"), title="the comparison")
 
 
 def _inspect(command: Command) -> None:

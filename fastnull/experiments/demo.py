@@ -12,8 +12,9 @@ from pathlib import Path
 
 from fastnull.data.sources import digits
 from fastnull.data.subset import even_subset
-from fastnull.experiments.compare import RECIPES, CompareSettings, run_methods, weights
-from fastnull.experiments.workers import one_thread
+from fastnull.experiments.compare import run_methods, weights
+from fastnull.experiments.settings import RECIPES, CompareSettings
+from fastnull.experiments.workers import threads
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.models import load_model
 from fastnull.record import provenance, write_json
@@ -40,7 +41,7 @@ class DemoSettings(CompareSettings):
     def quickly(cls) -> DemoSettings:
         """One seed, short training, fewer attacks: shows in a minute that everything works."""
         return cls(
-            seeds=1, pretrain_epochs=20, budget=65, eps=(2, 4, 8), pgd_steps=5, severities=(1, 3, 5), quick=True
+            seeds=1, start_epochs=20, budget=65, eps=(2, 4, 8), pgd_steps=5, severities=(1, 3, 5), quick=True
         )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def run_demo(
     folder = Path(out)
     started = time.perf_counter()
     run_methods(folder, settings, kind="demo", overwrite=overwrite, resume=resume, jobs=jobs, progress=progress)
-    with one_thread():
+    with threads(1):
         _illustrate(folder, settings, again=overwrite)
     model = load_model(weights(folder, settings.first_seed))
     about = {

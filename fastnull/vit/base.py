@@ -36,11 +36,13 @@ class NormalizedModel(nn.Module):
 
     Attributes:
         classes: names of the classes in the order of the logits; None where nobody gave them.
+        new_head: whether `create_model` loaded weights and left the classifier at fresh random ones.
     """
 
     mean: Tensor
     std: Tensor
     classes: list[str] | None = None
+    new_head: bool = False
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()

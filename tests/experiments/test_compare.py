@@ -32,7 +32,7 @@ pytest.importorskip("matplotlib")
 TINY = CompareSettings(
     methods=("none", "random-pixels", "boundary-pixels", "wide"),
     recipes={"wide": {"augment": "random", "noise": {"limit": 1}}},
-    seeds=2, first_seed=3, pretrain_epochs=1, budget=13, eps=(8,), pgd_steps=1, corruptions=("contrast",),
+    seeds=2, first_seed=3, start_epochs=1, budget=13, eps=(8,), pgd_steps=1, corruptions=("contrast",),
     severities=(1,), images=24,
 )  # fmt: skip
 
