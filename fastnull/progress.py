@@ -70,7 +70,7 @@ class _Silent:
 
     def write(self, text: str) -> None: ...
 
-    def set_description(self, text: str) -> None:
+    def set_description(self, text: str, refresh: bool = True) -> None:
         self._description = text
 
     def set_postfix(self, values: dict[str, str], refresh: bool = True) -> None: ...

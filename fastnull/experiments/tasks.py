@@ -147,7 +147,7 @@ def plan_tasks(
         raise ValueError("checkpoint and pretrained are for a model by name; the factory brings its own weights")
     given: dict[str, Any] = {"checkpoint": settings.checkpoint, "pretrained": settings.pretrained}
     probe = settings.clean(**given)
-    with preserved(), _Quiet():
+    with preserved(), Quiet():
         ready = prepare(probe, torch.device(settings.where), inputs.make(settings.first_seed), inputs.train_data)
         test = evaluation_set(settings, probe, inputs, ready.model)
     kind = "trained"
@@ -275,7 +275,7 @@ def work(task: Task, tell: Callable[[float], None] = lambda _: None) -> str:
         The line that says what came out.
     """
     config, device = task.config, torch.device(task.settings.where)
-    with _Quiet():
+    with Quiet():
         # what this run did before it was stopped is told too
         if task.plan is None:
             with preserved(), keyed(task.seed):
@@ -337,6 +337,8 @@ def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         images |= record["images"]
         counts |= dict.fromkeys(record["protocol"]["suites"], record["protocol"]["n"])
     protocol = {**records[0]["protocol"], "suites": list(counts), "suite_images": counts}
+    if len(records) > 1:
+        protocol["subset"] = "where fewer than all, drawn evenly over the classes by the seed"
     return {"protocol": protocol, "results": results, "images": images, "summary": summarize(results)}
 
 
@@ -421,7 +423,7 @@ def scale_of_norm(norm: float, inputs: Tensor, start: SynthesisConfig) -> float:
     return low
 
 
-class _Quiet(warnings.catch_warnings):
+class Quiet(warnings.catch_warnings):
     """No warnings of what every report shows: a universal noise that did not meet ε, and a head that is new."""
 
     def __enter__(self) -> Any:

@@ -54,7 +54,7 @@ class Progress:
 
     def begin(self, task: Ordered) -> None:
         """Name the task that runs."""
-        self._bar.set_description(f"{self._done}/{self._total} runs; {task.name}")
+        self._bar.set_description(f"{self._done}/{self._total} runs; {task.name}", refresh=watched())
 
     def advance(self, task: Ordered, cost: float) -> None:
         """Count work of a task; never more than its cost, which is an estimate."""
@@ -68,7 +68,7 @@ class Progress:
             self._bar.write(line)
         self.advance(task, task.cost)
         self._done += 1
-        self._bar.set_description(f"{self._done}/{self._total} runs")
+        self._bar.set_description(f"{self._done}/{self._total} runs", refresh=watched())
 
     def refresh(self) -> None:
         """Let the clock of a bar on a terminal go on."""

@@ -26,10 +26,11 @@ def dry_run(config: FinetuneConfig) -> str:
     processes = Processes()
     with preserved():
         prepared = prepare(config, torch.device("cpu"))
-        return _described(config, prepared, processes)
+        return described(config, prepared, processes)
 
 
-def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes) -> str:
+def described(config: FinetuneConfig, prepared: Prepared, processes: Processes) -> str:
+    """The lines of `dry_run` for data and model that are open already."""
     model, train = prepared.model, prepared.train
     plan = make_plan(config, len(train), processes.world)
     views = views_of(config)
@@ -39,7 +40,7 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
     copies = 4 + (config.ema_decay is not None)  # weights, gradients, two moments
     shards = processes.world if config.shard else 1
     encoder = _encoder(model, config, sharded=shards > 1)
-    image = to_pixels(train[0][0].unsqueeze(0))
+    image = to_pixels(train[0][0].unsqueeze(0), next(model.parameters()).device)
     # autocast keeps copies of the weights too, once: two images tell them from what an image takes
     once, twice = (_kept(model, image.expand(count, -1, -1, -1), config) for count in (1, 2))
     kept = once + (images * views - 1) * (twice - once)
@@ -95,8 +96,8 @@ def _kept(model: nn.Module, images: Tensor, config: FinetuneConfig) -> int:
     def unpack(value: Tensor) -> Tensor:
         return value
 
-    dtype = getattr(torch, config.amp) if config.amp else None
-    with saved_tensors_hooks(pack, unpack), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+    dtype, kind = getattr(torch, config.amp) if config.amp else None, images.device.type
+    with saved_tensors_hooks(pack, unpack), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
         logits = model.train()(images)  # as long as they live, so does what is kept, and no address comes twice
     kept = sum(seen.values())
     del logits
