@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,26 @@ def compare(args: argparse.Namespace) -> None:
     """Compare ways of finetuning, print the tables and say where the report is."""
     from fastnull.experiments.compare import OWN_FILES, run_compare
     from fastnull.experiments.settings import CompareSettings
+    from fastnull.finetune.config import FinetuneConfig
     from fastnull.record import read_json
     from fastnull.report.comparison import format_comparison
 
-    check_output(
-        args.out, {"--recipes": args.recipes}, files=("comparison.json", "comparison.md", *OWN_FILES)
-    )  # fmt: skip
     recipes = {} if args.recipes is None else read_json(Path(args.recipes))
+    common = {} if args.config is None else read_fields(FinetuneConfig, args.config)
     settings = CompareSettings(methods=(*CompareSettings.methods, *recipes), recipes=recipes)
-    settings = from_options(settings, args, recipes=recipes)
-    jobs = min(4, _cores()) if args.jobs is None else args.jobs
+    settings = from_options(settings, args, recipes=recipes, common=common)
+    # on a GPU one process at a time
+    most = 4 if check_device(settings.where).type == "cpu" else 1
+    jobs = min(most, _cores()) if args.jobs is None else args.jobs
+    if args.dry_run:
+        from fastnull.experiments.dry_run import dry_run
+
+        print(dry_run(settings, jobs=jobs), end="")
+        return
+    if args.out is None:
+        raise ValueError("compare needs a folder for its runs: give --out FOLDER")
+    inputs = _inputs(argparse.Namespace(**asdict(settings))) | {"--recipes": args.recipes, "--config": args.config}
+    check_output(args.out, inputs, files=("comparison.json", "comparison.md", *OWN_FILES))
     try:
         record = run_compare(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=jobs)
     except KeyboardInterrupt:

@@ -152,13 +152,18 @@ def _compare(command: Command) -> None:
         "compare",
         commands.compare,
         "compare augmentations and controls over several seeds at equal compute",
-        "Pretrain a small model for each seed, finetune it with every method at equal cost, attack and corrupt it,\n"
-        "and write means, standard deviations and paired differences with 95 % confidence intervals. Runs that are\n"
-        "finished are kept: --resume goes on. The methods are\n"
+        "Finetune a model with every method at equal cost, attack and corrupt it, and write means, standard\n"
+        "deviations and paired differences with 95 % confidence intervals. Every seed begins with the given weights;\n"
+        "where the head is new, or the weights are random, with one clean training that its methods share.\n"
+        "Runs that are finished are kept: --resume goes on. The methods are\n"
         f"  {', '.join(RECIPES)}.",
-        "fastnull compare --data digits --seeds 5 --out runs/digits",
+        "fastnull compare --model vit_small_patch16_224 --pretrained --data images --seeds 3 --out runs/images",
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where it goes")
+    parser.add_argument("--out", metavar="FOLDER", help="where it goes")
+    parser.add_argument("--dry-run", action="store_true", help="print how long it will take here, and stop")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with fields of finetune that all trainings share (crop_scale: 0.5)"
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a CPU core, at most 4)")
     parser.add_argument("--overwrite", action="store_true", help="start over in a folder that holds a comparison")
     parser.add_argument("--resume", action="store_true", help="go on in it; what is finished is not done again")

@@ -86,7 +86,7 @@ class CompareSettings:
         pretrained: every seed starts from timm's pretrained weights.
         num_classes: classes of the head; none: those of the data.
         img_size: height and width in pixels; none: the model's own.
-        data: digits, photos, a folder with train/ and val/ (one folder a class), or torch/... or hfds/...
+        data: digits, photos, a folder with train/ and val/ (one folder a class), or torch/NAME or hfds/NAME.
         data_dir: where timm keeps the data set.
         download: let timm download the data set.
         methods: names in RECIPES or in `recipes`.
@@ -103,7 +103,7 @@ class CompareSettings:
         lr: highest learning rate of each finetuning; none: 4e-3 for vit_digits and vit_photos, else 5e-4.
         layer_decay: factor on the learning rate from each layer to the one below (0, 1].
         batch_size: images a step in all trainings.
-        suites: what is measured, suites of `evaluate`: clean, fgsm, pgd, corruptions, apgd_t, ...
+        suites: what is measured, suites of `evaluate`.
         eps: radii of the attacks in 1/255 of the pixel range, L-infinity.
         pgd_steps: steps of PGD, MI-FGSM and APGD.
         corruptions: names of fastnull.robustness.CORRUPTIONS.
@@ -111,7 +111,7 @@ class CompareSettings:
         images: test images for all suites but clean, drawn evenly from all classes; none: all. Suite clean always
             takes all.
         costly_images: the same for apgd, apgd_t, autoattack, cw and patch; none: `images`.
-        root: folder of the published test sets (suites imagenet-c, ...).
+        root: folder of the published test sets, for suites such as imagenet-c.
         noise: file with the noise of suite noise, from `fastnull synthesize`.
         eval_batch_size: images at once in the evaluation.
         workers: processes that load images; 0 loads in the main one.
