@@ -17,7 +17,7 @@ _listener: ContextVar[Callable[[str, float], None] | None] = ContextVar("listene
 
 @contextmanager
 def listening(tell: Callable[[str, float], None]) -> Iterator[None]:
-    """Inside, bars that are not shown call `tell` with their description and by how much they advanced."""
+    """Bars that are made inside and not shown call `tell` with their description and by how much they advanced."""
     token = _listener.set(tell)
     try:
         yield
@@ -52,7 +52,7 @@ class _Silent:
     total: float | None = None
 
     def __init__(self, description: str = "") -> None:
-        self._description = description
+        self._description, self._tell = description, _listener.get()
 
     def __enter__(self) -> _Silent:
         return self
@@ -60,9 +60,8 @@ class _Silent:
     def __exit__(self, *_: object) -> None: ...
 
     def update(self, n: float = 1) -> None:
-        tell = _listener.get()
-        if tell is not None and n:
-            tell(self._description, n)
+        if self._tell is not None and n:
+            self._tell(self._description, n)
 
     def refresh(self) -> None: ...
 

@@ -197,7 +197,7 @@ class CompareSettings:
                 self._check_other(method, other)
 
     def _check_evaluation(self) -> None:
-        for name in ("eps", "corruptions", "severities"):
+        for name in ("suites", "eps", "corruptions", "severities"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one")
         for radius in self.eps:

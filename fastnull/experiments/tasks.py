@@ -47,6 +47,8 @@ from fastnull.vit.base import unwrapped
 START_RESULTS = "start.json"
 WEIGHTS = "last.safetensors"
 CALIBRATION_IMAGES = 256
+NEEDY = ("apgd_t", "patch", "noise")
+"""Suites that refuse some models."""
 FOLDER_IMAGES = 10_000
 """Images that the progress bar assumes of a published test set: to count its files can take minutes."""
 
@@ -239,8 +241,9 @@ def _check_evaluation(settings: CompareSettings, model: nn.Module, test: Dataset
             f"the held-out split has {count} images, fewer than a batch of {settings.batch_size}: it is too small to "
             "choose settings on; use more training images or a smaller batch_size"
         )
-    images, _ = default_collate([test[0]])
+    images, labels = default_collate([test[0]])
     check_images(images, name="test images")
+    noise = None if settings.noise is None else Noise.load(settings.noise)
     for each in settings.evaluations():
         for corruption in each.corruptions if "corruptions" in each.suites else ():
             for severity in each.severities:
@@ -250,8 +253,11 @@ def _check_evaluation(settings: CompareSettings, model: nn.Module, test: Dataset
                     raise ValueError(f"corruption {corruption} does not take these images: {error}") from error
         for part in each.folders:
             suite_classes(part, settings.root or "", model)
-    if settings.noise is not None:
-        Noise.load(settings.noise)
+        tried = tuple(suite for suite in each.suites if suite in NEEDY)
+        if tried:
+            # they need a number of classes, tokens that tile the image, or tokens of a shape
+            once = replace(each, suites=tried, eps=each.eps[:1], steps=1, limit=None)
+            evaluate(model, (images, labels), once, noise=noise)
 
 
 def evaluation_set(settings: CompareSettings, config: FinetuneConfig, inputs: Inputs, model: nn.Module) -> Dataset[Any]:
