@@ -25,6 +25,7 @@ LANGUAGES = {"python", "bash", "diff", "", "{eval-rst}", "{include}", "{toctree}
 """Fences that there may be; without a name it is commands: reports write them so."""
 NEEDS = {
     "analyses.md": ("scipy",),
+    "pretrained.md": ("matplotlib", "markdown_it", "scipy"),
     "integrations.md": ("timm", "transformers", "lightning", "accelerate", "torchvision", "peft"),
 }
 """Libraries that a page's Python imports and fastnull does not ask for."""
