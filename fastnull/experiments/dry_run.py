@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from fastnull.data.image_files import to_pixels
 from fastnull.data.sources import EpochBatches, loader
 from fastnull.distributed.processes import Processes
 from fastnull.experiments.compare import thread_count
-from fastnull.experiments.settings import START, CompareSettings
+from fastnull.experiments.settings import COSTLY, START, CompareSettings
 from fastnull.experiments.tasks import (
     FOLDER_IMAGES,
     Inputs,
@@ -40,9 +40,20 @@ from fastnull.robustness import evaluate
 from fastnull.robustness.settings import EvaluationSettings
 from fastnull.robustness.suites import FOLDER_SUITES
 
-TIMED_STEPS, TIMED_IMAGES = 2, 16
+TIMED_STEPS, TIMED_IMAGES, COSTLY_IMAGES = 2, 16, 2
+"""Steps of each method, after one to warm up; images of each suite, and of each in COSTLY."""
 STILL = 1e-12
 """Learning rate of the timed steps: all methods are timed on the same model."""
+
+
+class Row(NamedTuple):
+    """Of a table: what, how many steps or images, seconds of one, images per second, seconds of all."""
+
+    name: str
+    number: int
+    one: float
+    speed: float
+    total: float
 
 
 def dry_run(
@@ -68,32 +79,24 @@ def dry_run(
         threads(thread_count(settings, jobs)),
         progress_bar(len(tasks) + len(suites), show=progress, desc="timing", unit=" part") as bar,
     ):
-        rows = []
+        trained = []
         for task in tasks:
             if task.plan is not None:
-                per_step, per_refresh = _seconds(task, ready)
-                training = task.plan.steps * per_step + (task.plan.epochs * per_refresh)
-                rows.append(
-                    (task.method or START, task.plan.steps, per_step, task.plan.batch_size / per_step, training)
-                )
+                step, refresh = _seconds(task, ready)
+                seconds = task.plan.steps * step + task.plan.epochs * refresh
+                trained.append(Row(task.method or START, task.plan.steps, step, task.plan.batch_size / step, seconds))
             bar.update()
         measured = []
         for each, suite in suites:
             count = images_of(suite, each, about["test"]) * numbers_of(suite, each)
-            per_image = _seconds_per_image(task, each, suite, ready)
-            measured.append((suite, count, per_image, count * per_image))
+            image = _seconds_per_image(tasks[-1], each, suite, ready)
+            measured.append(Row(suite, count, image, 1 / image, count * image))
             bar.update()
         largest = max((task for task in tasks if task.plan is not None), key=lambda task: views_of(task.config))
         config = replace(largest.config, checkpoint=settings.checkpoint, pretrained=settings.pretrained)
-        lines = [f"one run     {largest.name}", described(config, ready, Processes()).rstrip("\n"), ""]
-    lines += [f"{'training':<24}{'steps':>8}{'s / step':>12}{'images / s':>12}{'time':>12}"]
-    lines += [
-        f"{name:<24}{n:>8}{s:>12.3g}{speed:>12.3g}{duration(all_of_it):>12}" for name, n, s, speed, all_of_it in rows
-    ]
-    lines += ["", f"{'evaluation of a model':<24}{'images':>8}{'s / image':>12}{'time':>24}"]
-    lines += [f"{name:<24}{n:>8}{s:>12.3g}{duration(all_of_it):>24}" for name, n, s, all_of_it in measured]
-    evaluating = sum(row[-1] for row in measured)
-    of_a_seed = sum(row[-1] for row in rows) + evaluating * len(settings.methods)
+        lines = [f"one run     {largest.name}", described(config, ready, Processes()).rstrip("\n")]
+    lines += _table("training", "steps", "s / step", trained) + _table("evaluation", "images", "s / image", measured)
+    of_a_seed = sum(row.total for row in trained) + len(settings.methods) * sum(row.total for row in measured)
     total = settings.seeds * of_a_seed
     several = f"; at best {duration(total / jobs)} with {jobs} processes" if jobs > 1 else ""
     lines += [
@@ -106,6 +109,13 @@ def dry_run(
     return "\n".join(lines) + "\n"
 
 
+def _table(title: str, what: str, one: str, rows: Sequence[Row]) -> list[str]:
+    head = f"{title:<24}{what:>9}{one:>12}{'images / s':>12}{'time':>10}"
+    return ["", head] + [
+        f"{row.name:<24}{row.number:>9}{row.one:>12.3g}{row.speed:>12.3g}{duration(row.total):>10}" for row in rows
+    ]
+
+
 def duration(seconds: float) -> str:
     """In the unit that suits it."""
     if seconds < 90:
@@ -116,7 +126,7 @@ def duration(seconds: float) -> str:
 def _seconds(task: Task, ready: Prepared) -> tuple[float, float]:
     """Seconds of a training step with loading, and of learning a universal bank once (0 for other methods)."""
     assert task.plan is not None
-    config, device = replace(task.config, lr=STILL), torch.device(task.settings.where)
+    config, device = replace(task.config, lr=STILL, min_lr=0.0), torch.device(task.settings.where)
     synthesis = config.synthesis()
     if config.augment == "universal" and synthesis is not None:
         config = replace(config, noise=replace(synthesis, steps=TIMED_STEPS))
@@ -138,7 +148,7 @@ def _seconds(task: Task, ready: Prepared) -> tuple[float, float]:
 def _seconds_per_image(task: Task, settings: EvaluationSettings, suite: str, ready: Prepared) -> float:
     """Seconds of one number of a suite for one image, with loading."""
     data = evaluation_set(task.settings, task.config, task.inputs, ready.model)
-    indices = range(min(TIMED_IMAGES, len(data)))  # type: ignore[arg-type]
+    indices = range(min(COSTLY_IMAGES if suite in COSTLY else TIMED_IMAGES, len(data)))  # type: ignore[arg-type]
     found: list[Any] = []
     device = torch.device(task.settings.where)
     loading = _timed(lambda: found.extend(data[index] for index in indices), device)
@@ -148,15 +158,13 @@ def _seconds_per_image(task: Task, settings: EvaluationSettings, suite: str, rea
     timed = "clean" if suite in FOLDER_SUITES else suite
     settings = replace(settings, eps=settings.eps[:1], limit=None, severities=settings.severities[:1])
 
-    def seconds(suites: str, images: Tensor, labels: Tensor) -> float:
-        changes = replace(settings, suites=(suites,))
-        return _timed(lambda: evaluate(ready.model, (images, labels), changes, noise=noise), device)
+    def seconds(name: str, images: Tensor, labels: Tensor) -> float:
+        alone = replace(settings, suites=(name,))
+        return _timed(lambda: evaluate(ready.model, (images, labels), alone, noise=noise), device)
 
     overhead = seconds("clean", images[:1], labels[:1])  # digests of the weights and the like
-    per_number = max(0.0, seconds(timed, images, labels) - overhead) / numbers_of(
-        timed, replace(settings, suites=(timed,))
-    )
-    return (per_number + loading) / len(indices)
+    measuring = max(0.0, seconds(timed, images, labels) - overhead) / numbers_of(timed, settings)
+    return (loading + measuring) / len(indices)
 
 
 def _timed(do: Callable[[], Any], device: torch.device) -> float:
