@@ -24,6 +24,7 @@ from fastnull.data.subset import even_subset, labels_of
 from fastnull.distributed.processes import Processes
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.experiments.settings import NORM_OF, START, CompareSettings
+from fastnull.finetune.checkpoint import network_of
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.loop import finetune
 from fastnull.finetune.plan import Plan, make_plan
@@ -42,7 +43,6 @@ from fastnull.robustness.table import summarize
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.solvers import norms, valid_noise
 from fastnull.synthesis.starts import draw_start
-from fastnull.vit.base import unwrapped
 
 START_RESULTS = "start.json"
 WEIGHTS = "last.safetensors"
@@ -76,7 +76,7 @@ class Inputs:
         if start is not None:
             from safetensors.torch import load_file
 
-            unwrapped(model)[0].load_state_dict(load_file(str(start / WEIGHTS)))
+            network_of(model).load_state_dict(load_file(str(start / WEIGHTS)))
         return model
 
 
@@ -148,9 +148,12 @@ def plan_tasks(
     if inputs.model is not None and (settings.checkpoint is not None or settings.pretrained):
         raise ValueError("checkpoint and pretrained are for a model by name; the factory brings its own weights")
     given: dict[str, Any] = {"checkpoint": settings.checkpoint, "pretrained": settings.pretrained}
+    model = inputs.make(settings.first_seed)
+    if inputs.model is not None and inputs.model() is model:
+        raise ValueError("model must make a new model each time it is called; it returned the same one twice")
     probe = settings.clean(**given)
     with preserved(), Quiet():
-        ready = prepare(probe, torch.device(settings.where), inputs.make(settings.first_seed), inputs.train_data)
+        ready = prepare(probe, torch.device(settings.where), model, inputs.train_data)
         test = evaluation_set(settings, probe, inputs, ready.model)
     kind = "trained"
     if inputs.model is None:
@@ -164,7 +167,7 @@ def plan_tasks(
                 _check_training(task, ready)
     weights = settings.checkpoint or ("pretrained" if settings.pretrained else None)
     about = {
-        "model": settings.network or type(unwrapped(ready.model)[0]).__name__,
+        "model": settings.network or type(network_of(ready.model)).__name__,
         "parameters": sum(parameter.numel() for parameter in ready.model.parameters()),
         "weights": "random" if kind == "random" else weights,
         "new_head": kind == "new head",

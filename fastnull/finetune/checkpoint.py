@@ -368,7 +368,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
     """The whole weights of a sharded model as `save_weights` takes them, in the first process; all call it."""
-    return whole_state_dict(_network(model))
+    return whole_state_dict(network_of(model))
 
 
 def save_weights(model: nn.Module, path: Path, weights: dict[str, Tensor] | None = None, **about: Any) -> None:
@@ -378,7 +378,7 @@ def save_weights(model: nn.Module, path: Path, weights: dict[str, Tensor] | None
     model's own: those that `gathered_weights` gave.
     """
     model = unwrap(model)
-    network = _network(model)
+    network = network_of(model)
     with _state_dict_is(network, weights):
         if hasattr(model, "recipe"):
             from fastnull.models import save_checkpoint
@@ -406,6 +406,7 @@ def _save_alone(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
     write_tensors(path, network.state_dict(), {"about": json.dumps(about)})
 
 
-def _network(model: nn.Module) -> nn.Module:
+def network_of(model: nn.Module) -> nn.Module:
+    """The module whose weights `save_weights` writes."""
     model = unwrap(model)
     return unwrap(model.network) if isinstance(model, NormalizedModel) else model

@@ -124,6 +124,9 @@ def make_model() -> nn.Module:
     return fastnull.create_model("vit_digits", num_classes=2)
 
 
+SAME = make_model()
+
+
 def some_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     labels = torch.arange(count) % 2
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(count)), labels
@@ -212,15 +215,18 @@ def test_bad_input_is_reported_before_anything_is_written(
     ("given", "message"),
     [
         ({"train_data": some_images(24)}, "train_data needs test_data beside it"),
-        ({"model": make_model}, "checkpoint and pretrained are for a model by name"),
         ({"train_data": some_images(24), "test_data": (torch.rand(4, 1, 16, 16), torch.arange(4) % 2)}, "3 channels"),
+        ({"model": lambda: SAME}, "model must make a new model each time"),
         ({"model": lambda: make_model(), "jobs": 2}, "jobs must be 1 here: .*lambda"),
     ],
 )
 def test_bad_input_in_python(given: dict[str, Any], message: str, tiny: CompareSettings, tmp_path: Path) -> None:
+    settings = replace(tiny, num_classes=2, checkpoint=None if "model" in given else tiny.checkpoint)
     with pytest.raises(ValueError, match=message):
-        run_compare(tmp_path / "out", replace(tiny, num_classes=2), progress=False, **given)
+        run_compare(tmp_path / "out", settings, progress=False, **given)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="checkpoint and pretrained are for a model by name"):
+        run_compare(tmp_path / "out", tiny, model=make_model)
 
 
 def test_a_corruption_that_the_images_do_not_allow(
@@ -280,11 +286,19 @@ def test_dry_run_times_every_method_and_suite(
 
 
 def test_dry_run_leaves_the_model_as_it_is(tiny: CompareSettings) -> None:
-    model = fastnull.create_model("vit_digits", num_classes=2)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    made: list[nn.Module] = []
     settings = replace(tiny, checkpoint=None, start_epochs=None)
-    dry_run(settings, model=lambda: model, train_data=some_images(24), test_data=some_images(10), progress=False)
-    for name, value in model.state_dict().items():
+
+    def make() -> nn.Module:
+        made.append(make_model())
+        return made[-1]
+
+    model = Inputs(make).make(settings.first_seed)
+    assert model is not None
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    dry_run(settings, model=make, train_data=some_images(24), test_data=some_images(10), progress=False)
+    assert len(made) > 1
+    for name, value in made[1].state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
 
 
