@@ -75,7 +75,7 @@ def test_command_on_a_folder_and_a_checkpoint(
     words = [
         "compare", "--model", "vit_digits", "--checkpoint", str(checkpoint), "--data", str(pictures), "--methods",
         "none", "boundary-pixels", "--seeds", "2", "--start-epochs", "1", "--budget", "13", "--batch-size", "8",
-        "--config", str(shared), "--suites", "clean", "fgsm", "apgd", "corruptions", "--eps", "4", "--pgd-steps", "2",
+        "--config", str(shared), "--suite", "clean", "fgsm", "apgd", "corruptions", "--eps", "4", "--pgd-steps", "2",
         "--corruptions", "contrast", "--severities", "1", "--images", "8", "--costly-images", "4", "--jobs", "1",
     ]  # fmt: skip
     assert main([*words, "--out", str(out)]) == 0
@@ -273,7 +273,7 @@ def test_dry_run_times_every_method_and_suite(
     monkeypatch.chdir(tmp_path)
     words = [
         "compare", "--model", "vit_digits", "--checkpoint", str(checkpoint), "--data", str(pictures), "--methods",
-        "none", "universal", "--seeds", "3", "--batch-size", "8", "--budget", "300", "--suites", "clean", "pgd",
+        "none", "universal", "--seeds", "3", "--batch-size", "8", "--budget", "300", "--suite", "clean", "pgd",
         "--eps", "4", "--dry-run",
     ]  # fmt: skip
     assert main(words) == 0
