@@ -1,4 +1,4 @@
-"""Progress bars: live on a terminal, a line now and then in a log file, and no tqdm where none is shown."""
+"""Progress bars: live on a terminal, occasional lines in a log file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 LOG_INTERVAL = 30.0
-"""Seconds between lines where nobody watches."""
+"""Seconds between lines in a log file."""
 
 
 _listener: ContextVar[Callable[[str, float], None] | None] = ContextVar("listener", default=None)
@@ -26,15 +26,12 @@ def listening(tell: Callable[[str, float], None]) -> Iterator[None]:
 
 
 def watched() -> bool:
-    """Whether the bars go to a terminal."""
+    """Whether bars are shown on a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def progress_bar(total: int | None, *, show: bool = True, **options: Any) -> Any:
-    """A tqdm bar on stderr; `options` are tqdm's (desc, unit, initial, ...). A silent stand-in unless `show`.
-
-    Without a stderr (2>&-) nothing is shown.
-    """
+    """A tqdm bar on stderr with tqdm's `options`; a silent one without `show` or without a stderr (2>&-)."""
     if not show or sys.stderr is None:
         bar = _Silent(options.get("desc", ""))
         bar.update(options.get("initial", 0))
@@ -46,7 +43,7 @@ def progress_bar(total: int | None, *, show: bool = True, **options: Any) -> Any
 
 
 class _Silent:
-    """What is called on a bar here, showing nothing; see `listening`."""
+    """A bar that shows nothing; see `listening`."""
 
     disable = True
     total: float | None = None
@@ -63,13 +60,8 @@ class _Silent:
         if self._tell is not None and n:
             self._tell(self._description, n)
 
-    def refresh(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def write(self, text: str) -> None: ...
-
-    def set_description(self, text: str, refresh: bool = True) -> None:
+    def set_description(self, text: str, **_: Any) -> None:
         self._description = text
 
-    def set_postfix(self, values: dict[str, str], refresh: bool = True) -> None: ...
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None

@@ -143,7 +143,7 @@ def run_methods(
     inputs = inputs or Inputs()
     if jobs > 1:
         _check_picklable(inputs)
-    tasks, about, _ = plan_tasks(folder, settings, inputs, label=label)
+    tasks, about = plan_tasks(folder, settings, inputs, label=label)[:2]
     _prepare(folder, settings, kind, overwrite, resume)
     finished = _finished(tasks)
     count = thread_count(settings, jobs)

@@ -149,7 +149,7 @@ def plan_tasks(
         raise ValueError("checkpoint and pretrained are for a model by name; the factory brings its own weights")
     given: dict[str, Any] = {"checkpoint": settings.checkpoint, "pretrained": settings.pretrained}
     model = inputs.make(settings.first_seed)
-    if inputs.model is not None and inputs.model() is model:
+    if model is not None and inputs.make(settings.first_seed) is model:
         raise ValueError("model must make a new model each time it is called; it returned the same one twice")
     probe = settings.clean(**given)
     with preserved(), Quiet():

@@ -1,4 +1,4 @@
-"""The numbers of a comparison: mean and spread of each method over seeds, and paired differences between methods."""
+"""Numbers of a comparison: mean and standard deviation per method, and paired differences between methods."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from fastnull.robustness.suites import FOLDER_SUITES
 
 COLUMNS = ("clean", "adversarial_mean", "corruption_mean")
 _SPENT = ("seconds", "synthesis_percent", "steps", "forward_passes")
-"""Costs of a run that stand beside its accuracies; seconds and steps are of the finetuning."""
+"""Costs of a run; seconds and steps are of the finetuning."""
 _SUITE, _CORRUPTION = "suite/", "corruption/"
-"""In front of the name of a suite or corruption: its mean accuracy over radii or severities."""
+"""Prefix of the mean accuracy of a suite over radii, and of a corruption over severities."""
 _IN_COLUMNS = ("clean", "corruptions")
 """Suites that need no table of their own."""
 
 
 def summarize_runs(runs: Sequence[Run], methods: Sequence[str]) -> dict[str, Any]:
-    """Put runs together by method.
+    """Summarise runs by method.
 
     Args:
-        runs: of the methods, one a seed.
+        runs: one per method and seed.
         methods: labels of the runs, in the order of the tables.
 
     Returns:
-        `methods`: label → {`seeds`: {seed: values}, `mean`, `std` (None with a single seed), each over clean,
-        adversarial_mean, corruption_mean, mce, suite/NAME and corruption/NAME for each one (means over radii and
-        severities; all in %) and seconds, synthesis_percent, steps, forward_passes, `limit` of the noise};
-        `differences`: for each measure and each pair of methods {method, other, measure, per_seed, mean,
-        standard_error, low, high}, in points of %, the interval being Student's at 95 % (None with less than three
-        seeds).
+        `methods`: label → {`seeds`: {seed: values}, `mean`, `std` (None for a single seed)}, with the values clean,
+        adversarial_mean, corruption_mean, mce, suite/NAME and corruption/NAME (means over radii and severities; all in
+        %), seconds, synthesis_percent, steps, forward_passes and `limit` of the noise. `differences`: for each measure
+        and pair of methods {method, other, measure, per_seed, mean, standard_error, low, high} in percentage points,
+        with Student's 95 % interval (None with fewer than three seeds).
     """
     values = {
         method: {
@@ -92,17 +91,17 @@ def _moments(by_seed: Mapping[int, Mapping[str, float | None]]) -> dict[str, Any
 
 
 def format_comparison(record: Mapping[str, Any]) -> str:
-    """Markdown of comparison.json: the methods, every method against the first one, each suite and each corruption, and
-    what `describe` says."""
+    """Markdown of comparison.json: the methods, every method against the first one, each suite and corruption, and what
+    `describe` says."""
     methods = record["methods"]
     lines = [
-        "| finetuned with | clean [%] | under attack [%] | corrupted [%] | steps | time [s] | of it synthesis |",
+        "| finetuned with | clean [%] | under attack [%] | corrupted [%] | steps | time [s] | of which synthesis |",
         "|---|" + "---:|" * 6,
     ]
     for method, found in methods.items():
-        cells = [_spread(found, name) for name in COLUMNS]
-        cells += [_spread(found, "steps", 0, False), _spread(found, "seconds", 0)]
-        cells.append(_spread(found, "synthesis_percent", 0, False) + " %")
+        cells = [_cell(found, name) for name in COLUMNS]
+        cells += [_cell(found, "steps", 0, False), _cell(found, "seconds", 0)]
+        cells.append(_cell(found, "synthesis_percent", 0, False) + " %")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     seeds = len(next(iter(methods.values()))["seeds"])
     lines += [
@@ -124,7 +123,7 @@ def format_comparison(record: Mapping[str, Any]) -> str:
             titles = [name.removeprefix(prefix).replace("_", " ") for name in names]
             lines += ["", f"| {title} | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
             for method, found in methods.items():
-                lines.append(f"| {method} | {' | '.join(_spread(found, name) for name in names)} |")
+                lines.append(f"| {method} | {' | '.join(_cell(found, name) for name in names)} |")
     for text in describe(record):
         lines += ["", text]
     return "\n".join(lines) + "\n"
@@ -133,9 +132,10 @@ def format_comparison(record: Mapping[str, Any]) -> str:
 def describe(record: Mapping[str, Any]) -> list[str]:
     """Paragraphs on what comparison.json is about: model, data, start, and what was not measured; none for a file of
     version 0.1."""
-    about, settings = record.get("about"), record["settings"]
+    about = record.get("about")
     if not about:
         return []
+    settings = record["settings"]
     height, width = about["pixels"]
     weights = {"random": "random weights", "pretrained": "timm's pretrained weights", None: "its own weights"}
     source = weights.get(about["weights"]) or f"weights from `{Path(about['weights']).name}`"
@@ -144,7 +144,9 @@ def describe(record: Mapping[str, Any]) -> list[str]:
     measured = "test" if settings["split"] == "test" else "held-out training"
     epochs, starts = about["start_epochs"], list(about["start_accuracy"].values())
     accuracy = f"{statistics.fmean(starts):.1f}" + (f" ± {statistics.stdev(starts):.1f}" if len(starts) > 1 else "")
-    begin = f"{epochs:g} epochs of training on clean images" if epochs else "the weights as they are"
+    begin = "the weights as they are"
+    if epochs:
+        begin = f"{epochs} epoch{'' if epochs == 1 else 's'} of training on clean images"
     return [
         f"Model: {model}{', with a new head' if about['new_head'] else ''}. Data: `{Path(about['data']).name}`, "
         f"{about['train']:,} training and {about['test']:,} {measured} images{classes}.",
@@ -181,7 +183,7 @@ def _not_covered(settings: Mapping[str, Any], about: Mapping[str, Any]) -> list[
     return found
 
 
-def _spread(found: Mapping[str, Any], name: str, digits: int = 1, deviation: bool = True) -> str:
+def _cell(found: Mapping[str, Any], name: str, digits: int = 1, deviation: bool = True) -> str:
     mean, std = found["mean"][name], found["std"][name]
     if mean is None:
         return "–"

@@ -183,7 +183,7 @@ def test_statistics_by_hand() -> None:
     assert (row["mean"], row["low"], row["high"]) == (2, pytest.approx(2 - half), pytest.approx(2 + half))
     assert compare({"a": {0: {"clean": 1.0}}, "b": {1: {"clean": 2.0}}}, "a", "b", "clean") is None
     assert record["methods"]["a"]["mean"]["corruption/impulse_noise"] == 64
-    told = format_comparison({**record, "settings": {}})
+    told = format_comparison(record)
     assert "| b | −2.0 (−8.6 to +4.6) |" in told
     assert "| corrupted [%] | impulse noise |\n|---|---:|\n| a | 64.0 ± 4.0 |\n| b | 62.0 ± 2.6 |" in told
 

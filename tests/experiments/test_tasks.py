@@ -89,7 +89,7 @@ def test_command_on_a_folder_and_a_checkpoint(
         assert f"weights from `{checkpoint.name}`, with a new head" in told
         assert f"Data: `{pictures.name}`, 48 training and 12 test images in 2 classes (blue, red)" in told
         accuracy = sum(about["start_accuracy"].values()) / 2
-        assert f"Start: 1 epochs of training on clean images; accuracy {accuracy:.1f}" in told
+        assert f"Start: 1 epoch of training on clean images; accuracy {accuracy:.1f}" in told
         assert "Not covered: " in told
         assert "attacks and corruptions on more than 8 of 12 images" in told
     assert "12 (clean), 8 (fgsm, corruptions), 4 (apgd)" in report
