@@ -437,6 +437,6 @@ class Quiet(warnings.catch_warnings):
 
     def __enter__(self) -> Any:
         found = super().__enter__()
-        for message in ("the universal noise", ".*starts fresh"):
+        for message in ("the universal noise", ".*its head (has|is for)"):
             warnings.filterwarnings("ignore", message=message)
         return found

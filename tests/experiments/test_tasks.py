@@ -68,7 +68,11 @@ def tiny(pictures: Path, checkpoint: Path) -> CompareSettings:
 
 
 def test_command_on_a_folder_and_a_checkpoint(
-    pictures: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pictures: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     out, shared = tmp_path / "out", tmp_path / "shared.yaml"
     shared.write_text("crop_scale: 0.5\ncolor_jitter: 0\n")
@@ -79,6 +83,7 @@ def test_command_on_a_folder_and_a_checkpoint(
         "--corruptions", "contrast", "--severities", "1", "--images", "8", "--costly-images", "4", "--jobs", "1",
     ]  # fmt: skip
     assert main([*words, "--out", str(out)]) == 0
+    assert not [told for told in recwarn if "head" in str(told.message)], "the report says that the head is new"
     text = capsys.readouterr().out
     record = json.loads((out / "comparison.json").read_text())
     about = record["about"]
