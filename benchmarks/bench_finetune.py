@@ -21,8 +21,8 @@ from fastnull.encoder import FrozenEncoder
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.plan import make_plan
 from fastnull.finetune.training import Training
-from fastnull.rng import generator, uniform
 from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.starts import draw_start, step_source
 from fastnull.vit import split
 
 STEPS = 3
@@ -113,7 +113,8 @@ def _moved(training: Training, images: Tensor) -> Tensor | None:
     assert isinstance(augment, NullspaceAugment)
     tokens = augment.encoder.embed(images)
     augment.step = 0
-    start = uniform(tokens.shape, augment.config.limit, generator(augment.config.seed, 0, 1), tokens)
+    source = step_source(augment.config.seed, 0, torch.arange(len(tokens), device=tokens.device))
+    start = draw_start(tokens, augment.config, source).noise
     return augment.draw(tokens).float() - start.float()
 
 

@@ -72,7 +72,6 @@ def pgd(
     generator: torch.Generator | None = None,
     seed: int = 0,
     indices: Tensor | None = None,
-    total: int | None = None,
 ) -> Tensor:
     """Projected gradient ascent: step, project to the ball around the images, clamp to [0, 1].
 
@@ -84,10 +83,8 @@ def pgd(
         steps: gradient steps a restart.
         random_start: start at a uniform point of the ball, else (first restart only) at the images.
         generator: where the starts come from. Without one they depend on (seed, index of the image, restart) alone, so
-            an image gets the same in every batch; in a training loop give a generator or a new seed every step.
+            an image gets the same in every batch; in a training loop give a new seed every step.
         indices: [B] integers that identify the images; None is 0 .. B-1.
-        total: with a generator, the images of a larger batch whose rows `indices` are: they start where they would in
-            it. None: these are the batch.
 
     Returns:
         [B, C, H, W] in the images' dtype. Steps are taken in float32 or better, so half precision rounds once, at the
@@ -105,7 +102,7 @@ def pgd(
         return images.clone()
     with under_attack(model, images.device):
         victim = Victim(model, images, labels, targeted=targeted, criterion=criterion)
-        starts = Starts(victim.clean, generator, seed, indices, total)
+        starts = Starts(victim.clean, generator, seed, indices)
         if eps == 0:
             victim.score(victim.clean)
             return images.clone()
