@@ -92,7 +92,8 @@ class NullspaceAugment:
             image once, and that fraction of a batch is noisy, at even distances; where a batch holds one image, that
             fraction of the batches (ours: steps that cost half as much are twice as many). None takes the
             recommended one: 0.5 for boundary noise in pixels, else 0.
-        backend, dtype: of the FrozenEncoder that synthesis runs on.
+        backend, dtype: of the FrozenEncoder that synthesis runs on. dtype None takes that of `config`, `auto` by
+            default: 16 bits where this machine multiplies them faster.
         config: every setting of the synthesis at once, instead of eps, limit, steps, site, count and seed.
 
     Attributes:
@@ -137,7 +138,7 @@ class NullspaceAugment:
         self.config = config
         self.fraction = recommended_fraction(mode, config.site) if fraction is None else fraction
         check_number("fraction", self.fraction, 0, 1)
-        self.encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
+        self.encoder = FrozenEncoder(model, dtype or config.encoder_dtype, backend, config.site)
         self.model = model
         self._solve = self._solver()
         self.step = 0
@@ -366,10 +367,11 @@ class NullspaceAugment:
         bank = None
         if self._bank is not None:
             bank = {name: getattr(self._bank, name) for name in ("tokens", "influence", "norm", "converged", "steps")}
-        return {"mode": self.mode, "config": asdict(self.config), "step": self.step, "bank": bank}
+        dtype = str(self.encoder.dtype)
+        return {"mode": self.mode, "config": asdict(self.config), "step": self.step, "bank": bank, "dtype": dtype}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
+        """Take over what `state_dict` returned. Warns where that noise was made in another dtype than here.
 
         Raises:
             ValueError: the state is of another mode or site, or not what `state_dict` returns. Nothing is taken over
@@ -394,6 +396,12 @@ class NullspaceAugment:
                 check_noise(state["bank"], "the state's bank")
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"state must be what state_dict() returned: {error}") from None
+        if state.get("dtype", str(self.encoder.dtype)) != str(self.encoder.dtype):
+            warnings.warn(
+                f"fastnull: the state is of noise made in {state['dtype']}, here it is made in {self.encoder.dtype}: "
+                "what follows is not the same bit for bit, unless dtype is given",
+                stacklevel=2,
+            )
         self.config, self.step, self._bank = config, step, bank
         self._solve = self._solver()
 

@@ -22,7 +22,7 @@ from fastnull.checks import check_choice
 from fastnull.distributed.sharded import Held, Units, is_sharded
 from fastnull.encoder.autograd import AutogradEncoder
 from fastnull.encoder.explicit.encoder import ExplicitEncoder
-from fastnull.encoder.explicit.products import products_dtype
+from fastnull.encoder.explicit.products import automatic_dtype, products_dtype
 from fastnull.encoder.proof import check_structure, check_values
 from fastnull.ops.attention import WIDEST_HEAD
 from fastnull.ops.common import NATIVE_DTYPES, switched_off, told, triton_problem
@@ -31,6 +31,8 @@ from fastnull.vit.exact import same, snapshot
 from fastnull.vit.parts import UnsupportedModelError, ViTParts
 from fastnull.vit.split import as_split
 
+AUTO = "auto"
+"""A dtype: see FrozenEncoder."""
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 Cotangent: TypeAlias = "Tensor | Callable[..., Tensor | tuple[Tensor, ...]]"
@@ -48,7 +50,9 @@ class FrozenEncoder:
     Args:
         model: a ViT (NormalizedModel, plain, compiled or DDP-wrapped), or an adapter.
         dtype: compute dtype; None is the model's own. The fast backends have float32 and bfloat16, `cuda` also float16
-            (whose input gradients reach down to 6e-8), and `cpu`, on the ops' references, any.
+            (whose input gradients reach down to 6e-8), and `cpu`, on the ops' references, any. "auto", which noise is
+            made with, is 16 bits where that is faster (fastnull.encoder.explicit.products.automatic_dtype) and a fast
+            backend takes the model so, else the model's own; the `reference` backend has 16 bits inside autocast alone.
         backend: `auto` takes the fastest one for model, device and dtype, and says once why that is not the device's
             own; `reference`, `cpu` and `cuda` force one.
         site: `patch`, `block0` or `pixels`; see fastnull.vit.SITES.
@@ -68,7 +72,7 @@ class FrozenEncoder:
     def __init__(
         self,
         model: nn.Module | SplitViT,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         backend: str = "auto",
         site: str = "patch",
     ) -> None:
@@ -83,18 +87,28 @@ class FrozenEncoder:
                 "inside `with encoder.sharding():`"
             )
         weight = self.vit.projection.weight
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype or None; got {dtype!r}")
-        self.dtype = dtype or weight.dtype
+        if dtype is not None and dtype != AUTO and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, {AUTO!r} or None; got {dtype!r}")
+        own = weight.dtype if dtype is None or isinstance(dtype, str) else dtype
+        preferred = automatic_dtype(weight) if dtype == AUTO else own
+        self._dtypes = list(dict.fromkeys((preferred, own)))  # in this order, by what the written-out encoder takes
+        # copies of a model in another dtype are not proven: they are for who asked for it, autocast included
+        self._reference_dtype = preferred if torch.is_autocast_enabled(weight.device.type) else own
         self._device = weight.device
         self.generation = 0
         self._choose()
 
     def _choose(self) -> None:
         """Take the fast encoder where it is allowed and proven, else the model's own modules."""
-        with _own_modes(self._device):
-            explicit = _explicit(self.vit, self.dtype, self._asked, self.site)
-        self._encoder: ExplicitEncoder | AutogradEncoder = explicit or AutogradEncoder(self.vit, self.dtype)
+        for dtype in self._dtypes:
+            with _own_modes(self._device):
+                last = dtype == self._dtypes[-1]
+                explicit = _explicit(self.vit, dtype, self._asked, self.site, refuse=last)
+            if explicit is not None:
+                break
+        self._encoder: ExplicitEncoder | AutogradEncoder
+        self._encoder = explicit or AutogradEncoder(self.vit, self._reference_dtype)
+        self.dtype = self._encoder.dtype
         self.backend = "reference" if explicit is None else self._device.type
         self.products = self._encoder.compute
         self._snapshot = snapshot(self.vit.model)
@@ -240,6 +254,10 @@ class FrozenEncoder:
             tokens = tokens.clone() if tokens.is_inference() else tokens  # autograd takes none of these
             return self._encoder.input_gradient(tokens, self.site, weights, parts, sum_every)
 
+    def about(self) -> dict[str, str]:
+        """What a record says of it: dtype, dtype of the products, backend."""
+        return {"dtype": str(self.dtype), "products": str(self.products), "backend": self.backend}
+
     def memory(self) -> dict[str, int]:
         """Bytes that the encoder itself holds: `weights`, `kept` for the backward, `scratch`; nothing on `reference`,
         whose memory autograd takes anew each time."""
@@ -279,8 +297,13 @@ class FrozenEncoder:
             raise ValueError(f"tokens at site {self.site!r} must have shape {shape}; got {list(tokens.shape)}")
 
 
-def _explicit(vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch") -> ExplicitEncoder | None:
-    """The written-out encoder where the backend asks for it, model, device and dtype allow it, and it is proven."""
+def _explicit(
+    vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch", *, refuse: bool = True
+) -> ExplicitEncoder | None:
+    """The written-out encoder where the backend asks for it, model, device and dtype allow it, and it is proven.
+
+    With `refuse` the user learns why not: by an error where the backend was asked for, else by a warning.
+    """
     device = vit.projection.weight.device
     if backend == "reference" or (backend == "auto" and device.type not in NATIVE_DTYPES):
         return None
@@ -295,6 +318,8 @@ def _explicit(vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patc
         check_values(vit, made, site)
         return made
     except UnsupportedModelError as reason:
+        if not refuse:
+            return None
         if backend != "auto":
             problem = f"backend {backend!r} does not support {reason}; use 'auto' or 'reference'"
             raise UnsupportedModelError(problem) from None

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+
 from fastnull.checks import as_type, check_choice, check_fields, check_number, refuse_renamed
 from fastnull.synthesis.objective import OBJECTIVES, PREDICTION
 from fastnull.vit.base import SITES
@@ -20,6 +22,7 @@ ON_UNMET = ("keep", "scale", "raise")
 SCHEDULES = ("cosine", "constant", "published")
 SOLVERS = ("gauss_newton", "adamw")
 LR = 0.1
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 STOPS = ("check", "batch", "never")
 
 RECOMMENDED: dict[tuple[str, bool], dict[str, Any]] = {
@@ -110,6 +113,8 @@ class SynthesisConfig:
             below ε.
         graph: run steps in a CUDA graph; None does so on the cuda backend. The host then learns after 8 to
             15 steps that a noise met ε; with stop="check" the noise goes on until then.
+        dtype: of the encoder that noise is made with: `float32`, `bfloat16`, `float16`, or `auto`: 16 bits where this
+            machine multiplies them faster, see FrozenEncoder.
         seed: of the start.
     """
 
@@ -142,6 +147,7 @@ class SynthesisConfig:
     growing: bool = False
     final_scale: bool = False
     graph: bool | None = None
+    dtype: str = "auto"
     seed: int = 0
 
     def __new__(cls, *_: Any, **given: Any) -> SynthesisConfig:
@@ -158,6 +164,7 @@ class SynthesisConfig:
             ("schedule", SCHEDULES),
             ("stop", STOPS),
             ("on_unmet", ON_UNMET),
+            ("dtype", DTYPES),
         ):
             check_choice(name, getattr(self, name), allowed)
         check_number("eps", self.eps, 0, 2, exclusive=True)
@@ -216,6 +223,11 @@ class SynthesisConfig:
     def rate(self) -> float:
         """What the schedule starts from: lr of adamw, radius of gauss_newton."""
         return self.radius if self.rule == "gauss_newton" else self.lr or LR
+
+    @property
+    def encoder_dtype(self) -> torch.dtype | str:
+        """`dtype` as FrozenEncoder takes it."""
+        return self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
 
     @classmethod
     def recommended(cls, augment: str, site: str | None = None, **changes: Any) -> SynthesisConfig:

@@ -77,7 +77,7 @@ def synthesize(
     as before. The same seed gives the same noise.
 
     Args:
-        model: a ViT or a FrozenEncoder of it (whose site then has to be the configuration's).
+        model: a ViT or a FrozenEncoder of it (whose site then has to be the configuration's, and whose dtype holds).
         batches: one batch [B, C, H, W], a sequence of batches (kept with their clean logits), or a re-iterable such
             as a DataLoader (read anew each round). A batch is images or a tuple that starts with them.
         config: see SynthesisConfig.
@@ -104,7 +104,9 @@ def synthesize(
     config = config or SynthesisConfig()
     if config.mode == "random":
         raise ValueError("config.mode must be universal, per_image or boundary; random noise is not synthesised")
-    encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=config.site)
+    encoder = (
+        model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, config.encoder_dtype, site=config.site)
+    )
     if encoder.site != config.site:
         raise ValueError(f"config.site is {config.site!r} but the encoder was made for site {encoder.site!r}")
     if isinstance(start, Noise):
@@ -352,11 +354,5 @@ def _metadata(encoder: FrozenEncoder, config: SynthesisConfig, **extra: Any) -> 
         "config": asdict(config),
         **extra,
         "model": type(encoder.vit.network).__name__,
-        **provenance(
-            encoder.device,
-            dtype=str(encoder.dtype),
-            products=str(encoder.products),
-            backend=encoder.backend,
-            seed=config.seed,
-        ),
+        **provenance(encoder.device, **encoder.about(), seed=config.seed),
     }
