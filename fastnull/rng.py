@@ -1,10 +1,9 @@
 """Random numbers that do not depend on, and do not disturb, the caller's.
 
-`generator` gives a keyed generator on the CPU, for orders and choices that the host makes. `KeyedRandom` makes numbers
-per image on the image's device. torch's generators are streams: what an image gets from one depends on the images
-before it and on the device. Here every number is a hash of its address (splitmix64 over 64-bit integers), so the
-integers are the same in every batch and on every device. Philox would serve as well, and costs five times as much
-without a kernel of its own.
+`generator` makes a keyed generator on the CPU, for orders and choices of the host. `KeyedRandom` makes numbers per image
+on the image's device. With torch's generators an image's numbers depend on the images before it, the batch size and the
+device. Here every number is a hash of its address (splitmix64 on 64-bit integers), so the integers are the same in every
+batch and on every device. Philox would do the same, but costs several times as much without a kernel of its own.
 """
 
 from __future__ import annotations
@@ -94,15 +93,15 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 class KeyedRandom:
-    """A source of random numbers for a batch of images; every draw is fresh, and a new source repeats them.
+    """Random numbers for a batch of images. Every draw is new; another object with the same arguments repeats them.
 
-    What an image gets depends on seed, purpose and the image's index alone: not on the batch, the device or the
-    process. No global state is read or changed, and no device is waited for.
+    The numbers of an image depend only on seed, purpose and its index, not on the batch, the device or the process. No
+    global state is read or changed, and the host does not wait for a device.
 
     Args:
         seed: of the experiment.
-        purpose: what the numbers are for, so that two uses of a seed are independent ("shot_noise/3").
-        indices: [B] integers that identify the images; the numbers come on its device.
+        purpose: use of the numbers ("shot_noise/3"); different purposes are independent.
+        indices: [B] integers that identify the images; the numbers are on its device.
     """
 
     def __init__(self, seed: int, purpose: str, indices: Tensor) -> None:
@@ -116,7 +115,7 @@ class KeyedRandom:
     def _words(self, count: int) -> Tensor:
         """Hashes of a new draw [B, count]."""
         self._draws += 1
-        keys = _mix(self._keys + _signed(self._draws * _GOLDEN % (1 << 64)))  # [B], one stream a draw
+        keys = _mix(self._keys + _signed(self._draws * _GOLDEN % (1 << 64)))  # [B], one stream per draw
         position = torch.arange(1, count + 1, device=keys.device) * _GOLDEN  # [count]
         words = torch.empty(self.batch, count, dtype=torch.int64, device=keys.device)
         at_once = _CACHED_WORDS // max(count, 1) if keys.device.type == "cpu" else self.batch

@@ -23,6 +23,8 @@ SCHEDULES = ("cosine", "constant", "published")
 SOLVERS = ("gauss_newton", "adamw")
 LR = 0.1
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LEAST_EPS_IN_16_BITS = 0.01
+"""Below it `auto` keeps the model's dtype: rounding to bfloat16 alone has an influence of up to 3e-4 (docs/recipe.md)."""
 STOPS = ("check", "batch", "never")
 
 RECOMMENDED: dict[tuple[str, bool], dict[str, Any]] = {
@@ -114,7 +116,7 @@ class SynthesisConfig:
         graph: run steps in a CUDA graph; None does so on the cuda backend. The host then learns after 8 to
             15 steps that a noise met ε; with stop="check" the noise goes on until then.
         dtype: of the encoder that noise is made with: `float32`, `bfloat16`, `float16`, or `auto`: 16 bits where this
-            machine multiplies them faster, see FrozenEncoder.
+            machine multiplies them faster (see FrozenEncoder) and ε is at least 0.01, else the model's own.
         seed: of the start.
     """
 
@@ -225,9 +227,11 @@ class SynthesisConfig:
         return self.radius if self.rule == "gauss_newton" else self.lr or LR
 
     @property
-    def encoder_dtype(self) -> torch.dtype | str:
+    def encoder_dtype(self) -> torch.dtype | str | None:
         """`dtype` as FrozenEncoder takes it."""
-        return self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        return "auto" if self.eps >= LEAST_EPS_IN_16_BITS else None
 
     @classmethod
     def recommended(cls, augment: str, site: str | None = None, **changes: Any) -> SynthesisConfig:
