@@ -57,11 +57,14 @@ def _case(name: str, model: nn.Module, dtype: torch.dtype, settings: BenchSettin
     labels = torch.arange(B) % shape.C
     variants = []
     for label, augment, site, backend in ((TWO_VIEWS, "none", "patch", "auto"), *AUGMENTS):
+        noise = None
+        if augment in SYNTHESISED:
+            noise = SynthesisConfig(mode=augment, site=site, steps=STEPS, dtype=str(dtype)[6:])
         config = FinetuneConfig(
             augment=augment, site=site, backend=backend, batch_size=B, epochs=1000, progress=False,
             amp=None if dtype == torch.float32 else str(dtype)[6:], attack_steps=STEPS, seed=settings.seed,
             noise_fraction=0.0,  # two views, whatever the augmentation
-            noise=SynthesisConfig(mode=augment, site=site, steps=STEPS) if augment in SYNTHESISED else None,
+            noise=noise,
         )  # fmt: skip
         variants.append(_variant(label, config, name, images, labels, dtype, settings))
     variants.append(_sync(name, dtype, images, settings))

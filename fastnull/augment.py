@@ -377,7 +377,7 @@ class NullspaceAugment:
             ValueError: the state is of another mode or site, or not what `state_dict` returns. Nothing is taken over
                 then.
         """
-        missing = [key for key in ("mode", "config", "step", "bank") if key not in state]
+        missing = [key for key in ("mode", "config", "step", "bank", "dtype") if key not in state]
         if missing:
             raise ValueError(f"state must be what state_dict() returned; it lacks {', '.join(missing)}")
         given = state["config"] if isinstance(state["config"], Mapping) else {}
@@ -396,7 +396,7 @@ class NullspaceAugment:
                 check_noise(state["bank"], "the state's bank")
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"state must be what state_dict() returned: {error}") from None
-        if state.get("dtype", str(self.encoder.dtype)) != str(self.encoder.dtype):
+        if state["dtype"] != str(self.encoder.dtype):
             warnings.warn(
                 f"fastnull: the state is of noise made in {state['dtype']}, here it is made in {self.encoder.dtype}: "
                 "what follows is not the same bit for bit, unless dtype is given",

@@ -1,9 +1,9 @@
 """Random numbers that do not depend on, and do not disturb, the caller's.
 
-`generator` makes a keyed generator on the CPU, for orders and choices of the host. `KeyedRandom` makes numbers per image
-on the image's device. With torch's generators an image's numbers depend on the images before it, the batch size and the
-device. Here every number is a hash of its address (splitmix64 on 64-bit integers), so the integers are the same in every
-batch and on every device. Philox would do the same, but costs several times as much without a kernel of its own.
+`generator` makes a keyed generator on the CPU, for orders and choices of the host. `KeyedRandom` makes numbers per
+image on the image's device. With torch's generators an image's numbers depend on the images before it, the batch size
+and the device. Here every number is a hash of its address (splitmix64 on 64-bit integers), so the integers are the same
+in every batch and on every device. Philox would do the same, but costs several times as much without its own kernel.
 """
 
 from __future__ import annotations

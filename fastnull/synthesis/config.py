@@ -24,7 +24,7 @@ SOLVERS = ("gauss_newton", "adamw")
 LR = 0.1
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAST_EPS_IN_16_BITS = 0.01
-"""Below it `auto` keeps the model's dtype: rounding to bfloat16 alone has an influence of up to 3e-4 (docs/recipe.md)."""
+"""Below it `auto` keeps the model's dtype: rounding to bfloat16 alone has an influence of up to 3e-4."""
 STOPS = ("check", "batch", "never")
 
 RECOMMENDED: dict[tuple[str, bool], dict[str, Any]] = {

@@ -563,6 +563,7 @@ def test_files_of_a_run(tmp_path, few):
     assert written["synthesis"]["eps"] == 0.1  # the default of boundary at patch, resolved
     assert written["plan"]["steps"] == 6
     assert written["data"] == {"train": 43, "validation": 5}
+    assert written["encoder"]["dtype"] == "torch.float32"
     assert written["provenance"]["torch"] == torch.__version__
     steps = [line for line in metrics(tmp_path) if line["kind"] == "step"]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
