@@ -50,9 +50,10 @@ class FrozenEncoder:
     Args:
         model: a ViT (NormalizedModel, plain, compiled or DDP-wrapped), or an adapter.
         dtype: compute dtype; None is the model's own. The fast backends have float32 and bfloat16, `cuda` also float16
-            (whose input gradients reach down to 6e-8), and `cpu`, on the ops' references, any. "auto", which noise is
-            made with, is 16 bits where that is faster (fastnull.encoder.explicit.products.automatic_dtype) and a fast
-            backend takes the model so, else the model's own; the `reference` backend has 16 bits inside autocast alone.
+            (whose input gradients reach down to 6e-8), and `cpu`, on the ops' references, any. "auto", the
+            default for noise, is a 16-bit dtype where that is faster (see automatic_dtype in explicit/products.py) and
+            a fast backend supports the model in it, else the model's own. On the `reference` backend it is the model's
+            own except inside autocast.
         backend: `auto` takes the fastest one for model, device and dtype, and says once why that is not the device's
             own; `reference`, `cpu` and `cuda` force one.
         site: `patch`, `block0` or `pixels`; see fastnull.vit.SITES.
@@ -91,8 +92,8 @@ class FrozenEncoder:
             raise TypeError(f"dtype must be a torch.dtype, {AUTO!r} or None; got {dtype!r}")
         own = weight.dtype if dtype is None or isinstance(dtype, str) else dtype
         preferred = automatic_dtype(weight) if dtype == AUTO else own
-        self._dtypes = list(dict.fromkeys((preferred, own)))  # in this order, by what the written-out encoder takes
-        # copies of a model in another dtype are not proven: they are for who asked for it, autocast included
+        self._dtypes = list(dict.fromkeys((preferred, own)))  # the first that the written-out encoder supports is used
+        # nothing proves a 16-bit copy of the model: only a caller in autocast gets one without asking
         self._reference_dtype = preferred if torch.is_autocast_enabled(weight.device.type) else own
         self._device = weight.device
         self.generation = 0
@@ -302,7 +303,7 @@ def _explicit(
 ) -> ExplicitEncoder | None:
     """The written-out encoder where the backend asks for it, model, device and dtype allow it, and it is proven.
 
-    With `refuse` the user learns why not: by an error where the backend was asked for, else by a warning.
+    With `refuse` the reason for None is given: as an error if the backend was forced, else as a warning.
     """
     device = vit.projection.weight.device
     if backend == "reference" or (backend == "auto" and device.type not in NATIVE_DTYPES):

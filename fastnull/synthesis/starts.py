@@ -1,14 +1,13 @@
-"""What noise starts from, and how far its steps go: the random numbers of a synthesis.
+"""The start of a noise and the length of its steps: the random numbers of a synthesis.
 
-A start is uniform numbers, or such with a strength of its own for each image, or with a smooth field on it. Steps are
-of one length, or each image has its own. Both can be in proportion to the image's contrast.
+A start is uniform noise. Each image can have its own strength and a smooth field on top. Steps have one length, or one
+per image. Both can be proportional to the contrast of the image.
 
-The uniform start is the published one; all else is ours. An image that is given noise of any strength up to the
-limit, and not of one length only, is trained on what lies near it too. A smooth field (white noise on a coarse grid,
-drawn out to the image's size) has the low frequencies that blurs, fog, and changes of brightness and contrast have, and
-that no uniform start has; it is in the spirit of training on noise with the spectrum of natural images. Noise in
-proportion to contrast asks as much of every image: of one length for all, it drowns a pale image (sky, fog), which the
-model then learns to overlook, and hardly moves a stark one.
+The uniform start is the published one; the rest is ours. With strengths up to the limit, the training also covers what
+lies near an image. A smooth field (white noise on a coarse grid, interpolated to the size of the image) has the low
+frequencies of blur, fog and changes of brightness and contrast, which uniform noise lacks; the idea is that of training
+on noise with the spectrum of natural images. Noise of one length for all images hides a pale image (sky, fog), which
+the model then learns to ignore, and hardly changes one of high contrast. Noise proportional to contrast avoids both.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ GRIDS = 4
 MOST_CELLS = 2 ** (GRIDS - 1)
 
 MOST_CONTRAST = 1.5
-"""Times the contrast that noise is meant for: that of a starker image counts no more."""
+"""Noise grows with contrast up to this multiple of the contrast that its lengths are for."""
 
 
 class Start(NamedTuple):
@@ -52,14 +51,14 @@ def step_source(seed: int, step: int, rows: Tensor) -> KeyedRandom:
 
 
 def draw_start(tokens: Tensor, config: SynthesisConfig, source: KeyedRandom, *, given: Tensor | None = None) -> Start:
-    """The noise that synthesis starts from and its step sizes, both for the contrast of the images.
+    """The noise that synthesis starts from and its step sizes, both scaled to the contrast of the images.
 
-    Nothing is drawn on the host, and no device is waited for.
+    The host draws nothing and does not wait for a device.
 
     Args:
         tokens: at the site, without noise [B, ...].
         config: limits, ranges, contrast and step_size are used.
-        source: of the images' random numbers, on the device of the tokens. An image gets the same in every batch.
+        source: of the random numbers, on the device of the tokens. An image gets the same numbers in every batch.
         given: noise [B, ...] to start from in place of a drawn one; it is not scaled to the contrast.
 
     Raises:

@@ -17,8 +17,8 @@ from torch import Tensor
 from fastnull.checks import check_choice
 
 LEAST_WIDTH = 128
-"""Of models whose noise `auto` makes in bfloat16 on a CPU. In narrower ones the weights' copy in every training step
-takes the time that products save (docs/facts.md)."""
+"""Width from which `auto` is bfloat16 on a CPU. In narrower models the products save less time than the copy of the
+weights in every training step costs (docs/facts.md)."""
 CHOICES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -34,10 +34,10 @@ def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def automatic_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which `auto` makes noise: 16 bits for a float32 model where this machine multiplies them faster.
+    """The dtype that `auto` stands for: a 16-bit one for a float32 model where this machine multiplies it faster.
 
-    In an autocast region it is autocast's own, on a GPU bfloat16, and on a CPU bfloat16 where its products are timed
-    as the faster ones and the model is wide enough. Models of another dtype keep theirs.
+    Inside autocast it is the autocast dtype, on a GPU bfloat16, and on a CPU bfloat16 if its products are faster here
+    and the model is at least LEAST_WIDTH wide. A model of another dtype keeps it.
 
     Args:
         weight: of the patch embedding [D, ...].
