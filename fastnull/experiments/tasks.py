@@ -34,7 +34,7 @@ from fastnull.noise import Noise
 from fastnull.progress import listening
 from fastnull.record import write_json
 from fastnull.report.runs import METRICS, RESULTS, read_metrics
-from fastnull.rng import generator, preserved
+from fastnull.rng import KeyedRandom, preserved
 from fastnull.robustness import corrupt, evaluate
 from fastnull.robustness.measurements import BALL_ATTACKS, CW
 from fastnull.robustness.settings import EvaluationSettings
@@ -418,7 +418,8 @@ def scale_of_norm(norm: float, inputs: Tensor, start: SynthesisConfig) -> float:
     Raises:
         ValueError: no noise of this kind in pixels is as long.
     """
-    noise = draw_start(inputs, start, generator(0)).noise
+    source = KeyedRandom(0, "scale", torch.arange(len(inputs), device=inputs.device))
+    noise = draw_start(inputs, start, source).noise
     low = norm / float(norms(noise).mean())
     if start.site != "pixels":
         return low
