@@ -489,6 +489,14 @@ def test_interrupt_carries_the_noise_so_far(vit: NormalizedModel, images: Tensor
         ({"solver": "adam"}, "solver must be one of .* Did you mean 'adamw'"),
         ({"image_fraction": 1.5}, "image_fraction must be > 0 and <= 1; got 1.5"),
         ({"on_unmet": "drop"}, "on_unmet must be one of"),
+        ({"limit_range": 1.5}, "limit_range must be"),
+        ({"step_range": -0.5}, "step_range must be"),
+        ({"objective": "prediction", "mode": "universal"}, "for mode 'boundary'; got mode='universal'"),
+        ({"smooth_limit": -0.1, "site": "pixels"}, "smooth_limit must be"),
+        ({"contrast": 0.1, "mode": "boundary"}, "contrast is for site 'pixels'; got site='patch'"),
+        ({"limit": 3.0, "site": "pixels"}, "limit must be >= 0 and <= 1; got 3.0"),
+        ({"contrast": 0.1, "site": "pixels"}, "contrast is for modes with one noise per image"),
+        ({"smooth_limit": 0.1, "site": "patch"}, "smooth_limit is for site 'pixels'; got site='patch'"),
     ],
 )
 def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
