@@ -24,6 +24,7 @@ from fastnull.ops import (
 from fastnull.ops.common import no_autocast
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import PREDICTION, prediction_gradient, probability_change
+from fastnull.synthesis.replay import Replay, use_graph
 
 TENTH = 0.1
 """Of the start's norm: a boundary step at the token sites."""
@@ -72,6 +73,15 @@ def own_noise(
             if pixels:
                 noise = valid_noise(tokens, noise)
     return noise, influence, torch.full_like(influence, steps, dtype=torch.int64) if state is None else state.steps
+
+
+def replayed_noise(encoder: FrozenEncoder, config: SynthesisConfig) -> Replay:
+    """`own_noise` as a function of tokens, clean logits, start and perhaps step size; config.graph: in a CUDA graph."""
+
+    def solve(tokens: Tensor, clean: Tensor, start: Tensor, *size: Tensor) -> tuple[Tensor, ...]:
+        return own_noise(encoder, tokens, clean, start, config, *size)
+
+    return Replay(solve, use_graph(config.graph, encoder.device, encoder.backend), buffers=encoder.buffers)
 
 
 def boundary_step_size(shape: Sequence[int], config: SynthesisConfig) -> float:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastnull import augment
 from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
 from fastnull.rng import generator
-from fastnull.synthesis import SynthesisConfig, replay, run, synthesize, universal
+from fastnull.synthesis import SynthesisConfig, replay, solvers, synthesize, universal
 from fastnull.synthesis.batches import Batches, embed_batch
 from fastnull.synthesis.replay import Replay, Report, use_graph
 from fastnull.vit import NormalizedModel
@@ -121,7 +120,7 @@ def test_a_graph_outlives_what_happens_to_its_encoder(
     vit: NormalizedModel, between: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eager = drawn(vit, (10, 10, 4, 10), BETWEEN[between])
-    monkeypatch.setattr(augment, "use_graph", lambda *_: True)
+    monkeypatch.setattr(solvers, "use_graph", lambda *_: True)
     events = pretend_graphs(monkeypatch)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fastnull: inputs of another shape")
@@ -136,7 +135,7 @@ def test_batches_of_several_sizes_are_each_captured_in_the_memory_of_the_largest
     batches = list(torch.rand(104, 3, 16, 16).split([10, 64, 10, 10, 10]))
     config = SynthesisConfig(mode="per_image", steps=2)
     eager = synthesize(FrozenEncoder(vit, backend="cpu"), batches, config)
-    monkeypatch.setattr(run, "use_graph", lambda *_: True)
+    monkeypatch.setattr(solvers, "use_graph", lambda *_: True)
     events = pretend_graphs(monkeypatch)
     with pytest.warns(UserWarning, match="another shape") as warned:
         replayed = synthesize(FrozenEncoder(vit, backend="cpu"), batches, config)

@@ -25,6 +25,7 @@ from fastnull.synthesis import (
     SynthesisInterrupted,
     SynthesisOutOfMemoryError,
     measure_influence,
+    solvers,
     synthesize,
 )
 from fastnull.synthesis import run as synthesis
@@ -362,20 +363,20 @@ ERRORS = {
 def test_out_of_memory_keeps_the_images_that_are_done(
     vit: NormalizedModel, images: Tensor, good: int, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = synthesis.own_noise, iter(range(9))
+    real, calls = solvers.own_noise, iter(range(9))
 
     def failing(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         if next(calls) == good:
             raise MemoryError("can't allocate memory")
         return real(*args)
 
-    monkeypatch.setattr(synthesis, "own_noise", failing)
+    monkeypatch.setattr(solvers, "own_noise", failing)
     config = SynthesisConfig(mode=mode, limit=0.25, steps=2)
     with pytest.raises(
         SynthesisOutOfMemoryError, match=rf"after {2 * good} images: use smaller batches.*can't allocate memory"
     ) as error:
         synthesize(vit, images.split(2), config)
-    monkeypatch.setattr(synthesis, "own_noise", real)
+    monkeypatch.setattr(solvers, "own_noise", real)
     kept = error.value.noise
     assert (kept is None) == (good == 0)
     if kept is not None:
