@@ -43,7 +43,8 @@ def _git(root: Path, *args: str) -> str:
     return run.stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -65,8 +66,8 @@ def _code() -> dict[str, Any]:
         "fastnull": __version__,
         "commit": commit(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "timm": _version("timm"),
+        "triton": version_of("triton"),
+        "timm": version_of("timm"),
         "python": platform.python_version(),
     }
 

@@ -1,7 +1,8 @@
-"""The Triton kernels of the ops; importing this package registers them, or those of csrc/cuda, for CUDA tensors.
+"""The Triton kernels of the ops.
 
 One file an op: table of tiles, kernels, launchers. A launcher has the arguments of its `torch.ops.fastnull` op and
-writes into the tensors it is given. fastnull.ops imports this package at the first CUDA tensor, and not before.
+writes into the tensors it is given. fastnull.ops imports this package at the first CUDA tensor, and not before; which
+implementation such a tensor gets is decided in fastnull/ops/dispatch.py.
 """
 
 from __future__ import annotations
@@ -11,14 +12,12 @@ from collections.abc import Callable
 
 from fastnull.kernels import (
     attention,
-    choice,
     gelu,
     layer_norm,
     linear_gelu,
     noise,
     patch_project,
 )
-from fastnull.ops.common import LIBRARY
 from fastnull.ops.noise_objective import means_after
 
 LAUNCHERS: dict[str, Callable[..., None]] = {
@@ -36,6 +35,3 @@ LAUNCHERS: dict[str, Callable[..., None]] = {
     "adamw_step_": noise.adamw_step_,
     "direct_step_": noise.direct_step_,
 }
-
-for _name, _launcher in LAUNCHERS.items():
-    LIBRARY.impl(_name, choice.launcher(_name, _launcher), "CUDA")

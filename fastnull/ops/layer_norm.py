@@ -48,14 +48,38 @@ def _layer_norm_out_ref(
 ) -> None:
     out, m, r = layer_norm_ref(x, weight, bias, eps)
     y.copy_(out)
-    mean.copy_(m)
-    rstd.copy_(r)
+    mean.copy_(m.view(mean.shape))
+    rstd.copy_(r.view(rstd.shape))
 
 
 def _layer_norm_dx_out_ref(
     dxhat: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dres: Tensor | None, dx: Tensor
 ) -> None:
+    mean, rstd = (stat.view(x.shape[:-1]) for stat in (mean, rstd))
     dx.copy_(layer_norm_dx_ref(dxhat, x, mean, rstd, dres))
+
+
+def layer_norm_library(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, y: Tensor, mean: Tensor, rstd: Tensor
+) -> None:
+    """`layer_norm_out` by torch's own operator."""
+    wide = x.to(compute_dtype(x.dtype)) if weight is not None and weight.dtype != x.dtype else x
+    results = torch.native_layer_norm(wide, x.shape[-1:], weight, bias, eps)
+    for written, result in zip((y, mean, rstd), results, strict=True):
+        written.copy_(result.view(written.shape))
+
+
+def layer_norm_dx_library(
+    dxhat: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dres: Tensor | None, dx: Tensor
+) -> None:
+    """`layer_norm_dx_out` by torch's own operators."""
+    stats = (stat.view(*x.shape[:-1], 1) for stat in (mean, rstd))
+    backward = torch.ops.aten.native_layer_norm_backward
+    result = backward(dxhat, x, x.shape[-1:], *stats, None, None, [True, False, False])[0]
+    if dres is None:
+        dx.copy_(result)
+    else:
+        torch.add(result, dres, out=dx)
 
 
 define(

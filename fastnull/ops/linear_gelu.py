@@ -65,7 +65,8 @@ def _gelu_out_ref(z: Tensor, bias: Tensor | None, tanh: bool, h: Tensor, derivat
     value, slope = gelu_ref(z, bias, "tanh" if tanh else "none")
     h.copy_(value)
     if derivative is not None:
-        derivative.copy_(encode_derivative(slope) if derivative.dtype == torch.uint8 else slope)
+        kept = encode_derivative(slope) if derivative.dtype == torch.uint8 else slope
+        derivative.copy_(kept.view(derivative.shape))
 
 
 def _dgelu_ref(g: Tensor, derivative: Tensor) -> None:
@@ -83,6 +84,21 @@ def _linear_gelu_out_ref(
 def _linear_dgelu_out_ref(dy: Tensor, weight: Tensor, derivative: Tensor, dz: Tensor) -> None:
     torch.mm(dy, weight, out=dz)
     _dgelu_ref(dz, derivative)
+
+
+def linear_gelu_apart(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, h: Tensor, derivative: Tensor | None
+) -> None:
+    """`linear_gelu_out` by the library's product and a pass over its result."""
+    torch.mm(x, weight.t(), out=h)
+    z = h.unsqueeze(0)
+    torch.ops.fastnull.gelu_out(z, bias, tanh, z, derivative)
+
+
+def linear_dgelu_apart(dy: Tensor, weight: Tensor, derivative: Tensor, dz: Tensor) -> None:
+    """`linear_dgelu_out` by the library's product and a pass over its result."""
+    torch.mm(dy, weight, out=dz)
+    torch.ops.fastnull.dgelu_(dz.unsqueeze(0), derivative)
 
 
 define("gelu_out(Tensor z, Tensor? bias, bool tanh, Tensor(a!) h, Tensor(b!)? derivative) -> ()", _gelu_out_ref)

@@ -1,4 +1,4 @@
-"""A lock on the folder of a run: one process at a time writes there."""
+"""A lock on a folder: one process at a time writes there."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ _held: set[int] = set()
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Inside, this process alone may write in the folder, which is there.
+
+    Where another process holds the lock, `wait` waits until it lets go.
 
     The system lets go of the lock when the process ends, however it ends. On file systems without locks there is a
     warning and nothing is locked.
@@ -30,7 +32,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process, or another run of this one, holds it; the message names the process.
     """
-    handle = _acquire(folder)
+    handle = _acquire(folder, wait)
     if handle is None:
         yield
         return
@@ -56,7 +58,7 @@ def check_unlocked(folder: Path) -> None:
             pass  # `locked` warns
 
 
-def _acquire(folder: Path) -> int | None:
+def _acquire(folder: Path, wait: bool) -> int | None:
     """The open file with the lock on it; None where there are no locks."""
     if fcntl is None:
         return None
@@ -64,7 +66,7 @@ def _acquire(folder: Path) -> int | None:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             raise _in_use(folder) from None

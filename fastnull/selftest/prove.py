@@ -1,0 +1,128 @@
+"""The self-test: which implementations of a model's ops are right on this machine, and which is the fastest."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from fastnull import choices
+from fastnull.choices import Found
+from fastnull.folder_lock import locked
+from fastnull.record import device_name
+from fastnull.selftest import store
+from fastnull.selftest.problems import OPS, Problem
+from fastnull.selftest.supervise import outcomes
+
+IMAGES = {"cuda": 64, "cpu": 2}
+"""In a batch of the self-test, where nobody says otherwise. What is fastest hardly depends on it."""
+KERNELS = ("triton", "cuda", "cpu")
+"""Implementations of this package: a user hears of one that is left out."""
+
+_told: set[str] = set()
+_solved: set[tuple[str, str]] = set()  # (device, problem), by this process
+
+
+def prove(
+    problems: Iterable[Problem], device: torch.device, *, asked: str | None = None, images: int | None = None
+) -> dict[str, Found]:
+    """Have the implementations of problems checked and timed, now or at an earlier time on this machine, and from now
+    on take the fastest right ones.
+
+    Args:
+        problems: of an encoder.
+        device: where.
+        asked: `auto`, `off` (nothing is done) or `force` (what is stored is not believed); None: FASTNULL_SELFTEST.
+        images: in a batch; None: IMAGES.
+
+    Returns:
+        Problem → implementation → outcome. What could not be checked is missing: library calls serve it.
+    """
+    mode, name = choices.mode(asked), device_name(device)
+    if mode == "off":
+        return {}
+    wanted = {each.name: each for problem in problems for each in (problem, *problem.parts)}
+    ordered = sorted(wanted, key=lambda each: (OPS.index(wanted[each].op), each))
+    known = {each: choices.found(name, each) for each in ordered if mode == "auto" or (name, each) in _solved}
+    known = {each: of for each, of in known.items() if of} or ({} if mode == "force" else store.read(device))
+    if not known.keys() >= wanted.keys():
+        known = _checked(ordered, device, name, mode == "force", images or IMAGES[device.type])
+    found = {each: known[each] for each in ordered if each in known}
+    choices.add(name, found)
+    return found
+
+
+def _checked(
+    wanted: list[str], device: torch.device, name: str, force: bool, images: int
+) -> dict[str, Found]:
+    """Run what nobody has run yet, and keep it for later processes."""
+    with _alone():
+        stored = store.read(device)  # another process may have been there in the meantime
+        missing = [each for each in wanted if force or each not in stored]
+        if missing:
+            _say(f"checking kernels on {name}, once: takes about half a minute")
+            try:
+                fresh = outcomes(missing, device, images)
+            except RuntimeError as error:
+                _warn(f"kernels cannot be checked on {name}, library calls serve in their place: {error}")
+                return stored
+            _tell_what_is_left_out(fresh)
+            _solved.update((name, each) for each in fresh)
+            stored |= fresh
+            try:
+                store.write(device, stored)
+            except (OSError, ValueError) as error:
+                _warn(f"what was found of the kernels cannot be kept, every process will check them anew: {error}")
+    return stored
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Inside, other processes of this machine wait; where the folder cannot be made, nobody does."""
+    folder = store.folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".tried").touch()
+    except OSError:  # the caller says so when it writes
+        yield
+        return
+    with locked(folder, wait=True):
+        yield
+
+
+def _tell_what_is_left_out(found: Mapping[str, Found]) -> None:
+    for problem, outcomes_ in found.items():
+        for name, outcome in outcomes_.items():
+            if outcome.problem and name in KERNELS and not outcome.problem.startswith("does not take"):
+                _warn(f"{problem}: the {name} kernel is left out here: {outcome.problem}")
+
+
+def _say(text: str) -> None:
+    if sys.stderr is not None:
+        print(f"fastnull: {text}", file=sys.stderr, flush=True)
+
+
+def _warn(text: str) -> None:
+    if text not in _told:
+        _told.add(text)
+        warnings.warn(f"fastnull: {text}", RuntimeWarning, stacklevel=2)
+
+
+def table(found: Mapping[str, Found]) -> list[tuple[str, ...]]:
+    """What was found as lines of columns, the header first; `<` marks what is taken."""
+    lines = [("problem", "implementation", "ms", "of floor", "error", "")]
+    for problem, outcomes_ in found.items():
+        right = {name: each.ms for name, each in outcomes_.items() if each.ms is not None}
+        best = min(right, key=lambda name: right[name]) if right else None
+        for name, each in outcomes_.items():
+            lines.append((
+                problem, name,
+                "-" if each.ms is None else f"{each.ms:.4f}",
+                "-" if each.floor is None else f"{100 * each.floor:.0f} %",
+                "-" if each.error is None else f"{each.error:.1e}",
+                "<" if name == best else each.problem,
+            ))  # fmt: skip
+    return lines
