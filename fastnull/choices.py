@@ -95,7 +95,6 @@ def pin(wanted: Mapping[str, str], gpu: str) -> list[str]:
         elif name != "library":  # which is what an unproven problem gets anyway
             why = "was not checked here" if outcome is None else outcome.problem
             refused.append(f"{problem}: {name} {why}")
-    _used.clear()
     _changed()
     return refused
 
@@ -108,6 +107,11 @@ def use(problem: str, name: str) -> None:
 def in_use() -> dict[str, str]:
     """Problem → the implementation that served it in this process, on a GPU."""
     return dict(sorted(_used.items()))
+
+
+def in_records() -> dict[str, dict[str, str]]:
+    """`in_use` as an entry of a record; none where nothing ran on a GPU."""
+    return {"implementations": in_use()} if _used else {}
 
 
 def library_only() -> bool:
@@ -132,5 +136,6 @@ def on_change(forget: Callable[[], None]) -> None:
 
 
 def _changed() -> None:
+    _used.clear()  # what is used from now on says so again
     for forget in _listeners:
         forget()

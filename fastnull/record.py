@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fastnull import __version__
+from fastnull import __version__, choices
 from fastnull.paths import check_readable, check_replaceable
 
 
@@ -73,7 +73,8 @@ def _code() -> dict[str, Any]:
 
 
 def provenance(device: torch.device | str = "cpu", **extra: Any) -> dict[str, Any]:
-    """What every result file says of itself: commit, versions, device, time, and what the caller adds.
+    """What every result file says of itself: commit, versions, device, time, what the caller adds, and on a GPU which
+    implementation served each op.
 
     Commit and versions are those at the first call in this process: it runs what it has loaded, and to ask git takes as
     long as three passes of a small model.
@@ -83,6 +84,7 @@ def provenance(device: torch.device | str = "cpu", **extra: Any) -> dict[str, An
         "device": str(device),
         "device_name": device_name(device),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **choices.in_records(),
         **extra,
     }
 

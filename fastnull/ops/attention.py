@@ -107,17 +107,11 @@ def _output(out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return out
 
 
-def _too_wide(qkv: Tensor) -> bool:
-    return qkv.is_cuda and qkv.shape[-1] > WIDEST_HEAD
-
-
 def _attention_fwd(qkv: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     B, N, _, H, d = qkv.shape
     o = _output(out, (B, N, H, d), qkv)
     if not use_native("attention", qkv):
         _attention_out_ref(qkv, scale, o)
-    elif _too_wide(qkv):
-        attention_out_sdpa(qkv, scale, o)
     else:
         torch.ops.fastnull.attention_out(_dense_last(qkv), scale, o)
     return o
@@ -142,8 +136,6 @@ def attention_dqkv(qkv: Tensor, grad_o: Tensor, scale: float | None = None, *, o
     dqkv = _output(out, tuple(qkv.shape), qkv)
     if not use_native("attention", qkv):
         _attention_dqkv_out_ref(qkv, grad_o, scale, dqkv)
-    elif _too_wide(qkv):
-        attention_dqkv_sdpa_out(qkv, grad_o, scale, dqkv)
     else:
         torch.ops.fastnull.attention_dqkv_out(_dense_last(qkv), _dense_last(grad_o), scale, dqkv)
     return dqkv

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from fastnull.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastnull.selftest.prove import prove, table
+    from fastnull.selftest.run import prove, table
 else:
-    __getattr__, __dir__ = lazy_names(__name__, "fastnull.selftest.prove")
+    __getattr__, __dir__ = lazy_names(__name__, "fastnull.selftest.run")
 
 __all__ = ["prove", "table"]
