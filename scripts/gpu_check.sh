@@ -46,8 +46,8 @@ tests() { # every op and the encoder on the GPU, against float64
 }
 
 cpp() { # the same tests on the CUDA C++ kernels, and their times beside Triton's in ops.json
-  if [ $DRY = 1 ]; then "${PYTEST[@]}" tests/cuda/test_choice.py -k "variable or default"; return; fi
-  export FASTNULL_CUDA_OPS=all
+  if [ $DRY = 1 ]; then "${PYTEST[@]}" tests/ops/test_dispatch.py -k "csrc"; return; fi
+  export FASTNULL_KERNELS=cuda
   local status=0
   "${PYTEST[@]}" tests/gpu -m gpu || status=1
   bench cpp --only ops projection --dtypes bfloat16 --batch 256 --projected 256 --seconds 0.3 \
