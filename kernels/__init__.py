@@ -8,7 +8,7 @@ implementation such a tensor gets is decided in fastnull/ops/dispatch.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastnull.kernels import (
     attention,
@@ -18,6 +18,7 @@ from fastnull.kernels import (
     noise,
     patch_project,
 )
+from fastnull.kernels.tiles import Change
 from fastnull.ops.noise_objective import means_after
 
 LAUNCHERS: dict[str, Callable[..., None]] = {
@@ -35,3 +36,16 @@ LAUNCHERS: dict[str, Callable[..., None]] = {
     "adamw_step_": noise.adamw_step_,
     "direct_step_": noise.direct_step_,
 }
+
+CANDIDATES: dict[str, Sequence[Change]] = {
+    "layer_norm_out": layer_norm.CANDIDATES,
+    "layer_norm_dx_out": layer_norm.CANDIDATES,
+    "gelu_out": gelu.CANDIDATES,
+    "dgelu_": gelu.CANDIDATES,
+    "linear_gelu_out": linear_gelu.CANDIDATES,
+    "linear_dgelu_out": linear_gelu.CANDIDATES,
+    "attention_out": attention.CANDIDATES,
+    "attention_dqkv_out": attention.CANDIDATES,
+    "patch_project_out": patch_project.CANDIDATES,
+}
+"""Changes to the tiles of an op's kernels."""

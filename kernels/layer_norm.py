@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnull.kernels.common import COMPILE, check_dense, check_dtypes, on_device_of
-from fastnull.kernels.tiles import table
+from fastnull.kernels.tiles import changed
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,8 @@ class RowTile:
 
 # Untuned. A lane holds 16 values of a tensor, up to 32 in the widest rows; with 32 the backward, three tensors at once,
 # spills on sm_80 at width 1024. Several rows a program keep enough loads in flight where rows are short.
-TILES = table(
-    "layer_norm.TILES",
-    (RowTile(512, 4, 4), RowTile(1024, 2, 4), RowTile(2048, 1, 4), RowTile(4096, 1, 8), RowTile(16384, 1, 16)),
-)
-# What `fastnull bench --tune` tries in place of an entry.
+TILES = (RowTile(512, 4, 4), RowTile(1024, 2, 4), RowTile(2048, 1, 4), RowTile(4096, 1, 8), RowTile(16384, 1, 16))
+# What `fastnull selftest --tiles` tries in place of an entry.
 CANDIDATES = tuple({"rows": rows, "warps": warps} for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8))
 
 
@@ -127,7 +124,7 @@ def row_tile(D: int) -> tuple[dict[str, int], RowTile]:
     tile = next((t for t in TILES if t.width >= D), None)
     if tile is None:
         raise ValueError(f"the last dimension of x must be at most {TILES[-1].width} for the kernel; got {D}")
-    width = max(triton.next_power_of_2(D), 16)
+    tile, width = changed(tile), max(triton.next_power_of_2(D), 16)
     return {"ROWS": tile.rows, "WIDTH": width, "num_warps": tile.warps}, tile
 
 

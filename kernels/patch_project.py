@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnull.kernels.common import COMPILE, check_dense, check_dtypes, on_device_of
-from fastnull.kernels.tiles import table
+from fastnull.kernels.tiles import changed
 from fastnull.ops.common import check_positive, empty
 
 
@@ -34,7 +34,7 @@ class ProjectTile:
 
 
 # Untuned on a GPU; chosen by compiling: exact float32 runs on the plain cores, 32 sums a lane, at most 130 registers.
-TILES = table("patch_project.TILES", (ProjectTile(128, 64, 16, 8),))
+TILES = (ProjectTile(128, 64, 16, 8),)
 CANDIDATES = tuple(
     {"patches": m, "columns": n, "step": k, "warps": w}
     for m, n in ((64, 64), (128, 64), (128, 128), (256, 64))
@@ -160,7 +160,7 @@ def patch_project_out(
     B, _, H, W = noise.shape
     K, R = basis.shape
     down, across = H // patch_size, W // patch_size
-    M, tile = B * down * across, TILES[0]
+    M, tile = B * down * across, changed(TILES[0])
     coefficients = empty((M, R), dtype=torch.float32, device=noise.device)
     sizes = (M, K, R, down, across)
     constants = {"P": patch_size, "PATCHES": tile.patches, "COLUMNS": tile.columns, "STEP": tile.step}

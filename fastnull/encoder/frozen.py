@@ -247,11 +247,12 @@ class FrozenEncoder:
             tokens = tokens.clone() if tokens.is_inference() else tokens  # autograd takes none of these
             return self._encoder.input_gradient(tokens, self.site, weights, parts, sum_every)
 
-    def check_kernels(self, images: int | None = None) -> dict[str, Found]:
+    def check_kernels(self, images: int | None = None, tiles: bool = False) -> dict[str, Found]:
         """Check and time every implementation of the ops at this encoder's sizes, whatever earlier processes found.
 
         Args:
             images: in a batch; None: 64 on a GPU, 2 on a CPU.
+            tiles: try the Triton kernels with other tiles than their tables' too, which takes some minutes.
 
         Returns:
             Problem → implementation → outcome.
@@ -262,7 +263,7 @@ class FrozenEncoder:
         if isinstance(self._encoder, AutogradEncoder):
             raise ValueError(f"backend 'reference' runs the model's own modules on {self._device}: no op to check")
         with self._own_modes():
-            return prove(problems_of(self._encoder), self._device, asked="force", images=images)
+            return prove(problems_of(self._encoder), self._device, asked="force", images=images, tiles=tiles)
 
     def memory(self) -> dict[str, int]:
         """Bytes that the encoder itself holds: `weights`, `kept` for the backward, `scratch`; nothing on `reference`,

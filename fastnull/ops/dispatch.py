@@ -59,12 +59,15 @@ class Implementation:
     serves: Callable[..., bool] = lambda *args: True
 
 
-def implementations(op: str, device: torch.device) -> dict[str, Implementation]:
-    """Name → the implementations of an op that this machine has for a device; `library` is always there."""
+def implementations(op: str, device: torch.device, tiles: bool = False) -> dict[str, Implementation]:
+    """Name → the implementations of an op that this machine has for a device; `library` is always there.
+
+    With `tiles` also Triton's kernel with other tiles than its table's: "triton queries=64,keys=128,warps=8".
+    """
     if device.type == "cpu":
-        return {LIBRARY: Implementation(REFERENCES[op])} | _cpu(op) | _triton(op, interpreted=True)
+        return {LIBRARY: Implementation(REFERENCES[op])} | _cpu(op) | _triton(op, interpreted=True, tiles=tiles)
     found = {LIBRARY: Implementation(_LIBRARY.get(op, REFERENCES[op]))}
-    return found | _attentions(op) | _triton(op, interpreted=False) | _cuda(op)
+    return found | _attentions(op) | _triton(op, interpreted=False, tiles=tiles) | _cuda(op)
 
 
 def dispatcher(op: str) -> Run:
@@ -91,7 +94,7 @@ def problem_name(op: str, signature: Signature) -> str:
 
 def _ranked(op: str, library_only: bool, device: torch.device, signature: Signature) -> list[Implementation]:
     """What to try in turn; the last one serves everything."""
-    problem, here = problem_name(op, signature), implementations(op, device)
+    problem, here = problem_name(op, signature), implementations(op, device, tiles=True)
     if library_only or choices.mode() == "off":
         names = []
     elif choices.forced():
@@ -118,16 +121,20 @@ def _cpu(op: str) -> dict[str, Implementation]:
     }
 
 
-def _triton(op: str, interpreted: bool) -> dict[str, Implementation]:
+def _triton(op: str, interpreted: bool, tiles: bool) -> dict[str, Implementation]:
     try:
-        from fastnull.kernels import LAUNCHERS
+        from fastnull.kernels import CANDIDATES, LAUNCHERS
+        from fastnull.kernels.tiles import change_name, with_change
     except ImportError:
         return {}
     import triton
 
     if op not in LAUNCHERS or triton.knobs.runtime.interpret != interpreted:
         return {}
-    return {"triton": Implementation(LAUNCHERS[op], _triton_serves(op))}
+    launchers = {"triton": LAUNCHERS[op]}
+    for change in CANDIDATES.get(op, ()) if tiles else ():
+        launchers[f"triton {change_name(change)}"] = with_change(LAUNCHERS[op], change)
+    return {name: Implementation(launcher, _triton_serves(op)) for name, launcher in launchers.items()}
 
 
 def _triton_serves(op: str) -> Callable[..., bool]:

@@ -48,7 +48,7 @@ def main(task: dict[str, Any]) -> None:
 
 def _solve(name: str, done: dict[str, Outcome], task: dict[str, Any], machine: Machine, lines: TextIO) -> None:
     problem, device, images = Problem.named(name), torch.device(task["device"]), task["images"]
-    here = importlib.import_module(task["module"]).implementations(problem.op, device)
+    here = importlib.import_module(task["module"]).implementations(problem.op, device, task["tiles"])
     left = [each for each in here if each not in done]
     faulthandler.dump_traceback_later(task["limit"] + GRACE, exit=True)
     if left:

@@ -27,7 +27,12 @@ _solved: set[tuple[str, str]] = set()  # (device, problem), by this process
 
 
 def prove(
-    problems: Iterable[Problem], device: torch.device, *, asked: str | None = None, images: int | None = None
+    problems: Iterable[Problem],
+    device: torch.device,
+    *,
+    asked: str | None = None,
+    images: int | None = None,
+    tiles: bool = False,
 ) -> dict[str, Found]:
     """Have the implementations of problems checked and timed, now or at an earlier time on this machine, and from now
     on take the fastest right ones.
@@ -37,6 +42,7 @@ def prove(
         device: where.
         asked: `auto`, `off` (nothing is done) or `force` (what is stored is not believed); None: FASTNULL_SELFTEST.
         images: in a batch; None: IMAGES.
+        tiles: where it runs, try the Triton kernels with other tiles too, which takes some minutes.
 
     Returns:
         Problem → implementation → outcome. What could not be checked is missing: library calls serve it.
@@ -49,23 +55,23 @@ def prove(
     known = {each: choices.found(name, each) for each in ordered if mode == "auto" or (name, each) in _solved}
     known = {each: of for each, of in known.items() if of} or ({} if mode == "force" else store.read(device))
     if not known.keys() >= wanted.keys():
-        known = _checked(ordered, device, name, mode == "force", images or IMAGES[device.type])
+        known = _checked(ordered, device, name, mode == "force", images or IMAGES[device.type], tiles)
     found = {each: known[each] for each in ordered if each in known}
     choices.add(name, found)
     return found
 
 
 def _checked(
-    wanted: list[str], device: torch.device, name: str, force: bool, images: int
+    wanted: list[str], device: torch.device, name: str, force: bool, images: int, tiles: bool
 ) -> dict[str, Found]:
     """Run what nobody has run yet, and keep it for later processes."""
     with _alone():
         stored = store.read(device)  # another process may have been there in the meantime
         missing = [each for each in wanted if force or each not in stored]
         if missing:
-            _say(f"checking kernels on {name}, once: takes about half a minute")
+            _say(f"checking kernels on {name}, once: {'some minutes' if tiles else 'about half a minute'}")
             try:
-                fresh = outcomes(missing, device, images)
+                fresh = outcomes(missing, device, images, tiles=tiles)
             except RuntimeError as error:
                 _warn(f"kernels cannot be checked on {name}, library calls serve in their place: {error}")
                 return stored

@@ -34,6 +34,7 @@ def outcomes(
     device: torch.device,
     images: int,
     *,
+    tiles: bool = False,
     limit: float = LIMIT,
     module: str = "fastnull.ops.dispatch",
 ) -> dict[str, Found]:
@@ -43,6 +44,7 @@ def outcomes(
         problems: by name, in the order in which they are solved.
         device: where.
         images: in a batch.
+        tiles: try the Triton kernels with other tiles too.
         limit: seconds for an implementation.
         module: whose `implementations` are tried.
 
@@ -57,6 +59,7 @@ def outcomes(
             "done": {name: {each: asdict(outcome) for each, outcome in of.items()} for name, of in found.items()},
             "device": str(device),
             "images": images,
+            "tiles": tiles,
             "limit": limit,
             "module": module,
             "path": sys.path,

@@ -31,7 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Implementation(lambda *args: ran.append(name), serves)
 
     names = ("library", "flash", "triton", "cuda")
-    monkeypatch.setattr(dispatch, "implementations", lambda op, device: {name: implementation(name) for name in names})
+    monkeypatch.setattr(dispatch, "implementations", lambda *_, tiles: {name: implementation(name) for name in names})
     monkeypatch.setattr(dispatch, "_name", lambda device: GPU)
     for name in ("_found", "_pinned", "_used"):
         monkeypatch.setattr(choices, name, {})
@@ -173,7 +173,7 @@ def test_the_attention_of_csrc_reads_16_bytes_at_once(monkeypatch: pytest.Monkey
 
 def test_old_cudnn_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads beyond lengths that are no multiple of 128."""
-    monkeypatch.setattr(dispatch, "_triton", lambda op, interpreted: {})
+    monkeypatch.setattr(dispatch, "_triton", lambda op, **_: {})
     monkeypatch.setattr(_C.cuda, "load", lambda: False)
     for version, served in ((91400, False), (91501, True)):
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
@@ -184,8 +184,8 @@ def test_old_cudnn_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_installed_or_built_is_not_offered(
     monkeypatch: pytest.MonkeyPatch, triton: bool, nvcc: bool
 ) -> None:
-    kernel: Callable[..., dict[str, Implementation]] = lambda op, interpreted: {"triton": Implementation(print)}
-    monkeypatch.setattr(dispatch, "_triton", kernel if triton else lambda op, interpreted: {})
+    kernel: Callable[..., dict[str, Implementation]] = lambda op, **_: {"triton": Implementation(print)}
+    monkeypatch.setattr(dispatch, "_triton", kernel if triton else lambda op, **_: {})
     monkeypatch.setattr(_C.cuda, "load", lambda: nvcc)
     monkeypatch.setattr(dispatch, "CUDA_NAMESPACE", "fastnull")
     torchs = {"flash", "cudnn", "efficient", "math"}

@@ -59,7 +59,7 @@ def hangs(qkv: Tensor, scale: float, o: Tensor) -> None:
     attention_out_sdpa(qkv, scale, o)
 
 
-def implementations(op: str, device: torch.device) -> dict[str, Implementation]:
+def implementations(op: str, device: torch.device, tiles: bool) -> dict[str, Implementation]:
     """In place of those of fastnull.ops.dispatch."""
     runs = (slow, raises, aborts, wrong_in_bfloat16, leaves_a_row, hangs, unsteady, too_much_shared_memory)
     found = {run.__name__: Implementation(run) for run in runs}

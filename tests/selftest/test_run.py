@@ -51,7 +51,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     """The problems of each run of the self-test, which finds FOUND."""
     seen: list[list[str]] = []
 
-    def outcomes(problems: list[str], device: torch.device, images: int) -> dict[str, choices.Found]:
+    def outcomes(problems: list[str], device: torch.device, images: int, tiles: bool) -> dict[str, choices.Found]:
         seen.append(problems)
         return {problem: FOUND[PROBLEM.name] for problem in problems}
 
@@ -140,7 +140,7 @@ def test_without_a_cache_folder_it_goes_on_and_says_so_once(
 
 
 def test_where_no_process_starts_library_calls_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: object) -> None:
+    def fails(*args: object, tiles: bool) -> None:
         raise RuntimeError("no memory left on the device")
 
     monkeypatch.setattr(run, "outcomes", fails)
