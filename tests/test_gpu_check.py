@@ -109,7 +109,9 @@ def test_what_a_gpu_is_asked_for(tmp_path: Path) -> None:
         (tools / name).write_text(PRETENDED.format(calls=calls, python=sys.executable))
         (tools / name).chmod(0o755)
     environment = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHON": str(tools / "python3")}
-    done = check("--only", "build selftest tests steps ops noise sanitizer kernels cpp finetune", str(out), **environment)
+    done = check(
+        "--only", "build selftest tests steps ops noise sanitizer kernels cpp finetune", str(out), **environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in out.iterdir())
     assert files == [

@@ -69,7 +69,8 @@ def attention_dqkv_sdpa_out(qkv: Tensor, grad_o: Tensor, scale: float, dqkv: Ten
     with torch.inference_mode(False), torch.enable_grad():
         qkv = qkv.clone() if qkv.is_inference() else qkv.detach()  # the former cannot ask for a gradient
         leaves = [part.requires_grad_(True) for part in qkv.permute(2, 0, 3, 1, 4).unbind(0)]  # [B, H, N, d] each
-        o = F.scaled_dot_product_attention(*leaves, scale=scale)
+        q, k, v = leaves
+        o = F.scaled_dot_product_attention(q, k, v, scale=scale)
         parts = torch.autograd.grad(o, leaves, grad_o.transpose(1, 2))
     for written, part in zip(dqkv.permute(2, 0, 3, 1, 4), parts, strict=True):
         written.copy_(part)

@@ -1,9 +1,9 @@
 """Which implementation of an op a CUDA tensor gets: the fastest that the self-test found right, else the library's.
 
 The names of implementations: `library` is torch's own way to the result, with the layout copies that it needs, or the
-reference in the op's file (on a CPU always the reference); `flash`, `cudnn`, `efficient` and `math` are torch's attentions one by one; `triton` is the
-kernel of kernels/, `cuda` that of csrc/cuda, `cpu` that of csrc/cpu. FASTNULL_KERNELS=triton or cuda takes a kernel
-that nobody has checked: for the tests of the kernels themselves.
+reference in the op's file (on a CPU always the reference); `flash`, `cudnn`, `efficient` and `math` are torch's
+attentions one by one; `triton` is the kernel of kernels/, `cuda` that of csrc/cuda, `cpu` that of csrc/cpu.
+FASTNULL_KERNELS=triton or cuda takes a kernel that nobody has checked: for the tests of the kernels themselves.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _cuda(op: str) -> dict[str, Implementation]:
 
 
 CUDA_TOKENS = (64, 80, 208, 272)
-"""Numbers of tokens that csrc/cuda/attention.cu and attention_dqkv.cu are compiled for: others are padded to the next."""
+"""Numbers of tokens that attention.cu and attention_dqkv.cu are compiled for: others are padded to the next."""
 
 
 def _cuda_attends(qkv: Tensor, *rest: object) -> bool:
@@ -189,9 +189,9 @@ CUDNN = 91501
 
 def _attentions(op: str) -> dict[str, Implementation]:
     """Each of torch's implementations of attention, by name."""
-    run = {"attention_out": attention_out_sdpa, "attention_dqkv_out": attention_dqkv_sdpa_out}.get(op)
-    if run is None:
+    if not op.startswith("attention"):
         return {}
+    run = _LIBRARY[op]
 
     def by(backend: SDPBackend) -> Run:
         def attend(*args: Tensor) -> None:

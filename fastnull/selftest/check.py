@@ -82,8 +82,8 @@ class Judge:
             # q, k and v apart: the gradient of one may be far smaller than that of another
             parts = zip(*(x.unbind(2) if x.ndim == 5 else (x,) for x in (result, reference, baseline)), strict=True)
             check = testing.assert_gradient_close if self._problem.is_gradient else testing.assert_within_budget
-            for triple in parts:
-                check(*triple, name)
+            for a, b, c in parts:
+                check(a, b, c, name)
         return float((result.double() - reference).abs().max() / reference.double().abs().max().clamp_min(1e-300))
 
 

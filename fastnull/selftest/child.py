@@ -67,21 +67,19 @@ def _solve(name: str, done: dict[str, Outcome], task: dict[str, Any], machine: M
         choices.add(torch.cuda.get_device_name(device), {name: done})
 
 
-def _outcome(
-    problem: Problem, implementation: Implementation, judge: Judge, images: int, floor: float
-) -> Outcome:
+def _outcome(problem: Problem, implementation: Implementation, judge: Judge, images: int, floor: float) -> Outcome:
     try:
         outcome = judge(implementation)
-        if outcome.problem:
-            return outcome
-        ms = milliseconds(problem, implementation, images, judge.device)
-        return Outcome(ms, outcome.error, floor / ms)
     except Exception as error:  # of the compiler, the launch, the memory: the implementation is left out
         text = " ".join(str(error).split())
         return Outcome(problem=f"{type(error).__name__}: {text[:200]}")
+    if outcome.problem:
+        return outcome
+    # an error here ends the process: after a graph that could not be captured torch is not as it was
+    ms = milliseconds(problem, implementation, images, judge.device)
+    return Outcome(ms, outcome.error, floor / ms)
 
 
 def _tell(lines: TextIO, **line: Any) -> None:
     lines.write(json.dumps(line) + "\n")
     lines.flush()
-

@@ -17,6 +17,7 @@ from fastnull.ops.dispatch import SIGNATURES, Run, Signature, problem_name
 from fastnull.ops.layer_norm import layer_norm_ref
 from fastnull.ops.linear_gelu import derivative_dtype
 
+ATTENTIONS: dict[str, Run] = {"attention_out": attention_out_sdpa, "attention_dqkv_out": attention_dqkv_sdpa_out}
 TOKENS = 197
 """Of an image, where an op's speed does not depend on it."""
 
@@ -65,8 +66,7 @@ class Problem:
 
     def torchs_own(self) -> Run:
         """Whose error in the problem's dtype is the measure for the others."""
-        own = {"attention_out": attention_out_sdpa, "attention_dqkv_out": attention_dqkv_sdpa_out}
-        return own.get(self.op, REFERENCES[self.op])
+        return ATTENTIONS.get(self.op, REFERENCES[self.op])
 
     def flop(self, arguments: tuple[Any, ...]) -> float:
         """Operations of the products that the task needs."""

@@ -77,12 +77,18 @@ def _checked(
                 return stored
             _tell_what_is_left_out(fresh)
             _solved.update((name, each) for each in fresh)
-            stored |= fresh
+            kept = {each: found for each, found in fresh.items() if not _short_of_memory(found)}
             try:
-                store.write(device, stored)
+                store.write(device, stored | kept)
             except (OSError, ValueError) as error:
                 _warn(f"what was found of the kernels cannot be kept, every process will check them anew: {error}")
+            stored |= fresh
     return stored
+
+
+def _short_of_memory(found: Found) -> bool:
+    """Whether another process, with more of the GPU's memory to itself, may find something else."""
+    return any("OutOfMemoryError" in outcome.problem for outcome in found.values())
 
 
 @contextmanager
@@ -119,7 +125,7 @@ def _warn(text: str) -> None:
 
 def table(found: Mapping[str, Found]) -> list[tuple[str, ...]]:
     """What was found as lines of columns, the header first; `<` marks what is taken."""
-    lines = [("problem", "implementation", "ms", "of floor", "error", "")]
+    lines: list[tuple[str, ...]] = [("problem", "implementation", "ms", "of floor", "error", "")]
     for problem, outcomes_ in found.items():
         right = {name: each.ms for name, each in outcomes_.items() if each.ms is not None}
         best = min(right, key=lambda name: right[name]) if right else None

@@ -106,7 +106,8 @@ def _run(task: Mapping[str, Any], found: dict[str, dict[str, Outcome]]) -> tuple
 @contextmanager
 def _process(task: Mapping[str, Any]) -> Iterator[tuple[Any, queue.SimpleQueue[str | None], IO[bytes]]]:
     """The process, the lines that it writes (None after the last), and the file of its standard error."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}  # it would skip checks
+    # with PYTHONOPTIMIZE its checks would be skipped
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", CODE],

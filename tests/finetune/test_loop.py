@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -28,7 +29,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastnull import choices
 from fastnull.augment import NullspaceAugment
+from fastnull.choices import Outcome
 from fastnull.compat import import_timm
 from fastnull.data import digits, evaluation_data
 from fastnull.distributed import Processes
@@ -39,6 +42,7 @@ from fastnull.finetune.plan import make_plan
 from fastnull.finetune.refresh import RefreshBatches
 from fastnull.finetune.training import Training
 from fastnull.models import create_model, load_model, save_checkpoint
+from fastnull.record import device_name
 from fastnull.synthesis.config import ALL_MODES, SynthesisConfig
 from fastnull.vit import SITES
 from tests.pictures import write_pictures
@@ -473,6 +477,28 @@ def test_finished_run_resumes_to_its_result(tmp_path, few):
         finetune(replace(config, lr=0.1, resume=True), train_data=few)
     finetune(replace(config, lr=0.1, overwrite=True), train_data=few)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["lr"] == 0.1
+
+
+def test_a_resumed_run_keeps_the_implementations_of_its_ops(tmp_path, few, monkeypatch):
+    """As if its first part had run on a GPU; the second finds that kernel right here, or says that it did not."""
+    used = {"attention_out bfloat16 197 64": "cuda", "dgelu_ bfloat16 3072": "triton"}
+    for name in ("_used", "_found", "_pinned"):
+        monkeypatch.setattr(choices, name, dict(used) if name == "_used" else {})
+    config = replace(SMALL, num_classes=10, epochs=1, out=str(tmp_path))
+    finetune(config, train_data=few)
+    assert json.loads((tmp_path / "config.json").read_text())["provenance"]["implementations"] == used
+    (state,) = map(read_state, tmp_path.glob("state-*.pt"))
+    assert state["implementations"] == used
+    message = r"not bit for bit: .* because attention_out bfloat16 197 64: cuda was not checked here; dgelu_ .*: triton"
+    with pytest.warns(UserWarning, match=message):
+        finetune(replace(config, resume=True), train_data=few)
+    here = device_name("cpu")
+    for problem, name in used.items():
+        choices.add(here, {problem: {"library": Outcome(ms=1.0), name: Outcome(ms=2.0)}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        finetune(replace(config, resume=True), train_data=few)
+    assert [choices.ranked(here, problem)[0] for problem in used] == ["cuda", "triton"]
 
 
 def test_resume_with_another_model_is_told(tmp_path, few):

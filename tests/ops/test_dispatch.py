@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -184,8 +183,8 @@ def test_old_cudnn_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_installed_or_built_is_not_offered(
     monkeypatch: pytest.MonkeyPatch, triton: bool, nvcc: bool
 ) -> None:
-    kernel: Callable[..., dict[str, Implementation]] = lambda op, **_: {"triton": Implementation(print)}
-    monkeypatch.setattr(dispatch, "_triton", kernel if triton else lambda op, **_: {})
+    kernels = {"triton": Implementation(print)} if triton else {}
+    monkeypatch.setattr(dispatch, "_triton", lambda op, **_: kernels)
     monkeypatch.setattr(_C.cuda, "load", lambda: nvcc)
     monkeypatch.setattr(dispatch, "CUDA_NAMESPACE", "fastnull")
     torchs = {"flash", "cudnn", "efficient", "math"}

@@ -53,7 +53,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
 
     def outcomes(problems: list[str], device: torch.device, images: int, tiles: bool) -> dict[str, choices.Found]:
         seen.append(problems)
-        return {problem: FOUND[PROBLEM.name] for problem in problems}
+        return dict.fromkeys(problems, FOUND[PROBLEM.name])
 
     monkeypatch.setattr(run, "outcomes", outcomes)
     return seen
@@ -84,7 +84,8 @@ def test_it_runs_once_a_machine(runs: list[list[str]], monkeypatch: pytest.Monke
     prove_quietly()
     forget(monkeypatch)
     assert prove_quietly() == FOUND
-    prove([PROBLEM, other], CPU)
+    with pytest.warns(RuntimeWarning, match="left out"):
+        prove([PROBLEM, other], CPU)
     assert runs == [[PROBLEM.name], [other.name]]
     monkeypatch.setenv(choices.SWITCH, "force")
     forget(monkeypatch)
@@ -132,7 +133,8 @@ def test_without_a_cache_folder_it_goes_on_and_says_so_once(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.warns(RuntimeWarning) as seen:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         for _ in range(2):
             assert prove([PROBLEM], CPU) == FOUND
     assert len(runs) == 1, "this process keeps what it found"
@@ -148,6 +150,13 @@ def test_where_no_process_starts_library_calls_serve(monkeypatch: pytest.MonkeyP
         assert prove([PROBLEM], CPU) == {}
     assert choices.ranked(device_name(CPU), PROBLEM.name) == []
     assert not list(store.folder().glob("*.json"))
+
+
+def test_what_lacked_memory_is_checked_again_by_the_next_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = {PROBLEM.name: {"library": Outcome(ms=1.0), "cuda": Outcome(problem="OutOfMemoryError: CUDA out of memory")}}
+    monkeypatch.setattr(run, "outcomes", lambda *_, **__: short)
+    assert prove_quietly() == short
+    assert store.read(CPU) == {}
 
 
 def test_of_two_processes_one_runs_and_the_other_waits(tmp_path: Path) -> None:
