@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +296,40 @@ def synthesize(args: argparse.Namespace) -> None:
     shared = config.mode == "universal"
     _print_noise(model, noise, held_out if shared else images, args.batch_size, shared=shared)
     print(f"noise: {out}")
+
+
+def selftest(args: argparse.Namespace) -> None:
+    """Check and time every implementation of every op on this machine, at the sizes of a model.
+
+    Run the kernels of this package and torch's own calls in a child process, compare them with float64, and print which
+    are right and how fast. On a GPU the fastest right one of each op serves from then on. An encoder does the same by
+    itself where nothing is stored.
+
+    example:
+      fastnull selftest vit_small_patch16_224 --json selftest.json
+    """
+    from fastnull.bench.run import format_table
+    from fastnull.encoder import FrozenEncoder
+    from fastnull.models import create_model
+    from fastnull.record import provenance, write_json
+    from fastnull.selftest import table
+
+    device = _device(args)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be a CPU or a CUDA device; got {device}, which has no kernels to check")
+    if args.batch is not None:
+        check_number("batch", args.batch, 1)
+    if args.json is not None:
+        check_output(args.json, {}, name="--json")
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    model = create_model(args.model).to(device)
+    encoder = FrozenEncoder(model, dtype, backend=device.type, selftest="off")
+    found = encoder.check_kernels(args.batch, args.tiles)
+    print(format_table(table(found)))
+    if args.json is not None:
+        plain = {problem: {name: asdict(outcome) for name, outcome in of.items()} for problem, of in found.items()}
+        write_json(args.json, {"results": plain, "provenance": provenance(device)})
+        print(f"written: {args.json}")
 
 
 def open_model(args: argparse.Namespace) -> nn.Module:

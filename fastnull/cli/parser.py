@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     _evaluate(command)
     _report(command)
     _bench(command)
+    _selftest(command)
     return parser
 
 
@@ -385,6 +386,26 @@ def _bench(command: Command) -> None:
         "fastnull bench --quick --only encoder",
     )
     add_bench_options(parser)
+
+
+def _selftest(command: Command) -> None:
+    parser = command(
+        "selftest",
+        commands.selftest,
+        "check and time every implementation of every op on this machine",
+        "Run the kernels of this package and torch's own calls in a child process, at the sizes of a model, compare\n"
+        "them with float64, and print which are right and how fast. On a GPU the fastest right one then serves.",
+        "fastnull selftest vit_small_patch16_224 --json selftest.json",
+    )
+    option = parser.add_argument
+    option(
+        "model", nargs="?", default="vit_base_patch16_224", metavar="MODEL", help="timm model (default: %(default)s)"
+    )
+    option("--batch", type=int, metavar="N", help="images in the batch (default: 64, on a CPU 2)")
+    option("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
+    option("--device", metavar="DEVICE", help="torch device (default: cuda where there is one, else cpu)")
+    option("--tiles", action="store_true", help="also try the Triton kernels with other tiles: some minutes")
+    option("--json", metavar="FILE", help="file for the results")
 
 
 def _model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

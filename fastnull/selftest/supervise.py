@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -38,7 +39,7 @@ def outcomes(
     limit: float = LIMIT,
     module: str = "fastnull.ops.dispatch",
 ) -> dict[str, Found]:
-    """Problem → implementation → what came of it. Problems whose references already failed are left out.
+    """Problem → implementation → what came of it. Problems whose references fail are left out, with a warning.
 
     Args:
         problems: by name, in the order in which they are solved.
@@ -73,6 +74,7 @@ def outcomes(
             found[name][implementation] = Outcome(problem=why)
         else:
             failed.add(name)
+            warnings.warn(f"fastnull: {name} cannot be checked: {why}", RuntimeWarning, stacklevel=4)
 
 
 def _run(task: Mapping[str, Any], found: dict[str, dict[str, Outcome]]) -> tuple[str, str, str] | None:

@@ -153,7 +153,7 @@ def test_where_no_process_starts_library_calls_serve(monkeypatch: pytest.MonkeyP
 
 
 def test_what_lacked_memory_is_checked_again_by_the_next_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    short = {PROBLEM.name: {"library": Outcome(ms=1.0), "cuda": Outcome(problem="OutOfMemoryError: CUDA out of memory")}}
+    short = {PROBLEM.name: {"library": Outcome(ms=1.0), "cuda": Outcome(problem="OutOfMemoryError: no room")}}
     monkeypatch.setattr(run, "outcomes", lambda *_, **__: short)
     assert prove_quietly() == short
     assert store.read(CPU) == {}

@@ -22,7 +22,8 @@ def test_whatever_an_implementation_does_costs_it_alone(monkeypatch: pytest.Monk
     """Right and slow, right and fast, wrong in one dtype or in one row, raising, aborting, hanging, too large."""
     monkeypatch.setenv("PYTHONOPTIMIZE", "1")  # the child judges by assertions
     single, half, broken = (f"attention_out {dtype} 5 8" for dtype in ("float32", "bfloat16", "float8_e4m3fn"))
-    found = outcomes([single, broken, half], CPU, 2, limit=6, module="tests.selftest.pretend")
+    with pytest.warns(RuntimeWarning, match=f"{broken} cannot be checked: ended its process"):
+        found = outcomes([single, broken, half], CPU, 2, limit=6, module="tests.selftest.pretend")
     assert found.keys() == {single, half}, "a problem whose reference fails is left out, and the next one is solved"
     for problem in (single, half):
         reasons = {name: outcome.problem for name, outcome in found[problem].items()}
@@ -54,7 +55,7 @@ def test_a_process_that_cannot_begin_is_an_error(monkeypatch: pytest.MonkeyPatch
 def test_the_kernels_themselves() -> None:
     """The C++ kernels, and Triton's in its interpreter, are right by the rule that a GPU's will be judged by."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install fastnull[triton]")
-    problems = ["layer_norm_out float32 8", "attention_out float32 5 8", "direct_step_ float32 1"]
+    problems = ["attention_out float32 5 8", "attention_dqkv_out float32 5 8", "noise_objective_out float32 4"]
     code = (
         "import sys, torch; from fastnull.selftest.supervise import outcomes\n"
         f"for problem, found in outcomes({problems}, torch.device('cpu'), 1).items():\n"
