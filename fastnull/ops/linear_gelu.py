@@ -87,7 +87,7 @@ def _linear_dgelu_out_ref(dy: Tensor, weight: Tensor, derivative: Tensor, dz: Te
 
 define("gelu_out(Tensor z, Tensor? bias, bool tanh, Tensor(a!) h, Tensor(b!)? derivative) -> ()", _gelu_out_ref)
 define("dgelu_(Tensor(a!) g, Tensor derivative) -> ()", _dgelu_ref)
-# Product and pass in one kernel, where there is one. The functions below use it only once it is measured to be faster.
+# Product and pass in one kernel, where there is one.
 define(
     "linear_gelu_out(Tensor x, Tensor weight, Tensor? bias, bool tanh, Tensor(a!) h, Tensor(b!)? derivative) -> ()",
     _linear_gelu_out_ref,
@@ -138,14 +138,25 @@ def dgelu_(g: Tensor, derivative: Tensor) -> Tensor:
     return g
 
 
+def _matrix(x: Tensor) -> Tensor:
+    """x [..., D] as [M, D]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _room(x: Tensor, width: int, out: Tensor | None) -> Tensor:
+    """Where the product of x [..., K] with a weight goes, [..., width]: `out`, or memory of our own."""
+    shape = (*x.shape[:-1], width)
+    if out is None:
+        return empty(shape, dtype=x.dtype, device=x.device)
+    if out.shape != shape:
+        raise ValueError(f"out must have shape {list(shape)}; got {list(out.shape)}")
+    return out
+
+
 def _matmul(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
     """x [..., K] @ weight [K, D] into our own memory (or `out`): [..., D]."""
-    shape = (*x.shape[:-1], weight.shape[1])
-    if out is None:
-        out = empty(shape, dtype=x.dtype, device=x.device)
-    elif out.shape != shape:
-        raise ValueError(f"out must have shape {list(shape)}; got {list(out.shape)}")
-    torch.mm(x.reshape(-1, x.shape[-1]), weight, out=out.view(-1, weight.shape[1]))
+    out = _room(x, weight.shape[1], out)
+    torch.mm(_matrix(x), weight, out=out.view(-1, weight.shape[1]))
     return out
 
 
@@ -157,6 +168,7 @@ def linear_gelu_derivative(
     *,
     out: Tensor | None = None,
     derivative: Tensor | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """h = gelu(x W^T + b) and gelu' of it; no autograd.
 
@@ -167,17 +179,29 @@ def linear_gelu_derivative(
         approximate: "none" (erf) or "tanh".
         out: [..., D] dense, to write h into.
         derivative: [..., D] dense, of `derivative_dtype(x.dtype)` or uint8, to write gelu' into.
+        fused: run one kernel (Triton, 16-bit dtypes) in place of the library's product and a pass over its output.
 
     Returns:
         h [..., D] in x.dtype; gelu' [..., D]: float32 (float64) for float32 (float64), one-byte codes for bfloat16.
     """
+    if fused and use_native("linear_gelu", x, weight):
+        check_choice("approximate", approximate, ("none", "tanh"))
+        h = _room(x, weight.shape[0], out)
+        if derivative is None:
+            derivative = empty(h.shape, dtype=derivative_dtype(h.dtype), device=h.device)
+        bias = None if bias is None else bias.contiguous()
+        outputs = (h.view(-1, len(weight)), derivative.view(-1, len(weight)))
+        torch.ops.fastnull.linear_gelu_out(_matrix(x), weight, bias, approximate == "tanh", *outputs)
+        return h, derivative
     z = _matmul(x, weight.t(), out)
     if derivative is None:
         derivative = empty(z.shape, dtype=derivative_dtype(z.dtype), device=z.device)
     return gelu_(z, bias, approximate, derivative=derivative), derivative
 
 
-def linear_dgelu(dy: Tensor, weight: Tensor, derivative: Tensor, *, out: Tensor | None = None) -> Tensor:
+def linear_dgelu(
+    dy: Tensor, weight: Tensor, derivative: Tensor, *, out: Tensor | None = None, fused: bool = False
+) -> Tensor:
     """dz = (dy W) * gelu': the gradient before the GELU that feeds the linear W; no autograd.
 
     Args:
@@ -185,10 +209,16 @@ def linear_dgelu(dy: Tensor, weight: Tensor, derivative: Tensor, *, out: Tensor 
         weight: [K, D] of that linear, in dy.dtype, any strides.
         derivative: [..., D] as `linear_gelu_derivative` gave it.
         out: [..., D] dense, to write into.
+        fused: as in `linear_gelu_derivative`.
 
     Returns:
         [..., D] in dy.dtype.
     """
+    if fused and use_native("linear_gelu", dy, weight):
+        dz = _room(dy, weight.shape[1], out)
+        width = weight.shape[1]
+        torch.ops.fastnull.linear_dgelu_out(_matrix(dy), weight, derivative.view(-1, width), dz.view(-1, width))
+        return dz
     return dgelu_(_matmul(dy, weight, out), derivative)
 
 

@@ -33,8 +33,8 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 def layer_norm(width: int) -> None:
     x, stat = meta(1, ROWS, width), meta(ROWS, dtype=F32)
-    LAUNCHERS["layer_norm_out"](x, None, None, 1e-6, x, stat, stat)
-    LAUNCHERS["layer_norm_dx_out"](x, x, stat, stat, x, x)
+    LAUNCHERS["layer_norm_out"](x, None, None, meta(width, dtype=F32), 1e-6, x, None, stat)
+    LAUNCHERS["layer_norm_dx_out"](x, x, None, stat, x, x)
 
 
 def gelu(tanh: bool) -> None:
@@ -181,7 +181,7 @@ def test_sizes_of_one_compile() -> None:
     v, lr = meta(1, 1, dtype=F32), meta(1, dtype=torch.float64)
 
     def call() -> None:
-        LAUNCHERS["layer_norm_out"](x, per_row, per_row, 1e-6, x, per_row, per_row)
+        LAUNCHERS["layer_norm_out"](x, per_row, per_row, per_row, 1e-6, x, per_row, per_row)
         LAUNCHERS["layer_norm_dx_out"](x, x, per_row, per_row, None, x)
         LAUNCHERS["gelu_out"](x, per_row, False, x, None)
         LAUNCHERS["dgelu_"](x, code)
