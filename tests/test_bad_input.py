@@ -352,7 +352,7 @@ def test_damaged_results_are_not_resumed(run: Path, tmp_path: Path, capsys: pyte
             out.write_text(json.dumps({**good, part: wrong}))
             line = refused(capsys, *words, "--out", out, "--resume", bar=True)
             assert str(out) in line
-            assert "is no result of evaluate()" in line or "another protocol" in line
+            assert "is not a result of evaluate()" in line or "another protocol" in line
 
 
 def test_auto_augment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,9 @@
-"""Data for finetuning: embedded digits and photos, folders of images, timm's datasets, in an order that can be resumed.
+"""Data for finetuning: embedded digits and photos, folders of images and timm's datasets, in a resumable order.
 
-Every random draw on the way to a batch is keyed: the order by (seed, epoch), a sample's augmentation by
-(seed, epoch, index). A batch is therefore the same whoever loads it, the main process or any number of workers, and
-whether or not the run was stopped before it.
+The order is keyed by (seed, epoch) and the augmentation of a sample by (seed, epoch, index), so a batch depends neither
+on the number of workers nor on whether the run was resumed.
 
-Images are pixels in [0, 1], or bytes, which `to_pixels` divides by 255 on the device: the mean and the standard
-deviation belong to the model.
+Images are pixels in [0, 1], or bytes, which `to_pixels` divides by 255 on the device. The model normalises them.
 """
 
 from __future__ import annotations

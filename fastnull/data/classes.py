@@ -1,7 +1,7 @@
-"""Names of classes: which class of a model a class of some data is.
+"""Class names: match the classes of data to the classes of a model.
 
-A label is a number, and means nothing without the list that it counts in. Where model and data both have names, these
-decide. Without them the order has to, and that is believed only where the numbers of classes agree.
+Classes are matched by name if both the model and the data have names, else by order, which requires the same number of
+classes.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ _IMAGENET = 1000
 def match_classes(
     model_classes: Sequence[str] | int | None, folder_classes: Sequence[str], *, name: str = "data"
 ) -> list[int]:
-    """The number that each class of some data has in the model.
+    """The index in the model of each class of some data.
 
     Args:
-        model_classes: what `classes_of(model)` returns: the names in the order of the logits, or only how many there
-            are, or None where not even that is known.
-        folder_classes: names of the data's classes, such as its folders. A subset of the model's is fine.
+        model_classes: result of `classes_of(model)`: the names in the order of the logits, or their number, or None.
+        folder_classes: class names of the data, such as its folders; they may be a subset of the model's.
         name: of the data in messages.
 
     Returns:
-        For each of `folder_classes` the index of the model's class. Without names of the model that is the folder's own
-        order, where the numbers of classes agree, or ImageNet's where 1000 classes meet folders with WordNet ids.
+        For each of `folder_classes` the index of the model's class. If the model has no names, the order is that of
+        the folders, or ImageNet's for a model of 1000 classes and folders named by WordNet ids.
 
     Raises:
-        ValueError: a class that the model does not know or knows twice, or, without names, another number of classes.
+        ValueError: a class that the model does not have, or has twice, or, without names, another number of classes.
             The message shows both lists.
     """
     known = model_names(model_classes, folder_classes, name=name)
@@ -52,7 +51,7 @@ def match_classes(
         fault = (
             f"classes that the model does not know: {shortened(unknown)}"
             if unknown
-            else f"classes of whose name the model has several: {shortened(twice)}"
+            else f"classes whose names the model has more than once: {shortened(twice)}"
         )
         raise ValueError(
             f"{name} has {fault}. Its {len(folder_classes)} classes are {shortened(folder_classes)}; "
@@ -64,10 +63,9 @@ def match_classes(
 def model_names(
     model_classes: Sequence[str] | int | None, folder_classes: Sequence[str], *, name: str = "data"
 ) -> list[str]:
-    """Names of a model's classes; where it has none, those that it gets from data whose labels it is to tell.
+    """Class names of a model; if it has none, the names that `match_classes` assumes for it.
 
-    These are the data's own, where the numbers of classes agree, or ImageNet's WordNet ids where a model of 1000
-    classes meets some of them. Arguments and errors are those of `match_classes`.
+    Arguments and errors are those of `match_classes`.
     """
     if isinstance(model_classes, str) or isinstance(folder_classes, str):
         raise TypeError("classes must be a list of names; got one string")
@@ -79,16 +77,16 @@ def model_names(
         return list(wordnet_ids())
     raise ValueError(
         f"{name} has {len(folder_classes)} classes ({shortened(folder_classes)}), the model {model_classes} "
-        "without names, so its labels cannot be told. A model that fastnull finetuned on the data knows the names; "
-        "else set them: model.classes = [...]"
+        "without names, so they cannot be matched. A model that fastnull finetuned on the data has the names; "
+        "otherwise set them: model.classes = [...]"
     )
 
 
 def classes_of(model: nn.Module) -> list[str] | int | None:
-    """Names of a model's classes in the order of its logits; where it has none, their number, or None.
+    """Class names of a model in the order of its logits; if it has none, their number, or None.
 
-    Names are looked for in `model.classes` (of fastnull.models.load_model), the labels of a Hugging Face configuration
-    and those that come with a timm model.
+    Names are taken from `model.classes` (set by fastnull.models.load_model), the labels of a Hugging Face configuration
+    or the label names of a timm model.
     """
     model = unwrap(model)
     network = unwrap(model.network) if isinstance(model, NormalizedModel) else model
@@ -101,14 +99,14 @@ def classes_of(model: nn.Module) -> list[str] | int | None:
         found.append(cfg.get("label_names"))
     for candidate in found:
         names = _names(candidate)
-        # those of a head that was replaced since would be lies
+        # the head may have been replaced since
         if names is not None and count in (None, len(names)):
             return names
     return count
 
 
 def _outputs(network: nn.Module) -> int | None:
-    """Outputs of a model's classifier, which may have been replaced without a word to the configuration."""
+    """Number of outputs of the classifier, which may differ from the configuration if the head was replaced."""
     for name in ("classifier", "head", "fc"):
         layer = getattr(network, name, None)
         if isinstance(layer, nn.Linear):
@@ -117,10 +115,10 @@ def _outputs(network: nn.Module) -> int | None:
 
 
 def names_of(data: Any) -> list[str] | None:
-    """Names of a data set's classes in the order of its labels, where it has them.
+    """Class names of a data set in the order of its labels; None if it has none.
 
-    They are looked for in `classes` and `class_to_idx` (torchvision's, ours), in the same of its `reader` (timm's), in
-    the features of a Hugging Face data set, and in the data set that a Subset or a transform wraps.
+    They are taken from `classes` and `class_to_idx` (torchvision, this package), those of its `reader` (timm),
+    the features of a Hugging Face data set, or from the data set inside a Subset or a transform.
     """
     seen: set[int] = set()
     while data is not None and id(data) not in seen:
@@ -142,10 +140,10 @@ def names_of(data: Any) -> list[str] | None:
 
 
 def check_same_classes(model: nn.Module, other: nn.Module, *, name: str) -> None:
-    """Check that two models mean the same by a label, as far as they have names, or numbers of classes.
+    """Check that two models have the same classes, by name or, without names, by number.
 
     Raises:
-        ValueError: they do not; the message shows both lists.
+        ValueError: they differ; the message shows both lists.
     """
     one, two = classes_of(model), classes_of(other)
     if one == two or one is None or two is None:
@@ -162,7 +160,7 @@ def check_same_classes(model: nn.Module, other: nn.Module, *, name: str) -> None
 
 
 def check_names(classes: Any, count: int | None) -> None:
-    """Check a model's `classes`: None, or a list of `count` names (of any number where that is None).
+    """Check a model's `classes`: None, or a list of `count` names (any number if `count` is None).
 
     Raises:
         TypeError: something else.
@@ -178,24 +176,24 @@ def check_names(classes: Any, count: int | None) -> None:
 
 @functools.cache
 def wordnet_ids() -> tuple[str, ...]:
-    """The WordNet ids of ImageNet's 1000 classes in order (timm brings the list)."""
+    """The WordNet ids of ImageNet's 1000 classes in order, from timm."""
     return tuple(import_timm().data.ImageNetInfo("imagenet-1k").label_names())
 
 
 def shortened(names: Sequence[str], most: int = _SHOWN) -> str:
-    """Names for a message: the first of them, and how many follow."""
+    """Names for a message: the first ones and the number of the others."""
     shown = ", ".join(printable(name) for name in names[:most])
     return f"{shown}, ... ({len(names) - most} more)" if len(names) > most else shown
 
 
 def printable(name: object) -> str:
-    """A name as one line of text: line breaks and bytes that are no UTF-8 escaped."""
+    """A name as one line of text: line breaks and bytes that are not UTF-8 are escaped."""
     text = str(name)
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _names(found: Any) -> list[str] | None:
-    """Names from a list of them, name → index, or index → name; None where it is none of these."""
+    """Names from a list of them, name → index, or index → name; None otherwise."""
     if isinstance(found, Mapping):
         pairs = dict(found.items())
         if pairs and all(isinstance(key, str) and isinstance(value, Integral) for key, value in pairs.items()):
@@ -204,12 +202,12 @@ def _names(found: Any) -> list[str] | None:
             return None
         found = [pairs[index] for index in range(len(pairs))]
         if all(name == f"LABEL_{index}" for index, name in enumerate(found)):
-            return None  # what transformers writes where nobody gave names
+            return None  # transformers' default names
     if not isinstance(found, (list, tuple)) or not found or not all(isinstance(name, str) for name in found):
         return None
     return list(found)
 
 
 def _plain(name: str) -> str:
-    """One form of accented letters: file systems write them in two."""
+    """Unicode normal form C: file systems store accented letters in two forms."""
     return unicodedata.normalize("NFC", name)

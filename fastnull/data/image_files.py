@@ -1,4 +1,4 @@
-"""Image files: folders of a folder a class, pictures of any depth as 8-bit ones, and files that cannot be read."""
+"""Image files: folders with one folder per class, conversion to 8 bits, and unreadable files."""
 
 from __future__ import annotations
 
@@ -20,31 +20,30 @@ IMAGE_SUFFIXES = (
     ".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm",
     ".avif", ".jp2",
 )  # fmt: skip
-_OF_SYSTEMS = ("__MACOSX", "@eaDir")  # what zip files from a Mac, and a NAS's previews, put beside the images
+_OF_SYSTEMS = ("__MACOSX", "@eaDir")  # created by zip files from a Mac and by the previews of a NAS
 _SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 Sample = tuple[Any, Any]
 
 
 class ImageFolder(Dataset[Sample]):
-    """Images sorted into a folder a class: root/class/.../image.png.
+    """Images in one folder per class: root/class/.../image.png.
 
-    Classes are numbered in natural order (2 before 10), as the numbered folders of ImageNetV2 need it. Links are
-    followed. Names that start with a dot are neither classes nor images.
+    Classes are numbered in natural order (2 before 10), which ImageNetV2 needs. Links are followed. Names that start
+    with a dot are ignored.
 
     Args:
         root: the folder.
-        classes: whose classes the labels are: the names in their order, such as the training folder's or a model's, or
-            how many there are (see `match_classes`); None takes the folders' own.
+        classes: the classes that define the labels: names in order, such as those of the training folder or of a
+            model, or their number (see `match_classes`); None: the folders themselves.
 
     Attributes:
         classes: names of the classes in the order of the labels.
         files: path and label of each image.
 
     Raises:
-        ValueError: no such folder, no classes, a class without an image, a folder that cannot be read or a link to
-            nothing among the classes, or a class that `classes` does not have. A file that cannot be read as an image
-            is named when it is asked for.
+        ValueError: no such folder, no classes, a class without an image, a folder that cannot be read, a broken link
+            among the classes, or a class that `classes` does not have. Image files are checked only when they are read.
     """
 
     def __init__(self, root: str | os.PathLike[str], classes: Sequence[str] | int | None = None) -> None:
@@ -61,7 +60,7 @@ class ImageFolder(Dataset[Sample]):
 
     @property
     def targets(self) -> list[int]:
-        """The labels alone."""
+        """The labels."""
         return [label for _, label in self.files]
 
     def __len__(self) -> int:
@@ -76,7 +75,7 @@ def class_folders(root: str | os.PathLike[str]) -> list[Path]:
     """The folders of the classes in `root`, in natural order.
 
     Raises:
-        ValueError: no such folder, one that cannot be read, or without a folder in it, or with a link to nothing.
+        ValueError: no such folder, or it cannot be read, contains no folder, or contains a broken link.
     """
     root = Path(root)
     if not root.is_dir():
@@ -87,10 +86,10 @@ def class_folders(root: str | os.PathLike[str]) -> list[Path]:
         raise ValueError(f"data: cannot read the folder {printable(root)}: {error.strerror}") from error
     lost = [path for path in entries if path.is_symlink() and not path.exists()]
     if lost:
-        raise ValueError(f"data: {printable(lost[0])} is a link to nothing; without it the classes would be others")
+        raise ValueError(f"data: {printable(lost[0])} is a broken link; without it the class numbers would change")
     folders = sorted((path for path in entries if path.is_dir()), key=lambda path: _natural(path.name))
     if not folders:
-        raise ValueError(f"data: {printable(root)} must hold one folder of images a class; it holds no folder")
+        raise ValueError(f"data: {printable(root)} must hold one folder of images per class; it holds no folder")
     return folders
 
 
@@ -119,7 +118,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
     for place, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         identity = os.stat(place)
         if (identity.st_dev, identity.st_ino) in seen:
-            folders.clear()  # a link back to where we were
+            folders.clear()  # a link to a folder above
             continue
         seen.add((identity.st_dev, identity.st_ino))
         folders[:] = sorted(name for name in folders if not is_hidden(name))
@@ -127,7 +126,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name among classes and images is of the system or an editor, and neither."""
+    """Whether a name belongs to the system or an editor, not to a class or an image."""
     return name.startswith(".") or name in _OF_SYSTEMS
 
 
@@ -135,27 +134,27 @@ class BadImageError(ValueError):
     """A file that cannot be read as an image; the message names it."""
 
     def __init__(self, message: str) -> None:
-        # a DataLoader makes the error of its worker anew, with the worker's whole traceback for a message
+        # a DataLoader raises a worker's error again with the whole traceback as the message
         super().__init__(message.rpartition("BadImageError: ")[2].rstrip("\n"))
 
 
 def read_image(path: str | os.PathLike[str]) -> Any:
-    """An image file as a PIL image in RGB, 8 bits a colour; of several pictures in a file the first.
+    """Read an image file as a PIL image in RGB, 8 bits per channel; only the first picture of a file is read.
 
-    Values of more than 8 bits are scaled, floats are taken as 0 to 1. What is transparent keeps its colour, and the
-    orientation in EXIF data is left alone, both as torchvision and timm do it.
+    Values of more than 8 bits are scaled; floats must be in 0 to 1. Transparency and the orientation in EXIF data are
+    ignored, as in torchvision and timm.
 
     Raises:
-        BadImageError: no regular file, no image, a broken one, or one whose values have no known range.
+        BadImageError: not a regular file, not an image, damaged, or with values of unknown range.
     """
     from PIL import Image
 
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is not a regular file")  # to open a pipe would wait for its other end
+            raise ValueError("it is not a regular file")  # opening a pipe would block
         with Image.open(path) as image:
             return eight_bits(image, "RGB")
-    except Exception as error:  # what decoders raise on damaged files is of every kind
+    except Exception as error:  # decoders raise all kinds of errors on damaged files
         if isinstance(error, OSError) and error.errno in _SCARCE:
             raise
         reason = printable(str(error) or type(error).__name__).replace(str(path), os.path.basename(path))
@@ -163,7 +162,7 @@ def read_image(path: str | os.PathLike[str]) -> Any:
 
 
 def eight_bits(image: Any, mode: str) -> Any:
-    """A PIL image of any mode as "RGB" or "L"; more than 8 bits are scaled, where `convert` would clip them.
+    """Convert a PIL image of any mode to "RGB" or "L"; more than 8 bits are scaled, where `convert` would clip.
 
     Raises:
         ValueError: integers without a known largest value (32 bits, or signed), floats outside 0 to 1.
@@ -172,11 +171,11 @@ def eight_bits(image: Any, mode: str) -> Any:
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     elif image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _scaled(image)
-    return image.convert(mode)  # of the same mode a copy, which outlives the file
+    return image.convert(mode)  # a copy even in the same mode, so the file can be closed
 
 
 def _scaled(image: Any) -> Any:
-    """A grey image of more than 8 bits → one of 8."""
+    """Scale a grey image of more than 8 bits to 8 bits."""
     import numpy
     from PIL import Image
 
@@ -191,7 +190,7 @@ def _scaled(image: Any) -> Any:
         bits = tags.get(258, (16,))[0]  # BitsPerSample
         white = 2.0**bits - 1
         if bits > 16 or tags.get(339, (1,))[0] != 1 or not (values.min() >= 0 and values.max() <= white):
-            raise ValueError("integer pixels must be unsigned, of 16 bits or fewer: of others the white is not known")
+            raise ValueError("integer pixels must be unsigned, of 16 bits or fewer; the range of others is unknown")
     values /= white
     if tags.get(262) == 0:  # PhotometricInterpretation: white is zero
         values = 1 - values
@@ -199,7 +198,7 @@ def _scaled(image: Any) -> Any:
 
 
 def image_mode(channels: int) -> str:
-    """PIL's mode of images for a model. Raises ValueError where image files have no such number of channels."""
+    """PIL's mode for a number of channels. Raises ValueError unless that is 1 or 3."""
     modes = {1: "L", 3: "RGB"}
     if channels not in modes:
         raise ValueError(f"the model takes images of {channels} channels; image files give 1 (grey) or 3 (RGB)")
@@ -211,13 +210,13 @@ BAD = -1
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Test images: files through a transform, as pixels in [0, 1].
+    """Test images: files with a transform, as pixels in [0, 1].
 
     Args:
         files: what to read.
         transform: PIL image → bytes [C, H, W] or pixels.
-        channels: images are turned into grey (1) or RGB (3) ones.
-        skip_bad: a file that cannot be read is a grey image with the label BAD, and no error.
+        channels: convert images to grey (1) or RGB (3).
+        skip_bad: an unreadable file gives a grey image with the label BAD; False: an error.
 
     Raises:
         ValueError: another number of channels.
@@ -239,13 +238,13 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
             image, label = self.files[index]
         except BadImageError as error:
             if not self.skip_bad:
-                raise BadImageError(f"{error} (--skip-bad leaves such files out, and counts them)") from error
+                raise BadImageError(f"{error} (--skip-bad skips and counts such files)") from error
             image, label = Image.new("RGB", (64, 64), (128, 128, 128)), BAD
         return to_pixels(self.transform(image.convert(self.mode))), label
 
     @property
     def targets(self) -> list[int]:
-        """The labels of all files, whether they can be read or not."""
+        """The labels of all files, readable or not."""
         return self.files.targets
 
     def name(self, index: int) -> str:
@@ -255,12 +254,12 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
 
 def to_pixels(images: Tensor, device: torch.device | str | None = None) -> Tensor:
-    """Bytes → pixels in [0, 1]; floating images pass through. Moved before converted: a byte is a quarter to carry."""
+    """Bytes → pixels in [0, 1]; float images are unchanged. Bytes are moved to the device before the conversion."""
     if device is not None:
         images = images.to(device, non_blocking=True)
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def _natural(name: str) -> tuple[list[Any], str]:
-    """A key by which 2 comes before 10; the name itself tells 01 from 1."""
+    """Sort key with 2 before 10; the name itself orders 01 and 1."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name

@@ -1,8 +1,7 @@
-"""Small real photographs that need no download: crops of the pictures inside the scikit-image package.
+"""Small real photographs that need no download: crops of the pictures in the scikit-image package.
 
-Each picture is a class: what is to be told apart are its textures and colours, seen at places that training never saw.
-A picture is divided into tiles; every third tile (along diagonals) is for testing, the others are for training, and a
-crop lies within one tile, so the two sets share no pixel.
+Each picture is a class. It is divided into tiles; every third tile (along diagonals) is for testing, the others are for
+training. A crop is within one tile, so training and test images have no pixel in common.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ PHOTOS = (
     "astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble", "immunohistochemistry",
     "motorcycle", "retina", "rocket",
 )  # fmt: skip
-"""The classes, by the names that scikit-image has for the pictures; camera, brick, coins, grass and gravel are grey."""
+"""The classes, named as the pictures in scikit-image; camera, brick, coins, grass and gravel are grey."""
 
 
 class Crops(TensorDataset):
     """Images and labels.
 
     Attributes:
-        groups: number of the tile that each image was cut from [n], over all pictures. Crops of one tile may overlap,
-            so whoever splits the set has to keep a tile's crops together, as fastnull.data.hold_out does.
+        groups: number of the tile of each image [n], over all pictures. Crops of one tile may overlap, so a split must
+            keep them together, as fastnull.data.hold_out does.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, groups: Tensor) -> None:
@@ -42,7 +41,7 @@ PHOTOS_TRAIN, PHOTOS_TEST = 120, 40
 """Images of each class."""
 
 TILE, CROP = 64, 48
-"""Sides in pixels of the pictures; a crop is resized to the size that is asked for."""
+"""Sides in pixels of the original pictures; crops are then resized."""
 
 
 def photos(size: int | tuple[int, int] = 32, channels: int = 3) -> tuple[Crops, Crops]:
@@ -95,12 +94,11 @@ def load_picture(name: str) -> Tensor:
 
 
 def _crops(picture: Tensor, testing: bool, count: int, source: torch.Generator) -> tuple[Tensor, list[int]]:
-    """[count, 3, CROP, CROP] at random places within the tiles of one set, as many from each tile, or nearly; and the
-    number of each one's tile."""
+    """Random crops [count, 3, CROP, CROP] within the tiles of one set, spread evenly over them, and their tiles."""
     rows, columns = (side // TILE for side in picture.shape[1:])
     tiles = [(row, column) for row in range(rows) for column in range(columns) if ((row + column) % 3 == 0) == testing]
     places = torch.randint(TILE - CROP + 1, (count, 2), generator=source).tolist()
-    # spread over the picture where there are more tiles than crops
+    # spread over the picture if there are more tiles than crops
     chosen = [k * len(tiles) // count if len(tiles) > count else k % len(tiles) for k in range(count)]
     crops = []
     for tile, (down, right) in zip(chosen, places, strict=True):

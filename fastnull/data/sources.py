@@ -1,4 +1,4 @@
-"""The data sets: embedded, folders of images, timm's; their samples and the order of an epoch."""
+"""Data sets: embedded, folders of images, timm's; samples with keyed augmentation, and the order of an epoch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from fastnull.checks import check_number
+from fastnull.compat import import_timm
 from fastnull.data.classes import classes_of, match_classes, model_names, names_of
 from fastnull.data.image_files import (
     BadImageError,
@@ -42,11 +43,11 @@ _TEST_FOLDERS = ("val", "validation", "test")
 
 
 def digits(size: int | tuple[int, int] = 16, channels: int = 3) -> tuple[TensorDataset, TensorDataset]:
-    """scikit-learn's 1797 handwritten digits, which need no download, as (train, test) with 1297 and 500 images.
+    """scikit-learn's 1797 handwritten digits, which need no download: (train, test) with 1297 and 500 images.
 
     Args:
         size: height and width in pixels (one number or both); the 8x8 originals are resized bilinearly.
-        channels: the grey value is repeated so often.
+        channels: number of repetitions of the grey value.
 
     Returns:
         Two datasets of image [channels, H, W] (float32 in [0, 1]) and label; always the same split.
@@ -90,11 +91,11 @@ EMBEDDED = {
     "digits": Embedded(digits, [str(digit) for digit in range(10)], "vit_digits"),
     "photos": Embedded(photos, list(PHOTOS), "vit_photos"),
 }
-"""What `--data` takes besides folders and timm's names."""
+"""Data sets that `--data` accepts besides folders and timm's names."""
 
 
 def embedded(name: str, model: nn.Module) -> tuple[TensorDataset, TensorDataset]:
-    """(train, test) of an embedded data set at the size and with the channels that the model takes."""
+    """(train, test) of an embedded data set at the model's size and number of channels."""
     view = View.of(model)
     return EMBEDDED[name].load(view.size, view.channels)
 
@@ -104,10 +105,10 @@ class Source:
     """Training data before transforms.
 
     Attributes:
-        train: yields (image, label); None for embedded data, which is made at the size that the model takes.
-        num_classes: None where the data does not say.
-        classes: their names, where they have any.
-        transforms: whether the images are of any size and go through the model's transforms.
+        train: yields (image, label); None for embedded data, which depends on the model's size.
+        num_classes: None if unknown.
+        classes: class names; None if unknown.
+        transforms: whether images can have any size and need the model's transforms.
     """
 
     train: Dataset[Sample] | None
@@ -117,7 +118,7 @@ class Source:
 
 
 def open_source(data: str, *, data_dir: str | None = None, download: bool = False) -> Source:
-    """Find the training data that `data` names (with data_dir and download).
+    """Open the training data named `data`.
 
     Raises:
         ValueError: no such folder or dataset, one that is a stream, or one of a single class.
@@ -142,16 +143,16 @@ def evaluation_data(
     skip_bad: bool = False,
     labelled: bool = True,
 ) -> Dataset[tuple[Tensor, int]]:
-    """The test set that belongs to `FinetuneConfig.data`: finetuning never sees it.
+    """The test set of `FinetuneConfig.data`, which finetuning does not use.
 
-    Labels are those of the model: matched by name where it knows its classes (see fastnull.data.classes). One that does
-    not is taken to have those of the training data in their order, and must have as many.
+    Labels are the model's, matched by name if it has class names (see fastnull.data.classes). Otherwise its classes
+    must be those of the training data in their order.
 
     Args:
-        data, data_dir, download: as in FinetuneConfig. A folder needs no train/ where the model has names.
-        model: its configuration gives image size, crop and interpolation, and its classes the labels.
-        skip_bad: of a folder: see ImageFiles.
-        labelled: False is for images alone: labels are the data's own, whatever classes the model has.
+        data, data_dir, download: as in FinetuneConfig. A folder needs no train/ if the model has class names.
+        model: determines image size, crop, interpolation and labels.
+        skip_bad: for folders, see ImageFiles.
+        labelled: False: keep the data's own labels, whatever classes the model has.
 
     Returns:
         A dataset of (image [C, H, W] in [0, 1], label).
@@ -178,14 +179,14 @@ def evaluation_data(
 
 
 class Samples(Dataset[tuple[Tensor, Any]]):
-    """A dataset through a transform, with every random draw of a sample keyed by (seed, epoch, index).
+    """A dataset with a transform; the random numbers of a sample are keyed by (seed, epoch, index).
 
     Args:
         base: yields (PIL image or tensor, label).
-        transform: applied to the image; None leaves it.
-        channels: PIL images are turned into grey (1) or RGB (3) ones; None leaves them.
-        seed: of the draws.
-        classes: the label that each class number of `base` becomes (see `match_classes`); None leaves labels.
+        transform: applied to the image; None: no transform.
+        channels: convert PIL images to grey (1) or RGB (3); None: no conversion.
+        seed: of the random numbers.
+        classes: new label of each class of `base` (see `match_classes`); None: labels are kept.
 
     Raises:
         ValueError: another number of channels.
@@ -203,7 +204,7 @@ class Samples(Dataset[tuple[Tensor, Any]]):
         self.mode = None if channels is None else image_mode(channels)
         in_order = classes is None or list(classes) == list(range(len(classes)))
         self.labels = None if classes is None or in_order else torch.tensor(classes)
-        # tensors in memory draw nothing, and keying costs as much as fetching them
+        # tensors in memory need no random numbers, and seeding costs as much as fetching them
         self.draws = not isinstance(base.dataset if isinstance(base, Subset) else base, TensorDataset)
 
     def __len__(self) -> int:
@@ -222,7 +223,7 @@ class Samples(Dataset[tuple[Tensor, Any]]):
         return image, self._label(label)
 
     def _read(self, index: int, mode: str) -> tuple[Any, Any]:
-        """An image file, decoded; whatever fails on the way is that file's fault."""
+        """Decode an image; every error is reported as a bad image."""
         if index >= len(self):
             raise IndexError(f"image {index} of {len(self)}")
         try:
@@ -235,7 +236,7 @@ class Samples(Dataset[tuple[Tensor, Any]]):
 
     @property
     def targets(self) -> Tensor | None:
-        """All labels [n], where they can be told without reading images."""
+        """All labels [n]; None if they are unknown without loading images."""
         found = labels_of(self.base)
         return found if found is None or self.labels is None else self.labels[found]
 
@@ -249,14 +250,14 @@ class Samples(Dataset[tuple[Tensor, Any]]):
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (index, epoch) in an order that is a function of (seed, epoch); set `epoch` and `start` before use.
+    """Batches of (index, epoch) in an order that depends only on (seed, epoch). Set `epoch` and `start` before use.
 
     Args:
         length: of the dataset.
-        batch_size: of every batch; a rest that does not fill one is left for another epoch.
-        batches: a run through it yields so many.
+        batch_size: of every batch; an incomplete last batch is dropped.
+        batches: number of batches per epoch.
         seed: of the order.
-        rows: of every batch the ones that are yielded, where several processes share it; None is all.
+        rows: the rows of every batch to yield, for several processes; None: all.
     """
 
     def __init__(
@@ -284,16 +285,16 @@ def loader(
     device: torch.device | str = "cpu",
     persistent: bool = False,
 ) -> DataLoader[Any]:
-    """A DataLoader over a sampler of batches, or in order with a batch size; leaves the global generators alone."""
+    """A DataLoader over EpochBatches, or in order with a batch size; it does not use the global generators."""
     how: dict[str, Any] = {"batch_sampler": batches} if isinstance(batches, EpochBatches) else {"batch_size": batches}
     return DataLoader(
         data,
         num_workers=workers,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=persistent and workers > 0,
-        # Ctrl-C reaches the whole process group: the main process alone decides what it means
+        # Ctrl-C reaches the whole process group; only the main process handles it
         worker_init_fn=_ignore_interrupt,
-        # without one of its own, each iteration draws from the global generator and shifts dropout
+        # without its own generator, each iteration draws from the global one and changes dropout
         generator=torch.Generator().manual_seed(0),
         **how,
     )
@@ -304,10 +305,10 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 def hold_out(data: Dataset[Any], fraction: float, seed: int) -> tuple[Subset[Any], Subset[Any] | None]:
-    """Split off a random share for validation; (train, validation). A share of 0 gives None.
+    """Split off a random fraction for validation; (train, validation), where validation is None for a fraction of 0.
 
-    Images that share pixels stay together: where the data has `groups` [n] (photos.Crops), whole groups are drawn
-    until there are enough.
+    If the data has `groups` [n] (photos.Crops: images with common pixels), whole groups are drawn until there are
+    enough images.
     """
     total = len(data)  # type: ignore[arg-type]
     count = round(fraction * total)
@@ -315,16 +316,16 @@ def hold_out(data: Dataset[Any], fraction: float, seed: int) -> tuple[Subset[Any
         getattr(data, "groups", torch.arange(total)), return_inverse=True, return_counts=True
     )
     order = torch.randperm(len(sizes), generator=generator(seed))
-    before = sizes[order].cumsum(0) - sizes[order]  # images of the groups in front of each
+    before = sizes[order].cumsum(0) - sizes[order]  # number of images in the groups before each
     held = torch.isin(group, order[before < count])  # [n]
     if fraction and not 0 < held.sum() < total:
-        raise ValueError(f"val_fraction {fraction:g} of {total} training images leaves one of both parts empty")
+        raise ValueError(f"val_fraction {fraction:g} of {total} training images leaves one part empty")
     rest, chosen = ((held == part).nonzero().flatten().tolist() for part in (False, True))
     return Subset(data, rest), Subset(data, chosen) if chosen else None
 
 
 def seed_everything(*key: int) -> None:
-    """Seed torch's, NumPy's and Python's global generators with a number made from integers such as (seed, step)."""
+    """Seed torch's, NumPy's and Python's global generators from integers such as (seed, step)."""
     import numpy
 
     seed = generator(*key).initial_seed()
@@ -335,7 +336,7 @@ def seed_everything(*key: int) -> None:
 
 @contextmanager
 def keyed(*key: int) -> Iterator[None]:
-    """The global generators are seeded by the key inside, and as before after."""
+    """Seed the global generators by the key inside the block, and restore them afterwards."""
     with preserved():
         seed_everything(*key)
         yield
@@ -345,20 +346,20 @@ def _timm_name(data: str) -> bool:
     prefix = data.partition("/")[0].lower()
     if prefix in _STREAMS and not os.path.isdir(data):
         raise ValueError(
-            f"data {data!r} is a stream, whose order cannot be resumed exactly; use {' or '.join(TIMM_PREFIXES)}, a "
+            f"data {data!r} is a stream, which cannot be resumed exactly; use {' or '.join(TIMM_PREFIXES)}, a "
             "folder of images, or pass a dataset as train_data"
         )
     return prefix in TIMM_PREFIXES and "/" in data and not os.path.isdir(data)
 
 
 def _timm_dataset(name: str, root: str | None, split: str, download: bool) -> Any:
-    if root is None and not name.lower().startswith("hfds/"):  # Hugging Face has a cache of its own
+    if root is None and not name.lower().startswith("hfds/"):  # Hugging Face has its own cache
         raise ValueError(f"data {name!r} needs data_dir (--data-dir), the folder where timm keeps it")
     try:
-        found = _timm_data().create_dataset(name, root=root, split=split, download=download)
+        found = import_timm().data.create_dataset(name, root=root, split=split, download=download)
     except (AssertionError, RuntimeError, ValueError, TypeError, ImportError, OSError) as error:
         raise ValueError(f"data {name!r} (data_dir {root!r}, download {download}) cannot be opened: {error}") from error
-    # timm would go on to the next image in silence where one cannot be read, and clip more than 8 bits to white
+    # timm would silently skip unreadable images, and clip more than 8 bits to white
     found._max_retries = 1
     found.input_img_mode = None
     if hasattr(found, "loader"):  # torchvision's folders clip too
@@ -379,9 +380,3 @@ def _split_folder(data: str, names: Sequence[str]) -> Path:
             return root / name
     inside = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
     raise ValueError(f"data folder {data} must hold a folder {' or '.join(names)}; it holds {inside}")
-
-
-def _timm_data() -> Any:
-    from fastnull.compat import import_timm
-
-    return import_timm().data

@@ -1,4 +1,4 @@
-"""A part of a data set that stands for the whole: drawn evenly over its classes."""
+"""A subset of a data set, drawn evenly over its classes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastnull.rng import generator
 
 
 def even_subset(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Draw `count` images, from every class as many as from every other, as far as the classes reach.
+    """Draw `count` images, the same number from every class as far as the classes have enough.
 
-    It depends on which images share a class, on their order and on the seed alone: not on how the classes are
-    numbered, so it is the same for every model. A smaller subset lies within every larger one of the same seed.
+    The result depends only on which images have the same class, on their order and on the seed, not on the numbers of
+    the classes, so it is the same for every model. A subset contains every smaller one of the same seed.
 
     Args:
         labels: classes [n], integers.
-        count: images to draw; all of them where there are no more.
+        count: number of images to draw; at most n are drawn.
         seed: of the draw.
 
     Returns:
@@ -39,7 +39,7 @@ def even_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     shuffled = torch.randperm(total, generator=generator(seed))
     _, classes, sizes = labels.cpu()[shuffled].unique(return_inverse=True, return_counts=True)
     by_class = classes.argsort(stable=True)
-    first = sizes.cumsum(0) - sizes  # [classes], where each begins in by_class
+    first = sizes.cumsum(0) - sizes  # [classes], first position of each in by_class
     # the first image of every class, then the second of each, and so on
     turn = torch.empty_like(classes)
     turn[by_class] = torch.arange(total) - first[classes[by_class]]
@@ -47,13 +47,12 @@ def even_subset(labels: Tensor, count: int, seed: int) -> Tensor:
 
 
 def labels_of(data: Any) -> Tensor | None:
-    """The classes [n] of a data set that has a list of them: tensors, torchvision's, timm's and our folders of images,
-    and Hugging Face's through timm.
+    """The class of each image, without loading the images; a transform of labels is not applied.
 
-    They tell classes apart, as `even_subset` needs it; a transform of labels is not applied.
+    Supported are tensors, folders of images (torchvision, timm, this package) and Hugging Face's data through timm.
 
     Returns:
-        integers [n], or None where every image would have to be loaded for them.
+        integers [n], or None if the images would have to be loaded.
     """
     if isinstance(data, Subset):
         whole = labels_of(data.dataset)
@@ -74,7 +73,7 @@ def labels_of(data: Any) -> Tensor | None:
     if found is None and hasattr(columns, "features"):
         found = _integers(list(columns[getattr(reader, "label_key", "label")]), data)
     if found is None:
-        inner = getattr(data, "base", None) or getattr(data, "files", None)  # what a transform wraps
+        inner = getattr(data, "base", None) or getattr(data, "files", None)  # of a data set with a transform
         found = None if inner is None or inner is data or isinstance(inner, list) else labels_of(inner)
     return found
 
@@ -84,7 +83,7 @@ def _is_pair(pair: Any) -> bool:
 
 
 def _integers(values: Any, data: Any) -> Tensor | None:
-    """Values as integers, if they are a list of one for each item of the data."""
+    """Values as integers if there is one per item of the data, else None."""
     try:
         found = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What a model wants to see: the size of its images, and the transforms that bring image files to it."""
+"""The image size of a model, and the transforms from image files to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastnull.vit import split, unwrap
 
 @dataclass(frozen=True)
 class View:
-    """What a model wants to see: image size (H, W), channels, and how images are brought to that size."""
+    """Image size (H, W) and channels of a model, and how images are resized and cropped to it."""
 
     size: tuple[int, int]
     channels: int
@@ -27,9 +27,9 @@ class View:
 
     @classmethod
     def of(cls, model: nn.Module) -> View:
-        """Read it off a timm model (in a NormalizedModel or plain); 224 pixels where a model says nothing.
+        """The view of a timm model (in a NormalizedModel or plain); 224 pixels if the model has no size.
 
-        Mean and std have a value for each channel, as `create_model` makes them of those of three colours.
+        Mean and std have one value per channel, converted as in `create_model`.
         """
         network = unwrap(model)
         network = unwrap(getattr(network, "network", network))
@@ -37,11 +37,11 @@ class View:
         channels, *size = config["input_size"]
         try:
             adapter = split(model)
-        except ValueError:  # no ViT: its configuration is all there is
+        except ValueError:  # not a ViT: only the configuration is known
             pass
         else:
             channels, size = adapter.channels, adapter.image_size or size
-        # a torch.nn.Module without a pretrained_cfg gets timm's ImageNet defaults, which is what is wanted
+        # a torch.nn.Module without a pretrained_cfg gets timm's ImageNet defaults
         return cls(
             size=(int(size[0]), int(size[1])),
             channels=channels,
@@ -62,7 +62,7 @@ class View:
     ) -> Callable[[Any], Tensor]:
         """Random crop, flip, RandAugment or colour jitter, random erasing; PIL image → bytes [C, H, W].
 
-        Grey images are augmented as grey ones: what changes colours alone leaves them.
+        Operations that change only colours do not change grey images.
 
         Raises:
             ValueError: an auto_augment that timm does not know.
@@ -89,21 +89,21 @@ class View:
 
 
 def _check_policy(policy: str | None) -> None:
-    """timm passes over sections of a policy that have no number in them, but for RandAugment's sets (t...)."""
+    """Refuse sections without a number, which timm ignores, except RandAugment's sets (t...)."""
     for section in (policy or "").split("-")[1:]:
         if not re.search(r"\d", section) and not section.startswith("t"):
             raise ValueError(f"section {section!r} has no number")
 
 
 def per_channel(values: Sequence[float], count: int) -> tuple[float, ...]:
-    """Values of three colours → `count` channels, as timm turns the weights of the first layer."""
+    """Values of three colours → `count` channels, as timm converts the weights of the first layer."""
     if count == 1:
         return (sum(values) / len(values),)
     return tuple(values[i % len(values)] for i in range(count))
 
 
 class _Erasing:
-    """timm's random erasing with normal noise in a pixel's place, for images that are not normalised yet."""
+    """timm's random erasing with normal noise per pixel, for images that are not normalised."""
 
     def __init__(
         self, transform: Callable[[Any], Tensor], probability: float, mean: Sequence[float], std: Sequence[float]

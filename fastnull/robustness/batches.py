@@ -1,4 +1,4 @@
-"""The images of a measurement in batches: from any point on, and shared out over processes."""
+"""The images of a measurement in batches, from any position on and split over processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastnull.rng import preserved
 
 
 class Batch(NamedTuple):
-    """Images [B, C, H, W] with labels [B] and their numbers in the data [B], and the numbers of those left out."""
+    """Images [B, C, H, W], their labels [B] and indices in the data [B], and the indices of unreadable images."""
 
     images: Tensor
     labels: Tensor
@@ -39,14 +39,14 @@ class EvaluationData:
         data: images [n, C, H, W] in [0, 1] and classes [n]; or a map-style data set of such pairs; or a DataLoader of
             such batches, in a fixed order.
         batch_size: of tensors and data sets; a DataLoader has its own.
-        limit: use so many images only, drawn evenly over the classes (`fastnull.data.subset.even_subset`).
+        limit: number of images to use, drawn evenly over the classes (`fastnull.data.subset.even_subset`).
         device: where the batches go.
         workers: processes that load a data set.
         seed: of that draw.
 
     Attributes:
-        total: number of images; None where the data cannot tell.
-        indexed: whether images can be asked for by number, as sharing them out needs it. Those of a DataLoader are
+        total: number of images; None if unknown.
+        indexed: whether images can be fetched by index, which several processes need. Images of a DataLoader are
             numbered in the order in which it yields them.
 
     Raises:
@@ -65,13 +65,11 @@ class EvaluationData:
         if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
             images, labels = data
             if labels.shape != images.shape[:1]:
-                raise ValueError(
-                    f"labels must be classes [{len(images)}], one an image; got shape {list(labels.shape)}"
-                )
+                raise ValueError(f"labels must be classes [{len(images)}]; got shape {list(labels.shape)}")
             self.total = len(images)
         elif isinstance(data, DataLoader):
             order = _fixed_order(data)
-            # a collate function of the user's may leave images out, and without one an item is a batch of any size
+            # a user's collate function may drop images; without batches an item can have any size
             counted = order is not None and data.batch_sampler is not None and data.collate_fn is default_collate
             self.total = len(order) if order is not None and counted else None
         elif isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__"):
@@ -82,7 +80,7 @@ class EvaluationData:
                 f"got {type(data).__name__}"
             )
         self.chosen: Tensor | None = None
-        """Numbers of the images that are used [total], ascending; None is all of them."""
+        """Indices of the images to use [total], ascending; None: all."""
         if limit is not None and self.total != 0 and (self.total is None or limit < self.total):
             self.chosen = even_subset(self._labels(order), limit, seed)
             self.total = len(self.chosen)
@@ -90,26 +88,26 @@ class EvaluationData:
             raise ValueError("data must hold at least one image; got none")
 
     def batches(self, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Batches from image `start` on; of `world` processes the one with this `rank` gets every world-th of them."""
+        """Batches from image `start` on; process `rank` of `world` gets every world-th batch."""
         if self.indexed:
             yield from self._by_number(start, rank, world)
         else:
             yield from self._from_loader(start)
 
     def name(self, index: int) -> str:
-        """What an image is called in a message."""
+        """Name of an image in messages."""
         return self.data.name(index) if hasattr(self.data, "name") else f"image {index}"
 
     def _by_number(self, start: int, rank: int, world: int) -> Iterator[Batch]:
         assert self.total is not None
         firsts = range(start + rank * self.batch_size, self.total, world * self.batch_size)
         parts = [slice(first, min(first + self.batch_size, self.total)) for first in firsts]
-        # slices of tensors are no copies
+        # slicing a tensor does not copy
         rows: list[Any] = parts if self.chosen is None else [self.chosen[part] for part in parts]
         numbers = [torch.arange(part.start, part.stop) for part in parts] if self.chosen is None else rows
         found: Iterable[Any]
         if isinstance(self.data, Dataset):
-            # a generator of its own: a loader would draw from the global one
+            # without its own generator a DataLoader draws from the global one
             found = DataLoader(
                 self.data,
                 batch_sampler=[some.tolist() for some in numbers],
@@ -140,12 +138,12 @@ class EvaluationData:
                 return
 
     def _labels(self, order: list[Any] | None) -> Tensor:
-        """Classes of all images [n]; read off the data set where it has a list of them."""
+        """Classes of all images [n], taken from the data set's own list if it has one."""
         if isinstance(self.data, DataLoader):
             if isinstance(self.data.dataset, IterableDataset):
                 raise ValueError(
-                    "limit draws evenly over the classes, and a stream (IterableDataset) has to end for that: give a "
-                    "data set with an index, or a stream of the images that are meant"
+                    "limit draws evenly over the classes, and a stream (IterableDataset) has no index: give a "
+                    "map-style data set, or a stream of the images to use"
                 )
             known = labels_of(self.data.dataset) if self.total is not None else None
             if known is not None and order is not None and all(isinstance(number, int) for number in order):
@@ -186,17 +184,17 @@ def _pair(pair: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fixed_order(loader: DataLoader[Any]) -> list[Any] | None:
-    """What a DataLoader asks its data set for, in the order of a pass; None for a stream, which is asked for nothing.
+    """The indices that a DataLoader requests in one pass, in order; None for a stream.
 
     Raises:
-        ValueError: the order is drawn anew in every pass.
+        ValueError: the order differs between passes.
     """
     if isinstance(loader.dataset, IterableDataset):
         return None
     samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
     known = any(isinstance(s, _SHUFFLING) or getattr(s, "shuffle", None) is True for s in samplers)
     with preserved():
-        # samplers of the user's tell in what they do
+        # a user's own sampler shows it only in its indices
         passes = [] if known else [_asked_for(loader) for _ in range(_PASSES)]
     if known or any(each != passes[0] for each in passes):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""evaluate(): accuracy clean, under attack, under corruptions and on published test sets, with the protocol beside it.
+"""evaluate(): accuracy clean, under attack, under corruptions and on published test sets, with its protocol.
 
-Every number is written as soon as it is known, and on the way to it the counts so far, so a killed run goes on where it
-was; a file made under another protocol is refused. Under torchrun the images are shared out over the processes.
+Every number is written as soon as it is known, and the counts so far every 30 seconds, so a killed run resumes where it
+stopped. A file made under another protocol is refused. Under torchrun the images are split over the processes.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from fastnull.robustness.table import eps_name, summarize
 from fastnull.vit import frozen
 
 SAVE_SECONDS = 30.0
-"""Between two savings of the counts within a measurement."""
+"""Time between two saves of the counts within a measurement."""
 SYNC_ROUNDS = 8
-"""Batches that each of several processes takes between two of them."""
+"""Batches per process between two synchronisations."""
 
 
 # iterating a DataLoader draws from the global generators
@@ -58,20 +58,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model's accuracy (in %) clean, under attack, under corruptions and on published test sets.
 
-    Noise is keyed by (seed, number of the image in the data), so results do not depend on batch size, number of
-    processes or global random state, which is as before afterwards, as are the modes of the model's modules. Attacks
-    run on all images, also on those that are misclassified already. Where a torch.distributed group exists, every
-    process of it must make the same call; each returns the whole result, and the first one writes it.
+    Noise is keyed by (seed, index of the image), so results do not depend on batch size, number of processes or the
+    global random state, which is restored, as are the modes of the model's modules. Attacks run on all images,
+    including misclassified ones. If a torch.distributed group exists, every process must make the same call; each
+    returns the whole result, and rank 0 writes it.
 
     Args:
         model: pixels in [0, 1] → logits [B, K] (or an output with `.logits`); evaluated in eval mode, in its own dtype.
         data: images [n, C, H, W] in [0, 1] and classes [n]; or a map-style data set of such pairs; or a DataLoader of
-            such batches, in a fixed order. None takes root/imagenet-val, where a suite needs it.
-        settings: what is measured and how; None takes the defaults.
-        source: transfer: the attacks are made on this model, of the same classes, and tried on `model`.
-        noise: of suite `noise`, from any model whose site has the same shape: image i gets noise i mod M. Its
-            permutation, of equal norm, is measured beside it.
-        changes: fields of EvaluationSettings, in place of those of `settings`: evaluate(model, data, suites=("pgd",)).
+            such batches, in a fixed order. None: root/imagenet-val, if a suite needs it.
+        settings: what is measured and how; None: the defaults.
+        source: for transfer attacks: computed on this model, which has the same classes, and tested on `model`.
+        noise: for suite `noise`, from any model whose site has the same shape: image i gets noise i mod M. Its
+            permutation, of equal norm, is measured too.
+        changes: fields of EvaluationSettings that override `settings`: evaluate(model, data, suites=("pgd",)).
 
     Returns:
         {"protocol": what was measured and how, "results": {"clean": %, "clean_top5": %, "fgsm": {"1/255": %, …},
@@ -83,7 +83,7 @@ def evaluate(
         TypeError: data of an unknown kind, or a setting that does not exist or is of another type.
         ValueError: no images, a shuffled DataLoader, pixels outside [0, 1], labels out of range, NaN logits (the
             message names the suite), an unknown suite or corruption, eps out of range, a test set that is missing or
-            laid out otherwise, a file that cannot be read, data without an index shared out over processes, or `out`
+            laid out differently, a file that cannot be read, a DataLoader with several processes, or `out`
             made under another protocol (the message names what differs).
     """
     settings = replace(settings or EvaluationSettings(), **changes)
@@ -116,7 +116,7 @@ def evaluate(
                 found = open_suite(measurement.suite, settings.root, model, skip_bad=settings.skip_bad)
                 images, mask = _batches(found.images, settings, device), found.mask
                 if bar.total is not None and images.total is not None:
-                    bar.total += images.total  # a folder's images are counted when its turn comes
+                    bar.total += images.total  # a folder's images are counted when it is opened
             assert images is not None
             run.measure(model, measurement, images, mask)
     record["summary"] = summarize(record["results"])
@@ -124,7 +124,7 @@ def evaluate(
 
 
 def _on_device(model: nn.Module, source: nn.Module | None, settings: EvaluationSettings) -> torch.device:
-    """Check the models and move them to the device of the settings, which is returned."""
+    """Check the models, move them to the device of the settings and return it."""
     for name, module in (("model", model), ("source", source)):
         if not isinstance(module, nn.Module) and not (name == "source" and module is None):
             raise TypeError(f"{name} must be a torch.nn.Module; got {type(module).__name__}")
@@ -143,7 +143,7 @@ def _on_device(model: nn.Module, source: nn.Module | None, settings: EvaluationS
 
 
 def _check_folders(model: nn.Module, settings: EvaluationSettings) -> None:
-    """Every folder of a suite is there, with classes that the model has."""
+    """Check that every suite's folder exists, with classes that the model has."""
     for part in settings.folders:
         if settings.root is None:
             raise ValueError(f"suite {part.partition('/')[0]} needs root, the folder of the published test sets")
@@ -156,7 +156,7 @@ def _images(
     settings: EvaluationSettings,
     device: torch.device,
 ) -> tuple[EvaluationData | None, str]:
-    """The images of all suites without a folder of their own (None: there is no such suite), and their transform."""
+    """The images of all suites that have no folder (None if there is no such suite), and their transform."""
     transform = "none: the images as given, pixels in [0, 1]"
     if not settings.on_data:
         return None, transform
@@ -168,7 +168,7 @@ def _images(
     images = _batches(data, settings, device)
     world = distributed.get_world_size() if _is_distributed() else 1
     if world > 1 and not images.indexed:
-        raise ValueError("a DataLoader cannot be shared out over processes: give the data set, which has an index")
+        raise ValueError("a DataLoader cannot be split over processes: give the data set, which has an index")
     return images, transform
 
 
@@ -185,7 +185,7 @@ def _protocol(
     transform: str,
     device: torch.device,
 ) -> dict[str, Any]:
-    """All that decides what the numbers mean: results of another protocol do not go into the same file."""
+    """Everything that the numbers depend on; a file holds results of one protocol only."""
     suites, limit = settings.suites, settings.limit
     return {
         "suites": list(suites),
@@ -232,14 +232,14 @@ def _measurements(
 
 
 class _Run:
-    """A record that fills, and the file it is kept in."""
+    """The record of a run, and the file that it is saved to."""
 
     def __init__(self, record: dict[str, Any], out: Path | None, bar: Any) -> None:
         self.record, self.out, self.bar = record, out, bar
         self._saved = time.monotonic()
 
     def measure(self, model: nn.Module, measurement: Measurement, data: EvaluationData, mask: Tensor | None) -> None:
-        """Find one number, from where a killed run left it, and write it down."""
+        """Measure one number, resuming where a killed run stopped, and save it."""
         path, results = measurement.path, self.record["results"]
         started = self.record.pop("partial", None)
         if started is None or started["measurement"] != measurement.name:
@@ -284,7 +284,7 @@ class _Run:
                     self._keep(measurement, position, mine, [*started["skipped"], *skipped], started)
                 if not is_out_of_memory(error):
                     raise
-                kept = "" if self.out is None else f"; what is finished is in {self.out}, and resuming goes on from it"
+                kept = "" if self.out is None else f"; finished results are in {self.out}, for resuming"
                 raise torch.OutOfMemoryError(
                     f"{measurement.name}: {data.device} has no memory left; smaller batches need less{kept} "
                     f"({_first_line(error)})"
@@ -311,7 +311,7 @@ class _Run:
         self, measurement: Measurement, position: int, accuracy: Accuracy, skipped: list[str],
         started: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        """Write down the counts up to a position, and what was counted before."""
+        """Save the counts up to a position, including those of earlier runs."""
         counts = Accuracy()
         counts.add(accuracy.counts())
         counts.add(started)
@@ -377,25 +377,25 @@ def _gathered(accuracy: Accuracy, skipped: list[str]) -> tuple[Accuracy, list[st
 
 
 def _autoattack(model: nn.Module, data: EvaluationData) -> list[str]:
-    """What AutoAttack will run: fewer classes allow fewer attacks."""
+    """The attacks that AutoAttack will run, which depend on the number of classes."""
     some = next(data.batches()).images[:1]
     with torch.no_grad(), frozen(model):
         return list(attacks_for(model_logits(model, some).shape[1]))
 
 
 def _digest(data: EvaluationData) -> str:
-    """Of the first images; those of a DataLoader are looked at twice: streams and transforms may draw at random."""
+    """Digest of the first images. A DataLoader is read twice: streams and transforms may be random."""
     digest = data_digest(data)
     if not data.indexed and data_digest(data) != digest:
         raise ValueError(
             "data must yield the same images in the same order every time; the first ones of this DataLoader differ "
-            "from one pass to the next"
+            "between passes"
         )
     return digest
 
 
 def _described(name: str, model: nn.Module) -> str:
-    """A folder suite in the protocol: how its images reach the model, and among how many classes it chooses."""
+    """Description of a folder suite in the protocol: its transform and number of classes."""
     layout, view = FOLDER_SUITES[name], View.of(model)
     size = f"{view.size[0]}x{view.size[1]}"
     how = f"as published, {size}" if layout.as_is else f"resized, crop {view.crop:g}, {view.interpolation}, {size}"

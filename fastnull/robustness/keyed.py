@@ -1,8 +1,8 @@
-"""Random numbers of an image that depend on (seed, purpose, index of the image) alone.
+"""Random numbers that depend only on (seed, purpose, index of the image).
 
-torch's generators are streams: what an image gets depends on the images before it, on the batch size and the device.
-Here every number is a hash of its address (splitmix64 over 64-bit integers), so the integers behind them are the same
-in every batch and on every device; normals then differ by rounding at most. No global state is read or changed.
+With torch's generators an image's numbers depend on the images before it, the batch size and the device. Here every
+number is a hash of its address (splitmix64 on 64-bit integers), so the integers are the same in every batch and on
+every device, and normal numbers differ by rounding at most. No global state is read or changed.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 class KeyedRandom:
-    """A source of random numbers for a batch of images; every draw is fresh, and a new source repeats them.
+    """Random numbers for a batch of images. Every draw is new; another object with the same arguments repeats them.
 
     Args:
         seed: of the experiment.
-        purpose: what the numbers are for, so that two uses of a seed are independent ("shot_noise/3").
-        indices: [B] integers that identify the images; the numbers come on its device.
+        purpose: use of the numbers ("shot_noise/3"); different purposes are independent.
+        indices: [B] integers that identify the images; the numbers are on its device.
     """
 
     def __init__(self, seed: int, purpose: str, indices: Tensor) -> None:
@@ -58,7 +58,7 @@ class KeyedRandom:
 
     def _bits(self, shape: Sequence[int]) -> Tensor:
         self._draws += 1
-        keys = _mix(self._keys + _signed(self._draws * _GOLDEN % (1 << 64)))  # [B], one stream a draw
+        keys = _mix(self._keys + _signed(self._draws * _GOLDEN % (1 << 64)))  # [B], one stream per draw
         count = math.prod(shape)
         position = torch.arange(1, count + 1, device=keys.device) * _GOLDEN  # [count]
         return _mix(keys[:, None] + position).view(len(keys), *shape)

@@ -1,4 +1,4 @@
-"""What evaluate() measures: each number as the logits that it is made of."""
+"""The measurements of evaluate(): for each number, the function that gives its logits."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fastnull.robustness.corruptions import corrupt
 from fastnull.robustness.table import eps_name
 
 BALL_ATTACKS = ("fgsm", "pgd", "mi_fgsm", "apgd", "apgd_t", "autoattack")
-"""Suites with a number for each radius."""
+"""Suites with one number per radius."""
 ATTACKS = (*BALL_ATTACKS, "cw", "patch")
 
-# of the cw suite: what torchattacks takes by default, no search for the constant
+# of the cw suite: the defaults of torchattacks, without a search for the constant
 CW: dict[str, Any] = {"initial_const": 1.0, "search_steps": 1, "steps": 50, "lr": 0.01}
 
 Response = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(images, labels, indices) → the model's logits [B, K] after whatever is done to the images."""
+"""(images, labels, indices) → the model's logits [B, K] on the changed images."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number: where it goes in the results, the logits it is made of, and images of its own, where it has some."""
+    """One number: its path in the results, the function for its logits, and the folder suite of its images, if any."""
 
     path: tuple[str, ...]
     respond: Response
@@ -40,7 +40,7 @@ class Measurement:
 
 
 def plain(model: nn.Module) -> Response:
-    """Of the images as they are."""
+    """Logits of the unchanged images."""
     return lambda images, labels, indices: model_logits(model, images)
 
 
@@ -48,7 +48,7 @@ def clean_and_attacked(
     model: nn.Module, source: nn.Module, suites: Sequence[str], eps: Sequence[float], norm: str, steps: int,
     restarts: int, seed: int,
 ) -> list[Measurement]:  # fmt: skip
-    """Clean, and attacks made on `source` and tried on `model`, in the order in which they run."""
+    """Clean accuracy, and attacks computed on `source` and tested on `model`, in the order in which they run."""
 
     def ball(suite: str, radius: float) -> Response:
         def attacked(images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ def noisy(model: nn.Module, noise: Noise) -> list[Measurement]:
             inputs = encoder.embed(images)
             if inputs.shape[1:] != tokens.shape[1:]:
                 raise ValueError(
-                    f"the noise is of shape {list(tokens.shape[1:])}, the model's {noise.site} of "
-                    f"{list(inputs.shape[1:])}: it is of another kind of model"
+                    f"the noise is of shape {list(tokens.shape[1:])}, but the model's {noise.site} is of shape "
+                    f"{list(inputs.shape[1:])}"
                 )
             rows = tokens[(indices % len(tokens)).to(tokens.device)].to(inputs.device)
             return encoder(perturb(encoder, inputs, rows)).float()
@@ -107,7 +107,7 @@ def corrupted(
     model: nn.Module, corruptions: Sequence[str], severities: Sequence[int], seed: int,
     frost_folder: str | os.PathLike[str] | None,
 ) -> list[Measurement]:  # fmt: skip
-    """A number for each corruption, computed in memory, and severity."""
+    """One number per corruption (computed in memory) and severity."""
 
     def respond(name: str, severity: int) -> Response:
         return lambda images, labels, indices: model_logits(

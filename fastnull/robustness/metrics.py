@@ -1,4 +1,4 @@
-"""Accuracies, counted by image, and the summaries that papers print of corruption results."""
+"""Accuracy per image, and the usual summaries of corruption results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALEXNET_ERRORS: dict[str, tuple[float, float, float, float, float]] = {
 
 
 class Accuracy:
-    """Counts of right answers over real images; the counters stay on the device, so `update` waits for nothing."""
+    """Counts of correct predictions. The counters stay on the device, so `update` does not synchronise."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -40,7 +40,7 @@ class Accuracy:
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: logits [B, K], classes [B]. With fewer than five classes top-5 counts all of them.
+        """Count a batch: logits [B, K], classes [B]. With fewer than five classes, top-5 is always correct.
 
         Raises:
             ValueError: labels that are no classes 0 .. K - 1.
@@ -62,7 +62,7 @@ class Accuracy:
         return {"images": self.images, "top1": int(self._top1), "top5": int(self._top5)}
 
     def add(self, counts: Mapping[str, int]) -> None:
-        """Add what `counts` returned elsewhere or earlier."""
+        """Add the `counts` of another process or an earlier run."""
         self.images += counts["images"]
         self._top1 = self._top1 + counts["top1"]
         self._top5 = self._top5 + counts["top5"]
@@ -86,7 +86,7 @@ class Accuracy:
 def mean(values: Mapping[Any, float]) -> float:
     """Plain mean of a table's values. Raises ValueError for an empty one."""
     if not values:
-        raise ValueError("there is nothing to take the mean of")
+        raise ValueError("there is nothing to average")
     return sum(values.values()) / len(values)
 
 

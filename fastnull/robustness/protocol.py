@@ -1,4 +1,4 @@
-"""The protocol of a measurement: which images, which weights, and whether a file of results was made under it."""
+"""The protocol of a measurement: digests of images and weights, and the check of a result file against it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from fastnull.checks import as_type
 from fastnull.record import read_json
 from fastnull.robustness.attacks.base import model_dtype
 from fastnull.robustness.batches import EvaluationData
+from fastnull.robustness.measurements import BALL_ATTACKS
 from fastnull.vit import unwrap
 
 DIGEST_IMAGES = 32
 
 
 def data_digest(data: EvaluationData) -> str:
-    """Of the first 32 images, rounded to 8 bits, and their labels: tells data sets apart at a small price."""
+    """Digest of the first 32 images, rounded to 8 bits, and their labels."""
     digest = hashlib.blake2b(digest_size=8)
     left = DIGEST_IMAGES
     for images, labels, *_ in data.batches():
@@ -36,13 +37,13 @@ def data_digest(data: EvaluationData) -> str:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Of the values of a tensor."""
+    """Digest of the values of a tensor."""
     values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.blake2b(values, digest_size=8).hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Of all parameters and buffers: two checkpoints must not share a file of results."""
+    """Digest of all parameters and buffers."""
     digest = hashlib.blake2b(digest_size=8)
     model = unwrap(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -53,7 +54,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def normalisation(model: nn.Module) -> dict[str, list[float] | None]:
-    """The mean and std that a NormalizedModel holds; None where the model does not say."""
+    """The mean and std that a NormalizedModel holds; None if the model has none."""
     model = unwrap(model)
     return {
         name: values.flatten().tolist() if isinstance(values := getattr(model, name, None), Tensor) else None
@@ -62,7 +63,7 @@ def normalisation(model: nn.Module) -> dict[str, list[float] | None]:
 
 
 def dtype_name(model: nn.Module, device: torch.device) -> str:
-    """Dtype of the model's weights, and of autocast where the caller has it on."""
+    """Dtype of the model's weights, and of autocast if it is enabled."""
     name = str(model_dtype(model) or torch.get_default_dtype()).removeprefix("torch.")
     if torch.is_autocast_enabled(device.type):
         return f"{name}, autocast {str(torch.get_autocast_dtype(device.type)).removeprefix('torch.')}"
@@ -70,18 +71,17 @@ def dtype_name(model: nn.Module, device: torch.device) -> str:
 
 
 _NUMBERS = ("clean", "clean_top5", "cw", "patch")
-_BY_RADIUS = ("fgsm", "pgd", "mi_fgsm", "apgd", "apgd_t", "autoattack")
 _BY_CORRUPTION = ("corruptions", "imagenet-c")
 _RADIUS = re.compile(r"[0-9.]+(e-?[0-9]+)?(/255)?")
 _PARTIAL = {"measurement": str, "position": int, "images": int, "top1": int, "top5": int, "skipped": list}
 
 
 def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A file of `evaluate`, every part of it of the type that it should have.
+    """Read a file of `evaluate` and check the types of all its parts.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no result of `evaluate`; the message names the file and what in it is wrong.
+        ValueError: not a result of `evaluate`; the message names the file and the wrong part.
     """
     try:
         record = read_json(path)
@@ -100,12 +100,12 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
                 as_type(f"partial[{name!r}]", partial.get(name), kind)
     except (TypeError, ValueError) as error:
         why = str(error).removeprefix(f"{os.fspath(path)} ")
-        raise ValueError(f"{os.fspath(path)} is no result of evaluate(): {why}") from error
+        raise ValueError(f"{os.fspath(path)} is not a result of evaluate(): {why}") from error
     return record
 
 
 def _check_result(where: str, name: str, value: Any) -> None:
-    if name in _BY_RADIUS:
+    if name in BALL_ATTACKS:
         for radius in as_type(where, value, Mapping[str, float]):
             if not _RADIUS.fullmatch(radius):
                 raise ValueError(f'{where} must have radii such as "8/255" or "0.5"; it has {radius!r}')
@@ -120,7 +120,7 @@ def _check_result(where: str, name: str, value: Any) -> None:
 
 
 def resumed(out: str | os.PathLike[str], protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """The record in `out`, if it was made under this protocol."""
+    """The record in `out`; ValueError if it was made under another protocol."""
     try:
         record = read_result(out)
     except ValueError as error:
@@ -136,6 +136,6 @@ def resumed(out: str | os.PathLike[str], protocol: Mapping[str, Any]) -> dict[st
     if different:
         raise ValueError(
             f"{out} was made under another protocol: {'; '.join(different)}. "
-            "Give another file, or set resume=False to start anew"
+            "Give another file, or set resume=False to start again"
         )
     return record

@@ -1,4 +1,4 @@
-"""EvaluationSettings: what evaluate() measures, and how."""
+"""EvaluationSettings: what evaluate() measures and how."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class EvaluationSettings:
     """What is measured, on how many images, and where the result goes.
 
     Attributes:
-        suites: any of `clean`; `fgsm`, `pgd`, `mi_fgsm`, `apgd` (cross entropy), `apgd_t` (targeted DLR),
-            `autoattack`, for each of `eps`; `cw` (L2, constant 1) and `patch` (one patch), which have no radius;
+        suites: any of `clean`; `fgsm`, `pgd`, `mi_fgsm`, `apgd` (cross entropy), `apgd_t` (targeted DLR) and
+            `autoattack`, at each radius of `eps`; `cw` (L2, constant 1) and `patch` (one patch), which have no radius;
             `noise`; `corruptions` in memory; and the folders under `root`, see fastnull.robustness.suites.
         eps: radii of the attacks, in units of pixels in [0, 1]; results are keyed "8/255" (`linf`) or "0.5" (`l2`).
         norm: `linf` or `l2`.
@@ -30,17 +30,17 @@ class EvaluationSettings:
         corruptions: names of fastnull.robustness.CORRUPTIONS, computed in memory.
         severities: any of 1 .. 5, of corruptions in memory and of imagenet-c.
         root: folder of the published test sets.
-        frost_folder: pictures for the corruption frost; None takes those that the package makes.
-        skip_bad: image files of `root` that cannot be read are left out and listed in place of an error.
-        batch_size: of tensors and data sets; a DataLoader has its own.
+        frost_folder: pictures for the corruption frost; None: those that the package generates.
+        skip_bad: skip and list unreadable image files of `root`; False: raise an error.
+        batch_size: for tensors and data sets; a DataLoader has its own.
         workers: processes that load a data set.
         seed: of the random starts and corruptions.
-        device: where to run; the model is moved there, as by `model.to`. None is where the model is.
-        out: file for the result (JSON), written after every number, and on the way to it.
-        resume: take over what `out` holds already; False starts anew.
-        progress: show a progress bar with the time that is left.
-        limit: use so many images of each data set only, drawn evenly over its classes by the seed: the same ones for
-            every model.
+        device: where to run; the model is moved there. None: the device of the model.
+        out: JSON file for the result, written after every number and every 30 seconds.
+        resume: continue from the results in `out`; False: start again.
+        progress: show a progress bar.
+        limit: number of images to use of each data set, drawn evenly over its classes by the seed: the same ones
+            for every model.
 
     Raises:
         TypeError: a field of another type.
@@ -97,5 +97,5 @@ class EvaluationSettings:
 
     @property
     def on_data(self) -> bool:
-        """Whether a suite takes the images that evaluate() is given."""
+        """Whether any suite uses the `data` of evaluate()."""
         return bool(set(self.suites) - set(FOLDER_SUITES))

@@ -1,10 +1,10 @@
 """The published test sets as folders on disk: ImageNet val, A, R, C, V2, Sketch, Stylized and DAmageNet.
 
-Each lies in ROOT/NAME (or a link does), with a folder of images a class, named by its WordNet id (n01440764, ...); that
-of imagenet-v2 by its class number, and imagenet-c has ROOT/imagenet-c/CORRUPTION/SEVERITY/ above them, as it is
-published. Labels are the model's: where it knows the names of its classes (see fastnull.data.classes), WordNet ids or
-what ImageNet calls them, they decide; a model without names must have ImageNet's 1000 classes in the order of their
-ids.
+Each is in ROOT/NAME (which may be a link), with one folder of images per class, named by its WordNet id (n01440764,
+...). The folders of imagenet-v2 are named by class number, and those of imagenet-c are in
+ROOT/imagenet-c/CORRUPTION/SEVERITY/, as published. If the model names its classes (see fastnull.data.classes), by
+WordNet ids or by ImageNet's names, labels follow these names. A model without names must have ImageNet's 1000 classes
+in the order of their ids.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fastnull.robustness.metrics import ALEXNET_ERRORS
 
 @dataclass(frozen=True)
 class Layout:
-    """How a test set lies on the disk.
+    """How a test set is stored.
 
     Attributes:
-        classes: folders it must have; a model's other classes are masked out where these are fewer than 1000.
+        classes: number of class folders; if fewer than 1000, the model's other classes are masked out.
         numbered: folders are named by class numbers, not by WordNet ids.
-        as_is: images are used as they are, neither resized nor cropped, where the model's size is theirs.
+        as_is: images are neither resized nor cropped if they have the model's size.
     """
 
     classes: int = 1000
@@ -53,7 +53,7 @@ FOLDER_SUITES = {
     "imagenet-sketch": Layout(),
     "imagenet-stylized": Layout(),
 }
-"""Name, which is the folder's too → its layout."""
+"""Name of the suite and its folder → its layout."""
 
 
 @dataclass
@@ -61,9 +61,9 @@ class FolderSet:
     """An opened test set.
 
     Attributes:
-        images: yields (image [C, H, W] in [0, 1], class of the model), or the class BAD for a file that is skipped.
-        mask: [K] bool, the classes among which the model chooses; None where that is all of them.
-        transform: what is done to the images, in words.
+        images: yields (image [C, H, W] in [0, 1], class of the model); the class of a skipped file is BAD.
+        mask: [K] bool, the classes that the model may predict; None: all.
+        transform: description of the image transform.
     """
 
     images: ImageFiles
@@ -77,12 +77,11 @@ def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, ski
     Args:
         name: of FOLDER_SUITES.
         root: the folder above the test sets.
-        model: its configuration gives image size, crop and interpolation, and its classes the labels.
-        skip_bad: files that cannot be read get the label BAD in place of an error.
+        model: determines image size, crop, interpolation and labels.
+        skip_bad: give unreadable files the label BAD; False: raise an error.
 
     Raises:
-        ValueError: a folder is missing, or holds other classes than the test set has, or than the model has; the
-            message says which.
+        ValueError: a folder is missing, or its classes are not those of the test set or not known to the model.
     """
     layout = FOLDER_SUITES[name.partition("/")[0]]
     folder, _, known = check_layout(name, root)
@@ -101,10 +100,10 @@ def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, ski
 
 
 def check_layout(name: str, root: str | os.PathLike[str]) -> tuple[Path, set[str], list[str]]:
-    """The folder of a test set (or of a part of imagenet-c), its class folders, and the names that all classes have.
+    """The folder of a test set (or of a part of imagenet-c), its class folders, and the names of all classes.
 
     Raises:
-        ValueError: as `open_suite`. Images are not looked for.
+        ValueError: as `open_suite`. Images are not checked.
     """
     kind, *inner = name.split("/")
     layout = FOLDER_SUITES[check_choice("suite", kind, FOLDER_SUITES)]
@@ -124,8 +123,8 @@ def suite_classes(name: str, root: str | os.PathLike[str], model: nn.Module) -> 
     """The model's class for each class folder of a test set, and how many classes it has.
 
     Raises:
-        ValueError: the model has other classes: another number of them, without names, or names that are not
-            ImageNet's. The message shows both lists.
+        ValueError: the model has no class names and not 1000 classes, or names that are not ImageNet's. The message
+            shows both lists.
     """
     kind = name.partition("/")[0]
     _, folders, known = check_layout(name, root)
@@ -141,9 +140,9 @@ def suite_classes(name: str, root: str | os.PathLike[str], model: nn.Module) -> 
 
 
 def _wordnet_id(name: str, place: int) -> str:
-    """The WordNet id of a class that a model calls by it or by a name; the name itself where it is none of ImageNet's.
+    """The WordNet id of a class given by id or by name; the name itself if ImageNet does not have it.
 
-    Two classes are called crane: where names lie in ImageNet's order, that decides.
+    Two classes are called crane; the class at the same index is preferred.
     """
     meant = _wordnet_names().get(_plain(name), [])
     if name in wordnet_ids() or (place not in meant and len(meant) != 1):
@@ -153,7 +152,7 @@ def _wordnet_id(name: str, place: int) -> str:
 
 @functools.cache
 def _wordnet_names() -> dict[str, list[int]]:
-    """What ImageNet calls its classes, "tench, Tinca tinca" and each of these names → their numbers."""
+    """ImageNet's class names ("tench, Tinca tinca", and each name in it) → class numbers."""
     info = import_timm().data.ImageNetInfo("imagenet-1k")
     places: dict[str, list[int]] = {}
     for index in range(len(wordnet_ids())):
@@ -168,7 +167,7 @@ def _plain(name: str) -> str:
 
 
 def suite_parts(name: str, severities: Sequence[int] = SEVERITIES) -> list[str]:
-    """What is measured apart: imagenet-c has a part for each corruption and severity, the others are one."""
+    """The parts of a suite: one per corruption and severity for imagenet-c; other suites have one."""
     if name != "imagenet-c":
         return [name]
     return [f"imagenet-c/{corruption}/{severity}" for corruption in ALEXNET_ERRORS for severity in severities]

@@ -1,4 +1,4 @@
-"""What is made of the numbers of evaluate(): the summary, a Markdown table, and one in the order of the published."""
+"""The summary of a result of evaluate(), and Markdown tables of results."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ PUBLISHED: dict[str, tuple[float, ...]] = {
 
 
 def summarize(results: Mapping[str, Any]) -> dict[str, float | None]:
-    """The few numbers of a result, None without data.
+    """The summary of a result; None for what was not measured.
 
-    clean; adversarial_mean (fgsm and pgd); of corruptions in memory corruption_mean and mce (the 15 at 5 severities);
-    where the published imagenet-c files were measured, of those imagenet_c_mean and imagenet_c_mce.
+    clean; adversarial_mean (fgsm and pgd); corruption_mean and mce (15 corruptions at 5 severities) of corruptions in
+    memory; imagenet_c_mean and imagenet_c_mce of the published imagenet-c files, if these were measured.
     """
     attacks = {f"{suite}/{key}": value for suite in ("fgsm", "pgd") for key, value in results.get(suite, {}).items()}
     summary: dict[str, float | None] = {
@@ -50,10 +50,10 @@ def summarize(results: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def published_row(record: Mapping[str, Any]) -> list[float | None]:
-    """The numbers of a result in the order of PUBLISHED_COLUMNS; FGSM at its first radius, None where not measured.
+    """The numbers of a result in the order of PUBLISHED_COLUMNS; FGSM at its first radius, None if not measured.
 
-    Clean is that of suite clean, or of imagenet-val. The patch attack is in the spirit of Patch-Fool, and the published
-    settings of CW and FGSM are not stated: those columns are alike, not the same.
+    Clean is the suite clean, or else imagenet-val. The patch attack only resembles Patch-Fool, and the published
+    settings of CW and FGSM are unknown: these columns are similar, not equal.
     """
     results, summary = record["results"], record["summary"]
     row = [
@@ -83,7 +83,7 @@ def format_published(records: Mapping[str, Mapping[str, Any]], *, published: boo
 
 
 def eps_name(eps: float, norm: str = "linf") -> str:
-    """8/255 → "8/255"; a radius of the l2 ball, or one that is no simple multiple of 1/255, as a decimal number."""
+    """8/255 → "8/255"; l2 radii, and radii that are not simple multiples of 1/255, are decimal numbers."""
     steps = eps * 255
     if norm == "linf" and math.isclose(steps, round(steps, 2), abs_tol=1e-9):
         return f"{round(steps, 2):g}/255"
@@ -99,7 +99,7 @@ def format_table(results: Mapping[str, Any]) -> str:
     for column, record in columns.items():
         for label, value in _flat(record).items():
             rows.setdefault(label, {})[column] = value
-    # the summary goes last, whatever rows a later result added
+    # the summary is last
     labels = sorted(rows, key=lambda label: label.startswith("**"))
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for label in labels:

@@ -45,7 +45,7 @@ def test_matches(model: Any, folder: list[str], labels: list[int]) -> None:
             "does not know: bird. Its 2 classes are bird, dog; the model's 2 are cat, dog",
         ),
         (["cat", "dog"], ["Cat", "dog"], "does not know: Cat"),
-        (["crane", "dog", "crane"], ["crane"], "the model has several: crane"),
+        (["crane", "dog", "crane"], ["crane"], "the model has more than once: crane"),
         (10, ["dog", "frog"], r"has 2 classes \(dog, frog\), the model 10 without names"),
         (2, ["a", "b", "c"], "has 3 classes"),
         (1000, ["n01440764", "n00000000"], "the model 1000 without names"),

@@ -55,7 +55,7 @@ def test_training_and_test_share_no_pixel() -> None:
         assert not (covered[0] & covered[1]).any(), name
 
 
-def test_a_held_out_share_shares_no_tile_with_the_rest() -> None:
+def test_held_out_images_and_the_rest_have_no_tile_in_common() -> None:
     train = photos(CROP)[0]
     kept, held = hold_out(train, 0.2, seed=0)
     assert held is not None

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastnull.data.subset import even_subset
 from fastnull.robustness import CORRUPTIONS, EvaluationSettings, corrupt, evaluate, fgsm, format_table, pgd
 from fastnull.robustness.metrics import ALEXNET_ERRORS
 from fastnull.robustness.table import eps_name, summarize
-from tests.robustness.small_model import CLASSES, make_model
+from tests.robustness.small_model import CLASSES, Returning, make_model
+from tests.robustness.test_batches import Pairs
 
 # float64 in the comparisons of batch sizes: float32 sums may differ by a bit, and a sign with it
 QUICK: dict[str, Any] = {
@@ -96,17 +97,6 @@ def test_protocol_says_what_was_done(net: nn.Module) -> None:
     json.dumps(protocol, allow_nan=False)
 
 
-class Pairs(Dataset):
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
-
-
 def test_every_kind_of_data_and_batch_size_gives_the_same(net: nn.Module) -> None:
     images, labels = make_data()
     expected = evaluate(net, (images, labels), **QUICK)
@@ -148,43 +138,16 @@ def test_l2_norm(net: nn.Module) -> None:
     assert record["results"]["pgd"] == {"0.25": pytest.approx(expected)}
 
 
-def test_float16_attacks_are_warned_of() -> None:
-    data = make_data(dtype=torch.float32)
-    with pytest.warns(UserWarning, match="vanish in float16"):
-        evaluate(make_model(dtype=torch.float16), data, suites=("fgsm",), eps=(1 / 255,), progress=False)
-
-
-def test_bfloat16_is_not(recwarn: pytest.WarningsRecorder) -> None:
-    data = make_data(dtype=torch.float32)
-    record = evaluate(make_model(dtype=torch.bfloat16), data, suites=("fgsm",), eps=(1 / 255,), progress=False)
+def test_float16_attacks_are_warned_of_and_bfloat16_ones_are_not(recwarn: pytest.WarningsRecorder) -> None:
+    settings: dict[str, Any] = {"suites": ("fgsm",), "eps": (1 / 255,), "progress": False}
+    record = evaluate(make_model(dtype=torch.bfloat16), make_data(dtype=torch.float32), **settings)
     assert record["protocol"]["dtype"] == "bfloat16"
     assert not recwarn.list
+    with pytest.warns(UserWarning, match="vanish in float16"):
+        evaluate(make_model(dtype=torch.float16), make_data(dtype=torch.float32), **settings)
 
 
 # --- resuming
-
-
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    data, out = make_data(), tmp_path / "result.json"
-    whole = Counting()
-    expected = evaluate(whole, data, out=tmp_path / "other.json", **QUICK)
-    with pytest.raises(KeyboardInterrupt):
-        # clean 1 call, FGSM 2 a radius, PGD 4 (3 steps and the answer): killed within the second PGD
-        evaluate(Counting(fail_after=1 + 2 * 2 + 4 + 1), data, out=out, **QUICK)
-    kept = json.loads(out.read_text())["results"]
-    assert kept["fgsm"] == expected["results"]["fgsm"]
-    assert kept["pgd"].keys() == {"1/255"}
-    rest = Counting()
-    record = evaluate(rest, data, out=out, **QUICK)
-    assert rest.calls == whole.calls - (1 + 2 * 2 + 4)
-    assert record["results"] == expected["results"]
-    assert record["summary"] == expected["summary"]
-    on_disk = json.loads(out.read_text())
-    assert on_disk["results"] == expected["results"]
-    assert on_disk["summary"] == expected["summary"]
-    again = Counting()
-    assert evaluate(again, data, out=out, **QUICK)["results"] == expected["results"]
-    assert again.calls == 0
 
 
 @pytest.mark.parametrize(
@@ -219,20 +182,6 @@ def test_other_weights_and_other_data_are_refused(tmp_path: Path, net: nn.Module
     evaluate(make_model(seed=1, dtype=torch.float64), (images, labels), out=out, resume=False, **QUICK)
 
 
-def test_batch_size_may_change_between_runs(tmp_path: Path, net: nn.Module) -> None:
-    out = tmp_path / "result.json"
-    first = evaluate(net, make_data(), out=out, batch_size=9, **QUICK)
-    assert evaluate(net, make_data(), out=out, batch_size=50, **QUICK)["results"] == first["results"]
-
-
-def test_a_foreign_file_is_refused(tmp_path: Path, net: nn.Module) -> None:
-    out = tmp_path / "result.json"
-    for text in ("{", "[]", '{"protocol": {}}', '{"protocol": {}, "results": 3}'):
-        out.write_text(text)
-        with pytest.raises(ValueError, match=r"is no result of evaluate\(\)"):
-            evaluate(net, make_data(), out=out, **QUICK)
-
-
 # --- refusals
 
 
@@ -245,17 +194,9 @@ def test_nan_logits_name_the_suite(nan_after: int, where: str) -> None:
         evaluate(Counting(nan_after=nan_after), make_data(), **QUICK)
 
 
-def test_a_model_that_returns_no_logits() -> None:
-    class Features(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = make_model()
-
-        def forward(self, images: Tensor) -> dict[str, Tensor]:
-            return {"features": self.inner(images)}
-
+def test_a_model_that_returns_no_logits(net: nn.Module) -> None:
     with pytest.raises(TypeError, match=r"model must return logits \[B, K\] or an output with \.logits; got dict"):
-        evaluate(Features(), make_data(), **QUICK)
+        evaluate(Returning(net, lambda logits: {"features": logits}), make_data(), **QUICK)
 
 
 def test_bad_data(net: nn.Module) -> None:
@@ -270,8 +211,9 @@ def test_bad_data(net: nn.Module) -> None:
         evaluate(net, (images * 2, labels), **QUICK)
     with pytest.raises(ValueError, match=r"labels must be classes \[50\]"):
         evaluate(net, (images, labels[:3]), **QUICK)
-    with pytest.raises(ValueError, match="fixed order"):
-        evaluate(net, DataLoader(TensorDataset(images, labels), shuffle=True), **QUICK)
+    for channels in (1, 4):
+        with pytest.raises(ValueError, match="clean: images must have 3 channels"):
+            evaluate(net, (images[:, :1].expand(-1, channels, -1, -1), labels), **QUICK)
     with pytest.raises(TypeError, match="data must be a pair of tensors"):
         evaluate(net, images, **QUICK)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="pairs"):
@@ -281,6 +223,10 @@ def test_bad_data(net: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"suites": "clean"}, "suites must be a sequence of names"),
+        ({"source": "last.safetensors"}, r"source must be a torch\.nn\.Module; got str"),
+        ({"device": "cuda:99"}, "cuda:99"),
+        ({"device": "gpu"}, "gpu"),
         ({"suites": ("clean", "pdg")}, "Did you mean 'pgd'"),
         ({"suites": ()}, "at least one"),
         ({"eps": (8,)}, "eps must be"),
@@ -293,13 +239,8 @@ def test_bad_data(net: nn.Module) -> None:
     ],
 )
 def test_bad_settings(net: nn.Module, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         evaluate(net, make_data(), **{**QUICK, **settings})
-
-
-def test_a_string_is_no_sequence_of_names(net: nn.Module) -> None:
-    with pytest.raises(TypeError, match="suites must be a sequence of names"):
-        evaluate(net, make_data(), suites="clean", progress=False)
 
 
 # --- what is left behind, and tables

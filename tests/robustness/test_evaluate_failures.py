@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.record import remove_left_over, replacing
-from fastnull.robustness import apgd, autoattack, cw_l2, evaluate, fgsm, mi_fgsm, patch_attack, pgd
+from fastnull.robustness import evaluate
 from fastnull.vit import NormalizedModel
 from tests.robustness.small_model import make_model
 from tests.robustness.test_evaluate import QUICK, Counting, make_data
@@ -54,9 +53,8 @@ def test_finished_batches_stay_when_memory_runs_out(error: Exception, tmp_path: 
     data, out = make_data(), tmp_path / "result.json"
     expected = evaluate(Counting(), data, batch_size=8, **QUICK)
     # clean takes 7 calls, FGSM 2 a batch: this is its fourth
-    with pytest.raises(
-        torch.OutOfMemoryError, match=r"^fgsm/1/255: cpu has no memory left; smaller batches .*resuming"
-    ):
+    message = r"^fgsm/1/255: cpu has no memory left; smaller batches .*resuming"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
         evaluate(Failing(error, 7 + 2 * 3), data, batch_size=8, out=out, **QUICK)
     kept = json.loads(out.read_text())
     assert kept["results"] == {name: expected["results"][name] for name in ("clean", "clean_top5")}
@@ -102,6 +100,7 @@ def test_interrupts_keep_batches_and_bad_input_leaves_no_file(tmp_path: Path) ->
     "text",
     [
         "", "{", "[]", "3", "null", '"text"', "[" * 100_000, '{"protocol": {}}', '{"protocol": [], "results": {}}',
+        '{"protocol": {}, "results": 3}',
         '{"protocol": {}, "results": {}, "summary": {}, "images": 3}',
         '{"protocol": {}, "results": {"clean": "all"}, "summary": {}}',
         '{"protocol": {}, "results": {"fgsm": 3}, "summary": {}}',
@@ -112,7 +111,7 @@ def test_interrupts_keep_batches_and_bad_input_leaves_no_file(tmp_path: Path) ->
 def test_a_file_that_is_no_result_is_refused_by_name(text: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     out.write_text(text)
-    with pytest.raises(ValueError, match=r"result\.json is no result of evaluate\(\).*set resume=False"):
+    with pytest.raises(ValueError, match=r"result\.json is not a result of evaluate\(\).*set resume=False"):
         evaluate(make_model(dtype=torch.float64), make_data(), out=out, **QUICK)
     assert out.read_text() == text
 
@@ -224,17 +223,6 @@ def test_limits_and_batches_far_beyond_the_data(count: int) -> None:
     assert evaluate(model, make_data(), limit=count, batch_size=count, **QUICK)["results"] == expected
 
 
-def test_a_device_that_is_not_here() -> None:
-    for device in ("cuda:99", "gpu"):
-        with pytest.raises(ValueError, match=device):
-            evaluate(make_model(dtype=torch.float64), make_data(), device=device, **QUICK)
-
-
-def test_a_source_is_a_model() -> None:
-    with pytest.raises(TypeError, match=r"source must be a torch\.nn\.Module; got str"):
-        evaluate(make_model(dtype=torch.float64), make_data(), source="last.safetensors", **QUICK)  # type: ignore[arg-type]
-
-
 # --- labels and channels
 
 
@@ -242,35 +230,9 @@ def test_a_source_is_a_model() -> None:
 def test_labels_of_every_integer_type(dtype: torch.dtype) -> None:
     images, labels = make_data()
     model = make_model(dtype=torch.float64)
-    suites = {**QUICK, "suites": ("clean", "fgsm", "pgd", "apgd", "cw", "noise")[:5], "eps": (2 / 255,)}
+    suites = {**QUICK, "suites": ("clean", "fgsm", "pgd", "apgd", "cw"), "eps": (2 / 255,)}
     expected = evaluate(model, (images, labels), **suites)["results"]
     assert evaluate(model, (images, labels.to(dtype)), **suites)["results"] == expected
-
-
-ATTACKS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
-    "fgsm": lambda m, x, y: fgsm(m, x, y, 0.1),
-    "pgd": lambda m, x, y: pgd(m, x, y, 0.1),
-    "mi_fgsm": lambda m, x, y: mi_fgsm(m, x, y, 0.1),
-    "apgd": lambda m, x, y: apgd(m, x, y, 0.1, steps=2),
-    "autoattack": lambda m, x, y: autoattack(m, x, y, 0.1),
-    "cw_l2": lambda m, x, y: cw_l2(m, x, y, steps=2),
-    "patch_attack": lambda m, x, y: patch_attack(m, x, y, patch_size=4, steps=2),
-}
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.parametrize("channels", [1, 4])
-def test_attacks_refuse_images_with_other_channels_than_the_model(name: str, channels: int) -> None:
-    if name == "autoattack":
-        pytest.importorskip("pyautoattack")
-    with pytest.raises(ValueError, match=r"images must have 3 channels.*got \[2, \d, 16, 16\]"):
-        ATTACKS[name](make_model(), torch.rand(2, channels, 16, 16), torch.tensor([0, 1]))
-
-
-@pytest.mark.parametrize("channels", [1, 4])
-def test_evaluate_refuses_images_with_other_channels_than_the_model(channels: int) -> None:
-    with pytest.raises(ValueError, match="clean: images must have 3 channels"):
-        evaluate(make_model(), (torch.rand(2, channels, 16, 16), torch.tensor([0, 1])), progress=False)
 
 
 def test_grey_models_take_grey_images() -> None:

@@ -190,10 +190,6 @@ def test_wrong_layouts_say_what_is_wrong(root: Path, tmp_path: Path) -> None:
         evaluate(Reader(), suites=("imagenet-a",), progress=False)
     with pytest.raises(ValueError, match="need data, or a root"):
         evaluate(Reader(), suites=("clean",), progress=False)
-    with pytest.raises(ValueError, match=r"imagenet-val: the model must have ImageNet's 1000 classes|labels must lie"):
-        evaluate(Reader(classes=10), suites=("imagenet-val",), root=root, progress=False)
-    with pytest.raises(ValueError, match="must have ImageNet's 1000 classes; it has 10"):
-        evaluate(Reader(classes=10), suites=("imagenet-a",), root=root, progress=False)
 
 
 def test_published_table() -> None:

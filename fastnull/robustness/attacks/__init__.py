@@ -1,7 +1,7 @@
 """Attacks on [0, 1] pixels. Each: (model, images, labels, …) → adversarial images, shaped and typed as the images.
 
-Weights never get a gradient; module modes, requires_grad flags and the global random state are as before after a call.
-Without a `generator` the random starts depend on (seed, index of the image) alone.
+Weights get no gradient; module modes, requires_grad flags and the global random state are restored after a call.
+Without a `generator` the random starts depend only on (seed, index of the image).
 """
 
 from fastnull.robustness.attacks.adaptive import apgd

@@ -23,8 +23,8 @@ from fastnull.robustness.attacks.base import (
 
 LOSSES = ("ce", "dlr", "dlr_targeted")
 
-MOMENTUM = 0.75  # share of the new step; the rest is the last one's
-RHO = 0.75  # share of steps in a window that must raise the loss
+MOMENTUM = 0.75  # weight of the new step; the rest is that of the last step
+RHO = 0.75  # fraction of the steps in a window that must raise the loss
 
 
 def apgd(
@@ -42,15 +42,15 @@ def apgd(
     seed: int = 0,
     indices: Tensor | None = None,
 ) -> Tensor:
-    """Auto-PGD. No step size to choose; a success found on the way is never given up.
+    """Auto-PGD, which needs no step size. A success that was found is kept.
 
     Args:
         model, images, eps, norm, generator, seed, indices: as in `pgd`.
         labels: true classes [B].
-        loss: `ce`; `dlr`, the difference of logits ratio, which does not vanish where the model is sure (3 classes or
-            more); `dlr_targeted`, once for each of the `targets` most likely wrong classes (4 classes or more).
-        steps: gradient steps a restart and target.
-        targets: of `dlr_targeted`; at most K - 1 are used.
+        loss: `ce`; `dlr`, the difference of logits ratio, which does not vanish for confident predictions
+            (3 classes or more); `dlr_targeted`, once for each of the `targets` most likely wrong classes (4 or more).
+        steps: gradient steps per restart and target.
+        targets: number of targets of `dlr_targeted`; at most K - 1 are used.
 
     Returns:
         [B, C, H, W] in the images' dtype: the success of the largest loss, else the point of it.
@@ -90,7 +90,7 @@ def apgd(
 
 
 def _run(victim: Victim, starts: Starts, best: Best, goal: Criterion | None, eps: float, steps: int, norm: str) -> None:
-    """One start of APGD (algorithm 1 of the paper); every point visited is offered to `best`."""
+    """One start of APGD (algorithm 1 of the paper)."""
     run = Best(victim.clean)
     noise = starts.uniform()
     # as published: uniform noise scaled to the surface of the ball
@@ -106,9 +106,9 @@ def _run(victim: Victim, starts: Starts, best: Best, goal: Criterion | None, eps
     ends = _checkpoints(steps)
     window_start = 0
     for k in range(1, steps + 1):
-        share = MOMENTUM if k > 1 else 1.0
+        weight = MOMENTUM if k > 1 else 1.0
         moved = project(point + per_image(step) * direction(gradient, norm), victim.clean, eps, norm)
-        mixed = point + share * (moved - point) + (1 - share) * (point - previous)
+        mixed = point + weight * (moved - point) + (1 - weight) * (point - previous)
         previous, point = point, project(mixed, victim.clean, eps, norm)
         last_loss = loss
         gradient, loss, logits = victim.gradient(point, goal)
@@ -124,7 +124,7 @@ def _run(victim: Victim, starts: Starts, best: Best, goal: Criterion | None, eps
             halve = stuck | still
             last_step, last_top = step, top_loss
             step = torch.where(halve, step / 2, step)
-            # go on from the best point
+            # continue from the best point
             point = torch.where(per_image(halve), top_point, point)
             gradient = torch.where(per_image(halve), top_gradient, gradient)
             loss = torch.where(halve, top_loss, loss)
@@ -134,11 +134,11 @@ def _run(victim: Victim, starts: Starts, best: Best, goal: Criterion | None, eps
 
 
 def _checkpoints(steps: int) -> set[int]:
-    """Steps after which progress is judged: windows of .22, .19, .16, … .06 of all steps."""
-    ends, share, window = set(), 0.0, 0.22
-    while share + window <= 1:
-        share += window
-        ends.add(math.ceil(share * steps))
+    """Steps after which progress is checked: windows of .22, .19, .16, … .06 of all steps."""
+    ends, fraction, window = set(), 0.0, 0.22
+    while fraction + window <= 1:
+        fraction += window
+        ends.add(math.ceil(fraction * steps))
         window = max(window - 0.03, 0.06)
     return ends
 
@@ -153,7 +153,7 @@ def dlr_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class TargetedDLR:
-    """-(z_y - z_t) / (z_1st - (z_3rd + z_4th) / 2), with a target class t for every image."""
+    """-(z_y - z_t) / (z_1st - (z_3rd + z_4th) / 2), with a target class t per image."""
 
     def __init__(self, targets: Tensor) -> None:
         self.targets = targets

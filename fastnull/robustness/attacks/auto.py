@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein 2020), by the package pyautoattack where it is installed."""
+"""AutoAttack (Croce and Hein 2020), through the optional package pyautoattack."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ VERSIONS = {
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
 }
-"""The published versions: attacks that run one after the other, each on the images that withstood the ones before."""
+"""The published versions: attacks that run in this order, each on the images that are still classified correctly."""
 
 
 def attacks_for(classes: int, version: str = "standard") -> tuple[str, ...]:
-    """The attacks of a version that a model of so many classes allows.
+    """The attacks of a version that work with this number of classes.
 
-    The DLR loss needs 3 classes, and its targeted form 4. With 3 the targeted APGD gives way to the one without a
-    target; with 2 there is none of them.
+    The DLR loss needs 3 classes, its targeted form 4. With 3 classes the untargeted APGD replaces the targeted one;
+    with 2 neither runs.
 
     Raises:
         ValueError: fewer than 2 classes, an unknown version.
@@ -39,7 +39,7 @@ def attacks_for(classes: int, version: str = "standard") -> tuple[str, ...]:
 
 
 class _Logits(nn.Module):
-    """The model as the package calls it: float32 logits, whatever the model returns."""
+    """The model with float32 logits as its output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -60,21 +60,20 @@ def autoattack(
     batch_size: int = 250,
     seed: int = 0,
 ) -> Tensor:
-    """APGD-CE, targeted APGD and FAB, and Square, in the package's own settings.
+    """APGD-CE, targeted APGD and FAB, and Square, with the package's settings.
 
     Args:
         model, images, labels, eps, norm: as in `fgsm`; labels are classes [B].
-        version: `standard`, `plus` or `rand`; with 2 or 3 classes those of its attacks that these allow, see
-            `attacks_for`.
-        batch_size: images at once.
-        seed: of the package's random numbers. Results depend on the batch, as they do in the package.
+        version: `standard`, `plus` or `rand`; see `attacks_for` for 2 or 3 classes.
+        batch_size: images per forward.
+        seed: of the package's random numbers. Results depend on the batch.
 
     Returns:
         [B, C, H, W] in the images' dtype.
 
     Raises:
         ImportError: pyautoattack is not installed.
-        ValueError: as `fgsm`; fewer than 2 classes; a size of images that the package's Square attack does not take
+        ValueError: as `fgsm`; fewer than 2 classes; an image size that the package's Square attack does not support
             (in L2, some below 25 pixels and some that are not square).
     """
     check_attack(images, eps, norm)
@@ -102,16 +101,18 @@ def autoattack(
         if "square" in attacks and norm == "l2":
             _check_size(attack.square, images)
         for part in (attack.apgd_targeted, attack.fab):
-            part.n_target_classes = min(part.n_target_classes, classes - 1)  # 9 of its own accord, and fails below
+            part.n_target_classes = min(
+                part.n_target_classes, classes - 1
+            )  # 9 by default, which fails with fewer classes
         found, _ = attack.run_standard_evaluation(victim.clean, victim.labels, batch_size=batch_size)
         return victim.finish(found.to(images.device))
 
 
 def _check_size(square: Any, images: Tensor) -> None:
-    """Let Square lay its first tiles on a blank image: it runs last, and fails on sizes that they do not fill.
+    """Run the first step of Square on a blank image, because Square runs last and fails for some sizes.
 
     Raises:
-        ValueError: it does.
+        ValueError: the size is not supported.
     """
     blank = torch.zeros_like(images[:1], dtype=torch.float32)
     model, square.predict = square.predict, _changed
@@ -121,8 +122,8 @@ def _check_size(square: Any, images: Tensor) -> None:
     except (RuntimeError, ZeroDivisionError) as error:
         height, width = images.shape[2:]
         raise ValueError(
-            f"autoattack in l2 does not take images of {height}x{width}: the tiles of pyautoattack's Square attack do "
-            "not fill them; use norm linf, or another attack"
+            f"autoattack in l2 does not support images of {height}x{width}: the tiles of pyautoattack's Square attack "
+            "do not fill them; use norm linf, or another attack"
         ) from error
     finally:
         square.predict = model

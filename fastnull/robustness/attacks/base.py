@@ -1,4 +1,4 @@
-"""What the attacks share: the model under attack, its checked logits and loss, and the geometry of the balls."""
+"""Common parts of the attacks: the model under attack, its checked logits and loss, and the geometry of the balls."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fastnull.vit import frozen
 NORMS = ("linf", "l2")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-"""(logits [B, K], labels) → loss an image [B]; attacks make it large."""
+"""(logits [B, K], labels) → loss per image [B], which attacks maximise."""
 
 
 def model_dtype(model: nn.Module) -> torch.dtype | None:
-    """Dtype of the first floating parameter, None where there is none."""
+    """Dtype of the first floating-point parameter; None if there is none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def model_logits(model: nn.Module, images: Tensor) -> Tensor:
     """The model's logits [B, K] in float32 or better; `.logits` of a Hugging Face output is unwrapped.
 
-    Images go in as the model's own dtype, so a bfloat16 model can be attacked in float32 steps.
+    Images are cast to the model's dtype, so a bfloat16 model can be attacked in float32 steps.
 
     Raises:
         TypeError: the model returns neither a tensor nor something with `.logits`.
@@ -52,13 +52,13 @@ def check_logits(broken: Tensor) -> None:
 
 
 def is_broken(logits: Tensor) -> Tensor:
-    """A flag on the device: NaN or +Inf among the logits. -Inf is how classes are masked out."""
+    """Flag on the device: NaN or +Inf among the logits. -Inf is allowed: it masks classes out."""
     return ~(logits < math.inf).all()
 
 
 @contextmanager
 def under_attack(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Frozen model and gradients on, also inside no_grad and inference_mode; afterwards everything is as before."""
+    """Freeze the model and enable gradients, also inside no_grad and inference_mode; restore everything afterwards."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     devices = [device] if device.type == "cuda" else []
@@ -67,13 +67,13 @@ def under_attack(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class Victim:
-    """A batch and the model it is attacked on. Make one inside `under_attack`.
+    """A batch and the model under attack. Create it inside `under_attack`.
 
     Args:
         model: pixels in [0, 1] → logits.
         images, labels: clean pixels [B, C, H, W]; true classes [B] (or soft [B, K]), or targets where `targeted`.
         targeted: the loss is negated and success means reaching the label.
-        criterion: loss an image; None is the cross entropy.
+        criterion: loss per image; None: the cross entropy.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Victim:
     ) -> None:  # fmt: skip
         self.model = model
         self.dtype = images.dtype
-        # float32 inside: 1/255 is one bf16 step near 1. Clones are ordinary tensors, also of a caller's inference mode
+        # float32: 1/255 is one bf16 step near 1. Copies, because inference tensors cannot be differentiated
         self.clean = images.detach().to(torch.promote_types(images.dtype, torch.float32), copy=True)
         self.labels = labels
         if isinstance(labels, Tensor):
@@ -95,7 +95,7 @@ class Victim:
         self._steep = torch.zeros_like(self._broken)
 
     def logits(self, images: Tensor) -> Tensor:
-        """[B, K]. The first call checks labels and logits; later ones only note NaN, without waiting for the device."""
+        """[B, K]. The first call checks labels and logits; later ones record NaN without synchronising."""
         logits = model_logits(self.model, images)
         broken = is_broken(logits.detach())
         if not self._checked:
@@ -106,14 +106,14 @@ class Victim:
         return logits
 
     def loss(self, logits: Tensor) -> Tensor:
-        """Loss an image [B] that the attack makes large."""
+        """Loss per image [B], which the attack maximises."""
         if self.criterion is None:
             loss = F.cross_entropy(logits, self.labels, reduction="none")
         else:
             loss = self.criterion(logits, self.labels)
             if loss.shape != logits.shape[:1]:
                 raise ValueError(
-                    f"criterion must return one loss an image, [{len(logits)}] (reduction='none'); "
+                    f"criterion must return one loss per image, [{len(logits)}] (reduction='none'); "
                     f"got shape {list(loss.shape)}"
                 )
         return -loss if self.targeted else loss
@@ -124,7 +124,7 @@ class Victim:
         return (logits.argmax(1) == classes) == self.targeted
 
     def gradient(self, images: Tensor, loss: Criterion | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient of the summed loss [B, C, H, W], the loss an image [B] and the logits [B, K], all detached.
+        """Gradient of the summed loss [B, C, H, W], the loss per image [B] and the logits [B, K], all detached.
 
         `loss` takes (logits, labels) and replaces the victim's own.
         """
@@ -132,7 +132,7 @@ class Victim:
         logits = self.logits(leaf)
         values = self.loss(logits) if loss is None else loss(logits, self.labels)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        # noted where it starts: images of such a gradient give NaN logits, and NaN logits such a gradient
+        # only if the logits were finite: NaN logits give NaN gradients too
         self._steep |= ~gradient.isfinite().all() & ~self._broken
         return gradient, values.detach(), logits.detach()
 
@@ -143,7 +143,7 @@ class Victim:
         return self.success(logits), self.loss(logits)
 
     def finish(self, images: Tensor) -> Tensor:
-        """The attack's result in the caller's dtype, after the NaN noted on the way.
+        """The attack's result in the caller's dtype, after the check for NaN.
 
         Raises:
             ValueError: NaN or +Inf logits, or gradients that are not finite.
@@ -157,7 +157,7 @@ class Victim:
 class Best:
     """The best attack on each image so far: a success before a failure, then the larger loss, then the later point.
 
-    The cross entropy of a prediction that is sure is 0 at every point: there the first one would be the clean image.
+    The cross entropy of a very confident prediction is 0 at every point; the first point would be the clean image.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -166,7 +166,7 @@ class Best:
         self.loss = torch.full((len(images),), -math.inf, device=images.device, dtype=images.dtype)
 
     def offer(self, images: Tensor, success: Tensor, loss: Tensor) -> None:
-        """Take what is better, image by image."""
+        """Keep the better result of each image."""
         better = (success & ~self.success) | ((success == self.success) & (loss >= self.loss))
         self.images = torch.where(per_image(better), images, self.images)
         self.success = self.success | success
@@ -174,7 +174,7 @@ class Best:
 
 
 def check_attack(images: Tensor, eps: float, norm: str) -> None:
-    """Raise unless the images are pixels in [0, 1] and the ball makes sense: eps in [0, 1] for linf, >= 0 for l2."""
+    """Raise unless the images are pixels in [0, 1] and eps is in [0, 1] for linf, >= 0 for l2."""
     check_choice("norm", norm, NORMS)
     check_images(images)
     check_number("eps", eps, 0, 1 if norm == "linf" else None)
@@ -188,13 +188,13 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def scaled(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Every image times the power of two that brings its largest value near 1, and these powers [B, 1, 1, 1].
+    """Scale each image by a power of two so that its largest value is near 1; return these powers too [B, 1, 1, 1].
 
-    Squares of values below 1e-23 are 0 in float32, and those above 2e19 infinite. A power of two changes no bit of the
-    mantissa, so whatever is computed from the scaled values is what the values themselves give where they fit.
+    In float32, squares of values below 1e-23 are 0 and those above 2e19 are infinite. A power of two does not change
+    the mantissa, so results equal those of the unscaled values where these do not over- or underflow.
     """
     largest = tensor.detach().abs().amax((1, 2, 3), keepdim=True)
-    reach = -math.log2(torch.finfo(tensor.dtype).tiny)  # 126 in float32: further powers are no normal numbers
+    reach = -math.log2(torch.finfo(tensor.dtype).tiny)  # 126 in float32: beyond it powers are not normal numbers
     _, exponent = torch.frexp(largest)
     power = torch.exp2((-exponent).clamp(-reach, reach).to(tensor.dtype))
     return tensor * power, power
@@ -219,19 +219,19 @@ def _norm(tensor: Tensor) -> Tensor:
 
 
 def within(change: Tensor, eps: float, norm: str) -> Tensor:
-    """A change, shrunk to the ball where it is larger."""
+    """A change, scaled down to the ball if it is larger."""
     if norm == "linf":
         return change.clamp(-eps, eps)
     return change * (eps / length(change).clamp_min(eps))
 
 
 def project(images: Tensor, clean: Tensor, eps: float, norm: str) -> Tensor:
-    """Into the ball around the clean images, then into [0, 1], which moves towards them and so stays in the ball."""
+    """Project to the ball around the clean images, then clamp to [0, 1], which keeps them in the ball."""
     return (clean + within(images - clean, eps, norm)).clamp(0, 1)
 
 
 class Starts:
-    """Random points of the ball, restart by restart: from `generator` if given, else keyed by (seed, image)."""
+    """Random points of the ball for each restart: from `generator` if given, else keyed by (seed, image)."""
 
     def __init__(
         self,
@@ -264,12 +264,12 @@ class Starts:
         return carried(values, self.clean.device).to(self.clean.dtype).mul_(2).sub_(1)
 
     def point(self, eps: float, norm: str) -> Tensor:
-        """Clean images plus uniform noise of the ball, in [0, 1]."""
+        """Clean images plus noise that is uniform in the ball, clamped to [0, 1]."""
         noise = self.uniform()
         if norm == "l2":
             size = noise[0].numel()
-            # the direction of a Gaussian is uniform, so is (radius / eps)^dimension
-            # a generator may draw an end of the interval, where erfinv is infinite
+            # the direction of a Gaussian and (radius / eps)^dimension are uniform;
+            # erfinv is infinite at the ends of the interval
             inside = 1 - torch.finfo(torch.float32).eps
             gaussian = torch.erfinv(noise.clamp(-inside, inside)) * math.sqrt(2)
             radius = (self.uniform()[:, :1, :1, :1] + 1) / 2

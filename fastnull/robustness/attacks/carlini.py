@@ -1,4 +1,4 @@
-"""The L2 attack of Carlini and Wagner (2017): the smallest change that still misleads."""
+"""The L2 attack of Carlini and Wagner (2017): the smallest change that causes a misclassification."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ def cw_l2(
     initial_const: float = 1e-2,
     targeted: bool = False,
 ) -> Tensor:
-    """Minimise ‖change‖² + c · margin over images written as a tanh, with Adam and a binary search for c an image.
+    """Minimise ‖change‖² + c · margin in tanh space with Adam, and a binary search for c per image.
 
     Args:
         model, images, labels, targeted: as in `fgsm`; labels are classes [B].
-        confidence: by how much the wrong logit (the target) must lead.
-        steps: Adam steps a value of c.
-        search_steps: values of c tried.
+        confidence: required lead of the wrong logit (the target).
+        steps: Adam steps per value of c.
+        search_steps: number of values of c.
         lr: of Adam, in tanh space.
         initial_const: first c.
 
     Returns:
-        [B, C, H, W] in the images' dtype: the nearest success of each image, else the image itself. There is no eps:
-        the distance to the images is the result.
+        [B, C, H, W] in the images' dtype: the nearest success of each image, else the image itself. There is no eps.
 
     Raises:
         ValueError: images outside [0, 1], labels out of range, NaN logits, settings out of range.
@@ -52,11 +51,11 @@ def cw_l2(
         success, _ = victim.score(clean)
         if victim.labels.ndim != 1:
             raise ValueError(f"labels must be classes [B]; got shape {list(labels.shape)}")
-        # 1 - 1e-6: black and white lie at infinity
+        # 1 - 1e-6: black and white are at infinity
         origin = torch.atanh((2 * clean - 1).clamp(-1 + 1e-6, 1 - 1e-6))
         result, nearest = clean, torch.full_like(per_image(clean[:, 0, 0, 0]), torch.inf)
         if confidence == 0:
-            nearest = torch.where(per_image(success), 0, nearest)  # already misled: no change is the smallest one
+            nearest = torch.where(per_image(success), 0, nearest)  # already misclassified: no change is needed
         low = torch.zeros_like(nearest)
         high = torch.full_like(nearest, torch.inf)
         const = torch.full_like(nearest, initial_const)
@@ -70,11 +69,11 @@ def cw_l2(
                 margin = per_image(_margin(victim, victim.logits(adversarial)))
                 loss = (squared + const * (margin + confidence).clamp_min(0)).sum()
                 with torch.no_grad():
-                    misled = margin < -confidence if confidence else margin < 0
-                    better = misled & (squared < nearest)
+                    fooled = margin < -confidence if confidence else margin < 0
+                    better = fooled & (squared < nearest)
                     result = torch.where(better, adversarial, result)
                     nearest = torch.where(better, squared, nearest)
-                    reached |= misled
+                    reached |= fooled
                 (point.grad,) = torch.autograd.grad(loss, point)
                 adam.step()
             high = torch.where(reached, torch.minimum(high, const), high)
@@ -84,7 +83,7 @@ def cw_l2(
 
 
 def _margin(victim: Victim, logits: Tensor) -> Tensor:
-    """[B]: how far the logits are from success; negative means misled (or the target reached)."""
+    """[B]: how far the logits are from success; negative means misclassified (or the target reached)."""
     own = logits.gather(1, victim.labels[:, None])[:, 0]
     other = logits.scatter(1, victim.labels[:, None], -torch.inf).amax(1)
     return other - own if victim.targeted else own - other

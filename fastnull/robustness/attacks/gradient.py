@@ -39,7 +39,7 @@ def fgsm(
         labels: true classes [B] or soft labels [B, K]; the classes to reach where `targeted`.
         eps: radius, in units of pixels in [0, 1] (8/255); 0 returns the images.
         norm: `linf` or `l2`.
-        criterion: (logits, labels) → loss an image [B]; None is the cross entropy, in float32 or better.
+        criterion: (logits, labels) → loss per image [B]; None: the cross entropy, in float32 or better.
 
     Raises:
         ValueError: images outside [0, 1], labels out of range, eps outside [0, 1] (`linf`), NaN logits.
@@ -76,22 +76,22 @@ def pgd(
 ) -> Tensor:
     """Projected gradient ascent: step, project to the ball around the images, clamp to [0, 1].
 
-    Of several restarts every image keeps its best end point: a success before a failure, then the larger loss.
+    With several restarts every image keeps its best end point: a success before a failure, then the larger loss.
 
     Args:
         model, images, labels, eps, norm, targeted, criterion: as in `fgsm`.
-        step_size: in pixels; None is eps / 4.
-        steps: gradient steps a restart.
+        step_size: in pixels; None: eps / 4.
+        steps: gradient steps per restart.
         random_start: start at a uniform point of the ball, else (first restart only) at the images.
-        generator: where the starts come from. Without one they depend on (seed, index of the image, restart) alone, so
-            an image gets the same in every batch; in a training loop give a generator or a new seed every step.
-        indices: [B] integers that identify the images; None is 0 .. B-1.
-        total: with a generator, the images of a larger batch whose rows `indices` are: they start where they would in
-            it. None: these are the batch.
+        generator: of the random starts. Without one they depend only on (seed, index of the image, restart), so an
+            image has the same start in every batch; in a training loop give a generator or a new seed every step.
+        indices: [B] integers that identify the images; None: 0 .. B-1.
+        total: with a generator, size of the larger batch whose rows `indices` are; the images get their starts in
+            that batch. None: the images are the whole batch.
 
     Returns:
         [B, C, H, W] in the images' dtype. Steps are taken in float32 or better, so half precision rounds once, at the
-        end; a float16 model is another matter: gradients of sure predictions vanish in it and the attack looks weak.
+        end. In a float16 model gradients of confident predictions vanish, and the attack looks weak.
 
     Raises:
         ValueError: as `fgsm`; a step_size below 0; steps or restarts below 1.

@@ -1,7 +1,7 @@
-"""A single-patch attack in the spirit of Patch-Fool (Fu et al. 2022): few patches, changed without limit.
+"""A patch attack similar to Patch-Fool (Fu et al. 2022): few patches, changed without limit.
 
-Patch-Fool picks the patch by attention and adds an attention loss; here the patch is picked by the gradient of the
-cross entropy with respect to its pixels and that loss alone is raised, so that every model can be attacked.
+Patch-Fool chooses the patch by attention and adds an attention loss. Here the patch is chosen by the gradient of the
+cross entropy with respect to its pixels and only that loss is maximised, which works for every model.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def patch_attack(
 
     Args:
         model, images, labels, targeted: as in `fgsm`. Both sides of the images are multiples of `patch_size`.
-        patch_size: in pixels; None is the image area of one of the model's tokens (see `token_area`).
-        patches: how many patches of the model's grid may change.
+        patch_size: in pixels; None: the image area of a token of the model (see `token_area`).
+        patches: number of patches of the model's grid that may change.
         steps, lr: of Adam, in pixels.
 
     Returns:
-        [B, C, H, W] in the images' dtype: of the points visited a success before a failure, then the largest loss.
+        [B, C, H, W] in the images' dtype: a success if one was found, then the largest loss.
 
     Raises:
         ValueError: images outside [0, 1] or no multiple of the patch, labels out of range, NaN logits, more patches
@@ -58,7 +58,7 @@ def patch_attack(
     with under_attack(model, images.device):
         victim = Victim(model, images, labels, targeted=targeted)
         gradient, _, _ = victim.gradient(victim.clean)
-        gradient, _ = scaled(gradient)  # where the model is sure, its squares would be 0
+        gradient, _ = scaled(gradient)  # its squares would be 0 for confident predictions
         blocks = gradient.square().unflatten(3, (grid[1], patch_size)).unflatten(2, (grid[0], patch_size))
         sensitivity = blocks.sum((1, 3, 5)).flatten(1)  # [B, C, gh, p, gw, p] → [B, gh gw]
         chosen = torch.zeros_like(sensitivity).scatter_(1, sensitivity.topk(patches, dim=1).indices, 1)
@@ -70,7 +70,7 @@ def patch_attack(
         for _ in range(steps):
             gradient, loss, logits = victim.gradient(point)
             best.offer(point.detach().clone(), victim.success(logits), loss)
-            # Adam descends, and stands still where gradients are far below its eps of 1e-8
+            # Adam minimises, and does not move if gradients are far below its eps of 1e-8
             point.grad = -scaled(gradient * mask)[0]
             adam.step()
             with torch.no_grad():
@@ -80,13 +80,13 @@ def patch_attack(
 
 
 def token_area(model: nn.Module, images: Tensor) -> int:
-    """Side, in pixels, of the square of an image [B, C, H, W] that one patch token stands for.
+    """Side, in pixels, of the square of an image [B, C, H, W] that one patch token represents.
 
-    It is what the patch embedding says of itself, or the strides on the way through it. Embeddings that overlap see
-    more than that of the image, and so do hybrids with a CNN in front: the squares are those that tile it.
+    It is the ratio that the patch embedding states, or the product of its strides. The receptive field may be larger
+    (overlapping patches, a CNN before the ViT); the squares tile the image.
 
     Raises:
-        ValueError: a model without patch tokens that fastnull.vit finds, or tokens that do not tile the images.
+        ValueError: no adapter of fastnull.vit finds patch tokens, or they do not tile the images.
     """
     adapter = split(model)
     module = adapter.patch_module
@@ -104,7 +104,7 @@ def token_area(model: nn.Module, images: Tensor) -> int:
     if area[0] != area[1] or not (tiled and found):
         raise ValueError(
             f"the tokens of {type(adapter.network).__name__}, {shape}, do not tile images of {height}x{width} in "
-            f"squares (one every {area[0]}x{area[1]} pixels), so there is no patch that is a token's: give patch_size"
+            f"squares (one every {area[0]}x{area[1]} pixels), and have no patch of their own: give patch_size"
         )
     return area[0]
 

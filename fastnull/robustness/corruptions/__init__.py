@@ -1,11 +1,10 @@
-"""Corruptions in the manner of ImageNet-C (Hendrycks and Dietterich 2019), as torch code on [0, 1] pixels in memory.
+"""The 15 + 4 corruptions of ImageNet-C (Hendrycks and Dietterich 2019), as torch code on [0, 1] pixels in memory.
 
-Formulas and constants are the original's. Lengths are in pixels and were chosen for 224 x 224; they mean pixels here
-too, so blurs are far stronger on small images, and elastic_transform (in units of 244 px) makes sense near 224 only.
-(CIFAR-10-C and Tiny-ImageNet-C have milder constants of their own for 32 and 64 px, which are not used here.)
-Numbers differ from those of the published files: these were rounded to 8 bits and saved as JPEG of quality 85, two
-corruptions used ImageMagick, and frost used photographs. Call results what they are: in-memory corruptions.
-All of the original 15 + 4 are here, and two of ours.
+Formulas and constants are the original's. Lengths are in pixels and were chosen for 224 x 224, so blurs are stronger
+on small images, and elastic_transform (in units of 244 px) makes sense only near 224. (CIFAR-10-C and Tiny-ImageNet-C
+use milder constants for 32 and 64 px.) Results differ from those of the published files, which were rounded to 8 bits
+and saved as JPEG of quality 85; two corruptions used ImageMagick, and frost used photographs. Report them as in-memory
+corruptions.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     "pixelate": digital.pixelate,
     "jpeg_compression": digital.jpeg_compression,
 }
-"""Name → function (images, severity, random). Register another one by adding it."""
+"""Name → function (images, severity, random). Add a function to register it."""
 
 DEMO_CORRUPTIONS = ("gaussian_noise", "impulse_noise", "gaussian_blur", "contrast", "brightness", "pixelate")
 """Six that make sense from 16 pixels upwards and need torch alone."""
@@ -64,22 +63,22 @@ def corrupt(
     indices: Tensor | Sequence[int] | None = None,
     frost_folder: str | os.PathLike[str] | None = None,
 ) -> Tensor:
-    """Corrupt a batch. An image's result depends on the image, its index, name, severity and seed alone.
+    """Corrupt a batch. The result depends only on the image, its index, name, severity and seed.
 
     Args:
         images: [B, C, H, W], pixels in [0, 1], 16 x 16 or larger.
         name: one of CORRUPTIONS.
         severity: 1 (mild) to 5.
         seed: of the randomness.
-        indices: [B] integers that identify the images in their data set; None is 0 .. B-1.
-        frost_folder: pictures for `frost`; None takes those that the package makes.
+        indices: [B] integers that identify the images in their data set; None: 0 .. B-1.
+        frost_folder: pictures for `frost`; None: those that the package generates.
 
     Returns:
         [B, C, H, W] within [0, 1], in the images' dtype and on their device (computed in float32).
 
     Raises:
         ValueError: unknown name (the message suggests one), severity outside 1..5, images outside [0, 1] or too small,
-            one index too many or too few, a number of channels that the corruption has no meaning for, or a
+            not one index per image, a number of channels that the corruption does not support, or a
             frost_folder without pictures.
         ImportError: jpeg_compression without Pillow, spatter without OpenCV.
     """
@@ -96,10 +95,10 @@ def corrupt(
         raise ValueError(f"indices must hold one entry per image ({len(images)}); got shape {list(numbers.shape)}")
     if len(images) == 0:
         return images.clone()
-    # images do not depend on each other, so a processor takes as many at once as its caches hold
+    # as many images at once as fit in the processor's caches
     at_once = len(images)
     if images.device.type == "cpu":
-        at_once = max(1, CACHED_VALUES // max(images[0].numel(), 256 * 256))  # fog draws 256 x 256 numbers an image
+        at_once = max(1, CACHED_VALUES // max(images[0].numel(), 256 * 256))  # fog draws 256 x 256 numbers per image
     function = CORRUPTIONS[name]
     if name == "frost" and frost_folder is not None:
         function = functools.partial(frost, pictures=_pictures(os.fspath(frost_folder)))
@@ -118,7 +117,7 @@ def _pictures(folder: str) -> tuple[Tensor, ...]:
 
 
 def frost_source(frost_folder: str | os.PathLike[str] | None) -> str:
-    """What the protocol of a result says of the frost: where its pictures are from, with a digest of a folder's."""
+    """The source of the frost pictures, with a digest of the user's own, for the protocol of a result."""
     if frost_folder is None:
         return MADE_BY_US
     digest = hashlib.blake2b(digest_size=8)

@@ -1,4 +1,4 @@
-"""What the corruptions share: border rules, separable filters as matrices, and zooming."""
+"""Common parts of the corruptions: border rules, separable filters as matrices, and zoom."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Corruption = Callable[[Tensor, int, KeyedRandom], Tensor]
 
 
 LUMINANCE = (0.299, 0.587, 0.114)
-"""Shares of red, green and blue in the brightness of a colour (ITU-R BT.601)."""
+"""Weights of red, green and blue in the brightness of a colour (ITU-R BT.601)."""
 
 BLACK = 1e-12
-"""Values of HSV, and spreads of its channels, up to this count as 0."""
+"""Values of HSV, and ranges of its channels, up to this count as 0."""
 
 
 def check_rgb(images: Tensor, name: str) -> None:
@@ -29,7 +29,7 @@ def check_rgb(images: Tensor, name: str) -> None:
 
 
 def border(positions: Tensor, size: int, rule: str) -> Tensor:
-    """Integer positions, also far outside, → 0 .. size - 1.
+    """Map integer positions, which may be far outside, to 0 .. size - 1.
 
     `nearest` repeats the edge, `reflect` mirrors and repeats it (d c b a | a b c d), `reflect101` mirrors around it
     (d c b | a b c d).
@@ -77,11 +77,11 @@ def zoom_matrix(size: int, factor: float) -> Tensor:
     # where the kept outputs fall in the crop
     positions = torch.arange(trim, trim + size, dtype=torch.float64) * ((crop - 1) / max(zoomed - 1, 1))
     below = positions.floor().clamp(0, max(crop - 2, 0))
-    share = positions - below
+    weight = positions - below
     matrix = torch.zeros(size, size, dtype=torch.float64)
     source = first + below.long()[:, None]
-    matrix.scatter_add_(1, source, (1 - share)[:, None])
-    matrix.scatter_add_(1, (source + 1).clamp(max=size - 1), share[:, None])
+    matrix.scatter_add_(1, source, (1 - weight)[:, None])
+    matrix.scatter_add_(1, (source + 1).clamp(max=size - 1), weight[:, None])
     return matrix.float()
 
 
@@ -106,12 +106,12 @@ def sample_linear(images: Tensor, rows: Tensor, columns: Tensor, rule: str) -> T
     top, left = rows.floor(), columns.floor()
     down, right = (rows - top)[:, None], (columns - left)[:, None]  # [B, 1, H, W]
     result = torch.zeros_like(images)
-    for row, row_share in ((0, 1 - down), (1, down)):
-        for column, column_share in ((0, 1 - right), (1, right)):
+    for row, row_weight in ((0, 1 - down), (1, down)):
+        for column, column_weight in ((0, 1 - right), (1, right)):
             values = gather_pixels(
                 images, border(top.long() + row, height, rule), border(left.long() + column, width, rule)
             )
-            result += values * (row_share * column_share)
+            result += values * (row_weight * column_weight)
     return result
 
 

@@ -43,7 +43,7 @@ def defocus_blur(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
 def glass_blur(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
     """Blur, rounding down to 8 bits, pixels replaced by random neighbours (sigma, reach, rounds), blur.
 
-    The original means to swap neighbours one after the other, but its numpy views copy; the copies are what is done.
+    The original intends to swap neighbours, but its numpy views copy them; this function copies too.
     """
     sigma, reach, rounds = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[severity - 1]
     batch, _, height, width = images.shape
@@ -56,11 +56,10 @@ def glass_blur(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
 
 
 def _copies(random: KeyedRandom, height: int, width: int, reach: int) -> Tensor:
-    """[B, H W]: the pixel that each one holds after a round of copies, last pixel first, from offsets -reach..reach-1.
+    """[B, H W]: the source of each pixel after a round of copies, last pixel first, from offsets -reach..reach-1.
 
-    A copy from a pixel that was overwritten earlier in the round (a later one in memory) takes its new content. So
-    every pixel points at the new or the old state of another one; following all pointers at once, twice as far every
-    time, replaces the loop over pixels.
+    A pixel that was overwritten earlier in the round (a later one in memory) is copied with its new content. So every
+    pixel points to the new or the old state of another one, and pointer doubling replaces the loop over pixels.
     """
     offsets = (random.uniform(2, height, width) * (2 * reach)).long() - reach  # [B, 2, H, W]
     device = offsets.device
@@ -71,8 +70,8 @@ def _copies(random: KeyedRandom, height: int, width: int, reach: int) -> Tensor:
     target = ((rows + offsets[:, 0]) * width + columns + offsets[:, 1]).flatten(1)  # [B, H W], meaningful where moved
     moved = moved.flatten()
     target = torch.where(moved, target, place)
-    # states 0 .. count-1 are new ones, count .. 2 count - 1 old ones, which point at themselves
-    renewed = target > place  # for ones that never move the new state is the old one
+    # states 0 .. count-1 are new, count .. 2 count - 1 old; old states point to themselves
+    renewed = target > place  # a pixel that never moves keeps its old state
     pointer = torch.cat([torch.where(renewed, target, target + count), (place + count).expand_as(target)], 1)
     for _ in range(count.bit_length()):
         pointer = pointer.gather(1, pointer)

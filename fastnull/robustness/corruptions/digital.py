@@ -28,17 +28,17 @@ def contrast(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
 def saturate(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
     """Saturation S of HSV → S c0 + c1 within [0, 1].
 
-    With V the largest channel and S = (V - smallest) / V, every channel's distance to V grows by S' / S. Gray pixels
-    have hue 0, so that c1 > 0 turns them red, as in the original.
+    With V the largest channel and S = (V - smallest) / V, the distance of a channel to V is multiplied by S' / S. Gray
+    pixels have hue 0, so c1 > 0 turns them red, as in the original.
     """
     check_rgb(images, "saturate")
     factor, offset = ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))[severity - 1]
     value = images.amax(1, keepdim=True)
-    spread = value - images.amin(1, keepdim=True)
-    saturation = (spread / value.clamp_min(BLACK) * factor + offset).clamp(0, 1)
-    coloured = value - (value - images) * (saturation * value / spread.clamp_min(BLACK))
+    chroma = value - images.amin(1, keepdim=True)
+    saturation = (chroma / value.clamp_min(BLACK) * factor + offset).clamp(0, 1)
+    coloured = value - (value - images) * (saturation * value / chroma.clamp_min(BLACK))
     gray = value * torch.cat([torch.ones_like(value), (1 - saturation).expand(-1, 2, -1, -1)], 1)
-    return torch.where(spread > BLACK, coloured, gray)
+    return torch.where(chroma > BLACK, coloured, gray)
 
 
 def elastic_transform(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
@@ -83,7 +83,7 @@ def box_matrix(size: int, target: int) -> Tensor:
 
 
 def pixelate(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
-    """Box resize to a share c of each side, and back; both are linear, so one matrix an axis does both."""
+    """Box resize to a fraction c of each side, and back; both are linear, so one matrix per axis does both."""
     c = (0.6, 0.5, 0.4, 0.3, 0.25)[severity - 1]
     rows, columns = (box_matrix(int(size * c), size) @ box_matrix(size, int(size * c)) for size in images.shape[2:])
     return separable(images, rows, columns)

@@ -1,8 +1,8 @@
 """Frost of ImageNet-C: a random part of a picture of frost over the image.
 
-The original's five photographs are not ours to ship. In their place stand five pictures that are computed here, always
-the same, with the mean and spread of colours that frost photographs have; or the pictures in a folder of the user's.
-Either way the numbers are not those of the original's photographs: the protocol of a result says which were used.
+The original's five photographs cannot be shipped. They are replaced by five computed pictures, with the mean and
+standard deviation of the colours of frost photographs, or by the pictures in a folder of the user. The protocol of a
+result names the pictures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COLOURS = (
 
 def frost(images: Tensor, severity: int, random: KeyedRandom, pictures: tuple[Tensor, ...] | None = None) -> Tensor:
     """c0 x + c1 part of a picture, at the picture's own scale; pictures [3, H, W] that are too small are enlarged."""
-    share, strength = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[severity - 1]
+    weight, strength = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[severity - 1]
     channels, height, width = images.shape[1:]
     if channels not in (1, 3):
         raise ValueError(f"frost needs 1 or 3 channels; got {channels}")
@@ -50,11 +50,11 @@ def frost(images: Tensor, severity: int, random: KeyedRandom, pictures: tuple[Te
     layer = torch.stack(parts).to(images)
     if channels == 1:
         layer = (layer * images.new_tensor(LUMINANCE).view(3, 1, 1)).sum(1, keepdim=True)
-    return share * images + strength * layer
+    return weight * images + strength * layer
 
 
 def _covering(picture: Tensor, height: int, width: int) -> Tensor:
-    """The picture, enlarged as little as makes it cover height x width."""
+    """The picture, enlarged if needed to cover height x width."""
     factor = max(height / picture.shape[1], width / picture.shape[2])
     if factor <= 1:
         return picture
@@ -64,7 +64,7 @@ def _covering(picture: Tensor, height: int, width: int) -> Tensor:
 
 @functools.cache
 def made_pictures() -> tuple[Tensor, ...]:
-    """Five pictures [3, 448, 448] in [0, 1]: crystals with streaks of their own direction, on a cloudy ground."""
+    """Five pictures [3, 448, 448] in [0, 1]: crystals with streaks in different directions, on clouds."""
     return tuple(_crystals(number, *colours) for number, colours in enumerate(_COLOURS))
 
 
@@ -92,7 +92,7 @@ def read_pictures(folder: str | os.PathLike[str]) -> tuple[Tensor, ...]:
     """The pictures [3, H, W] in a folder, in the order of their names.
 
     Raises:
-        ValueError: no such folder, none in it, or one that cannot be read.
+        ValueError: no such folder, no picture in it, or one that cannot be read.
     """
     from fastnull.data.image_files import IMAGE_SUFFIXES, is_hidden, read_image
 

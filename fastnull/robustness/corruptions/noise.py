@@ -1,4 +1,4 @@
-"""Noise of ImageNet-C: Gaussian, shot, impulse, speckle; independent for every channel value."""
+"""Noise of ImageNet-C: Gaussian, shot, impulse, speckle; independent for every value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shot_noise(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
 
 
 def impulse_noise(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
-    """Salt and pepper: a share c of the values becomes 0 or 1, with equal chance."""
+    """Salt and pepper: a fraction c of the values becomes 0 or 1, with equal probability."""
     c = (0.03, 0.06, 0.09, 0.17, 0.27)[severity - 1]
     shape = images.shape[1:]
     flipped, salt = random.uniform(*shape) <= c, random.uniform(*shape) <= 0.5
@@ -39,8 +39,8 @@ def speckle_noise(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
 def poisson(rate: Tensor, uniform: Tensor, largest_rate: float) -> Tensor:
     """Poisson counts with the given rates (0 .. largest_rate), by inversion of the distribution function.
 
-    rate, uniform: any equal shapes; returns the counts as floats. One uniform number a count, so that the result is as
-    reproducible as the uniform; torch.poisson is not.
+    rate, uniform: any equal shapes; returns the counts as floats. There is one uniform number per count, so the
+    result is as reproducible as the uniform numbers; that of torch.poisson is not.
     """
     term = torch.exp(-rate)  # P(count = k), k = 0, 1, …
     total = term.clone()
@@ -49,10 +49,10 @@ def poisson(rate: Tensor, uniform: Tensor, largest_rate: float) -> Tensor:
         count += uniform > total
         term *= rate / k
         total += term
-    # float32 sums can end just under 1, where the largest uniform numbers would count on to the end
+    # float32 sums can end just below 1, and the largest uniform numbers would never stop counting
     return torch.minimum(count, (rate + 5.5 * rate.sqrt() + 6).floor())
 
 
 def _highest(rate: float) -> float:
-    """A count that 23 random bits cannot ask for at this rate: their quantile, 1 - 2^-24, lies 5.3 deviations up."""
+    """Above the largest count of 23 random bits at this rate: their quantile 1 - 2^-24 is 5.3 deviations up."""
     return rate + 5.5 * math.sqrt(rate) + 6

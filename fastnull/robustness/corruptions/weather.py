@@ -10,9 +10,9 @@ from fastnull.robustness.keyed import KeyedRandom
 
 
 def snow(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
-    """Flakes (mean, std, zoom, threshold), smeared (radius, sigma), over the whitened image (share of the original)."""
+    """Flakes (mean, std, zoom, threshold), smeared (radius, sigma), over the whitened image (weight of the image)."""
     check_rgb(images, "snow")
-    mean, std, factor, threshold, radius, sigma, share = (
+    mean, std, factor, threshold, radius, sigma, weight = (
         (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
         (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
         (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
@@ -23,12 +23,12 @@ def snow(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
     flakes = torch.where(flakes < threshold, 0, flakes).clamp(0, 1)
     flakes = motion_filter(flakes, radius, sigma, random.uniform() * 90 - 135)
     gray = (images * images.new_tensor(LUMINANCE).view(3, 1, 1)).sum(1, keepdim=True)
-    whitened = share * images + (1 - share) * torch.maximum(images, 1.5 * gray + 0.5)
+    whitened = weight * images + (1 - weight) * torch.maximum(images, 1.5 * gray + 0.5)
     return whitened + flakes + flakes.rot90(2, (2, 3))
 
 
 def fog(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
-    """x + c plasma, scaled so that the image's largest value stays."""
+    """x + c plasma, scaled to keep the image's largest value."""
     c, decay = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))[severity - 1]
     height, width = images.shape[2:]
     size = max(256, 1 << (max(height, width) - 1).bit_length())
@@ -65,7 +65,7 @@ def _wibbled(total: Tensor, wibble: float, random: KeyedRandom) -> Tensor:
 
 
 def brightness(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
-    """Value of HSV + c, cut at 1. With V the largest channel that is a factor of V' / V on every channel."""
+    """Value of HSV + c, clamped at 1: with V the largest channel, every channel times V' / V."""
     c = (0.1, 0.2, 0.3, 0.4, 0.5)[severity - 1]
     value = images.amax(1, keepdim=True)
     brighter = (value + c).clamp(max=1)
