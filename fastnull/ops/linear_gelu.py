@@ -119,7 +119,7 @@ def gelu_(
     if use_native("linear_gelu", z):
         wide_bias = bias
         if bias is not None:  # the kernels of the GPU take any dtype: a cast would be a launch of its own
-            wide_bias = (bias if z.is_cuda else bias.to(torch.float32)).contiguous()
+            wide_bias = (bias.to(torch.float32) if z.device.type == "cpu" else bias).contiguous()
         view = rows_out(z, "z")
         torch.ops.fastnull.gelu_out(view, wide_bias, tanh, view, derivative)
     else:
