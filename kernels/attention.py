@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnull.kernels.common import COMPILE, capability_of, check_dtypes, on_device_of
+from fastnull.kernels.common import COMPILE, check_dtypes, generation_of, on_device_of
 from fastnull.kernels.tiles import changed
 from fastnull.ops.attention import WIDEST_HEAD
 from fastnull.ops.common import empty
@@ -32,7 +32,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # a kernel reads globals of this type
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Block of queries and of keys, for heads up to `head` wide, up to `tokens` tokens, and GPUs from sm_`since` on.
+    """Block of queries and of keys, for heads up to `head` wide, up to `tokens` tokens, and generations of GPUs (see
+    `generation`) from `since` on.
 
     Where keys + tail hold all tokens, a program has whole rows of scores, as two tiles: powers of two are all that
     Triton has, and 257 keys as 256 + 16 are half of 512.
@@ -334,8 +335,8 @@ def _check(qkv: Tensor) -> None:
 
 def _tile(entries: tuple[AttentionTile, ...], qkv: Tensor) -> AttentionTile:
     entries = FLOAT32 if qkv.dtype == torch.float32 else entries
-    N, d, capability = qkv.shape[1], qkv.shape[4], capability_of(qkv)
-    return changed(next(t for t in entries if d <= t.head and t.tokens >= N and t.since <= capability))
+    N, d, generation = qkv.shape[1], qkv.shape[4], generation_of(qkv)
+    return changed(next(t for t in entries if d <= t.head and t.tokens >= N and t.since <= generation))
 
 
 def _row(tile: AttentionTile, N: int) -> dict[str, int | bool]:

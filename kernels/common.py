@@ -19,15 +19,19 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def capability_of(x: Tensor) -> int:
-    """80, 90, 100: of the tensor's GPU; 80 where it is on none, as in the interpreter."""
-    return _capability(x.device) if x.is_cuda else 80
+def generation_of(x: Tensor) -> int:
+    """`generation` of the tensor's GPU; 80 where it is on none, as in the interpreter."""
+    return _generation(x.device) if x.is_cuda else 80
+
+
+def generation(major: int) -> int:
+    """80, 90 or 100: whose tensor-core instructions a GPU of compute capability `major` has. sm_120 has sm_80's."""
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
 @functools.cache
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _generation(device: torch.device) -> int:
+    return generation(torch.cuda.get_device_capability(device)[0])
 
 
 def check_dtypes(**tensors: Tensor | None) -> None:

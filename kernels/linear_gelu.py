@@ -61,17 +61,19 @@ def output_tile(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BAND: tl.const
 def product(a, b, row, column, M, N, K, a_row, b_k, b_column, TILE_K: tl.constexpr, WHOLE: tl.constexpr):
     """float32 [rows, columns] of A [M, K] (dense in K) times B [K, N] (any strides)."""
     k = tl.arange(0, TILE_K)
-    # Out-of-range rows read the last one: no mask in the loop, and what they give is not stored.
+    # Rows beyond the last one read it again, and the result is not stored. Columns need a mask: a clamp would hide from
+    # the compiler that neighbours in memory are read, and B would be loaded value by value, without a pipeline.
     a_pointers = a + (tl.minimum(row, M - 1).to(tl.int64) * a_row)[:, None] + k[None, :]
-    b_pointers = b + k.to(tl.int64)[:, None] * b_k + tl.minimum(column, N - 1).to(tl.int64)[None, :] * b_column
+    b_pointers = b + k.to(tl.int64)[:, None] * b_k + column.to(tl.int64)[None, :] * b_column
+    valid = (column < N)[None, :]
     sums = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     for start in range(0, K, TILE_K):
         if WHOLE:
-            a_tile, b_tile = tl.load(a_pointers), tl.load(b_pointers)
+            a_tile, b_tile = tl.load(a_pointers), tl.load(b_pointers, valid, 0.0)
         else:
             left = K - start
             a_tile = tl.load(a_pointers, (k < left)[None, :], 0.0)
-            b_tile = tl.load(b_pointers, (k < left)[:, None], 0.0)
+            b_tile = tl.load(b_pointers, (k < left)[:, None] & valid, 0.0)
         sums = tl.dot(a_tile, b_tile, sums)
         a_pointers += TILE_K
         b_pointers += TILE_K * b_k

@@ -25,7 +25,8 @@ struct LayerNormArgs {
   Rows x, y;
   const float* weight;  // [width] or null
   const float* bias;    // [width] or null
-  float* mean;          // [rows]
+  const float* shift;   // [width] or null: added to x
+  float* mean;          // [rows] or null
   float* rstd;          // [rows]
   int64_t width;
   float eps;
@@ -34,7 +35,7 @@ struct LayerNormArgs {
 struct LayerNormDxArgs {
   Dtype dtype;
   Rows dxhat, x, dres, dx;  // dres.data may be null; dx may be the memory of dres or of dxhat
-  const float* mean;
+  const float* mean;        // null: x is normalised
   const float* rstd;
   int64_t width;
 };

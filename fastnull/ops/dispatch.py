@@ -28,9 +28,15 @@ LIBRARY = "library"
 Signature = tuple[torch.dtype, tuple[int, ...]]
 Run = Callable[..., None]
 
+
+def _given(*optional: Tensor | None) -> int:
+    """Which of the arguments are there, a bit each."""
+    return sum((each is not None) << place for place, each in enumerate(optional))
+
+
 SIGNATURES: dict[str, Callable[..., Signature]] = {
-    "layer_norm_out": lambda x, *_: (x.dtype, (x.shape[-1],)),
-    "layer_norm_dx_out": lambda dxhat, *_: (dxhat.dtype, (dxhat.shape[-1],)),
+    "layer_norm_out": lambda x, weight, bias, shift, eps, y, mean, rstd: (x.dtype, (x.shape[-1], _given(shift, mean))),
+    "layer_norm_dx_out": lambda dxhat, x, mean, *_: (x.dtype, (x.shape[-1], _given(mean))),
     "gelu_out": lambda z, bias, tanh, *_: (z.dtype, (z.shape[-1], int(tanh))),
     "dgelu_": lambda g, derivative: (g.dtype, (g.shape[-1],)),
     "linear_gelu_out": lambda x, weight, bias, tanh, *_: (x.dtype, (*weight.shape, int(tanh))),

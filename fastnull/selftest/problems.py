@@ -118,16 +118,18 @@ class _Draw:
         return (drawn * 226 if kept == torch.uint8 else drawn).to(kept)
 
 
-def _layer_norm(draw: _Draw, D: int) -> tuple[Any, ...]:
+def _layer_norm(draw: _Draw, D: int, given: int) -> tuple[Any, ...]:
     M = draw.images * TOKENS
-    stats = (draw.unwritten(M, dtype=draw.wide) for _ in range(2))
-    return draw(1, M, D), None, None, 1e-6, draw.unwritten(1, M, D), *stats
+    mean, rstd = (draw.unwritten(M, dtype=draw.wide) for _ in range(2))
+    shift = draw(D, dtype=draw.wide) if given & 1 else None
+    return draw(1, M, D), None, None, shift, 1e-6, draw.unwritten(1, M, D), mean if given & 2 else None, rstd
 
 
-def _layer_norm_dx(draw: _Draw, D: int) -> tuple[Any, ...]:
+def _layer_norm_dx(draw: _Draw, D: int, given: int) -> tuple[Any, ...]:
     x, dxhat, dres = (draw(1, draw.images * TOKENS, D) for _ in range(3))
-    mean, rstd = (stat.flatten() for stat in layer_norm_ref(x)[1:])
-    return dxhat, x, mean, rstd, dres, torch.full_like(x, float("nan"))
+    normed, mean, rstd = layer_norm_ref(x)
+    mean = mean.flatten() if given else None
+    return dxhat, x if given else normed, mean, rstd.flatten(), dres, torch.full_like(x, float("nan"))
 
 
 def _gelu(draw: _Draw, D: int, tanh: int) -> tuple[Any, ...]:

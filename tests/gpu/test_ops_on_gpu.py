@@ -40,6 +40,7 @@ def test_attention(tokens: int, heads: int, width: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("width", [384, 768, 1024, 1280])
 def test_layer_norm(width: int, dtype: torch.dtype) -> None:
     x, dxhat, dres = (randn(3, 197, width, dtype=dtype, seed=seed) for seed in range(3))
+    shift = randn(width, seed=3)
 
     def gradient(dt: torch.dtype) -> torch.Tensor:
         leaf = x.to(dt).clone().requires_grad_()
@@ -48,10 +49,14 @@ def test_layer_norm(width: int, dtype: torch.dtype) -> None:
 
     with testing.poisoned():
         y, mean, rstd = ops.layer_norm_stats(x)
-        dx = ops.layer_norm_dx(dxhat, x, mean, rstd, dres)
+        shifted = ops.layer_norm_stats(x, shift=shift)[0]
     exact = F.layer_norm(x.double(), (width,), eps=1e-6)
     testing.assert_within_budget(y, exact, F.layer_norm(x, (width,), eps=1e-6), "y")
-    testing.assert_gradient_close(dx, gradient(torch.float64), gradient(dtype), "dx")
+    exact, torchs = (F.layer_norm(x.to(dt) + shift.to(dt), (width,), eps=1e-6) for dt in (torch.float64, dtype))
+    testing.assert_within_budget(shifted, exact, torchs, "y of x + shift")
+    for kept in ((x, mean), (y, None)):
+        dx = ops.layer_norm_dx(dxhat, *kept, rstd, dres)
+        testing.assert_gradient_close(dx, gradient(torch.float64), gradient(dtype), "dx")
 
 
 @pytest.mark.parametrize("kind", ["none", "tanh"])
@@ -155,7 +160,7 @@ def test_opcheck() -> None:
     half = x[0].bfloat16()
     weight, hidden = randn(64, 64, dtype=torch.bfloat16), torch.empty_like(half)
     for name, arguments in {
-        "layer_norm_out": (x, None, None, 1e-6, torch.empty_like(x), stat, stat.clone()),
+        "layer_norm_out": (x, None, None, None, 1e-6, torch.empty_like(x), stat, stat.clone()),
         "layer_norm_dx_out": (x, wide, stat.fill_(0), stat.clone().fill_(1), None, torch.empty_like(x)),
         "gelu_out": (x, None, False, torch.empty_like(x), code),
         "dgelu_": (x.clone(), code),

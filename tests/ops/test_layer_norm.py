@@ -23,25 +23,25 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_forward(backend: str, shape: tuple[int, ...], dtype: torch.dtype, affine: bool) -> None:
+def test_forward(backend: str, shape: tuple[int, ...], dtype: torch.dtype, shifted: bool, affine: bool) -> None:
     g = generator()
     # An offset of 30 standard deviations in one channel: E[x^2] - mean^2 in float32 would lose its digits.
     x = testing.randn(shape, dtype, g)
     x[..., 0] += 30
     weight, bias = (torch.randn(shape[-1], generator=g) for _ in range(2)) if affine else (None, None)
-    y64, mean64, rstd64 = layer_norm_ref(
-        x.double(), *(None if p is None else p.double() for p in (weight, bias)), eps=EPS
-    )
+    shift = torch.randn(shape[-1], generator=g) if shifted else None
+    wide, wide64 = (x.to(dt) if shift is None else x.to(dt) + shift for dt in (torch.float32, torch.float64))
+    y64, mean64, rstd64 = layer_norm_ref(wide64, *(None if p is None else p.double() for p in (weight, bias)), eps=EPS)
     with testing.use_backend(backend), testing.poisoned():
-        y, mean, rstd = ops.layer_norm_stats(x, weight, bias, EPS)
+        y, mean, rstd = ops.layer_norm_stats(x, weight, bias, EPS, shift=shift)
     cast = [None if p is None else p.to(dtype) for p in (weight, bias)]
-    testing.assert_within_budget(y, y64, F.layer_norm(x, shape[-1:], *cast, EPS), "y")
+    testing.assert_within_budget(y, y64, F.layer_norm(wide.to(dtype), shape[-1:], *cast, EPS), "y")
     assert y.dtype == dtype
     assert mean.dtype == rstd.dtype == torch.float32
-    wide = x.float()
     testing.assert_within_budget(mean, mean64, wide.mean(-1), "mean")
     testing.assert_within_budget(rstd, rstd64, (wide.var(-1, correction=0) + EPS).rsqrt(), "rstd")
 
@@ -60,9 +60,11 @@ def test_input_gradient(backend: str, shape: tuple[int, ...], dtype: torch.dtype
     if residual:
         reference, baseline = reference + dres.double(), baseline + dres
     with testing.use_backend(backend), testing.poisoned():
-        _, mean, rstd = ops.layer_norm_stats(x, eps=EPS)
+        xhat, mean, rstd = ops.layer_norm_stats(x, eps=EPS)
         dx = ops.layer_norm_dx(dxhat, x, mean, rstd, dres if residual else None)
+        of_normalised = ops.layer_norm_dx(dxhat, xhat, None, rstd, dres if residual else None)
     testing.assert_gradient_close(dx, reference, baseline, "dx")
+    testing.assert_gradient_close(of_normalised, reference, baseline, "dx from the normalised row")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,7 +93,10 @@ def test_in_place_and_given_outputs(backend: str) -> None:
         expected_dx = layer_norm_dx_ref(dxhat, x, mean64, rstd64, dres)
         assert ops.layer_norm_dx(dxhat, x, mean64, rstd64, dres, out=dres) is dres
         torch.testing.assert_close(dres, expected_dx, rtol=1e-5, atol=1e-5)
-        ops.layer_norm_stats(x, eps=EPS, out=(x, torch.empty(2, 9), torch.empty(2, 9)))
+        mean, rstd = torch.empty(2, 9), torch.empty(2, 9)
+        ops.layer_norm_stats(x.clone(), eps=EPS, out=(x.clone(), None, rstd))
+        torch.testing.assert_close(rstd, rstd64)
+        ops.layer_norm_stats(x, eps=EPS, out=(x, mean, rstd))
         torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -139,6 +144,8 @@ def test_bad_arguments_are_named() -> None:
     x = torch.zeros(2, 8)
     with pytest.raises(ValueError, match=r"weight must have shape \[8\]"):
         ops.layer_norm(x, torch.ones(7))
+    with pytest.raises(ValueError, match=r"shift must have shape \[8\]"):
+        ops.layer_norm_stats(x, shift=torch.ones(2, 8))
     _, mean, rstd = ops.layer_norm_stats(x)
     with pytest.raises(ValueError, match="dxhat must have the shape of x"):
         ops.layer_norm_dx(torch.zeros(2, 7), x, mean, rstd)
@@ -151,6 +158,8 @@ def test_opcheck(backend: str) -> None:
     x = testing.randn((2, 3, 8), torch.float32, generator(7))
     mean, rstd = torch.zeros(2, 3), torch.ones(2, 3)
     with testing.use_backend(backend):
-        testing.opcheck("layer_norm_out", (x, torch.ones(8), None, EPS, torch.empty(2, 3, 8), mean, rstd))
+        one = torch.ones(8)
+        testing.opcheck("layer_norm_out", (x, one, None, None, EPS, torch.empty(2, 3, 8), mean, rstd))
+        testing.opcheck("layer_norm_out", (x, None, one, one, EPS, torch.empty(2, 3, 8), None, rstd))
         testing.opcheck("layer_norm_dx_out", (x, x, mean, rstd, None, torch.empty(2, 3, 8)))
-        testing.opcheck("layer_norm_dx_out", (x, x, mean, rstd, x.clone(), torch.empty(2, 3, 8)))
+        testing.opcheck("layer_norm_dx_out", (x, x, None, rstd, x.clone(), torch.empty(2, 3, 8)))

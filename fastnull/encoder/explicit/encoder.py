@@ -60,11 +60,11 @@ class ExplicitEncoder:
         self.width = parts.projection.out_channels
         image = self.stem.tokens * parts.blocks[0].fc1.out_features * self.compute.itemsize
         self._part = max(CPU_IMAGES, round(CPU_BYTES / image)) if self.device.type == "cpu" else None
+        self._shift = torch.zeros(self.width, dtype=self.head.dtype, device=self.device)  # of the head's input
         self._capacity = 0
         self._saved: list[Saved] = []
         self._scratch: Scratch
-        self._final: Tensor  # of the last block
-        self._gradient: Tensor
+        self._stream: Tensor  # of all blocks, [capacity, P + N, D]; in the backward its gradient
         self.sync()
 
     @property
@@ -80,9 +80,11 @@ class ExplicitEncoder:
         with gathered(self._model):
             self.stem.sync()
             self.head.sync()
+        shift = torch.zeros_like(self._shift)
         for block in self._all_blocks():
             with gathered(block.parts.norm1):
-                block.sync()
+                shift = block.sync(shift)
+        self._shift.copy_(shift)
 
     def embed(self, images: Tensor, site: str) -> Tensor:
         """Images [B, C, H, W] → the tensor at the site, in memory of its own."""
@@ -147,23 +149,22 @@ class ExplicitEncoder:
         saved = self._saved
         if forward_only and saved:
             saved = [saved[0]] * len(self.blocks)
-        inputs = [self._view(one.x, B) for one in saved] + [self._final[:B]]  # of each block, and the last output
-        self._enter(tokens, site, inputs[0])
-        for block, one, out in zip(self.blocks, saved, inputs[1:], strict=True):
+        stream = self._stream[:B]
+        self._enter(tokens, site, stream)
+        for block, one in zip(self.blocks, saved, strict=True):
             for part in self._parts(B):
-                rows = out.view(-1, self.width)
+                rows = stream[part].view(-1, self.width)
                 block.forward(one, self._scratch, self._rows(part), part.stop - part.start, rows)
-        x = inputs[-1]
-        return self.head.forward(x if self.last is None else self.last.forward(x).unsqueeze(1))
+        return self.head.forward(stream if self.last is None else self.last.forward(stream).unsqueeze(1), self._shift)
 
     def _backward(self, cotangent: Tensor, tokens: Tensor, site: str) -> Tensor:
         """Gradient of the logits [B, K] → of the tokens at the site, in memory that the next pass overwrites."""
         B = len(cotangent)
-        gradient = self._gradient[:B]  # [B, P + N, D]
+        gradient = self._stream[:B]  # [B, P + N, D]: nothing reads the stream any more
         if self.last is not None:
             row = torch.empty(B, 1, self.width, dtype=self.last.dtype, device=self.device)
             self.head.backward(cotangent, row)
-            gradient.copy_(self.last.backward(row[:, 0]))
+            self.last.backward(row[:, 0], gradient)
         else:
             self.head.backward(cotangent, gradient)
         for block, saved in zip(reversed(self.blocks), reversed(self._saved), strict=True):
@@ -197,9 +198,6 @@ class ExplicitEncoder:
     def _rows(self, part: slice) -> slice:
         return slice(part.start * self.stem.tokens, part.stop * self.stem.tokens)
 
-    def _view(self, rows: Tensor, B: int) -> Tensor:
-        return rows[: B * self.stem.tokens].view(B, self.stem.tokens, self.width)
-
     def _reserve(self, B: int, forward_only: bool) -> None:
         """Make room for B images; buffers only ever grow."""
         wanted = min(1, len(self.blocks)) if forward_only else len(self.blocks)
@@ -212,12 +210,9 @@ class ExplicitEncoder:
 
             count = max(wanted, len(self._saved))
             if self._saved:  # give the memory back before asking for more
-                del self._saved, self._final, self._gradient, self._scratch
+                del self._saved, self._stream, self._scratch
             self._saved = [Saved(self._capacity * N, block, new) for block in self.blocks[:count]]
-            self._final = new(self._capacity, N, self.width)
-            # the output of the last block is read for the last time where its gradient is written
-            shared = self.compute == self.dtype
-            self._gradient = self._final if shared else new(self._capacity, N, self.width, dtype=self.compute)
+            self._stream = new(self._capacity, N, self.width, dtype=self.compute)
             if self.blocks:
                 images = min(self._capacity, self._part or self._capacity)
                 self._scratch = Scratch(images * N, self.blocks[0], new)
@@ -235,8 +230,7 @@ class ExplicitEncoder:
             linears += block.linears()
         weights = [self.stem.weight, self.stem.bias, self.stem.prefix, self.stem.positions]
         weights += [tensor for linear in linears for tensor in linear.tensors()]
-        scratch = [self._final, *_tensors(self._scratch)] if self._saved else []
-        scratch += [self._gradient] if self._saved and self._gradient is not self._final else []
+        scratch = [self._stream, *_tensors(self._scratch)] if self._saved else []
         kept = [tensor for saved in self._saved for tensor in _tensors(saved)]
         return {"weights": _bytes(weights), "kept": _bytes(kept), "scratch": _bytes(scratch)}
 

@@ -16,22 +16,25 @@ EPS = 1e-6
 SHAPES = [(2, 5, 192), (9, 768), (3, 7), (1, 3, 1280)]
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("parameters", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_statistics(shape: tuple[int, ...], dtype: torch.dtype, affine: bool) -> None:
+def test_forward_and_statistics(shape: tuple[int, ...], dtype: torch.dtype, parameters: bool) -> None:
+    """With weight, bias and shift, and without."""
     x = randn(shape, dtype, 0)
     x[..., 0] += 30
-    weight, bias = (randn(shape[-1:], torch.float32, s) for s in (1, 2)) if affine else (None, None)
-    wide = [None if p is None else p.double() for p in (weight, bias)]
-    y64, mean64, rstd64 = layer_norm_ref(x.double(), *wide, eps=EPS)
+    given = [randn(shape[-1:], torch.float32, s) if parameters else None for s in (1, 2, 11)]
+    weight, bias, shift = given
+    y64, mean64, rstd64 = layer_norm_ref(x.double(), *(None if p is None else p.double() for p in (weight, bias)), EPS,
+                                         shift)  # fmt: skip
     with testing.poisoned():
-        y, mean, rstd = ops.layer_norm_stats(x, weight, bias, EPS)
+        y, mean, rstd = ops.layer_norm_stats(x, weight, bias, EPS, shift=shift)
     cast = [None if p is None else p.to(dtype) for p in (weight, bias)]
-    testing.assert_within_budget(y, y64, F.layer_norm(x, shape[-1:], *cast, EPS), "y")
+    wide = x.float() if shift is None else x.float() + shift
+    testing.assert_within_budget(y, y64, F.layer_norm(wide.to(dtype), shape[-1:], *cast, EPS), "y")
     assert y.dtype == dtype
-    testing.assert_within_budget(mean, mean64, x.float().mean(-1), "mean")
-    testing.assert_within_budget(rstd, rstd64, (x.float().var(-1, correction=0) + EPS).rsqrt(), "rstd")
+    testing.assert_within_budget(mean, mean64, wide.mean(-1), "mean")
+    testing.assert_within_budget(rstd, rstd64, (wide.var(-1, correction=0) + EPS).rsqrt(), "rstd")
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -46,9 +49,10 @@ def test_input_gradient(shape: tuple[int, ...], dtype: torch.dtype, residual: bo
         return dx + dres.to(dt) if residual else dx
 
     with testing.poisoned():
-        _, mean, rstd = ops.layer_norm_stats(x, eps=EPS)
-        dx = ops.layer_norm_dx(dxhat, x, mean, rstd, dres if residual else None)
-    testing.assert_gradient_close(dx, gradient(torch.float64), gradient(dtype), "dx")
+        xhat, mean, rstd = ops.layer_norm_stats(x, eps=EPS)
+        for kept in ((x, mean), (xhat, None)):
+            dx = ops.layer_norm_dx(dxhat, *kept, rstd, dres if residual else None)
+            testing.assert_gradient_close(dx, gradient(torch.float64), gradient(dtype), "dx")
 
 
 def test_in_place_and_given_outputs() -> None:
@@ -61,7 +65,7 @@ def test_in_place_and_given_outputs() -> None:
     without = ops.layer_norm_dx(dxhat, x, mean, rstd)
     assert ops.layer_norm_dx(dxhat, x, mean, rstd, out=dxhat).equal(without)
     y = ops.layer_norm(x)
-    ops.layer_norm_stats(x, eps=EPS, out=(x, nan(2, 9), nan(2, 9)))
+    ops.layer_norm_stats(x, eps=EPS, out=(x, None, nan(2, 9)))
     assert x.equal(y)
 
 
@@ -91,4 +95,4 @@ def test_float64_is_refused_by_the_launcher() -> None:
     """The public function never sends it there; a direct call must not lose digits silently."""
     x, stat = torch.zeros(1, 2, 8, dtype=torch.float64, device=DEVICE), torch.zeros(2, device=DEVICE)
     with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16"):
-        torch.ops.fastnull.layer_norm_out(x, None, None, EPS, x, stat, stat.clone())
+        torch.ops.fastnull.layer_norm_out(x, None, None, None, EPS, x, stat, stat.clone())
