@@ -58,18 +58,21 @@ def output_tile(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BAND: tl.const
 
 
 @triton.jit
-def product(a, b, row, column, M, N, K, a_row, b_k, b_column, TILE_K: tl.constexpr, WHOLE: tl.constexpr):
+def product(
+    a, b, row, column, M, N, K, a_row, b_k, b_column, TILE_K: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr
+):
     """float32 [rows, columns] of A [M, K] (dense in K) times B [K, N] (any strides)."""
     k = tl.arange(0, TILE_K)
-    # Rows beyond the last one read it again, and the result is not stored. Columns need a mask: a clamp would hide from
-    # the compiler that neighbours in memory are read, and B would be loaded value by value, without a pipeline.
+    # Rows beyond the last one read it again, and the result is not stored. For columns, that would hide from the
+    # compiler that neighbours in memory are read: B would be loaded value by value, without a pipeline.
     a_pointers = a + (tl.minimum(row, M - 1).to(tl.int64) * a_row)[:, None] + k[None, :]
     b_pointers = b + k.to(tl.int64)[:, None] * b_k + column.to(tl.int64)[None, :] * b_column
     valid = (column < N)[None, :]
     sums = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     for start in range(0, K, TILE_K):
-        if WHOLE:
-            a_tile, b_tile = tl.load(a_pointers), tl.load(b_pointers, valid, 0.0)
+        if WHOLE_K:
+            a_tile = tl.load(a_pointers)
+            b_tile = tl.load(b_pointers) if WHOLE_N else tl.load(b_pointers, valid, 0.0)
         else:
             left = K - start
             a_tile = tl.load(a_pointers, (k < left)[None, :], 0.0)
@@ -98,10 +101,11 @@ def linear_gelu_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     BAND: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    WHOLE_N: tl.constexpr,
 ):
     row, column = output_tile(M, N, TILE_M, TILE_N, BAND)
-    z = product(x, weight, row, column, M, N, K, x_row, weight_k, weight_column, TILE_K, WHOLE)
+    z = product(x, weight, row, column, M, N, K, x_row, weight_k, weight_column, TILE_K, WHOLE_K, WHOLE_N)
     if bias is not None:
         z += tl.load(bias + column, column < N, 0.0).to(tl.float32)[None, :]
     value, slope = tanh_gelu(z) if TANH else erf_gelu(z)
@@ -128,10 +132,11 @@ def linear_dgelu_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     BAND: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    WHOLE_N: tl.constexpr,
 ):
     row, column = output_tile(M, N, TILE_M, TILE_N, BAND)
-    g = product(dy, weight, row, column, M, N, K, dy_row, weight_k, weight_column, TILE_K, WHOLE)
+    g = product(dy, weight, row, column, M, N, K, dy_row, weight_k, weight_column, TILE_K, WHOLE_K, WHOLE_N)
     place = row.to(tl.int64)[:, None] * N + column[None, :]
     valid = (row < M)[:, None] & (column < N)[None, :]
     tl.store(dz + place, g * decode(tl.load(derivative + place, valid, 0)), valid)
@@ -155,8 +160,9 @@ def _check(x: Tensor, weight: Tensor, out: Tensor, derivative: Tensor | None) ->
 def _tile(M: int, N: int, K: int) -> tuple[tuple[int], dict[str, int | bool]]:
     tile = changed(TILES[0])
     grid = (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
-    constants: dict[str, int | bool] = {"TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "BAND": tile.band}
-    return grid, {**constants, "WHOLE": K % tile.k == 0, "num_warps": tile.warps, "num_stages": tile.stages}
+    sizes = {"TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "BAND": tile.band}
+    whole = {"WHOLE_K": K % tile.k == 0, "WHOLE_N": N % tile.n == 0}
+    return grid, {**sizes, **whole, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def linear_gelu_out(

@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from fastnull.cli import main
 from fastnull.finetune.checkpoint import read_state, write_state
 from fastnull.models import load_model
 from fastnull.noise import Noise
+from tests.commands import refused
 from tests.damage import damaged
 
 pytest.importorskip("sklearn")
@@ -45,22 +45,6 @@ def _no_hang() -> Iterator[None]:
     signal.alarm(60)
     yield
     signal.alarm(0)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object, bar: bool = False) -> str:
-    """The error line of a command, which must be the only one but for notes (and, with `bar`, a progress bar)."""
-    capsys.readouterr()
-    try:
-        code: Any = main([str(word) for word in words])
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    told = capsys.readouterr().err
-    lines = [line for line in told.splitlines() if not line.startswith("note:")]
-    assert code == 2, told
-    assert bar or len(lines) == 1, told
-    assert "Traceback" not in told
-    assert lines[-1].startswith("fastnull: error: ")
-    return lines[-1]
 
 
 def commands(run: Path) -> dict[str, list[str]]:
@@ -275,15 +259,6 @@ def test_a_large_bank_that_fits_nowhere(
     monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__)
     line = refused(capsys, *commands(run)["synthesize"], "--count", "5000", "--out", tmp_path / "out")
     assert "5000 noises of [16, 32] with their steps need about 0.0614 GB; cpu has 0.0041 GB" in line
-
-
-@pytest.mark.parametrize(
-    ("given", "kept"), [("False", False), ("no", False), ("0", False), ("true", True), ("YES", True), ("none", None)]
-)
-def test_switches_that_have_three_states(given: str, kept: bool | None, run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "noise.safetensors"
-    assert main([*commands(run)["synthesize"], "--keep", given, "--out", str(out)]) == 0
-    assert Noise.load(out).metadata["config"]["keep"] is kept
 
 
 def header_of(path: Path) -> dict[str, str]:

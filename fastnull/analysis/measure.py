@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -24,24 +24,30 @@ def embedded_pairs(encoder: FrozenEncoder, images: Tensor, batch_size: int) -> l
 
 
 @torch.no_grad()
-def measure(encoder: FrozenEncoder, noises: Tensor, pairs: Sequence[Pair]) -> tuple[float, float]:
-    """Influence and agreement of noises shared by all images, as a mean over noises and images.
+def measure(
+    encoder: FrozenEncoder, noises: Tensor, pairs: Iterable[Pair], *, shared: bool = True
+) -> tuple[float, float]:
+    """Influence and agreement of noises, as a mean over noises and images.
 
     Args:
         encoder: at the site of the noise.
         noises: [M, ...].
         pairs: clean tokens and logits, see `embedded_pairs`.
+        shared: each noise is measured on all images; False: noise i on image i alone.
 
     Returns:
-        The influence, and the share of images whose prediction stays.
+        The influence, and the fraction of images whose prediction stays.
     """
     seen: list[Tensor] = []
     same: list[Tensor] = []
-    for noise in noises.to(encoder.device):
-        for tokens, clean in pairs:
-            noisy = encoder(perturb(encoder, tokens, noise))
+    begin = 0
+    for tokens, clean in pairs:
+        end = begin + len(clean)
+        for noise in noises if shared else (noises[begin:end],):
+            noisy = encoder(perturb(encoder, tokens, noise.to(encoder.device)))
             seen.append(influence(clean, noisy))
             same.append(clean.argmax(1) == noisy.argmax(1))
+        begin = end
     return float(torch.cat(seen).mean()), float(torch.cat(same).float().mean())
 
 

@@ -31,16 +31,16 @@ class AnalysisSettings:
     """How much an analysis does. The defaults take less than a minute on one core with the small models.
 
     Attributes:
-        images: training images to learn noise on, and test images to judge on, at most.
-        batch_size: images at once.
-        seed: of images, noise and small models.
+        images: most training images to learn noise on, and most test images to judge on.
+        batch_size: images per batch.
+        seed: seed of images, noise and small models.
         families: exact: timm models whose patch embeddings are compared.
-        eps: approximate, transfer: influence that learned noise may have.
+        eps: approximate, transfer: largest influence of learned noise.
         limit: approximate, transfer: token noise starts in U(-limit, limit).
-        steps: approximate, transfer: most updates of a learned noise.
-        finetune_epochs: approximate: epochs of finetuning over which the noise is followed; 0 leaves it out.
-        rank: spectrum: singular values at each depth.
-        spectrum_images: spectrum: images in the Jacobian.
+        steps: approximate, transfer: maximum number of updates of a learned noise.
+        finetune_epochs: approximate: epochs of finetuning during which the noise is measured; 0: none.
+        rank: spectrum: number of singular values at each depth.
+        spectrum_images: spectrum: number of images in the Jacobian.
 
     Raises:
         ValueError: a number out of range, or no families.

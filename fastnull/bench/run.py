@@ -80,28 +80,24 @@ class BenchSettings:
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fastnull bench`; `bench` takes what they parse to."""
-    parser.add_argument("--quick", action="store_true", help="a look in under two minutes; not for numbers to quote")
-    parser.add_argument("--only", nargs="+", metavar="SUITE", help=f"any of {', '.join(SUITES)} (default: all)")
-    parser.add_argument("--models", nargs="+", metavar="MODEL", help="timm models (default: ViT-B/32 and ViT-S/16)")
-    parser.add_argument("--batch", type=int, metavar="N", help="images a step (default: 16, with --quick 4)")
-    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="default: float32 bfloat16")
-    parser.add_argument("--device", metavar="DEVICE", help="torch device (default: cuda where there is one, else cpu)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)")
-    parser.add_argument("--projected", type=int, metavar="N", help="images that suite projection takes (default: 64)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="measuring time a case (default: 1)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--compile-mode", metavar="MODE", help=f"any of {', '.join(COMPILE_MODES)}")
-    parser.add_argument("--selftest", metavar="MODE", help="of kernels on a GPU: auto (default), off or force")
-    parser.add_argument("--out", metavar="FOLDER", help="for results (default: benchmarks/results of the checkout)")
-    parser.add_argument(
-        "--compare", nargs=2, metavar=("A", "B"), help="print ratios between two results (.json or .csv), run nothing"
-    )
-    parser.add_argument(
-        "--plot",
-        nargs=2,
-        metavar=("RESULT", "FIGURE"),
-        help="draw a result (of the suites that --only names), run nothing",
-    )
+    option = parser.add_argument
+    option("--quick", action="store_true", help="a first look in less than two minutes; do not quote its numbers")
+    option("--only", nargs="+", metavar="SUITE", help=f"any of {', '.join(SUITES)} (default: all)")
+    option("--models", nargs="+", metavar="MODEL", help="timm models (default: ViT-B/32 and ViT-S/16)")
+    option("--batch", type=int, metavar="N", help="images per step (default: 16, with --quick 4)")
+    option("--dtypes", nargs="+", metavar="DTYPE", help="data types (default: float32 bfloat16)")
+    option("--device", metavar="DEVICE", help="torch device (default: cuda if there is one, else cpu)")
+    option("--threads", type=int, metavar="N", help="threads of torch on the CPU (default: torch's own choice)")
+    option("--projected", type=int, metavar="N", help="images of the suite projection (default: 64)")
+    option("--seconds", type=float, metavar="S", help="measuring time per case (default: 1)")
+    option("--no-compile", action="store_true", help="do not measure torch.compile")
+    option("--compile-mode", metavar="MODE", help=f"any of {', '.join(COMPILE_MODES)}")
+    option("--selftest", metavar="MODE", help="self-test of the kernels on a GPU: auto (default), off or force")
+    option("--out", metavar="FOLDER", help="folder for results (default: benchmarks/results of the checkout)")
+    what = "print ratios between two results (.json or .csv) and run nothing"
+    option("--compare", nargs=2, metavar=("A", "B"), help=what)
+    what = "draw a result (the suites of --only) and run nothing"
+    option("--plot", nargs=2, metavar=("RESULT", "FIGURE"), help=what)
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What the commands of the command line do, each a function of its parsed arguments that returns nothing or raises."""
+"""The commands of the command line: a function each. Its docstring is its help, which ends with the example."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +15,72 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.checks import check_device, check_number
-from fastnull.cli.options import check_given, from_options, read_fields
+from fastnull.cli.options import check_given, from_options, option_of, read_fields
 from fastnull.distributed import processes as distributed
 from fastnull.paths import check_output
 
-SUBSET = "drawn evenly over the classes by the seed"
-"""What a record says of the images that `tune` and `analyze` take."""
-
-
-class InterruptedWork(KeyboardInterrupt):
-    """Ctrl-C, after what was done has been kept; the message says how to go on."""
-
 
 def demo(args: argparse.Namespace) -> None:
-    """Run the demo and say where its report is."""
+    """Compare six ways of finetuning on small images, with a report.
+
+    Train a small ViT on handwritten digits (they come with scikit-learn), finetune it in six ways at equal cost, attack
+    and corrupt it, and write a report. It takes some minutes on two CPU cores; --quick takes about one.
+
+    example:
+      fastnull demo --quick --out runs/demo
+    """
     from fastnull.experiments.compare import OWN_FILES
     from fastnull.experiments.demo import DemoSettings, run_demo
     from fastnull.report.illustrations import FILE as NOISE
 
-    settings = DemoSettings.quickly() if args.quick else DemoSettings()
-    if args.seeds is not None:
-        settings = replace(settings, seeds=args.seeds)
-    jobs = min(4, _cores()) if args.jobs is None else args.jobs
+    settings = from_options(DemoSettings.quickly() if args.quick else DemoSettings(), args)
     check_output(args.out, {}, files=("demo.json", NOISE, *OWN_FILES))
     try:
-        page = run_demo(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=jobs)
+        page = run_demo(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=args.jobs)
     except KeyboardInterrupt:
-        quick, seeds = " --quick" if args.quick else "", f" --seeds {args.seeds}" if args.seeds else ""
-        raise InterruptedWork(f"go on with: fastnull demo{quick}{seeds} --out {args.out} --resume") from None
-    print(f"report: {page} (and {page.with_name('report.md').name} beside it)")
+        words = f"{'--quick ' if args.quick else ''}--seeds {settings.seeds} --out {args.out} --resume"
+        raise KeyboardInterrupt(f"continue with: fastnull demo {words}") from None
+    _print_report(page)
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Compare ways of finetuning, print the tables and say where the report is."""
+    """Compare augmentations and controls over several seeds at equal compute.
+
+    Pretrain a small model for each seed, finetune it with every method at equal cost, attack and corrupt it, and write
+    means, standard deviations and paired differences with 95 % confidence intervals. Finished runs are kept: --resume
+    continues.
+
+    example:
+      fastnull compare --data digits --seeds 5 --out runs/digits
+    """
     from fastnull.experiments.compare import OWN_FILES, CompareSettings, run_compare
     from fastnull.record import read_json
     from fastnull.report.comparison import format_comparison
 
-    check_output(
-        args.out, {"--recipes": args.recipes}, files=("comparison.json", "comparison.md", *OWN_FILES)
-    )  # fmt: skip
+    files = ("comparison.json", "comparison.md", *OWN_FILES)
+    check_output(args.out, {"--recipes": args.recipes}, files=files)
     recipes = {} if args.recipes is None else read_json(Path(args.recipes))
     settings = CompareSettings(methods=(*CompareSettings.methods, *recipes), recipes=recipes)
     settings = from_options(settings, args, recipes=recipes)
-    jobs = min(4, _cores()) if args.jobs is None else args.jobs
     try:
-        record = run_compare(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=jobs)
+        record = run_compare(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=args.jobs)
     except KeyboardInterrupt:
-        raise InterruptedWork(f"go on with the same command and --resume; the runs so far are in {args.out}") from None
+        raise KeyboardInterrupt(
+            f"continue with the same command and --resume; finished runs are in {args.out}"
+        ) from None
     print(format_comparison(record), end="")
     print(f"numbers: {Path(args.out) / 'comparison.json'}; report: {Path(args.out) / 'report' / 'report.html'}")
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def inspect(args: argparse.Namespace) -> None:
-    """Print the nullspaces of models as a table or as JSON."""
+    """Show how large the exact nullspace of a model's patch embedding is.
+
+    For each model: the values in a patch, the width of a token, and how many dimensions of the image no token shows.
+    The model is built from its configuration with random weights, so nothing is downloaded.
+
+    example:
+      fastnull inspect vit_small_patch16_224 vit_base_patch16_224 vit_base_patch32_224
+    """
     from fastnull.nullspace.inspection import format_table, inspect_models
 
     rows = inspect_models(args.models, pretrained=args.pretrained, checkpoint=args.checkpoint, tolerance=args.tolerance)
@@ -80,23 +88,33 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def analyze(args: argparse.Namespace) -> None:
-    """Run analyses, print what they say and where their files are."""
+    """Measure nullspaces: how exact, how approximate, what transfers.
+
+    Write numbers (JSON, CSV) and figures of
+      exact        dimensions over model families, energy of pictures in the nullspace, leak in each dtype
+      approximate  learned, permuted and random noise over norm and over lambda; norm over training
+      spectrum     singular values of the encoder's Jacobian at each depth
+      transfer     noise made on one model, tried on others
+    Without --model a small ViT is first trained on the embedded data. Each takes less than a minute.
+
+    example:
+      fastnull analyze exact spectrum --out runs/analysis
+    """
     from fastnull.analysis import AnalysisSettings
     from fastnull.analysis import analyze as run
     from fastnull.analysis.run import check_free, write_analysis
 
     settings = from_options(AnalysisSettings(), args)
     written = [f"{name}{rest}" for name in args.what for rest in (".json", "-*.csv", ".png", ".svg")]
-    check_output(args.out, _inputs(args), files=written)
+    check_output(args.out, _inputs(vars(args)), files=written)
     for name in args.what:
         check_free(Path(args.out) / f"{name}.json", args.overwrite)
     if args.others and args.model is None:
         raise ValueError("--others needs --model: the small models that are trained here are others of each other")
     if "transfer" in args.what and args.model is not None and not args.others:
         raise ValueError("transfer with --model needs --others NAME|FILE ..., models for images of the same size")
-    args.images, args.seed = settings.images, settings.seed
-    label, model, others = _subjects(args)
-    train, test = _two_sets(args, model)
+    label, model, others = _subjects(args, settings.seed)
+    train, test = _two_sets(args, model, settings.images, settings.seed)
     for name in args.what:
         found = run(
             name, model, train, test, settings, data=args.data, data_dir=args.data_dir, others=others, label=label
@@ -106,55 +124,55 @@ def analyze(args: argparse.Namespace) -> None:
         print(f"  {', '.join(map(str, paths))}")
 
 
-def _subjects(args: argparse.Namespace) -> tuple[str, nn.Module, dict[str, nn.Module]]:
+def _subjects(args: argparse.Namespace, seed: int) -> tuple[str, nn.Module, dict[str, nn.Module]]:
     """The model to analyse with its name, and further ones for `transfer`."""
     if args.model is not None:
-        given = {name: argparse.Namespace(**{**vars(args), "model": name}) for name in args.others}
-        return args.model, open_model(args).eval(), {name: open_model(each).eval() for name, each in given.items()}
+        return args.model, open_model(args).eval(), {name: open_model(args, name).eval() for name in args.others}
     from fastnull.analysis.small import small_family, small_model
 
-    for option in ("checkpoint", "pretrained", "num_classes"):
-        if getattr(args, option):
-            raise ValueError(f"--{option.replace('_', '-')} needs --model")
-    model = small_model(args.data, seed=args.seed, device=_device(args))
-    return f"seed {args.seed}", model, small_family(args.data, model, args.seed) if "transfer" in args.what else {}
+    for name in ("checkpoint", "pretrained", "num_classes"):
+        if getattr(args, name):
+            raise ValueError(f"{option_of(name)} needs --model")
+    model = small_model(args.data, seed=seed, device=_device(args))
+    return f"seed {seed}", model, small_family(args.data, model, seed) if "transfer" in args.what else {}
 
 
 def finetune(args: argparse.Namespace) -> None:
-    """Finetune as the options say; the settings and weights lie in the output folder."""
+    """Finetune a model with nullspace noise, or with a control.
+
+    Weights, metrics and settings go to a folder, from which --resume continues exactly. The best epoch is chosen on
+    images held out from the training data; the test images are left to `evaluate`. Under
+    `torchrun --nproc_per_node N -m fastnull finetune ...` the processes share the images of each step.
+
+    example:
+      fastnull finetune --model vit_small_patch16_224 --pretrained --data images --out runs/first
+    """
     from fastnull.finetune.checkpoint import RUN_FILES
     from fastnull.finetune.config import FinetuneConfig
+    from fastnull.finetune.dry_run import dry_run
     from fastnull.finetune.loop import finetune as run
 
     base = FinetuneConfig if args.preset is None else FinetuneConfig.published(args.preset)
     file = None if args.config is None else read_fields(FinetuneConfig, args.config)
     config: FinetuneConfig = from_options(base, args, file)
     given = config.to_dict()
-    check_given(given)  # those of the file too
+    check_given(given)  # the fields of the file too
     if config.device is not None:
         check_device(config.device)
     if config.out is not None:
-        read = argparse.Namespace(**{**vars(args), **given, "model": None})
-        check_output(config.out, _inputs(read), files=RUN_FILES)
+        check_output(
+            config.out, _inputs({**given, "config": args.config, "model": None, "noise": None}), files=RUN_FILES
+        )
     if args.dry_run:
-        from fastnull.finetune.dry_run import dry_run
-
-        distributed.join()
-        described = dry_run(config)
-        if distributed.Processes().first:
-            print(described, end="")
-        distributed.leave()
+        print(_together(lambda: dry_run(config)) or "", end="")
         return
     if config.out is None:
         raise ValueError("finetune needs a folder for what it learns: give --out FOLDER")
-    distributed.join()
     try:
-        result = run(config)
+        result = _together(lambda: run(config))
     except KeyboardInterrupt:
-        raise InterruptedWork from None  # it has said how to go on
-    first = distributed.Processes().first
-    distributed.leave()
-    if not first:
+        raise KeyboardInterrupt from None  # it has said how to continue
+    if result is None:
         return
     if result.best_accuracy is not None:
         print(f"held-out images: {result.best_accuracy:.1f} % in epoch {result.best_epoch} (the best)")
@@ -168,15 +186,32 @@ def finetune(args: argparse.Namespace) -> None:
     print(f"next: fastnull evaluate --model {result.last_path} {data} --out {Path(config.out) / 'results.json'}")
 
 
+def _together(work: Callable[[], Any]) -> Any:
+    """What the work returns in all processes of torchrun; None in those that print nothing."""
+    distributed.join()
+    result = work()
+    first = distributed.Processes().first
+    distributed.leave()
+    return result if first else None
+
+
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure a model on test images, print the table and write the results; under torchrun shared out."""
+    """Measure accuracy: clean, under attack, under corruptions, on published test sets.
+
+    Measure a model on test images and print a table. With --out the results go to a file as they come in. `report`
+    reads it, and --resume completes it after an interruption. Under `torchrun -m fastnull evaluate ...` the processes
+    share the images.
+
+    example:
+      fastnull evaluate --model runs/first/last.safetensors --data images --eps 1/255 2/255 --out results.json
+    """
     from fastnull.data.sources import evaluation_data
     from fastnull.models import load_model
     from fastnull.noise import Noise
     from fastnull.robustness import evaluate as run
     from fastnull.robustness import format_published, format_table
     from fastnull.robustness.metrics import ALEXNET_ERRORS
-    from fastnull.robustness.suites import FOLDER_SUITES
+    from fastnull.robustness.settings import EvaluationSettings
 
     if args.resume and args.overwrite:
         raise ValueError("--resume completes the file and --overwrite replaces it: give one of them")
@@ -184,81 +219,90 @@ def evaluate(args: argparse.Namespace) -> None:
         if getattr(args, option) and args.out is None:
             raise ValueError(f"--{option} needs --out FILE")
     if args.out is not None:
-        check_output(args.out, _inputs(args))
+        check_output(args.out, _inputs(vars(args)))
         if Path(args.out).exists() and not (args.overwrite or args.resume):
             raise ValueError(f"{args.out} exists: --resume completes it, --overwrite replaces it")
+    if getattr(args, "corruptions", None) == ["all"]:
+        args.corruptions = list(ALEXNET_ERRORS)
+    settings = from_options(EvaluationSettings(), args, device=None)  # where the model is
     model = open_model(args)
     data: Any = None
-    if args.data != "imagenet-val" and set(args.suite) - set(FOLDER_SUITES):
-        where = {"data_dir": args.data_dir, "download": args.download, "skip_bad": args.skip_bad}
+    if args.data != "imagenet-val" and settings.on_data:
+        where = {"data_dir": args.data_dir, "download": args.download, "skip_bad": settings.skip_bad}
         data = evaluation_data(args.data, model, **where)
-    distributed.join()
-    found = run(
-        model,
-        data,
-        suites=args.suite,
-        eps=args.eps,
-        norm=args.norm,
-        steps=args.steps,
-        restarts=args.restarts,
-        corruptions=list(ALEXNET_ERRORS) if args.corruptions == ["all"] else args.corruptions,
-        severities=args.severities,
-        root=args.root,
-        source=None if args.source is None else load_model(args.source),
-        noise=None if args.noise is None else Noise.load(args.noise),
-        frost_folder=args.frost,
-        skip_bad=args.skip_bad,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        seed=args.seed,
-        out=args.out,
-        resume=args.resume,
-        limit=args.limit,
-    )
-    first = distributed.Processes().first
-    distributed.leave()
-    if not first:
+    source = None if args.source is None else load_model(args.source)
+    noise = None if args.noise is None else Noise.load(args.noise)
+    found = _together(lambda: run(model, data, settings, source=source, noise=noise))
+    if found is None:
         return
     print(format_table(found), end="")
     skipped = [name for about in found["images"].values() for name in about.get("skipped", ())]
     if skipped:
-        print(f"\n{len(skipped)} times a file that cannot be read was left out: {', '.join(sorted(set(skipped))[:5])}")
-    if set(args.suite) & set(FOLDER_SUITES):
+        names = ", ".join(sorted(set(skipped))[:5])
+        print(f"\n{len(skipped)} times a file was left out because it cannot be read: {names}")
+    if settings.folders:
         print(f"\n{format_published({'this model': found})}", end="")
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write a report from results."""
+    """Write an HTML and Markdown report from results.
+
+    Read results of `evaluate` (and the settings of the finetuning run they lie in), group runs that differ only in
+    their seed, and write tables, plots and what holds between the methods.
+
+    example:
+      fastnull report runs/none runs/boundary --out report
+    """
     from fastnull.report import write_report
 
     # folders of results may hold the report: it replaces none of their files
     inputs = {"RESULTS": [source for source in args.sources if os.path.isfile(source)]}
     check_output(args.out, inputs, files=("report.html", "report.md", "figures/*.png"))
-    page = write_report(args.sources, args.out, overwrite=args.overwrite)
+    _print_report(write_report(args.sources, args.out, overwrite=args.overwrite))
+
+
+def _print_report(page: Path) -> None:
     print(f"report: {page} (and {page.with_name('report.md').name} beside it)")
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Try settings of the noise on a batch of training images; print the table, draw it where a folder is given."""
+    """Try limits and eps of the noise on one batch, before a training run.
+
+    Synthesise noise for every limit and eps on one batch, and print its norm, its influence (the mean over images of
+    the sum over classes of (p - p~)^2) and the fraction of predictions that stay. The lines without synthesis are the
+    random starts: if the influence of a start is far above or below eps, choose other limits.
+
+    example:
+      fastnull tune --model runs/first/last.safetensors --data digits --site pixels --out runs/tune
+    """
     from fastnull.experiments.noise_tuning import format_tried, try_settings, write_tried
     from fastnull.synthesis.config import recommended_site
 
     check_number("images", args.images, 1)
     if args.out is not None:
-        check_output(args.out, _inputs(args), files=("tune.json", "tune.png"))
+        check_output(args.out, _inputs(vars(args)), files=("tune.json", "tune.png"))
     args.site = args.site or recommended_site(args.mode)
     model = open_model(args).eval()
-    images, _ = _two_sets(args, model)
+    images, _ = _two_sets(args, model, args.images, args.seed)
     about = {name: getattr(args, name) for name in ("mode", "site", "limits", "eps", "steps", "seed")}
     rows = try_settings(model, images, progress=True, **about)
     print(format_tried(rows, args.site), end="")
     if args.out is not None:
-        about |= {"model": args.model, "data": args.data, "images": len(images), "subset": SUBSET}
+        about |= {"model": args.model, "data": args.data, "images": len(images)}
+        about["subset"] = "drawn evenly over the classes by the seed"
         print(f"written: {', '.join(map(str, write_tried(rows, args.out, about, str(images.device))))}")
 
 
 def synthesize(args: argparse.Namespace) -> None:
-    """Learn noise, write it, and print how it compares with a permutation of itself."""
+    """Learn noise that a model does not see.
+
+    Learn noise on training images, write it, and print its influence on images it was not learned on: the mean over
+    images of the sum over classes of (p - p~)^2. The permuted noise beside it is the control of equal norm.
+
+    example:
+      fastnull synthesize --model runs/first/last.safetensors --data digits --out noise.safetensors --limit 1
+    """
+    from fastnull.noise import Noise
     from fastnull.synthesis.config import SynthesisConfig
     from fastnull.synthesis.run import EpsilonNotMetError, SynthesisInterrupted, SynthesisOutOfMemoryError
     from fastnull.synthesis.run import synthesize as run
@@ -266,36 +310,49 @@ def synthesize(args: argparse.Namespace) -> None:
     base = SynthesisConfig if args.preset is None else SynthesisConfig.published(args.preset)
     config: SynthesisConfig = from_options(base, args)
     out = Path(args.out)
-    check_output(out, _inputs(args))
+    check_output(out, _inputs(vars(args)))
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists: --overwrite replaces it")
     check_number("images", args.images, 1)
     check_number("batch_size", args.batch_size, 1)
     model = open_model(args).eval()
-    images, held_out = _two_sets(args, model)
-    start = None
-    if args.start is not None:
-        from fastnull.noise import Noise
+    images, held_out = _two_sets(args, model, args.images, config.seed)
+    start = None if args.start is None else Noise.load(args.start)
 
-        start = Noise.load(args.start)
+    def keep(noise: Noise, why: str) -> Path:
+        beside = out.with_name(f"{out.stem}.{why}{out.suffix}")
+        noise.save(beside)
+        return beside
+
     try:
         noise = run(model, images.split(args.batch_size), config, start=start, progress=True)
     except SynthesisInterrupted as stop:
-        beside = out.with_name(f"{out.stem}.partial{out.suffix}")
-        stop.noise.save(beside)
-        how = f"go on from it with --start {beside}" if config.mode == "universal" else "it has the images done so far"
-        raise InterruptedWork(f"the noise so far is in {beside}; {how}") from None
+        beside = keep(stop.noise, "partial")
+        how = f"continue with --start {beside}" if config.mode == "universal" else "it has the images done so far"
+        raise KeyboardInterrupt(f"the noise so far is in {beside}; {how}") from None
     except (EpsilonNotMetError, SynthesisOutOfMemoryError) as error:
         if error.noise is None:
             raise
-        what = "unmet" if isinstance(error, EpsilonNotMetError) else "partial"
-        beside = out.with_name(f"{out.stem}.{what}{out.suffix}")
-        error.noise.save(beside)
+        beside = keep(error.noise, "unmet" if isinstance(error, EpsilonNotMetError) else "partial")
         raise ValueError(f"{error}; the noise is in {beside}") from error
     noise.save(out)
-    shared = config.mode == "universal"
-    _print_noise(model, noise, held_out if shared else images, args.batch_size, shared=shared)
+    _print_noise(model, noise, held_out if config.mode == "universal" else images, args.batch_size)
     print(f"noise: {out}")
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Measure how fast it is here, against the published loop and frozen autograd.
+
+    Run the benchmark suites of the source checkout: variants of one task interleaved in one run, medians, and the limit
+    that the machine sets. It takes less than ten minutes on two CPU cores, with --quick less than two. Or compare two
+    results.
+
+    example:
+      fastnull bench --quick --only encoder
+    """
+    from fastnull.bench.run import bench as run
+
+    run(args)
 
 
 def selftest(args: argparse.Namespace) -> None:
@@ -332,57 +389,57 @@ def selftest(args: argparse.Namespace) -> None:
         print(f"written: {args.json}")
 
 
-def open_model(args: argparse.Namespace) -> nn.Module:
-    """The model that --model (a name, or a file of `save_checkpoint`) and --checkpoint give, on --device.
+def open_model(args: argparse.Namespace, name: str | None = None) -> nn.Module:
+    """The model that a name, or a file of `save_checkpoint`, and --checkpoint give, on --device.
+
+    Args:
+        args: the parsed command line.
+        name: in place of --model.
 
     Raises:
         FileNotFoundError, ValueError: no such file or name, or no such device here.
     """
     from fastnull.models import create_model, load_model
 
-    device = _device(args)
-    if Path(args.model).is_file():
-        if args.checkpoint is not None:
-            raise ValueError(f"--checkpoint is for a model by name; {args.model} is a file that holds weights itself")
-        for option, given in (("pretrained", args.pretrained), ("num-classes", args.num_classes is not None)):
-            if given:
-                raise ValueError(f"--{option} is for a model by name; {args.model} is a file, which says that itself")
-        model: nn.Module = load_model(args.model)
-    elif Path(args.model).suffix in (".safetensors", ".pth", ".pt"):
-        raise FileNotFoundError(f"there is no file {args.model}")
-    else:
-        if args.checkpoint is None and not args.pretrained:
-            print("note: no --checkpoint and no --pretrained, so the weights are random", file=sys.stderr)
-        model = create_model(
-            args.model, num_classes=args.num_classes, pretrained=args.pretrained, checkpoint=args.checkpoint
-        )
-    return model.to(device)
+    device, name = _device(args), args.model if name is None else name
+    given = {key: getattr(args, key) for key in ("num_classes", "pretrained", "checkpoint")}
+    if Path(name).is_file():
+        for key, value in given.items():
+            if value is not None and value is not False:
+                raise ValueError(
+                    f"{option_of(key)} is for a model by name; {name} is a file that has weights and classes"
+                )
+        return load_model(name).to(device)
+    if Path(name).suffix in (".safetensors", ".pth", ".pt"):
+        raise FileNotFoundError(f"there is no file {name}")
+    if args.checkpoint is None and not args.pretrained:
+        print("note: no --checkpoint and no --pretrained, so the weights are random", file=sys.stderr)
+    return create_model(name, **given).to(device)
 
 
 def _device(args: argparse.Namespace) -> torch.device:
-    """--device, or the GPU of this process where there is one: torchrun starts one process a GPU."""
+    """--device, or the GPU of this process if there is one: torchrun starts one process per GPU."""
     local = os.environ.get("LOCAL_RANK", "0")
     return check_device(args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
 
 
-def _inputs(args: argparse.Namespace) -> dict[str, Any]:
+def _inputs(given: Mapping[str, Any]) -> dict[str, Any]:
     """The files and folders that a command reads, by option; names of models and data sets are none."""
     from fastnull.data.sources import EMBEDDED
 
     found: dict[str, Any] = {}
-    for name in ("model", "checkpoint", "source", "noise", "start", "others", "config", "sources"):
-        given = getattr(args, name, None)
-        texts = [given] if isinstance(given, str) else given or []
-        found[f"--{name}"] = [text for text in texts if os.path.isfile(text)]
-    for name in ("data", "data_dir", "root", "frost"):
-        given = getattr(args, name, None)
-        found[f"--{name.replace('_', '-')}"] = None if given in EMBEDDED else given
+    for name in ("model", "checkpoint", "source", "noise", "start", "others", "config"):
+        value = given.get(name)
+        texts = [value] if isinstance(value, str) else value or []
+        found[option_of(name)] = [text for text in texts if os.path.isfile(text)]
+    for name in ("data", "data_dir", "root", "frost_folder"):
+        found[option_of(name)] = None if given.get(name) in EMBEDDED else given.get(name)
     return found
 
 
-def _two_sets(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Up to --images training images to learn from, and test images to judge on, drawn by the seed evenly over their
-    classes (where those are known without reading the images), in a random order; [n, C, H, W] in [0, 1]."""
+def _two_sets(args: argparse.Namespace, model: nn.Module, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Up to `count` training images to learn from, and test images to judge on, drawn by the seed evenly over their
+    classes (if those are known without reading the images), in a random order; [n, C, H, W] in [0, 1]."""
     from fastnull.data.image_files import to_pixels
     from fastnull.data.sources import Samples, embedded, evaluation_data, open_source
     from fastnull.data.subset import even_subset, labels_of
@@ -390,54 +447,38 @@ def _two_sets(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tenso
     from fastnull.rng import generator
 
     view = View.of(model)
-    source = open_source(args.data, data_dir=args.data_dir, download=args.download)
-    train: Any = source.train
-    if train is None:
-        train = embedded(args.data, model)[0]
-    elif source.transforms:
+    where: dict[str, Any] = {"data_dir": args.data_dir, "download": args.download}
+    source = open_source(args.data, **where)
+    train: Any = embedded(args.data, model)[0] if source.train is None else source.train
+    if source.transforms:
         train = Samples(train, view.evaluation(), view.channels)
-    where = {"data_dir": args.data_dir, "download": args.download}
     test: Any = evaluation_data(args.data, model, **where, labelled=False)  # for the images alone
-    seed = getattr(args, "seed", 0)
     sets = []
     for data, key in ((train, 0), (test, 1)):
         # in the order of a draw: a batch of class-sorted images would hold few classes
         drawn = torch.randperm(len(data), generator=generator(seed, key))
         labels = labels_of(data)
-        some = drawn if labels is None else drawn[torch.isin(drawn, even_subset(labels, args.images, seed))]
-        chosen = some[: args.images].tolist()
-        sets.append(torch.stack([to_pixels(data[index][0]) for index in chosen]))
+        some = drawn if labels is None else drawn[torch.isin(drawn, even_subset(labels, count, seed))]
+        sets.append(torch.stack([to_pixels(data[index][0]) for index in some[:count].tolist()]))
     return sets[0], sets[1]
 
 
-@torch.no_grad()
-def _print_noise(model: nn.Module, noise: Any, images: Tensor, batch_size: int, *, shared: bool) -> None:
-    """Influence, norm and agreement of the noise and of its permutation; the mean over noises."""
+def _print_noise(model: nn.Module, noise: Any, images: Tensor, batch_size: int) -> None:
+    """Print influence, norm and agreement of the noise and of its permutation, as means over the noises.
+
+    Universal noise is measured on all images, other noise on the image that it belongs to.
+    """
+    from fastnull.analysis.measure import measure
     from fastnull.encoder.frozen import FrozenEncoder
+    from fastnull.synthesis.batches import embed_batch
 
     encoder = FrozenEncoder(model, site=noise.site)
+    shared = noise.metadata["config"]["mode"] == "universal"
     judged = f"{len(images)} held-out images" if shared else "its own images"
     unmet = int((~noise.converged).sum())
     print(f"{len(noise)} noise{'s' if len(noise) > 1 else ''}, {unmet} not within eps, {int(noise.steps.max())} steps")
     print(f"{'on ' + judged:<28}{'influence':>12}{'norm':>10}{'same prediction':>18}")
     for label, candidate in (("learned", noise), ("permuted (same norm)", noise.permuted())):
-        seen, same = _measured(encoder, candidate.tokens, images, batch_size, shared)
+        pairs = (embed_batch(encoder, batch) for batch in images.split(batch_size))
+        seen, same = measure(encoder, candidate.tokens, pairs, shared=shared)
         print(f"{label:<28}{seen:>12.4g}{float(candidate.norm.mean()):>10.4g}{100 * same:>16.1f} %")
-
-
-def _measured(encoder: Any, tokens: Tensor, images: Tensor, batch_size: int, shared: bool) -> tuple[float, float]:
-    """Mean influence and share of equal predictions; every noise on all images, or each on its own."""
-    from fastnull.synthesis.objective import influence
-    from fastnull.synthesis.solvers import perturb
-
-    seen: list[Tensor] = []
-    same: list[Tensor] = []
-    for begin in range(0, len(images), batch_size):
-        embedded = encoder.embed(images[begin : begin + batch_size].to(encoder.device))
-        clean = encoder(embedded)
-        noises: Iterable[Tensor] = tokens if shared else (tokens[begin : begin + batch_size],)
-        for one in noises:
-            noisy = encoder(perturb(encoder, embedded, one.to(encoder.device)))
-            seen.append(influence(clean, noisy))
-            same.append(clean.argmax(1) == noisy.argmax(1))
-    return float(torch.cat(seen).mean()), float(torch.cat(same).float().mean())

@@ -1,4 +1,4 @@
-"""Standard output and error that a command can write to even where nobody reads them any more."""
+"""Standard output and error that a command can write to even if nobody reads them any more."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 @contextmanager
 def lasting_streams() -> Iterator[list[OSError]]:
-    """Inside, sys.stdout and sys.stderr never raise: work goes on where one is closed, or its reader has left.
+    """Inside, sys.stdout and sys.stderr never raise: work continues if one is closed or its reader has left.
 
     Yields:
-        Filled at the end with why standard output could not be written. A reader who left (`| head -1`) and a stream
-        that was closed from the start (`>&-`) wanted no more: that is no error.
+        A list that at the end holds the error of standard output, if it could not be written. A reader that left
+        (`| head -1`) and a stream that was closed from the start (`>&-`) are no errors.
     """
     _fill_closed()
     before = sys.stdout, sys.stderr
@@ -33,7 +33,7 @@ def lasting_streams() -> Iterator[list[OSError]]:
 
 
 def _fill_closed() -> None:
-    """Open what is closed of descriptors 0 to 2: the next file would get the number, and all that libraries print."""
+    """Open descriptors 0 to 2 if closed: else the next file gets the number, and with it what libraries print."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -46,10 +46,10 @@ def _fill_closed() -> None:
 
 
 class _Lasting:
-    """A text stream whose writes are dropped after the first one that fails.
+    """A text stream that drops all writes after the first one that fails.
 
     Attributes:
-        failed: why it failed; None as long as all was written.
+        failed: the error of that write, or None.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -62,7 +62,7 @@ class _Lasting:
     def write(self, text: str) -> int:
         try:
             self._do(self._stream.write, text)
-        except UnicodeEncodeError as error:  # no terminal that shows ± or ε
+        except UnicodeEncodeError as error:  # a terminal that cannot show ± or ε
             self._do(self._stream.write, text.encode(error.encoding, "replace").decode(error.encoding))
         return len(text)
 
@@ -79,7 +79,7 @@ class _Lasting:
             self._drop()
 
     def _drop(self) -> None:
-        """From now on nothing is kept: what waits in the stream's buffer would fail again when Python ends."""
+        """Discard everything from now on: what is left in the stream's buffer would fail again when Python ends."""
         try:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())

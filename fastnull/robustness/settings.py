@@ -30,7 +30,7 @@ class EvaluationSettings:
         corruptions: names of fastnull.robustness.CORRUPTIONS, computed in memory.
         severities: any of 1 .. 5, of corruptions in memory and of imagenet-c.
         root: folder of the published test sets.
-        frost_folder: pictures for the corruption frost; None: those that the package generates.
+        frost_folder: folder of pictures for the corruption frost; None: those that the package generates.
         skip_bad: skip and list unreadable image files of `root`; False: raise an error.
         batch_size: for tensors and data sets; a DataLoader has its own.
         workers: processes that load a data set.

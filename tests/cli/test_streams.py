@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from fastnull.cli.streams import lasting_streams
 
 ROOT = str(Path(main.__code__.co_filename).resolve().parent.parent)
 FINETUNE = "finetune --augment none --epochs 1 --train-fraction 0.1 --out run --overwrite"
+
+EVALUATE = "evaluate --model run/last.safetensors --suite clean --limit 20 --out results.json"
 
 
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -29,13 +32,17 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_ends_no_work(closed: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    done = shell(f"fastnull {FINETUNE} {closed}", tmp_path)
+    done = shell(f"{{ fastnull {FINETUNE} && fastnull {EVALUATE}; }} {closed}", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "last.safetensors").is_file()
+    assert json.loads((tmp_path / "results.json").read_text())["results"]["clean"] >= 0
     assert "Traceback" not in done.stderr
     # no file got the number of a closed stream, and with it what was meant for that
     assert "weights: " not in (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert ("weights: run/last.safetensors" in done.stdout) == (closed == "2>&-")
+    if closed == "2>&-":
+        assert (
+            "weights: run/last.safetensors\nnext: fastnull evaluate --model run/last.safetensors --data digits"
+            in done.stdout
+        )
 
 
 def test_a_reader_who_leaves_is_no_error(tmp_path: Path) -> None:

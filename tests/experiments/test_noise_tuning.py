@@ -71,5 +71,6 @@ def test_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
     record = json.loads((tmp_path / "tune" / "tune.json").read_text())
     assert [row["eps"] for row in record["rows"]] == [None, 0.1, 0.5]
     assert record["settings"]["images"] == 8
+    assert record["settings"]["subset"] == "drawn evenly over the classes by the seed"
     assert record["provenance"]["torch"]
     assert (tmp_path / "tune" / "tune.png").stat().st_size > 1000
