@@ -21,7 +21,7 @@ from fastnull.encoder.explicit.encoder import ExplicitEncoder
 from fastnull.kernels import LAUNCHERS
 from fastnull.ops import common
 from fastnull.vit import split
-from tests.kernels.ahead_of_time import caught_launches
+from tests.kernels.ahead_of_time import launches_of
 
 IMAGES, WIDTH, TOKENS = 4, 32, 17  # of make_vit: 16 patches and a class token
 PASS = IMAGES * TOKENS * WIDTH * 2  # bytes of an activation in float16
@@ -38,9 +38,9 @@ class Step(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "fastnull":
-            with caught_launches() as caught:
-                LAUNCHERS[func._schema.name.split("::")[1]](*args)
-            self._record([launch.name for launch in caught], func, args, kwargs)
+            launcher = LAUNCHERS[func._schema.name.split("::")[1]]
+            launches = launches_of(lambda: launcher(*args))
+            self._record([launch.name for launch in launches], func, args, kwargs)
             return None
         result = func(*args, **kwargs)
         if not func.is_view and func._schema.name != "aten::empty":
