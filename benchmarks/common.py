@@ -20,6 +20,8 @@ LIMIT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.fl
 AGAIN = " (again)"
 FAILED = "FAILED: "
 MAX_ROUNDS = 1000
+QUEUED = 2
+"""Rounds that a GPU has to go on with while the host waits for the one before them."""
 WARM_UP = 0.2
 """Seconds that a variant runs before it is timed, on a GPU; clocks and caches settle by time, not by count."""
 
@@ -189,18 +191,28 @@ def attempt(work: Callable[[], T], device: str) -> tuple[T | None, str]:
 def interleaved(
     prepared: Sequence[Prepared], copies: int, seconds: float, rounds: int, timer: CpuTimer | CudaTimer
 ) -> list[list[float]]:
-    """Milliseconds of each, round by round: every round runs all, beginning with another one."""
+    """Milliseconds of each, round by round: every round runs all, beginning with another one.
+
+    On a GPU the host is at most QUEUED rounds ahead, so that `seconds` limits the running and not the launching.
+    """
     readers: list[list[Callable[[], float]]] = [[] for _ in prepared]
+    times: list[list[float]] = [[] for _ in prepared]
     begin, done = time.perf_counter(), 0
     while done < rounds or time.perf_counter() - begin < seconds:
         for place in range(len(prepared)):
             chosen = (place + done) % len(prepared)
             run, _ = prepared[chosen]
             readers[chosen].append(timer.start(lambda run=run, index=done % copies: run(index)))
+        if done >= QUEUED:
+            for column, unread in zip(times, readers, strict=True):
+                column.append(unread.pop(0)())
         done += 1
         if done >= max(rounds, MAX_ROUNDS):
             break
-    return [[read() / calls for read in column] for column, (_, calls) in zip(readers, prepared, strict=True)]
+    for column, unread, (_, calls) in zip(times, readers, prepared, strict=True):
+        column += [read() for read in unread]
+        column[:] = [value / calls for value in column]
+    return times
 
 
 def measure(case: Case, settings: BenchSettings, ceilings: Ceilings, about: Mapping[str, Any]) -> list[Row]:

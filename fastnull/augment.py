@@ -461,7 +461,9 @@ class NullspaceAugment:
         self._solve_of = encoder.generation
         graph = use_graph(config.graph, encoder.device, encoder.backend)
         return Replay(
-            lambda tokens, clean, start, *size: own_noise(encoder, tokens, clean, start, config, *size), graph
+            lambda tokens, clean, start, *size: own_noise(encoder, tokens, clean, start, config, *size),
+            graph,
+            buffers=encoder.buffers,
         )
 
     def _register(self) -> None:

@@ -1,24 +1,22 @@
-"""Progress bars: live on a terminal, a line now and then in a log file, and no tqdm where none is shown."""
+"""Progress bars: live on a terminal, occasional lines in a log file."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 LOG_INTERVAL = 30.0
-"""Seconds between lines where nobody watches."""
+"""Seconds between lines in a log file."""
 
 
 def watched() -> bool:
-    """Whether the bars go to a terminal."""
+    """Whether bars are shown on a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def progress_bar(total: int | None, *, show: bool = True, **options: Any) -> Any:
-    """A tqdm bar on stderr; `options` are tqdm's (desc, unit, initial, ...). A silent stand-in unless `show`.
-
-    Without a stderr (2>&-) nothing is shown.
-    """
+    """A tqdm bar on stderr with tqdm's `options`; a silent one without `show` or without a stderr (2>&-)."""
     if not show or sys.stderr is None:
         return _Silent()
     from tqdm import tqdm
@@ -28,7 +26,7 @@ def progress_bar(total: int | None, *, show: bool = True, **options: Any) -> Any
 
 
 class _Silent:
-    """What is called on a bar here, doing nothing."""
+    """A bar whose methods do nothing."""
 
     disable = True
     total: float | None = None
@@ -38,14 +36,5 @@ class _Silent:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def update(self, n: float = 1) -> None: ...
-
-    def refresh(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def write(self, text: str) -> None: ...
-
-    def set_description(self, text: str) -> None: ...
-
-    def set_postfix(self, values: dict[str, str], refresh: bool = True) -> None: ...
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None

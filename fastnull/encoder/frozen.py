@@ -1,7 +1,7 @@
-"""The frozen encoder: logits, and the gradient of anything of the logits with respect to the tokens, never a weight's.
+"""The frozen encoder: logits, and gradients of functions of the logits with respect to the tokens, never to weights.
 
-`FrozenEncoder` is what synthesis runs hundreds of times. Its backends compute the same thing:
-    reference   the model's own modules under autograd with frozen parameters; any model with an adapter, the oracle
+A synthesis runs `FrozenEncoder` hundreds of times. Its backends compute the same:
+    reference   the model's own modules under autograd with frozen parameters; for any model with an adapter
     cpu         forward and input gradient written out (fastnull.encoder.explicit) on library GEMMs and the C++ ops of
                 csrc/cpu
     cuda        the same code on cuBLAS and the Triton kernels of kernels/
@@ -43,31 +43,32 @@ _warned: set[str] = set()
 class FrozenEncoder:
     """A ViT from the noise site to the logits, in eval mode, whose weights never get a gradient.
 
-    Weights are the model's at the last `sync` (the reference backend in the model's own dtype has no copy and always
-    uses the current ones). Logits are float32 from the fast backends, whatever the compute dtype: an influence needs
-    more than bfloat16's eight bits.
+    Weights are those of the model at the last `sync` (the reference backend in the model's own dtype has no copy and
+    always uses the current ones). The fast backends return float32 logits for every compute dtype, because an influence
+    needs more than the eight bits of bfloat16.
 
     Args:
         model: a ViT (NormalizedModel, plain, compiled or DDP-wrapped), or an adapter.
-        dtype: compute dtype; None is the model's own. The fast backends have float32 and bfloat16, `cuda` also float16
-            (whose input gradients reach down to 6e-8), and `cpu`, on the ops' references, any.
-        backend: `auto` takes the fastest one for model, device and dtype, and says once why that is not the device's
-            own; `reference`, `cpu` and `cuda` force one.
+        dtype: compute dtype; None is the model's own. The fast backends take float32 and bfloat16, `cuda` also float16
+            (input gradients below 6e-8 become zero), and `cpu` any dtype, on the ops' references.
+        backend: `auto` takes the fastest backend for model, device and dtype, and warns once if that is not the
+            device's own; `reference`, `cpu` and `cuda` force one.
         site: `patch`, `block0` or `pixels`; see fastnull.vit.SITES.
         selftest: on a GPU, whether kernels are checked before the first encoder of these sizes runs on this machine:
             `auto`; `force` (again); or `off`, library calls alone, with which backend `auto` is `reference`. None:
             what FASTNULL_SELFTEST says, else `auto`. See fastnull.selftest.
 
     Attributes:
-        backend: the one in use, never `auto`.
+        backend: the backend in use, never `auto`.
         dtype, site: as resolved.
-        products: dtype of the matrix products; `dtype` but for bfloat16 on a CPU that multiplies float32 faster.
+        products: dtype of matrix products: `dtype`, or float32 for bfloat16 on a CPU that multiplies float32 faster.
+        generation: how often the structure of the model changed, see `sync`.
 
     Raises:
-        ValueError: unknown backend or site, a model that no adapter knows, or a forced backend that cannot run it: a
-            model on another device or on several, a part without a hand-written form (UnsupportedModelError); for
-            `cuda` also a GPU below sm_80, no Triton, float64, and heads wider than 128, which `auto` gives to torch's
-            own attention. A model that is sharded already: see `sharding`.
+        ValueError: unknown backend or site; a model that no adapter knows; a model that is sharded already (see
+            `sharding`); or a forced backend that cannot run the model: on another device or on several devices, or with
+            a part that has no written-out form (UnsupportedModelError). For `cuda` also a GPU below sm_80, no Triton,
+            float64, and heads wider than 128, for which `auto` uses torch's attention.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class FrozenEncoder:
         self._choose()
 
     def _choose(self) -> None:
-        """Take the fast encoder where it is allowed and proven, else the model's own modules."""
+        """Take the fast encoder if it is allowed and proven, otherwise the model's own modules."""
         with self._own_modes():
             explicit = _explicit(self.vit, self.dtype, self._asked, self.site, self._selftest)
         self._encoder: ExplicitEncoder | AutogradEncoder = explicit or AutogradEncoder(self.vit, self.dtype)
@@ -108,15 +109,15 @@ class FrozenEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder's weights are."""
+        """Device of the encoder's weights."""
         return self._device
 
     @contextmanager
     def sharding(self) -> Iterator[None]:
-        """Around the calls of fully_shard: of the model's blocks, and then of the model.
+        """Wraps the calls of fully_shard, first of the model's blocks, then of the model.
 
-        From then on the encoder has whole weights of its own (the reference backend a copy of the model), every process
-        all of them, and `sync` gathers one unit of the model at a time: all processes call it together.
+        Afterwards the encoder of every process has its own full weights (the reference backend has a copy of the
+        model), and `sync` gathers one unit of the model at a time: all processes must call it together.
 
         Raises:
             ValueError: the model was not sharded inside.
@@ -130,10 +131,10 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Take over the model's current weights, in place; bit for bit what a new encoder of the model has.
+        """Copy the model's current weights, in place; bit for bit those of a new encoder of the model.
 
-        Where modules were replaced, wrapped or hooked since the last time, the model is split and the encoder proven
-        anew: `backend` may then be another one, and `generation` is one higher.
+        If modules were replaced, wrapped or hooked since the last call, the model is split and the encoder is proven
+        again: `backend` may then be another one, and `generation` is one higher.
 
         Raises:
             RuntimeError: the model was moved to another device, or changed after it was sharded.
@@ -145,13 +146,13 @@ class FrozenEncoder:
                 self._encoder.sync(self._units)
 
     def sync_if_changed(self) -> None:
-        """The same as `sync`, for callers from version 0.1: no sign that weights changed holds for all optimisers."""
+        """Same as `sync`; the name from version 0.1. No test for changed weights works with all optimisers."""
         self.sync()
 
     def follow(self) -> bool:
-        """Whether the structure of the model changed since the last look; if so, the encoder has been made anew of it.
+        """Whether the structure of the model changed since the last call; if so, the encoder has been rebuilt.
 
-        Cheap where nothing changed: identities of modules, hooks, buffers and parameters are compared, and flags.
+        Cheap if nothing changed: compares flags and the identities of modules, hooks, buffers and parameters.
         """
         if same(snapshot(self.vit.model, parameters=self._units is None), self._snapshot):
             return False
@@ -169,11 +170,11 @@ class FrozenEncoder:
     def embed(self, images: Tensor) -> Tensor:
         """Images as the model takes them [B, C, H, W] → the tensor at the site: [B, N, D], [B, P + N, D] or images.
 
-        Always in `dtype`, without gradient.
+        In `dtype`, without gradient.
 
         Raises:
-            TypeError: images that are not of a floating dtype.
-            ValueError: of another shape, or on another device.
+            TypeError: images of a dtype that is not floating.
+            ValueError: images of another shape, or on another device.
             RuntimeError: the model was moved to another device.
         """
         self._check_images(images)
@@ -207,21 +208,21 @@ class FrozenEncoder:
             tokens: at the site [B, ...].
             cotangent: [B, K], or a function of the logits that returns it, alone or first in a tuple. NaN in it gives
                 NaN in the gradient.
-            by_image: the function is called as cotangent(logits[images], images) with slices of the batch in order,
-                which it must treat image by image. The fast backends then pass the batch through in parts and keep for
-                the backward what belongs to one part: on a CPU memory stays that of 8 images (more of small models).
-                A tensor always allows that.
-            sum_every: return the gradient summed over so many images each time (in float32 or better), as a noise that
-                these images share needs it: [B / sum_every, ...]. No gradient of all images lies in memory then.
+            by_image: the function is called as cotangent(logits[images], images) with slices of the batch in order, and
+                must treat each image separately. The fast backends then run the batch in parts and keep only one part
+                for the backward: on a CPU the memory of 8 images (more for small models). A tensor always allows that.
+            sum_every: return the gradient summed over every so many images in a row (in float32 or float64), for noise
+                that these images share: [B / sum_every, ...]. The gradients of all images are then never in memory.
             has_aux: the function returns (cotangent, tensor, ...), and these tensors are returned too.
 
         Returns:
-            logits [B, K] and the gradient in `dtype`, shaped as the tokens, or the sums. With `has_aux` then what the
-            function returned beside the cotangent; where it was called several times, all its results in one tensor,
-            along their first dimension.
+            Logits [B, K] and the gradient in `dtype`, shaped as the tokens, or the sums. With `has_aux` also the other
+            tensors of the function, concatenated along their first dimension if it was called several times.
 
-        Raises: as the call, and ValueError for a cotangent of another shape, or a `sum_every` that does not divide B.
-            TypeError: with `has_aux` anything but a function that returns a tuple of tensors.
+        Raises:
+            ValueError, TypeError, RuntimeError: as the call; ValueError for a cotangent of another shape or a
+                `sum_every` that does not divide B; TypeError if `has_aux` is set and the function does not return a
+                tuple of tensors.
         """
         self._check_tokens(tokens)
         if sum_every is not None and (sum_every < 1 or len(tokens) % sum_every):
@@ -244,7 +245,7 @@ class FrozenEncoder:
         parts = by_image or isinstance(cotangent, Tensor)
         tokens = tokens.detach()
         with self._own_modes():
-            tokens = tokens.clone() if tokens.is_inference() else tokens  # autograd takes none of these
+            tokens = tokens.clone() if tokens.is_inference() else tokens  # which autograd refuses
             return self._encoder.input_gradient(tokens, self.site, weights, parts, sum_every)
 
     def check_kernels(self, images: int | None = None, tiles: bool = False) -> dict[str, Found]:
@@ -266,15 +267,23 @@ class FrozenEncoder:
             return prove(problems_of(self._encoder), self._device, asked="force", images=images, tiles=tiles)
 
     def memory(self) -> dict[str, int]:
-        """Bytes that the encoder itself holds: `weights`, `kept` for the backward, `scratch`; nothing on `reference`,
-        whose memory autograd takes anew each time."""
+        """Bytes that the encoder holds: `weights`, `kept` for the backward, and `scratch`; 0 on `reference`, where
+        autograd allocates memory in each call."""
         return self._encoder.memory()
+
+    def buffers(self) -> tuple[object, ...]:
+        """The objects whose memory a CUDA graph of the encoder's passes reads and writes.
+
+        The graph must keep them alive, and must be captured again once this returns others: after a larger batch, which
+        needs larger buffers, or a change of the model's structure.
+        """
+        return self._encoder, *self._encoder.buffers()
 
     @contextmanager
     def _own_modes(self) -> Iterator[None]:
-        """The encoder's own dtype and buffers, also inside a caller's autocast region and inference mode."""
+        """Makes the encoder independent of the caller's autocast region and inference mode."""
         library = choices.library_calls() if self._selftest == "off" else nullcontext()
-        # buffers that are made in inference mode could not be written outside it
+        # buffers allocated in inference mode could not be written outside it
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False), library:
             yield
 
@@ -315,7 +324,7 @@ class FrozenEncoder:
 def _explicit(
     vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch", selftest: str = "auto"
 ) -> ExplicitEncoder | None:
-    """The written-out encoder where the backend asks for it, model, device and dtype allow it, and it is proven."""
+    """The written-out encoder if backend, model, device and dtype allow it and it is proven, otherwise None."""
     device = vit.projection.weight.device
     if backend == "reference" or (backend == "auto" and device.type not in NATIVE_DTYPES):
         return None
@@ -340,7 +349,7 @@ def _explicit(
 
 
 def _cpu_is_fast(dtype: torch.dtype) -> bool:
-    # without the C++ ops their references would be no faster than autograd
+    # without the C++ ops, their references are no faster than autograd
     return dtype in NATIVE_DTYPES["cpu"] and _C.cpu_available()
 
 
@@ -348,16 +357,16 @@ def _checked_parts(vit: SplitViT, dtype: torch.dtype, device: torch.device, back
     """The parts of a model that a fast backend can run.
 
     Raises:
-        UnsupportedModelError: it cannot; the message is a noun.
+        UnsupportedModelError: it cannot; the message is a noun phrase.
     """
     devices = {str(parameter.device) for parameter in vit.model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(f"a model on several devices ({', '.join(sorted(devices))})")
     if device.type == "cuda":
-        # on their references, where the switch asks for them, the ops need neither this GPU nor Triton
+        # with native code switched off, the ops run on their references, which need neither this GPU nor Triton
         problem = "" if switched_off() else triton_problem(device)
         if problem:
-            told.add(device)  # by what becomes of this error
+            told.add(device)  # this error or its warning says it
             raise UnsupportedModelError(f"{device} ({problem})")
         if dtype not in NATIVE_DTYPES["cuda"]:
             raise UnsupportedModelError(f"dtype {str(dtype)[6:]} (float32, bfloat16 or float16)")

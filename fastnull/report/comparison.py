@@ -1,4 +1,4 @@
-"""The numbers of a comparison: mean and spread of each method over seeds, and paired differences between methods."""
+"""Numbers of a comparison: mean and standard deviation per method, and paired differences between methods."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from fastnull.report.runs import Run
 
 COLUMNS = ("clean", "adversarial_mean", "corruption_mean")
 _SPENT = ("seconds", "synthesis_percent", "steps", "forward_passes")
-"""Costs of a run that stand beside its accuracies; seconds and steps are of the finetuning."""
+"""Costs of a run; seconds and steps are of the finetuning."""
 _CORRUPTION = "corruption/"
-"""In front of the name of one: its mean accuracy over severities."""
+"""Prefix of a corruption's mean accuracy over severities."""
 
 
 def summarize_runs(runs: Sequence[Run], methods: Sequence[str]) -> dict[str, Any]:
-    """Put runs together by method.
+    """Summarise runs by method.
 
     Args:
-        runs: of the methods, one a seed.
+        runs: one per method and seed.
         methods: labels of the runs, in the order of the tables.
 
     Returns:
-        `methods`: label → {`seeds`: {seed: values}, `mean`, `std` (None with a single seed), each over clean,
-        adversarial_mean, corruption_mean, mce, corruption/NAME for each one (mean over severities; all in %) and
-        seconds, synthesis_percent, steps, forward_passes, `limit` of the noise}; `differences`: for each measure and
-        each pair of methods {method, other, measure, per_seed, mean, standard_error, low, high}, in points of %, the
-        interval being Student's at 95 % (None with less than three seeds).
+        `methods`: label → {`seeds`: {seed: values}, `mean`, `std` (None for a single seed)}, with the values clean,
+        adversarial_mean, corruption_mean, mce, corruption/NAME (mean over severities; all in %), seconds,
+        synthesis_percent, steps, forward_passes and `limit` of the noise. `differences`: for each measure and pair of
+        methods {method, other, measure, per_seed, mean, standard_error, low, high} in percentage points, with
+        Student's 95 % interval (None with fewer than three seeds).
     """
     values = {
         method: {
@@ -78,17 +78,16 @@ def _moments(by_seed: Mapping[int, Mapping[str, float | None]]) -> dict[str, Any
 
 
 def format_comparison(record: Mapping[str, Any]) -> str:
-    """Markdown tables of what `summarize_runs` returned: the methods, every method against the first one, and each
-    corruption by itself, where there are any."""
+    """Markdown tables of `summarize_runs`: the methods, every method against the first one, and each corruption."""
     methods = record["methods"]
     lines = [
-        "| finetuned with | clean [%] | under attack [%] | corrupted [%] | steps | time [s] | of it synthesis |",
+        "| finetuned with | clean [%] | under attack [%] | corrupted [%] | steps | time [s] | of which synthesis |",
         "|---|" + "---:|" * 6,
     ]
     for method, found in methods.items():
-        cells = [_spread(found, name) for name in COLUMNS]
-        cells += [_spread(found, "steps", 0, False), _spread(found, "seconds", 0)]
-        cells.append(_spread(found, "synthesis_percent", 0, False) + " %")
+        cells = [_cell(found, name) for name in COLUMNS]
+        cells += [_cell(found, "steps", 0, False), _cell(found, "seconds", 0)]
+        cells.append(_cell(found, "synthesis_percent", 0, False) + " %")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     seeds = len(next(iter(methods.values()))["seeds"])
     lines += [
@@ -109,11 +108,11 @@ def format_comparison(record: Mapping[str, Any]) -> str:
         titles = [name.removeprefix(_CORRUPTION).replace("_", " ") for name in corruptions]
         lines += ["", f"| corrupted [%] | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
         for method, found in methods.items():
-            lines.append(f"| {method} | {' | '.join(_spread(found, name) for name in corruptions)} |")
+            lines.append(f"| {method} | {' | '.join(_cell(found, name) for name in corruptions)} |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(found: Mapping[str, Any], name: str, digits: int = 1, deviation: bool = True) -> str:
+def _cell(found: Mapping[str, Any], name: str, digits: int = 1, deviation: bool = True) -> str:
     mean, std = found["mean"][name], found["std"][name]
     if mean is None:
         return "–"

@@ -1,4 +1,4 @@
-"""Transfer: to itself it is the synthesis' own influence, and what does not fit says so."""
+"""Transfer: to itself it is the influence of the synthesis, and unsuitable pairs have a reason."""
 
 from __future__ import annotations
 

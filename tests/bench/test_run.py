@@ -320,6 +320,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.clock, self.waits, self.captured = 0.0, 0, 0
+        self.reached = 0.0  # by the host, which waits for events alone
 
     def synchronize(self) -> None:
         self.waits += 1
@@ -348,6 +349,7 @@ class FakeCuda:
 
             def synchronize(self) -> None:
                 fake.waits += 1
+                fake.reached = self.at
 
             def elapsed_time(self, other: Any) -> float:
                 return other.at - self.at
@@ -368,6 +370,23 @@ def test_the_gpu_timer_reads_events_and_divides_a_replay_by_its_calls(monkeypatc
     columns = common.interleaved([timer.prepare(variant, 4) for variant in (plain, graphed)], 4, 0.0, 2, timer)
     assert columns == [[3.0, 3.0], [2.0, 2.0]]  # one call of 3 ms; a replay of 8 ms holds 4 calls
     assert cuda.captured == 1
+
+
+def test_the_host_is_at_most_two_rounds_ahead_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So `seconds` limits how long the calls run: a call of 1 s is launched in microseconds."""
+    monkeypatch.setattr(common, "WARM_UP", 0.0)
+    cuda = FakeCuda()
+    ahead = []
+
+    def call(index: int) -> None:
+        ahead.append(cuda.clock - cuda.reached)
+        cuda.clock += 1000.0
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: cuda.reached / 1000)
+    timer = common.CudaTimer(cuda)
+    (times,) = common.interleaved([(call, 1)], 1, 10.0, 3, timer)
+    assert times == [1000.0] * 12
+    assert max(ahead) == 2000.0
 
 
 def test_the_counter_of_memory_agrees_with_a_known_pattern() -> None:

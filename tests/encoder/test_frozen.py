@@ -275,6 +275,17 @@ def test_buffers_are_reused_and_results_are_the_callers(vit: NormalizedModel, im
     assert frozen.memory()["kept"] == pytest.approx(2 * held["kept"], rel=0.01)
 
 
+def test_logits_of_many_images_take_the_memory_of_one_block(make_vit: Factory) -> None:
+    frozen = FrozenEncoder(make_vit(depth=5), backend="cpu")  # four blocks keep something for the backward
+    tokens, cotangent = torch.randn(40, 16, 32), torch.randn(40, 10)
+    frozen.input_gradient(tokens[:8], cotangent[:8])
+    kept = frozen.memory()["kept"]
+    frozen(tokens)
+    assert frozen.memory()["kept"] == kept + 5 * kept / 4
+    frozen.input_gradient(tokens, cotangent)
+    assert frozen.memory()["kept"] == 5 * kept, "the buffers for gradients serve logits too"
+
+
 def test_cotangent_as_tensor_callable_and_tuple(vit: NormalizedModel, images: Tensor) -> None:
     for backend in ("reference", "cpu"):
         frozen = FrozenEncoder(vit, backend=backend)

@@ -40,7 +40,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_report_has_every_section(done: Path) -> None:
     text = (done / "report" / "report.md").read_text(encoding="utf-8")
     titles = ("Result", "What holds on this data and what does not", "Accuracy under attack", "The noise",
-              "Accuracy under corruption", "All numbers", "How it was obtained", "The same again")  # fmt: skip
+              "Accuracy under corruption", "All numbers", "How it was obtained", "Reproduce it")  # fmt: skip
     for title in titles:
         assert f"# {title}" in text
     assert "Quick run" in text

@@ -21,7 +21,7 @@ from fastnull.encoder.explicit.encoder import ExplicitEncoder
 from fastnull.kernels import LAUNCHERS
 from fastnull.ops import common, dispatch
 from fastnull.vit import split
-from tests.kernels.ahead_of_time import caught_launches
+from tests.kernels.ahead_of_time import launches_of
 
 IMAGES, WIDTH, TOKENS = 4, 32, 17  # of make_vit: 16 patches and a class token
 PASS = IMAGES * TOKENS * WIDTH * 2  # bytes of an activation in float16
@@ -44,9 +44,8 @@ class Step(TorchDispatchMode):
                 with self:
                     dispatch._LIBRARY[name](*args)
                 return None
-            with caught_launches() as caught:
-                LAUNCHERS[name](*args)
-            self._record([launch.name for launch in caught], func, args, kwargs)
+            launches = launches_of(lambda: LAUNCHERS[name](*args))
+            self._record([launch.name for launch in launches], func, args, kwargs)
             return None
         result = func(*args, **kwargs)
         if not func.is_view and func._schema.name != "aten::empty":

@@ -1,4 +1,4 @@
-"""`inspect`: rows from shapes alone, from weights, and reasons where there is nothing to measure."""
+"""`inspect`: rows from shapes, from weights, and reasons why nothing can be measured."""
 
 from __future__ import annotations
 

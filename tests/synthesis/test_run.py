@@ -402,7 +402,7 @@ def test_out_of_memory_keeps_the_images_that_are_done(
     monkeypatch.setattr(synthesis, "own_noise", failing)
     config = SynthesisConfig(mode=mode, limit=0.25, steps=2)
     with pytest.raises(
-        SynthesisOutOfMemoryError, match=rf"after {2 * good} images: give smaller batches.*can't allocate memory"
+        SynthesisOutOfMemoryError, match=rf"after {2 * good} images: use smaller batches.*can't allocate memory"
     ) as error:
         synthesize(vit, images.split(2), config)
     monkeypatch.setattr(synthesis, "own_noise", real)

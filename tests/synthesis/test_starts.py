@@ -176,7 +176,7 @@ def test_settings_reach_the_synthesis() -> None:
         ({"smooth_limit": -0.1, "site": "pixels"}, "smooth_limit must be"),
         ({"contrast": 0.1, "mode": "boundary"}, "contrast is for site 'pixels'; got site='patch'"),
         ({"limit": 3.0, "site": "pixels"}, "limit must be >= 0 and <= 1; got 3.0"),
-        ({"contrast": 0.1, "site": "pixels"}, "contrast is for noise of an image's own"),
+        ({"contrast": 0.1, "site": "pixels"}, "contrast is for modes with one noise per image"),
         ({"smooth_limit": 0.1, "site": "patch"}, "smooth_limit is for site 'pixels'; got site='patch'"),
     ],
 )
