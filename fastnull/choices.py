@@ -47,13 +47,13 @@ _listeners: list[Callable[[], None]] = []
 
 
 def mode(asked: str | None = None) -> str:
-    """`asked`, else what FASTNULL_SELFTEST says, else auto.
+    """`asked`, else what FASTNULL_SELFTEST says, else auto; off where FASTNULL_SELFTEST says so, whatever is asked.
 
     Raises:
         ValueError: it is none of MODES.
     """
-    name, value = ("selftest", asked) if asked is not None else (SWITCH, os.environ.get(SWITCH) or "auto")
-    return check_choice(name, value, MODES)
+    value = check_choice(SWITCH, os.environ.get(SWITCH) or "auto", MODES)
+    return value if asked is None or value == "off" else check_choice("selftest", asked, MODES)
 
 
 def forced() -> str:

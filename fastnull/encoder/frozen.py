@@ -259,10 +259,12 @@ class FrozenEncoder:
             Problem → implementation → outcome.
 
         Raises:
-            ValueError: on the reference backend, which runs no ops.
+            ValueError: on the reference backend, which runs no ops, or where FASTNULL_SELFTEST=off.
         """
         if isinstance(self._encoder, AutogradEncoder):
             raise ValueError(f"backend 'reference' runs the model's own modules on {self._device}: no op to check")
+        if choices.mode() == "off":
+            raise ValueError(f"{choices.SWITCH}=off keeps kernels from being checked: unset it")
         with self._own_modes():
             return prove(problems_of(self._encoder), self._device, asked="force", images=images, tiles=tiles)
 

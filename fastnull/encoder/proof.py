@@ -40,7 +40,7 @@ def check_structure(vit: SplitViT, parts: ViTParts) -> None:
 
 def problems_of(encoder: ExplicitEncoder) -> set[Problem]:
     """What the ops are asked in a step of synthesis with this encoder, and where its images are projected."""
-    device, (p, _) = encoder.device, encoder.stem.patch
+    device, (p, across) = encoder.device, encoder.stem.patch
     tokens = torch.ones(PROBES, *(encoder.token_shape("block0") or ()), dtype=encoder.dtype, device=device)
     pixels = encoder.stem.weight.shape[1]  # C·p·p
     basis = torch.ones(pixels, 1, device=device)
@@ -56,7 +56,7 @@ def problems_of(encoder: ExplicitEncoder) -> set[Problem]:
             adamw_step(moved, grad, AdamWState.zeros(moved), lr=0.1)
             normalized_step(moved, grad, lr=0.1)
             sign_step(moved, grad, lr=0.1)
-        for complement in (False, True):
+        for complement in (False, True) if p == across else ():
             patch_project(noise, basis, p, complement)
     return problems
 

@@ -23,7 +23,7 @@ KERNELS = ("triton", "cuda", "cpu")
 """Implementations of this package: a user hears of one that is left out."""
 
 _told: set[str] = set()
-_solved: set[tuple[str, str]] = set()  # (device, problem), by this process
+_tried: set[tuple[str, str]] = set()  # (device, problem) that this process has checked, or could not
 
 
 def prove(
@@ -52,38 +52,36 @@ def prove(
         return {}
     wanted = {each.name: each for problem in problems for each in (problem, *problem.parts)}
     ordered = sorted(wanted, key=lambda each: (OPS.index(wanted[each].op), each))
-    known = {each: choices.found(name, each) for each in ordered if mode == "auto" or (name, each) in _solved}
-    known = {each: of for each, of in known.items() if of} or ({} if mode == "force" else store.read(device))
-    if not known.keys() >= wanted.keys():
-        known = _checked(ordered, device, name, mode == "force", images or IMAGES[device.type], tiles)
-    found = {each: known[each] for each in ordered if each in known}
-    choices.add(name, found)
-    return found
+    known = {} if mode == "force" else store.read(device)
+    missing = [each for each in ordered if each not in known and (name, each) not in _tried]
+    if missing:
+        known |= _checked(missing, device, mode == "force", images or IMAGES[device.type], tiles)
+    choices.add(name, {each: known[each] for each in ordered if each in known})
+    return {each: choices.found(name, each) for each in ordered if choices.found(name, each)}
 
 
-def _checked(
-    wanted: list[str], device: torch.device, name: str, force: bool, images: int, tiles: bool
-) -> dict[str, Found]:
-    """Run what nobody has run yet, and keep it for later processes."""
+def _checked(missing: list[str], device: torch.device, force: bool, images: int, tiles: bool) -> dict[str, Found]:
+    """Run what no other process has run in the meantime, and keep it for later ones."""
+    name = device_name(device)
     with _alone():
-        stored = store.read(device)  # another process may have been there in the meantime
-        missing = [each for each in wanted if force or each not in stored]
-        if missing:
-            _say(f"checking kernels on {name}, once: {'some minutes' if tiles else 'about half a minute'}")
-            try:
-                fresh = outcomes(missing, device, images, tiles=tiles)
-            except RuntimeError as error:
-                _warn(f"kernels cannot be checked on {name}, library calls serve in their place: {error}")
-                return stored
-            _tell_what_is_left_out(fresh)
-            _solved.update((name, each) for each in fresh)
-            kept = {each: found for each, found in fresh.items() if not _short_of_memory(found)}
-            try:
-                store.write(device, stored | kept)
-            except (OSError, ValueError) as error:
-                _warn(f"what was found of the kernels cannot be kept, every process will check them anew: {error}")
-            stored |= fresh
-    return stored
+        stored = store.read(device)
+        missing = [each for each in missing if force or each not in stored]
+        if not missing:
+            return stored
+        _tried.update((name, each) for each in missing)
+        _say(f"checking kernels on {name}, once: {'some minutes' if tiles else 'about half a minute'}")
+        try:
+            fresh = outcomes(missing, device, images, tiles=tiles)
+        except RuntimeError as error:
+            _warn(f"kernels cannot be checked on {name}, library calls serve in their place: {error}")
+            return stored
+        _tell_what_is_left_out(fresh)
+        kept = {each: found for each, found in fresh.items() if not _short_of_memory(found)}
+        try:
+            store.write(device, stored | kept)
+        except (OSError, ValueError) as error:
+            _warn(f"what was found of the kernels cannot be kept, every process will check them anew: {error}")
+        return stored | fresh
 
 
 def _short_of_memory(found: Found) -> bool:

@@ -22,7 +22,7 @@ def test_the_table_and_the_file(
     """Every op of a step is there, every kernel is right, and torch's own is beside it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choices, "_found", {})
-    monkeypatch.setattr(run, "_solved", set())
+    monkeypatch.setattr(run, "_tried", set())
     out = tmp_path / "selftest.json"
     assert main(["selftest", "vit_digits", "--device", "cpu", "--batch", "1", "--json", str(out)]) == 0
     written = json.loads(out.read_text())
@@ -47,8 +47,12 @@ def test_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "--device must be a CPU or a CUDA device; got mps, which has no kernels" in capsys.readouterr().err
 
 
-def test_the_reference_backend_has_no_ops(vit: NormalizedModel) -> None:
+def test_where_nothing_is_checked(vit: NormalizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend 'reference' runs the model's own modules on cpu: no op to check"):
         FrozenEncoder(vit, backend="reference").check_kernels()
+    monkeypatch.setenv(choices.SWITCH, "off")
+    with pytest.raises(ValueError, match="FASTNULL_SELFTEST=off keeps kernels from being checked: unset it"):
+        FrozenEncoder(vit, backend="cpu", selftest="force").check_kernels()
+    monkeypatch.delenv(choices.SWITCH)
     with pytest.raises(ValueError, match=r"selftest must be one of 'auto', 'off', 'force'; got 'no'"):
         FrozenEncoder(vit, selftest="no")

@@ -41,7 +41,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, empty in (
-        (choices, "_found", dict), (choices, "_pinned", dict), (run, "_told", set), (run, "_solved", set),
+        (choices, "_found", dict), (choices, "_pinned", dict), (run, "_told", set), (run, "_tried", set),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, empty())
 
@@ -96,6 +96,7 @@ def test_it_runs_once_a_machine(runs: list[list[str]], monkeypatch: pytest.Monke
     monkeypatch.setenv(choices.SWITCH, "sometimes")
     with pytest.raises(ValueError, match="FASTNULL_SELFTEST must be one of 'auto', 'off', 'force'; got 'sometimes'"):
         prove([PROBLEM], CPU)
+    monkeypatch.delenv(choices.SWITCH)
     with pytest.raises(ValueError, match="selftest must be one of"):
         prove([PROBLEM], CPU, asked="yes")
 
@@ -148,6 +149,8 @@ def test_where_no_process_starts_library_calls_serve(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(run, "outcomes", fails)
     with pytest.warns(RuntimeWarning, match="kernels cannot be checked on .*library calls serve.*no memory left"):
         assert prove([PROBLEM], CPU) == {}
+    monkeypatch.setattr(run, "outcomes", None)
+    assert prove([PROBLEM], CPU) == {}, "not again in this process"
     assert choices.ranked(device_name(CPU), PROBLEM.name) == []
     assert not list(store.folder().glob("*.json"))
 
