@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Place(NamedTuple):
-    """Where the images of a batch lie in a larger one, which is shared out over processes or taken in parts.
+    """Where the images of a batch lie in a larger one, which is split over processes or taken in parts.
 
     What is drawn for an image is then what it would get in the larger batch.
     """

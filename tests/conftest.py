@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnull.augment import NullspaceAugment
 from fastnull.compat import import_timm
 from fastnull.vit import NormalizedModel
+from fastnull.vit.base import logits_of
 
 # before torchvision is imported: see import_timm
 import_timm()
@@ -70,3 +73,28 @@ def vit() -> NormalizedModel:
 def images() -> Tensor:
     """Eight images [8, 3, 16, 16] in [0, 1]."""
     return torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def watch() -> Callable[..., tuple[list[float], list[Tensor]]]:
+    """(augmentation, images) → two lists that every draw adds to: the largest difference between the logits of the
+    encoder that made the noise and those of the model at that time, and the model's logits."""
+
+    def watched(aug: NullspaceAugment, images: Tensor) -> tuple[list[float], list[Tensor]]:
+        gaps: list[float] = []
+        seen: list[Tensor] = []
+        draw = aug.draw
+
+        def draw_and_compare(tokens: Tensor) -> Tensor:
+            noise = draw(tokens)
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                # a copy: this runs within a forward of the model, and a copy has no noise
+                right = logits_of(copy.deepcopy(aug.encoder.vit.model).eval()(images))
+                gaps.append(float((aug.encoder(aug.encoder.embed(images)) - right).abs().max()))
+            seen.append(right)
+            return noise
+
+        aug.draw = draw_and_compare  # type: ignore[method-assign]
+        return gaps, seen
+
+    return watched

@@ -172,7 +172,7 @@ def row(backend: str, dtype: str, ms: float | None, note: str = "") -> dict[str,
         Row(
             date="d", commit="c", device="g", torch="t", triton="3", threads=1, suite="encoder",
             op="vit_base_patch16_224", backend=backend, mode="universal step", dtype=dtype, shape="batch 256",
-            ms_p50=ms, floor_share=0.5 if ms else None, note=note,
+            ms_p50=ms, floor_fraction=0.5 if ms else None, note=note,
         )
     )  # fmt: skip
 

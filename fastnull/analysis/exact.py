@@ -38,10 +38,10 @@ def dimensions(names: Sequence[str] = FAMILIES) -> list[Row]:
         names: as for `fastnull.models.create_model`.
 
     Returns:
-        Rows with model, values (C·ph·pw), width (D), rank, nullity, share (nullity / values), per_channel_nullity and
+        Rows with model, values (C·ph·pw), width (D), rank, nullity, fraction (nullity / values), per_channel_nullity,
         `reason`: why the others are None, if there is no linear patch embedding.
     """
-    kept = ("model", "values", "width", "rank", "nullity", "share", "per_channel_nullity", "reason")
+    kept = ("model", "values", "width", "rank", "nullity", "fraction", "per_channel_nullity", "reason")
     return [{key: row[key] for key in kept} for row in inspect_models(names)]
 
 

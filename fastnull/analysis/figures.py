@@ -31,7 +31,7 @@ def _exact(tables: Tables, caption: str) -> Figure:
     with plots.canvas("exact", 1, 3, width=14, height=4.6) as (axes, done):
         rows = [row for row in tables["dimensions"] if row["reason"] is None]
         places = range(len(rows))
-        axes[0].barh(places, [100 * row["share"] for row in rows], color=plots.STYLES[4]["color"])
+        axes[0].barh(places, [100 * row["fraction"] for row in rows], color=plots.STYLES[4]["color"])
         axes[0].set_yticks(places, [row["model"] for row in rows], fontsize=7)
         axes[0].invert_yaxis()
         axes[0].set(xlabel="of a patch's dimensions in the nullspace [%]", xlim=(0, 100))
@@ -136,7 +136,7 @@ def _transfer(tables: Tables, caption: str) -> Figure:
                 for j, b in enumerate(names):
                     cell = cells[a, b]
                     if cell["agreement"] is not None:
-                        relative = "" if cell["share"] is None else f"\n×{cell['share']:.2g}"
+                        relative = "" if cell["ratio"] is None else f"\n×{cell['ratio']:.2g}"
                         colour = "black" if cell["agreement"] > 0.55 else "white"
                         axis.text(j, i, f"{100 * cell['agreement']:.0f} %{relative}", ha="center", va="center",
                                   color=colour, fontsize=8)  # fmt: skip

@@ -45,7 +45,7 @@ def transfer(
 
     Returns:
         Rows with kind, source, target, norm, influence, agreement, control (influence of permuted noise on the target),
-        share (influence / control; below 1 the noise affects the target less than chance) and `reason`: why the
+        ratio (influence / control; below 1 the noise affects the target less than chance) and `reason`: why the
         others are None (no nullspace, no such site, or another shape).
 
     Raises:
@@ -116,6 +116,6 @@ def _uncut(model: nn.Module, noises: Tensor, images: Tensor, batch_size: int) ->
 def _row(
     kind: str, source: str, target: str, numbers: Sequence[float | None] = (None,) * 5, reason: str | None = None
 ) -> Row:
-    names = ("norm", "influence", "agreement", "control", "share")
+    names = ("norm", "influence", "agreement", "control", "ratio")
     about = {"kind": kind, "source": source, "target": target}
     return {**about, **dict(zip(names, numbers, strict=True)), "reason": reason}

@@ -178,7 +178,7 @@ def finetune(args: argparse.Namespace) -> None:
     seconds = result.seconds
     print(
         f"{result.plan.steps} steps, {result.cost['spent']:g} forward passes, {seconds['total']:.1f} s "
-        f"({100 * seconds['synthesis_share']:.0f} % of it synthesis)"
+        f"({100 * seconds['synthesis_fraction']:.0f} % of it synthesis)"
     )
     data = f"--data {config.data}" + (f" --data-dir {config.data_dir}" if config.data_dir else "")
     print(f"weights: {result.last_path}")

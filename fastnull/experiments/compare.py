@@ -92,7 +92,7 @@ OWN_FILES = ("seed-*", "workers.log", "report/report.html", "report/report.md", 
 _NAME = re.compile(r"\w([\w .+=,()-]{0,78}[\w+)])?")
 SPLITS = ("test", "held-out")
 HELD_OUT = 0.2
-"""Share of the training images that the split `held-out` keeps back."""
+"""Fraction of the training images that the split `held-out` keeps back."""
 CALIBRATION_IMAGES = 256
 
 

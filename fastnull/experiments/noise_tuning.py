@@ -47,8 +47,8 @@ class Tried:
         eps: that the synthesis aimed at; None is the start itself.
         norm: mean L2 norm of the noises.
         influence: mean over the images; in universal mode over the half that the noise was not learned on.
-        agreement: share of these images whose prediction the noise leaves as it was.
-        converged: share of the noises that met ε (boundary: within a factor of 2); None for the start.
+        agreement: fraction of these images whose prediction the noise leaves as it was.
+        converged: fraction of the noises that met ε (boundary: within a factor of 2); None for the start.
         seconds: of the synthesis.
     """
 

@@ -69,7 +69,7 @@ def report_done(bar: Any, line: str) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Small models are too small to share out: two threads wait for each other longer than they work."""
+    """Small models are too small for two threads, which would wait for each other most of the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

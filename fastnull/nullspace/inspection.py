@@ -32,7 +32,7 @@ _COLUMNS = {
     "width": "D",
     "rank": "rank",
     "nullity": "nullity",
-    "share": "share",
+    "fraction": "fraction",
     "per_channel_nullity": "per channel",
     "smallest_kept": "σ_r/σ_1",
     "tolerance": "tolerance",
@@ -65,7 +65,7 @@ def inspect_models(
         Rows with `model`, `weights` (random, pretrained or the file), `reason` (why nothing can be measured, or None),
         `mean` and `std` (pixels in [0, 1] → network input), `image_size` (height, width), and, None if there is a
         reason: `patch` (height, width), `tokens` (patches per image), `channels`, `values` (C·ph·pw, the values of a
-        patch), `width` (D), `rank`, `nullity`, `share` (nullity / values), `per_channel_nullity` (the sum of the
+        patch), `width` (D), `rank`, `nullity`, `fraction` (nullity / values), `per_channel_nullity` (the sum of the
         nullities of each channel's own matrix, as in the published code; at most `nullity`), `tolerance` (relative),
         `largest` singular value and `smallest_kept` (the smallest one counted in the rank, relative to the largest).
 
@@ -215,7 +215,7 @@ def _empty_row(
         "std": list(std),
         "image_size": None if size is None else tuple(size),
         **dict.fromkeys(
-            ("patch", "tokens", "channels", "values", "width", "rank", "nullity", "share", "per_channel_nullity")
+            ("patch", "tokens", "channels", "values", "width", "rank", "nullity", "fraction", "per_channel_nullity")
         ),
         **dict.fromkeys(("tolerance", "largest", "smallest_kept")),
     }
@@ -236,7 +236,7 @@ def _measured(space: PatchNullspace, size: tuple[int, int] | None) -> dict[str, 
         "width": space.width,
         "rank": space.rank,
         "nullity": space.dim,
-        "share": space.dim / values,
+        "fraction": space.dim / values,
         "per_channel_nullity": _per_channel_nullity(space),
         "tolerance": space.tolerance,
         "largest": float(space.singular_values[0]),
@@ -276,7 +276,7 @@ def _cell(key: str, value: Any) -> str:
         return ""
     if key == "patch":
         return "x".join(map(str, value))
-    if key == "share":
+    if key == "fraction":
         return f"{100 * value:.1f} %"
     if key in ("smallest_kept", "tolerance"):
         return f"{value:.1e}"

@@ -171,7 +171,8 @@ def _spent(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     last = epochs[-1]
     with _about(folder / METRICS):
         _check(last, "an epoch", {"cost": float, "step": float, "seconds": Mapping[str, Any]})
-        _check(last["seconds"], "an epoch's seconds", {"total": float, "synthesis_share": float})
+        seconds = {name.replace("_share", "_fraction"): value for name, value in last["seconds"].items()}  # 0.1's name
+        _check(seconds, "an epoch's seconds", {"total": float, "synthesis_fraction": float})
         for record in records:
             _check(record, "a record", {"step": float, "influence": float}, ())
     late = [
@@ -180,8 +181,8 @@ def _spent(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     return {
         "forward_passes": last["cost"] / settings["data"]["train"],
         "steps": last["step"],
-        "seconds": last["seconds"]["total"],
-        "synthesis_percent": 100 * last["seconds"]["synthesis_share"],
+        "seconds": seconds["total"],
+        "synthesis_percent": 100 * seconds["synthesis_fraction"],
         **({"influence": statistics.fmean(late)} if late else {}),
     }
 

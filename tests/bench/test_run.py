@@ -218,7 +218,7 @@ def test_a_broken_backend_is_caught_by_the_suites(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_synthesis_without_updates_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthesis_suite, "SHARE", 10.0)  # ε far above the start's influence
+    monkeypatch.setattr(synthesis_suite, "FRACTION", 10.0)  # ε far above the start's influence
     (given,) = synthesis_suite.cases(TINY)
     assert all("met ε already" in text for _, text in common.judged(given).values())
 
@@ -446,7 +446,7 @@ def test_the_baselines_leave_the_model_as_it_was() -> None:
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
-def test_the_share_of_the_products_is_of_those_the_encoder_computes() -> None:
+def test_the_fraction_of_the_products_is_of_those_the_encoder_computes() -> None:
     """A bfloat16 encoder may multiply in float32: held against bfloat16 products its step could take less than they."""
     times = {("fastnull", "bfloat16"): 4.0, (encoder_suite.PRODUCTS, "bfloat16"): 8.0}
     times |= {(encoder_suite.PRODUCTS, "float32"): 2.0, ("frozen", "bfloat16"): 6.0}

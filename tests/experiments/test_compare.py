@@ -277,8 +277,8 @@ def test_recipes_do_not_set_what_all_have_alike(field: str, value: object) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": 0.1}, r"none: budget 0.1 .* does not pay for one step"),
-        ({"recipes": {"wide": {"augment": "none", "opt": "adamw", "accumulate": 7}}}, "wide: batch_size must divide"),
+        ({"budget": 0.1}, r"none: budget 0.1 .* less than the cost of one step"),
+        ({"recipes": {"wide": {"augment": "none", "opt": "adamw", "accumulate": 7}}}, "wide: batch_size must be"),
     ],
 )
 def test_what_would_fail_later_is_told_before_anything_is_written(

@@ -62,7 +62,7 @@ def write_run(folder: Path, settings: dict, seed: int, values: dict) -> None:
         "data": {"train": 100},
     }
     steps = [{"kind": "step", "step": step, "influence": value} for step, value in ((10, 9.0), (20, 0.2), (30, 0.4))]
-    epoch = {"kind": "epoch", "step": 30, "cost": 26000, "seconds": {"total": 12.0, "synthesis_share": 0.25}}
+    epoch = {"kind": "epoch", "step": 30, "cost": 26000, "seconds": {"total": 12.0, "synthesis_fraction": 0.25}}
     (folder / "config.json").write_text(json.dumps(about))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*steps, epoch)))
     (folder / "results.json").write_text(json.dumps(values))
