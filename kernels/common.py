@@ -1,4 +1,4 @@
-"""What every launcher needs: the device to launch on, the check of dtypes, and how kernels are compiled."""
+"""What every launcher needs: the device to launch on, checks of dtypes, and compile options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Stated at every launch: Triton announces another default, which would change numbers and speed.
+# Set at every launch: Triton announced another default, which would change numbers and speed.
 COMPILE = {"enable_fp_fusion": True}
 
 
@@ -35,7 +35,7 @@ def _generation(device: torch.device) -> int:
 
 
 def check_dtypes(**tensors: Tensor | None) -> None:
-    """The kernels compute in float32: float64 would lose its digits without a word.
+    """The kernels compute in float32: float64 would silently lose precision.
 
     Raises:
         TypeError: a tensor is neither float32 nor bfloat16 nor float16.

@@ -1,6 +1,6 @@
 """Bias and GELU with its derivative in one pass, and the product with that derivative (formulas: ops/linear_gelu).
 
-Bytes a bfloat16 element: forward 5 (z read, h written, code written), backward 5 (g read and written, code read).
+Bytes per bfloat16 element: forward 5 (z read, h written, code written), backward 5 (g read and written, code read).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PointwiseTile:
     warps: int
 
 
-# Untuned. 8 elements a lane are one 16-byte load in bfloat16; with twice as many, 108 registers instead of 45.
+# Untuned. 8 elements per lane are one 16-byte load in bfloat16; with twice as many, 108 registers instead of 45.
 TILES = (PointwiseTile(2, 512, 4),)
 CANDIDATES = tuple(
     {"rows": r, "columns": c, "warps": w} for r, c in ((1, 512), (1, 1024), (2, 512), (4, 512)) for w in (2, 4, 8)

@@ -1,6 +1,6 @@
 """LayerNorm with its statistics, and its input gradient fused with the residual's gradient (formulas: ops/layer_norm).
 
-A program holds some whole rows in registers, so each input is read once: forward 2 T, backward 4 T with dres, 3 T
+A program holds a few whole rows in registers, so each input is read once: forward 2 T, backward 4 T with dres, 3 T
 without (T = bytes of x).
 """
 
@@ -26,7 +26,7 @@ class RowTile:
 
 
 # Untuned. A lane holds 16 values of a tensor, up to 32 in the widest rows; with 32 the backward, three tensors at once,
-# spills on sm_80 at width 1024. Several rows a program keep enough loads in flight where rows are short.
+# spills on sm_80 at width 1024. Several rows per program keep enough loads in flight where rows are short.
 TILES = (RowTile(512, 4, 4), RowTile(1024, 2, 4), RowTile(2048, 1, 4), RowTile(4096, 1, 8), RowTile(16384, 1, 16))
 # What `fastnull selftest --tiles` tries in place of an entry.
 CANDIDATES = tuple({"rows": rows, "warps": warps} for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8))

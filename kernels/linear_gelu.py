@@ -1,11 +1,10 @@
 """The two products of an MLP with GELU in their epilogues (formulas: ops/linear_gelu).
 
-    h = gelu(x W^T + b), and gelu' of it        z is never written: two of its three passes through memory are saved
-    dz = (dy W) * gelu'                          likewise
+    h = gelu(x W^T + b), and gelu' of it        z is never written: two of its three passes over memory are saved
+    dz = (dy W) * gelu'                          the same
 
 bfloat16 and float16. Whether this beats the library's product followed by kernels/gelu.py is unmeasured, and the
-library is hard to beat at these sizes: `torch.ops.fastnull.linear_gelu_out` and `linear_dgelu_out` run these kernels,
-while the public functions keep to the library's product.
+library is hard to beat at these sizes.
 """
 
 from __future__ import annotations

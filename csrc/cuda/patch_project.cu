@@ -8,7 +8,7 @@
 // The embedding must not see the result: ||W P v|| <= 1e-6 ||W|| ||v||, so products are as exact as float. Each operand
 // is split into two tf32 numbers, x = high + low up to 2^-22 x, and three products are added: low high, high low, high
 // high. The tensor cores cut their sums off instead of rounding, always towards 0, which over a whole row adds up:
-// they add 8 terms at a time, the rest is added by ordinary float instructions. Leak at patches of 16 and rank 384,
+// they add 8 terms at a time, and ordinary float instructions add the rest. Leak at patches of 16 and rank 384,
 // emulated: 1e-7; with all sums in the tensor cores 2e-6.
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
@@ -25,7 +25,7 @@ constexpr int RIGHT_ROW = COLUMNS + 8;   // of [STEP][COLUMNS]
 constexpr int RESULT_ROW = COLUMNS + 8;  // of [PATCHES][COLUMNS], after the product, in the memory of both
 constexpr int LEFTS = PATCHES * STEP / BLOCK, RIGHTS = STEP * COLUMNS / BLOCK;  // values that a thread loads
 
-// Where the patch of a row begins in an image tensor.
+// Offset of the patch of a row in an image tensor.
 __device__ __forceinline__ int64_t patch_at(const PatchProjectArgs& args, const Image& image, int64_t row) {
   const int64_t in_batch = row / (args.grid_h * args.grid_w);
   const int within = int(row % (args.grid_h * args.grid_w));
@@ -33,7 +33,7 @@ __device__ __forceinline__ int64_t patch_at(const PatchProjectArgs& args, const 
          within % args.grid_w * args.patch * image.strides[3];
 }
 
-// Where a value of a patch lies from its beginning: channel, row, column, as in the embedding's weight.
+// Offset of a value in its patch: channel, row, column, as in the embedding's weight.
 __device__ __forceinline__ int64_t column_at(const PatchProjectArgs& args, const Image& image, int column) {
   const int p = args.patch;
   return column / (p * p) * image.strides[1] + column / p % p * image.strides[2] + column % p * image.strides[3];
@@ -47,7 +47,7 @@ __device__ __forceinline__ Split split(float x) {
   return {high, to_tf32(x - __uint_as_float(high))};
 }
 
-// sums += left[PATCHES, inner] right[inner, COLUMNS], both given by functions; those know what lies outside and say 0.
+// sums += left[PATCHES, inner] right[inner, COLUMNS], both given by functions that return 0 outside.
 template <typename Left, typename Right>
 __device__ __forceinline__ void add_product(float (&sums)[2][4][4], int inner, Left left_value, Right right_value) {
   float* left = static_cast<float*>(dynamic_shared());
@@ -61,7 +61,7 @@ __device__ __forceinline__ void add_product(float (&sums)[2][4][4], int inner, L
   };
   fetch(0);
   for (int start = 0; start < inner; start += STEP) {
-    __syncthreads();  // the step before has been read
+    __syncthreads();  // the previous step has been read
 #pragma unroll
     for (int i = 0; i < LEFTS; ++i) left[(threadIdx.x / STEP + i * (BLOCK / STEP)) * TERMS_ROW + lane] = next_left[i];
 #pragma unroll
@@ -70,7 +70,7 @@ __device__ __forceinline__ void add_product(float (&sums)[2][4][4], int inner, L
       right[Right::place(Right::inner_of(at), Right::column_of(at))] = next_right[i];
     }
     __syncthreads();
-    if (start + STEP < inner) fetch(start + STEP);  // under way while this step is computed
+    if (start + STEP < inner) fetch(start + STEP);  // loads run while this step is computed
 #pragma unroll 1  // unrolled, registers run out
     for (int k = 0; k < STEP; k += 8) {
       uint32_t a_high[2][4], a_low[2][4];

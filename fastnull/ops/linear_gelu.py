@@ -7,7 +7,7 @@
     tanh: gelu(z) = z s,  s = sigmoid(2 u),  u = sqrt(2 / pi) (z + 0.044715 z^3),  gelu'(z) = s + 2 z s (1 - s) u'(z)
 
 The matrix products are the library's; bias, GELU and derivative are one pass over its output, in place. Saved for the
-backward is the derivative alone, not z: in float32 as float32 (4 bytes an element); in bfloat16 as one byte.
+backward is the derivative alone, not z: in float32 as float32 (4 bytes per element); in bfloat16 as one byte.
 
 The byte: gelu' lies in [-0.1292, 1.1292], code = round(200 gelu') + 26, so a step is 0.005 and the saturated ends 0 and
 1 are exact. The error is at most 0.0025, about that of rounding the derivative near 1 to bfloat16 (0.002).

@@ -13,7 +13,7 @@ spent on them.
 Kept for the backward, in units of B·N·D values: the normalised inputs of qkv and fc1 (2), packed q, k, v (3), the
 derivative of GELU (4 in float32; the space of 2 in bfloat16, where it is an 8-bit code), and 1/std of both norms.
 
-Two dtypes: what is kept has the encoder's dtype; the stream, products and all that lies between them have `compute`.
+Two dtypes: what is kept has the encoder's dtype; the stream, products and everything between them have `compute`.
 They are the same but for bfloat16 on processors whose bfloat16 products are slower than their float32 ones (see
 products.py): there what is kept is bfloat16 and everything else float32. A batch is processed in parts of a few images,
 so that what is not kept stays in the cache and takes little memory.

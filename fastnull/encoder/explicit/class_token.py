@@ -1,8 +1,8 @@
 """The last block where the head reads the class token alone: keys and values are never formed.
 
-With x̂ the normalised tokens [B, N, D] and W_Q, W_K, W_V the folded weights of head h, only row 0 asks:
+With x̂ the normalised tokens [B, N, D] and W_Q, W_K, W_V the folded weights of head h, only row 0 has a query:
     q = W_Q x̂₀ + b_Q    A = W_Kᵀ q    S = A x̂ᵀ    P = softmax(S)    Y = P x̂    o = W_V Y + b_V        (b_K cancels)
-and the projection, the MLP and the residual live on that row. Backward, from do:
+and the projection, the MLP and the residual use that row alone. Backward, from do:
     C = W_Vᵀ do    dP = C x̂ᵀ    dS = P (dP − Σ P dP)    dx̂ = dSᵀ A + Pᵀ C    dA = dS x̂    dx̂₀ += W_Qᵀ W_K dA
 It replaces the four products over all tokens by products over B rows and costs a few passes over x̂. The row is float32
 (float64 for float64), whatever the dtype of the other blocks. So is x̂ on a CPU; on a GPU it keeps the dtype of the

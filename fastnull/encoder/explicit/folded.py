@@ -1,4 +1,4 @@
-"""A linear layer with all that lies beside it folded in, as the written-out blocks multiply by it."""
+"""A linear layer with the norm before it and the scales after it folded in."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ def wide(tensor: Tensor) -> Tensor:
 class FoldedLinear:
     """A linear whose weight [out, in] and bias [out] are buffers that `sync` fills from live parameters.
 
-    Where `packed`, the weight lies in the library's own order, once for each direction (see products.py). Such products
-    give their results in memory of their own, so `out` is room that a result may be written to, and what is returned is
-    where it is.
+    If `packed`, the weight is kept in the library's own order, once for each direction (see products.py). Such products
+    allocate their results and ignore `out`: use what is returned.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, packed: bool = False) -> None:
@@ -54,7 +53,7 @@ class FoldedLinear:
         return bias
 
     def tensors(self) -> list[Tensor]:
-        """All that is held."""
+        """All tensors that it holds."""
         packed = [product.weight for product in (self._product, self._transposed) if product is not None]
         return [self.weight, self.bias, *packed]
 

@@ -1,4 +1,4 @@
-"""What lies around the blocks, with its input gradient written out: patch embedding and positions before, norm,
+"""The parts around the blocks, with their input gradients written out: patch embedding and positions before; norm,
 pooling and classifier after."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fastnull.vit.parts import ViTParts
 
 
 class Norm:
-    """A LayerNorm with its affine, in buffers that `sync` fills; keeps its input from forward to backward."""
+    """A LayerNorm with its affine in buffers that `sync` fills. It keeps its input from forward to backward."""
 
     def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype, device: torch.device) -> None:
         self._norm = norm
@@ -45,8 +45,8 @@ class Norm:
 class Stem:
     """Images → patch tokens → input of the first block. Normalisation of pixels is folded into the patch weights.
 
-    The patch embedding is float32 (float64 for float64) and rounded once: with the mean folded in, its bias is large
-    against the tokens, and rounding it alone would shift all of them.
+    The patch embedding is float32 (float64 for float64) and rounded once: with the mean folded in, its bias is larger
+    than the tokens, and rounding the bias alone would shift all of them.
     """
 
     def __init__(self, parts: ViTParts, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> None:
