@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -38,7 +39,7 @@ from fastnull.record import provenance, read_json, replacing, write_json
 from fastnull.report import write_report
 from fastnull.report.comparison import format_comparison, summarize_runs
 from fastnull.report.runs import METRICS, RESULTS, load_runs, read_metrics
-from fastnull.rng import generator
+from fastnull.rng import KeyedRandom
 from fastnull.robustness import CORRUPTIONS, DEMO_CORRUPTIONS, corrupt, evaluate
 from fastnull.robustness.corruptions import SEVERITIES
 from fastnull.synthesis.config import SynthesisConfig
@@ -523,7 +524,8 @@ def scale_of_norm(norm: float, inputs: Tensor, start: SynthesisConfig) -> float:
     Raises:
         ValueError: no noise of this kind in pixels is as long.
     """
-    noise = draw_start(inputs, start, generator(0)).noise
+    source = KeyedRandom(0, "scale", torch.arange(len(inputs), device=inputs.device))
+    noise = draw_start(inputs, start, source).noise
     low = norm / float(norms(noise).mean())
     if start.site != "pixels":
         return low

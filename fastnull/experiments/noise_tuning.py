@@ -23,7 +23,7 @@ from fastnull.checks import check_choice, check_number
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.progress import progress_bar
 from fastnull.record import provenance, replacing, write_json
-from fastnull.rng import generator
+from fastnull.rng import KeyedRandom
 from fastnull.synthesis.batches import embed_batch
 from fastnull.synthesis.config import SynthesisConfig, recommended_site
 from fastnull.synthesis.objective import influence
@@ -113,7 +113,8 @@ def try_settings(
     with progress_bar(len(limits) * (1 + len(eps)), show=progress, desc="tune", unit=" setting") as bar:
         for limit in limits:
             tokens = pair[0][:1] if mode == "universal" else pair[0]
-            start = draw_start(tokens, replace(base, limit=limit), generator(seed))
+            source = KeyedRandom(seed, "image", torch.arange(len(tokens), device=tokens.device))
+            start = draw_start(tokens, replace(base, limit=limit), source)
             rows.append(_tried(encoder, start.noise, pair, limit))
             bar.update()
             for value in eps:

@@ -71,8 +71,10 @@ def _encoder(model: nn.Module, config: FinetuneConfig, *, sharded: bool) -> int:
     if config.augment not in ("boundary", "per_image", "universal"):
         return 0
     backend = "auto" if config.backend == "cuda" else config.backend  # this runs on the CPU
-    dtype = getattr(torch, config.amp) if config.amp else None
-    encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
+    synthesis = config.synthesis()
+    assert synthesis is not None
+    with _autocast(config):
+        encoder = FrozenEncoder(model, synthesis.encoder_dtype, backend, config.site)
     copied = sharded or encoder.dtype != next(model.parameters()).dtype
     if encoder.backend == "reference" and copied:
         return sum(parameter.numel() for parameter in model.parameters()) * encoder.dtype.itemsize
@@ -93,12 +95,16 @@ def _kept(model: nn.Module, images: Tensor, config: FinetuneConfig) -> int:
     def unpack(value: Tensor) -> Tensor:
         return value
 
-    dtype = getattr(torch, config.amp) if config.amp else None
-    with saved_tensors_hooks(pack, unpack), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+    with saved_tensors_hooks(pack, unpack), _autocast(config):
         logits = model.train()(images)  # keeps the saved tensors alive, so that addresses are unique
     kept = sum(seen.values())
     del logits
     return kept
+
+
+def _autocast(config: FinetuneConfig) -> torch.autocast:
+    dtype = getattr(torch, config.amp) if config.amp else None
+    return torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
 
 
 def _size(count: int) -> str:
