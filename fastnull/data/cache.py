@@ -201,8 +201,11 @@ def _decoded(samples: Samples, convert: Callable[[Any], Any], show: bool) -> tup
 
     parts = [range(first, min(first + 64, count)) for first in range(0, count, 64)]
     with progress_bar(count, show=show, desc="decoding") as bar, ThreadPoolExecutor(_cores()) as pool:
-        for done in pool.map(decode, parts):
-            bar.update(done)
+        try:
+            for done in pool.map(decode, parts):
+                bar.update(done)
+        finally:  # an error or Ctrl-C does not wait for the other parts
+            pool.shutdown(cancel_futures=True)
     return images, sizes, labels
 
 
