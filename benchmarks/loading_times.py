@@ -48,7 +48,7 @@ def main() -> None:
         batched, device = view.batched(0, **settings), torch.device("cpu")
         plan = plan_cache("ram", files, None, batched, device)
         started = time.perf_counter()
-        kept = batched and keep(plan, files, None, batched, device)
+        kept = keep(plan, files, None, device)
         assert kept is not None, "the images have several sizes"
         decoding = time.perf_counter() - started
         ways = {"files": endless(files, args.batch_size), "memory": endless(kept[0], args.batch_size)}

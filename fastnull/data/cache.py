@@ -150,7 +150,7 @@ class CachedImages(Dataset[tuple[Tensor, Tensor]]):
         labels: class indices [n].
         view: makes random views of them; None: they are used as they are.
         storage: device of the images in memory.
-        device: of the batches.
+        device: of the batches (`batch_device`).
     """
 
     def __init__(
@@ -162,7 +162,8 @@ class CachedImages(Dataset[tuple[Tensor, Tensor]]):
         storage: torch.device,
         device: torch.device,
     ) -> None:
-        self.images, self.sizes, self.targets, self.view, self.device = images.to(storage), sizes, labels, view, device
+        self.images, self.sizes, self.targets = images.to(storage), sizes, labels
+        self.view, self.batch_device = view, device
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -172,10 +173,10 @@ class CachedImages(Dataset[tuple[Tensor, Tensor]]):
         return images[0], labels[0]
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Bytes [B, C, H, W] on `device` and labels [B] on the CPU; keys: indices, or (index, epoch) with one epoch."""
+        """Bytes [B, C, H, W] and (on the CPU) labels [B] of indices, or of (index, epoch) with the same epoch."""
         pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
         indices = torch.tensor([index for index, _ in pairs])
-        images = carried(self.images[indices.to(self.images.device)], self.device)
+        images = carried(self.images[indices.to(self.images.device)], self.batch_device)
         if self.view is not None:
             images = self.view(images, self.sizes[indices], indices, pairs[0][1])
         return images, self.targets[indices]

@@ -296,7 +296,7 @@ def loader(
     whole = data
     while isinstance(whole, Subset):
         whole = whole.dataset
-    if getattr(whole, "device", torch.device("cpu")).type == "cuda":
+    if getattr(whole, "batch_device", torch.device("cpu")).type == "cuda":
         workers, device = 0, "cpu"
     how: dict[str, Any] = {"batch_sampler": batches} if isinstance(batches, EpochBatches) else {"batch_size": batches}
     return DataLoader(
