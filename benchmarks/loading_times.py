@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from operator import truediv
 from statistics import median
 from typing import Any
 
@@ -19,7 +20,6 @@ import torch
 from fastnull.data import EpochBatches, ImageFolder, Samples, View, loader
 from fastnull.data.cache import keep, plan_cache
 from fastnull.finetune import FinetuneConfig
-from fastnull.record import provenance, write_json
 
 
 def endless(data: Any, batch_size: int) -> Iterator[Any]:
@@ -31,44 +31,38 @@ def endless(data: Any, batch_size: int) -> Iterator[Any]:
 
 
 def main() -> None:
-    """Measure, print a line per setting and, with --out, write JSON."""
+    """Measure, and print a line per setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="with train/CLASS/ in it")
     parser.add_argument("--size", type=int, default=98, metavar="N", help="pixels (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
     parser.add_argument("--batches", type=int, default=40, metavar="N", help="of each way (default: %(default)s)")
-    parser.add_argument("--out", metavar="FILE", help="file for the numbers (.json)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     view = View((args.size, args.size), 3, "bicubic", 1.0, (0.5,) * 3, (0.5,) * 3)
-    rows = []
+    device = torch.device("cpu")
     for color_jitter in (0.4, 0.0):
         settings = FinetuneConfig(color_jitter=color_jitter).image_settings()
         files = Samples(ImageFolder(f"{args.data}/train"), view.training(**settings), 3)
-        batched, device = view.batched(0, **settings), torch.device("cpu")
-        plan = plan_cache("ram", files, None, batched, device)
         started = time.perf_counter()
+        plan = plan_cache("ram", files, None, view.batched(0, **settings), device)
         kept = keep(plan, files, None, device)
         assert kept is not None, "the images have several sizes"
         decoding = time.perf_counter() - started
-        ways = {"files": endless(files, args.batch_size), "memory": endless(kept[0], args.batch_size)}
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(args.batches + 2):
-            for name, batches in ways.items():
+        ways = [endless(files, args.batch_size), endless(kept[0], args.batch_size)]
+        seconds: list[list[float]] = [[], []]
+        for _ in range(args.batches + 2):
+            for times, batches in zip(seconds, ways, strict=True):
                 started = time.perf_counter()
                 next(batches)
-                if turn >= 2:  # without the first ones
-                    seconds[name].append(time.perf_counter() - started)
-        speeds = {name: args.batch_size / median(times) for name, times in seconds.items()}
-        ratio = median(one / other for one, other in zip(*seconds.values(), strict=True))
-        rows.append({"color_jitter": color_jitter, **speeds, "ratio": ratio, "decoding": decoding, "cache": str(plan)})
+                times.append(time.perf_counter() - started)
+        one, other = (times[2:] for times in seconds)  # without the first batches
         print(
-            f"color_jitter {color_jitter}: {speeds['files']:.0f} images per second from files, {speeds['memory']:.0f} "
-            f"from memory ({ratio:.1f}x); {len(files)} images decoded in {decoding:.1f} s, {plan}",
+            f"color_jitter {color_jitter}: {args.batch_size / median(one):.0f} images per second from files, "
+            f"{args.batch_size / median(other):.0f} from memory ({median(map(truediv, one, other)):.1f}x); "
+            f"{len(files)} images decoded in {decoding:.1f} s, {plan}",
             flush=True,
         )
-    if args.out:
-        write_json(args.out, {"loading": rows, "size": args.size, "provenance": provenance()})
 
 
 if __name__ == "__main__":

@@ -26,10 +26,7 @@ LARGEST = 2
 """Training images are kept as they are up to this many times the height and width of the model's."""
 RESIZED = 8 / 7
 """Sides of training images that are kept resized, in sides of the model's: 256 for 224 pixels."""
-_CONTROL_GROUPS = (
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
-)
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 _UNKNOWN = 4 * 2**30  # bytes of free memory, where the system does not tell
 
 
@@ -131,39 +128,36 @@ def keep(
         pixels = numpy.asarray(image)
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
-    storage = device if cache.place == "device" else torch.device("cpu")
+    def decoded(samples: Samples, convert: Callable[[Any], Any], view: RandomView | None) -> CachedImages:
+        images, sizes, labels = _decoded(samples, convert, show)
+        return CachedImages(images.to(device if cache.place == "device" else "cpu"), sizes, labels, view, device)
+
     try:
-        found = CachedImages(*_decoded(train, stored, show), cache.view, storage, device)
+        found = decoded(train, stored, cache.view)
     except _OtherSizeError:
         return None
     if held_out is None or held_out.transform is None:  # tensors
         return found, held_out
-    return found, CachedImages(*_decoded(held_out, held_out.transform, show), None, storage, device)
+    return found, decoded(held_out, held_out.transform, None)
 
 
+@dataclass
 class CachedImages(Dataset[tuple[Tensor, Tensor]]):
     """Images in memory, which a DataLoader fetches in batches.
 
     Args:
-        images: bytes [n, C, H, W].
+        images: bytes [n, C, H, W], on any device.
         sizes: height and width of the originals [n, 2].
-        labels: class indices [n].
-        view: makes random views of them; None: they are used as they are.
-        storage: device of the images in memory.
-        device: of the batches (`batch_device`).
+        targets: class indices [n].
+        view: makes random views; None: images are used as they are.
+        batch_device: of the batches.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        sizes: Tensor,
-        labels: Tensor,
-        view: RandomView | None,
-        storage: torch.device,
-        device: torch.device,
-    ) -> None:
-        self.images, self.sizes, self.targets = images.to(storage), sizes, labels
-        self.view, self.batch_device = view, device
+    images: Tensor
+    sizes: Tensor
+    targets: Tensor
+    view: RandomView | None
+    batch_device: torch.device
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -217,17 +211,16 @@ def _cores() -> int:
 def free_memory() -> int:
     """Bytes that this process can still use: the least of the system's and its control group's."""
     found = []
-    for place, allowed, used, reclaimable in _CONTROL_GROUPS:
-        group = Path("/sys/fs/cgroup") / place
-        with suppress(OSError, ValueError):  # no such group, or no limit ("max")
-            limit, current = (int((group / name).read_text(encoding="ascii")) for name in (allowed, used))
-            found.append(limit - current + _value(group / "memory.stat", reclaimable))
-    with suppress(OSError, ValueError):  # not Linux
+    with suppress(OSError):  # not Linux
         found.append(1024 * _value(Path("/proc/meminfo"), "MemAvailable:"))
+    with suppress(OSError, ValueError):  # no control group, or no limit ("max")
+        limit, used = (int((_CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # cached files are given back on demand
+        found.append(limit - used + _value(_CONTROL_GROUP / "memory.stat", "inactive_file"))
     return min(found, default=_UNKNOWN)
 
 
 def _value(file: Path, name: str) -> int:
-    """The number of a line `name number ...`."""
-    found = [line.split()[1] for line in file.read_text(encoding="ascii").splitlines() if line.split()[0] == name]
-    return int("".join(found))
+    """The number of a line `name number ...`; 0 without one."""
+    lines = map(str.split, file.read_text().splitlines())
+    return next((int(line[1]) for line in lines if line[0] == name), 0)

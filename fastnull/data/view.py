@@ -88,20 +88,11 @@ class View:
             ) from error
         return _Erasing(transform, reprob, self.mean, self.std) if reprob else transform
 
-    def batched(
-        self,
-        seed: int,
-        *,
-        crop_scale: float,
-        hflip: float,
-        color_jitter: float,
-        auto_augment: str | None,
-        reprob: float,
-    ) -> RandomView | None:
+    def batched(self, seed: int, *, auto_augment: str | None, reprob: float, **settings: float) -> RandomView | None:
         """`training` for batches; None if it has no form for batches."""
         if auto_augment or reprob or self.interpolation not in INTERPOLATIONS:
             return None
-        return RandomView(self.size, self.interpolation, crop_scale, hflip, color_jitter, seed)
+        return RandomView(self.size, self.interpolation, seed=seed, **settings)
 
 
 def _check_policy(policy: str | None) -> None:

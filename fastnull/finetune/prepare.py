@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,8 @@ def keep_images(config: FinetuneConfig, ready: Prepared, device: torch.device, p
     """`ready` with its image files decoded in memory, where `config.cache` says so. Raises as `cache_of`."""
     for several_sizes in (False, True):
         cache = cache_of(config, ready, device, processes, several_sizes=several_sizes)
+        if config.progress and processes.first and cache is not None:
+            print(f"cache: {cache}", file=sys.stderr)
         if cache is None or cache.view is None:
             break
         kept = keep(cache, ready.train, ready.validation, device, config.progress and processes.first)

@@ -130,5 +130,5 @@ def test_free_memory_is_that_of_the_control_group(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("2000000\n")
     (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 500000\n")
-    monkeypatch.setattr(caches, "_CONTROL_GROUPS", ((tmp_path, *caches._CONTROL_GROUPS[0][1:]),))
+    monkeypatch.setattr(caches, "_CONTROL_GROUP", tmp_path)
     assert free_memory() == 1_500_000

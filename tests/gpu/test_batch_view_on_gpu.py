@@ -17,8 +17,8 @@ def test_views_are_those_of_the_cpu_up_to_rounding() -> None:
     view = RandomView((56, 32), "bicubic", 0.08, 0.5, 0.4, seed=1)
 
     def batches(storage: str, device: str) -> list[torch.Tensor]:
-        places = torch.device(storage), torch.device(device)
-        data = CachedImages(images, torch.tensor([[40, 48]] * 24), torch.arange(24), view, *places)
+        sizes = torch.tensor([[40, 48]] * 24)
+        data = CachedImages(images.to(storage), sizes, torch.arange(24), view, torch.device(device))
         found = list(loader(data, EpochBatches(24, 8, 3, seed=0), workers=2, device=device))
         assert all(some.device.type == torch.device(device).type for some, _ in found)
         return [some.cpu().int() for some, _ in found]
