@@ -433,7 +433,7 @@ class NullspaceAugment:
                 f"{self.config.site!r} {list(tokens.shape[1:])}: call refresh(batches) with images of this size"
             )
         if self._bank.tokens.device != tokens.device:  # it comes from a file
-            self._bank = replace(self._bank, tokens=self._bank.tokens.to(tokens.device))
+            self._bank = replace(self._bank, tokens=carried(self._bank.tokens, tokens.device))
         self.stats["influence"] = self._bank.influence.mean()
         noise = self._bank.tokens[source.integers(len(self._bank))]
         return valid_noise(tokens, noise) if self.config.site == "pixels" else noise

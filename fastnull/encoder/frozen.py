@@ -26,7 +26,7 @@ from fastnull.encoder.explicit.encoder import ExplicitEncoder
 from fastnull.encoder.explicit.products import automatic_dtype, products_dtype
 from fastnull.encoder.proof import check_structure, check_values, problems_of
 from fastnull.ops.attention import WIDEST_HEAD
-from fastnull.ops.common import NATIVE_DTYPES, switched_off, told, triton_problem
+from fastnull.ops.common import NATIVE_DTYPES, in_autocast, switched_off, told, triton_problem
 from fastnull.selftest import prove
 from fastnull.vit.base import SplitViT, check_site
 from fastnull.vit.exact import same, snapshot
@@ -102,7 +102,7 @@ class FrozenEncoder:
         preferred = automatic_dtype(weight) if dtype == AUTO else own
         self._dtypes = list(dict.fromkeys((preferred, own)))  # the first that the written-out encoder supports is used
         # nothing proves a 16-bit copy of the model: only a caller in autocast gets one without asking
-        self._reference_dtype = preferred if torch.is_autocast_enabled(weight.device.type) else own
+        self._reference_dtype = preferred if in_autocast(weight.device) else own
         self._device = weight.device
         self.generation = 0
         self._choose()

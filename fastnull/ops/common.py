@@ -173,6 +173,11 @@ def no_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
+def in_autocast(device: torch.device) -> bool:
+    """True inside the caller's autocast region for this device; False for devices without autocast, such as meta."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastnull.checks import check_choice
+from fastnull.ops.common import in_autocast
 
 LEAST_WIDTH = 128
 """Width from which `auto` is bfloat16 on a CPU. In narrower models the products save less time than the copy of the
@@ -45,7 +46,7 @@ def automatic_dtype(weight: Tensor) -> torch.dtype:
     device = weight.device
     if weight.dtype != torch.float32:
         return weight.dtype
-    if torch.is_autocast_enabled(device.type):
+    if in_autocast(device):
         return torch.get_autocast_dtype(device.type)
     if device.type == "cpu" and len(weight) >= LEAST_WIDTH:
         return products_dtype(torch.bfloat16, device)
