@@ -27,6 +27,10 @@ class EvaluationSettings:
         norm: `linf` or `l2`.
         steps: of PGD, MI-FGSM and APGD; PGD's step size is eps / 4, its start random.
         restarts: of PGD and APGD.
+        final_iterate: attack every image, misclassified ones too, with all steps and by autograd, and judge PGD and
+            MI-FGSM by the last point, as other libraries do; False: an image is robust if the model is right about
+            it and about every point that was tried, and is attacked until it is not. Attacks of another model
+            (`source`) always go to the last point.
         corruptions: names of fastnull.robustness.CORRUPTIONS, computed in memory.
         severities: any of 1 .. 5, of corruptions in memory and of imagenet-c.
         root: folder of the published test sets.
@@ -52,6 +56,7 @@ class EvaluationSettings:
     norm: str = "linf"
     steps: int = 10
     restarts: int = 1
+    final_iterate: bool = False
     corruptions: tuple[str, ...] = DEMO_CORRUPTIONS
     severities: tuple[int, ...] = SEVERITIES
     root: str | None = None
