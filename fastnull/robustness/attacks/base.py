@@ -155,9 +155,7 @@ class Victim:
         self._steep |= ~gradient.isfinite().all() & ~self._broken
         return gradient, values.detach(), logits.detach()
 
-    def _encoded(
-        self, encoder: FrozenEncoder, images: Tensor, loss: Criterion, labels: Tensor
-    ) -> tuple[Tensor, ...]:
+    def _encoded(self, encoder: FrozenEncoder, images: Tensor, loss: Criterion, labels: Tensor) -> tuple[Tensor, ...]:
         def cotangent(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
             self._check(logits)
             with torch.enable_grad():

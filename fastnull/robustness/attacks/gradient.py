@@ -180,9 +180,7 @@ def mi_fgsm(
         for _ in range(steps):
             gradient, _, logits = victim.gradient(adversarial)
             if leave:
-                adversarial, gradient, momentum = victim.leave(
-                    victim.success(logits), adversarial, gradient, momentum
-                )
+                adversarial, gradient, momentum = victim.leave(victim.success(logits), adversarial, gradient, momentum)
                 if not len(adversarial):
                     break
             near_one, _ = scaled(gradient)
