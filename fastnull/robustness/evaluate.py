@@ -418,7 +418,8 @@ def _described(name: str, model: nn.Module) -> str:
     layout, view = FOLDER_SUITES[name], View.of(model)
     size = f"{view.size[0]}x{view.size[1]}"
     how = f"as published, {size}" if layout.as_is else f"resized, crop {view.crop:g}, {view.interpolation}, {size}"
-    return f"{how}; {layout.classes} classes{'' if layout.classes == 1000 else ', the others masked out'}"
+    masked = layout.classes < 1000 and not layout.arrays
+    return f"{how}; {layout.classes} classes{', the others masked out' if masked else ''}"
 
 
 def _lookup(results: Mapping[str, Any], path: tuple[str, ...]) -> Any:
