@@ -6,6 +6,7 @@ stopped. A file made under another protocol is refused. Under torchrun the image
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastnull.checks import check_device, is_out_of_memory
 from fastnull.data.classes import check_same_classes
+from fastnull.data.image_files import ImageFiles, to_pixels
+from fastnull.data.sources import Samples
 from fastnull.data.view import View
 from fastnull.noise import Noise
 from fastnull.paths import check_output
@@ -105,6 +108,7 @@ def evaluate(
     if "noise" in settings.suites and noise is None:
         raise ValueError("suite noise needs a noise")
     main, transform = _images(model, data, settings, device)
+    small = main if settings.corruption_size is None else _before_resizing(model, main, settings, device)
     worst = source is None and not settings.final_iterate
     encoder = pixel_encoder(model) if worst and set(GRADIENT_ATTACKS) & set(settings.suites) else None
     protocol = _protocol(model, source, noise, settings, main, transform, device) | {
@@ -129,7 +133,7 @@ def evaluate(
         run = _Run(record, out if first else None, bar)
         for measurement in todo:
             bar.set_description(measurement.name)
-            images, mask = main, None
+            images, mask = small if measurement.path[0] == "corruptions" else main, None
             if measurement.suite is not None and settings.root is not None:
                 found = open_suite(measurement.suite, settings.root, model, skip_bad=settings.skip_bad)
                 images, mask = _batches(found.images, settings, device), found.mask
@@ -190,6 +194,24 @@ def _images(
     return images, transform
 
 
+def _before_resizing(
+    model: nn.Module, main: EvaluationData | None, settings: EvaluationSettings, device: torch.device
+) -> EvaluationData | None:
+    """The images in the size in which they are corrupted."""
+    if main is None or "corruptions" not in settings.suites:
+        return main
+    if not isinstance(main.data, (ImageFiles, Samples)):
+        raise ValueError(
+            f"corruption_size needs image files, a folder or a data set of timm, to resize them after the corruption; "
+            f"got {type(main.data).__name__}"
+        )
+    assert settings.corruption_size is not None
+    show = replace(View.of(model), size=(settings.corruption_size,) * 2, crop=1.0).evaluation()
+    files = copy.copy(main.data)
+    files.transform = lambda image: to_pixels(show(image))
+    return _batches(files, settings, device)
+
+
 def _batches(data: Any, settings: EvaluationSettings, device: torch.device) -> EvaluationData:
     return EvaluationData(data, settings.batch_size, settings.limit, device, settings.workers, settings.seed)
 
@@ -226,7 +248,8 @@ def _protocol(
         "autoattack": _autoattack(source or model, main) if main is not None and "autoattack" in suites else None,
         "corruptions": list(settings.corruptions),
         "severities": [int(severity) for severity in settings.severities],
-        "corruption_source": "computed in memory in float32, not the published JPEG files",
+        "corruption_source": "computed in memory in float32, not the published files",
+        "corruption_size": settings.corruption_size,
         "frost": frost_source(settings.frost_folder),
         "seed": settings.seed,
         "dtype": dtype_name(model, device),
@@ -246,7 +269,9 @@ def _measurements(
     if noise is not None and "noise" in suites:
         found += noisy(model, noise)
     if "corruptions" in suites:
-        found += corrupted(model, settings.corruptions, settings.severities, seed, settings.frost_folder)
+        found += corrupted(
+            model, settings.corruptions, settings.severities, seed, settings.frost_folder, settings.corruption_size
+        )
     return found + [Measurement(tuple(part.split("/")), plain(model), part) for part in settings.folders]
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastnull.data.image_files import to_pixels
+from fastnull.data.view import View
 from fastnull.noise import Noise
 from fastnull.robustness.attacks import apgd, autoattack, cw_l2, fgsm, mi_fgsm, patch_attack, pgd
 from fastnull.robustness.attacks.base import model_dtype, model_logits
@@ -129,6 +131,14 @@ def clean_and_attacked(
     return found
 
 
+def _shown(images: Tensor, show: Callable[[Any], Tensor]) -> Tensor:
+    """Images [B, C, H, W] rounded down to 8 bits, as published files are, and put through a transform of PIL images."""
+    from PIL import Image
+
+    pixels = images.mul(255).add(1e-3).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return torch.stack([to_pixels(show(Image.fromarray(image.squeeze()))) for image in pixels]).to(images)
+
+
 def noisy(model: nn.Module, noise: Noise) -> list[Measurement]:
     """The noise at its site, and its permutation."""
     from fastnull.encoder.frozen import FrozenEncoder
@@ -157,14 +167,20 @@ def noisy(model: nn.Module, noise: Noise) -> list[Measurement]:
 
 def corrupted(
     model: nn.Module, corruptions: Sequence[str], severities: Sequence[int], seed: int,
-    frost_folder: str | os.PathLike[str] | None,
+    frost_folder: str | os.PathLike[str] | None, size: int | None,
 ) -> list[Measurement]:  # fmt: skip
-    """One number per corruption (computed in memory) and severity."""
+    """One number per corruption (computed in memory) and severity; images of a `size` are then resized."""
+    constants = "cifar10-c" if size == 32 else "imagenet-c"
+    show = None if size is None else View.of(model).evaluation()
 
     def respond(name: str, severity: int) -> Response:
-        return lambda images, labels, indices: model_logits(
-            model, corrupt(images, name, severity, seed=seed, indices=indices, frost_folder=frost_folder)
-        )
+        def corrupted(images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+            changed = corrupt(
+                images, name, severity, seed=seed, indices=indices, frost_folder=frost_folder, constants=constants
+            )
+            return model_logits(model, changed if show is None else _shown(changed, show))
+
+        return corrupted
 
     return [
         Measurement(("corruptions", name, str(int(severity))), respond(name, int(severity)))
