@@ -121,10 +121,10 @@ def _summary(name: str, rows: Sequence[Row], products: Mapping[str, str]) -> lis
         best = [r for r in (ratio(rows, (b, kind), mine) for b in ("frozen", "compiled")) if r is not None]
         if best:
             lines.append(f"{name} {kind}: {min(best):.2f} x the speed of the better frozen baseline in {kind}")
-        share = ratio(rows, (PRODUCTS, products[kind]), mine)
-        if share is not None:
+        fraction = ratio(rows, (PRODUCTS, products[kind]), mine)
+        if fraction is not None:
             lines.append(
-                f"{name} {kind}: {PRODUCTS} alone, in {products[kind]}, take {100 * share:.0f} % of the step's time"
+                f"{name} {kind}: {PRODUCTS} alone, in {products[kind]}, take {100 * fraction:.0f} % of the step's time"
             )
         twin = ratio(rows, (mine[0] + AGAIN, kind), mine)
         if twin is not None:

@@ -62,9 +62,9 @@ def _case(patch: int, rank: int, settings: BenchSettings) -> Case:
 def _summary(rows: Sequence[Row]) -> list[str]:
     lines = []
     for dtype in dict.fromkeys(row.dtype for row in rows):
-        share = ratio(rows, ("fastnull", dtype), ("two products", dtype))
-        if share is not None:
-            lines.append(f"patch_project {dtype}: {share:.2f} x the time of its two products alone")
+        relative = ratio(rows, ("fastnull", dtype), ("two products", dtype))
+        if relative is not None:
+            lines.append(f"patch_project {dtype}: {relative:.2f} x the time of its two products alone")
     return lines
 
 

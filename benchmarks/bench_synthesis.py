@@ -26,7 +26,7 @@ from fastnull.synthesis import SynthesisConfig, synthesize
 from fastnull.synthesis.batches import Pair
 from fastnull.synthesis.universal import judge, scaled_to_eps
 
-SHARE, STEPS, BATCHES = 0.1, 40, 2
+FRACTION, STEPS, BATCHES = 0.1, 40, 2
 BANK = "fastnull, one bank"
 """All starts in one synthesis, as a bank of noises is made; the other variants take them one after the other."""
 DIGITS_EPS, DIGITS_STEPS, DIGITS_BATCH, DIGITS_STARTS = 0.03, 400, 64, 3
@@ -59,7 +59,7 @@ def cases(settings: BenchSettings) -> Iterator[Case]:
         B, starts = max(1, settings.batch // 8), _starts(model, settings, 1)
         *batches, check, unseen = [make_images(model, B, settings, key) for key in range(BATCHES + 2)]
         oracle, pairs = _oracle(model, batches)
-        eps = SHARE * min(float(judge(oracle, starts, [pair])) for pair in pairs)
+        eps = FRACTION * min(float(judge(oracle, starts, [pair])) for pair in pairs)
         yield _case(Task(name, model, batches, check, unseen, starts, eps, STEPS), settings)
     if settings.trained:
         model, images = trained_digits(settings)

@@ -1,4 +1,4 @@
-"""What all suites share: cases and their variants, the correctness gate, interleaved timing, ceilings, tables."""
+"""Common parts of all suites: cases and their variants, the correctness gate, interleaved timing, ceilings, tables."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ LIMIT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.fl
 AGAIN = " (again)"
 FAILED = "FAILED: "
 MAX_ROUNDS = 1000
+QUEUED = 2
+"""Rounds that a GPU has to go on with while the host waits for the one before them."""
 WARM_UP = 0.2
 """Seconds that a variant runs before it is timed, on a GPU; clocks and caches settle by time, not by count."""
 
@@ -189,18 +191,28 @@ def attempt(work: Callable[[], T], device: str) -> tuple[T | None, str]:
 def interleaved(
     prepared: Sequence[Prepared], copies: int, seconds: float, rounds: int, timer: CpuTimer | CudaTimer
 ) -> list[list[float]]:
-    """Milliseconds of each, round by round: every round runs all, beginning with another one."""
+    """Milliseconds of each, round by round: every round runs all, beginning with another one.
+
+    On a GPU the host is at most QUEUED rounds ahead, so that `seconds` limits the running and not the launching.
+    """
     readers: list[list[Callable[[], float]]] = [[] for _ in prepared]
+    times: list[list[float]] = [[] for _ in prepared]
     begin, done = time.perf_counter(), 0
     while done < rounds or time.perf_counter() - begin < seconds:
         for place in range(len(prepared)):
             chosen = (place + done) % len(prepared)
             run, _ = prepared[chosen]
             readers[chosen].append(timer.start(lambda run=run, index=done % copies: run(index)))
+        if done >= QUEUED:
+            for column, unread in zip(times, readers, strict=True):
+                column.append(unread.pop(0)())
         done += 1
         if done >= max(rounds, MAX_ROUNDS):
             break
-    return [[read() / calls for read in column] for column, (_, calls) in zip(readers, prepared, strict=True)]
+    for column, unread, (_, calls) in zip(times, readers, prepared, strict=True):
+        column += [read() for read in unread]
+        column[:] = [value / calls for value in column]
+    return times
 
 
 def measure(case: Case, settings: BenchSettings, ceilings: Ceilings, about: Mapping[str, Any]) -> list[Row]:
@@ -245,7 +257,7 @@ def _with_times(row: Row, times: Sequence[float], work: Work, dtype: torch.dtype
         return replace(row, ms_p50=p50, ms_p20=p20, ms_p80=p80)
     return replace(
         row, ms_p50=p50, ms_p20=p20, ms_p80=p80, gflop=work.flop / 1e9, mb=work.bytes / 1e6, floor_ms=floor,
-        floor_share=floor / p50,
+        floor_fraction=floor / p50,
     )  # fmt: skip
 
 
@@ -328,7 +340,7 @@ def measure_ceilings(settings: BenchSettings) -> Ceilings:
 
 
 def format_case(case: Case, rows: Iterable[Row]) -> str:
-    """A table: time and spread, share of the floor, error, and speed-up over the baseline (none for a wrong row)."""
+    """A table: time and spread, fraction of the floor, error, and speed-up over the baseline (none for a wrong row)."""
     rows = list(rows)
     backend, dtype = case.baseline
     base = next((r.ms_p50 for r in rows if (r.backend, r.dtype) == (backend, name_of(dtype))), None)
@@ -339,10 +351,10 @@ def format_case(case: Case, rows: Iterable[Row]) -> str:
         timed = [f"{value:.3f}" if value is not None else "-" for value in (r.ms_p50, r.ms_p20, r.ms_p80)]
         if r.suite == "memory" and r.mb is not None:
             timed[0] = f"{r.mb:.1f} MB"
-        share = f"{100 * r.floor_share:.0f} %" if r.floor_share else "-"
+        fraction = f"{100 * r.floor_fraction:.0f} %" if r.floor_fraction else "-"
         ratio = f"{base / r.ms_p50:.2f}" if base and r.ms_p50 else "-"
         error = f"{r.max_err:.1e}" if r.max_err is not None else "-"
-        table.append((r.backend, r.dtype, *timed, share, error, ratio, r.note))
+        table.append((r.backend, r.dtype, *timed, fraction, error, ratio, r.note))
     return f"\n{case.suite}: {case.op} {case.mode} {case.shape}\n{format_table(table)}"
 
 

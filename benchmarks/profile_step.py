@@ -1,6 +1,6 @@
 """Where the time of a finetuning step goes: `python -m benchmarks.profile_step --model vit_small_patch16_224`.
 
-Prints each phase's share and the operators that take most, from torch.profiler, and how often a step makes the host
+Prints each phase's fraction and the operators that take most, from torch.profiler, and how often a step makes the host
 wait for the device. The phases: `views` are the forward passes with their graph, `noise` the synthesis in
 them, `backward`, `optimizer`. On a GPU times are those of its kernels.
 """

@@ -1,7 +1,7 @@
 """What each setting of a universal synthesis brings: `python -m benchmarks.synthesis_settings`, a table for docs.
 
 The trained digits ViT, ε 0.03, several starts, everything in turns in one run. Of each setting: its time for one noise
-as a share of the published loop's, updates, the norm of the noise where its influence on images that nobody used is ε
+relative to the published loop's, updates, the norm of the noise where its influence on images that nobody used is ε
 (so that noises of different influence can be compared), and how alike the noises of different starts are.
 """
 
@@ -97,10 +97,10 @@ def main() -> None:
     newer = later.model.requires_grad_(False)
     encoder_later = FrozenEncoder(newer)
     warm = {}
-    for share in WARM:
-        config = replace(BASE, warm=share)
+    for fraction in WARM:
+        config = replace(BASE, warm=fraction)
         first = torch.cat([warm_start(replace(config, seed=1000 + k), old[None]) for k, old in enumerate(last)])
-        warm[f"warm={share:g}"] = lambda config=config, first=first: ours(config, batches, encoder_later, first)
+        warm[f"warm={fraction:g}"] = lambda config=config, first=first: ours(config, batches, encoder_later, first)
     print("\nfor the model one clean epoch later, from the noises of `default`:")
     table(warm, newer, unseen, args.rounds, seconds)
     print(provenance("cpu", threads=1))

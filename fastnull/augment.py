@@ -1,12 +1,12 @@
-"""NullspaceAugment: noise that the model does not, or just does, see, added while it is finetuned.
+"""NullspaceAugment: adds nullspace noise, which hardly changes the model's output, during finetuning.
 
-Two forms. `aug.loss(images, labels, criterion)` is the published one, CE(clean) + CE(noisy). With `fraction`, the
-default of boundary noise in pixels, each image has one view, which is noisy for that fraction of the images. Of two
-views, noise that needs no clean logits (universal, random) takes both through the encoder in one pass, with one patch
-embedding. Else the clean view goes first, and synthesis takes its logits: a pass less than if it made its own. The hook
-form (`attach()`, `detach()`, `with aug:`) puts the noise into any training loop that calls the model. Noise is on in
-training mode only: the mode of the model that is called, whatever its parts are in. It is made with the weights of that
-moment, and a training forward that should have had it and had not is a RuntimeError.
+It has two forms. `aug.loss(images, labels, criterion)` is the published one, CE(clean) + CE(noisy). With `fraction`,
+the default of boundary noise in pixels, each image has one view, which is noisy for that fraction of the images. With
+two views, modes that need no clean logits (universal, random) run both views in one pass with one patch embedding; the
+others run the clean view first and use its logits for the synthesis. The hook form (`attach()`, `detach()`, `with
+aug:`) adds noise in any training loop that calls the model. Noise is added only if the model that is called is in
+training mode; the modes of its parts do not matter. It is computed with the current weights, and a training forward
+without the requested noise is a RuntimeError.
 
     aug = NullspaceAugment(model)
     for images, labels in loader:
@@ -32,13 +32,13 @@ from fastnull.checks import as_type, check_choice, check_labels, check_number, r
 from fastnull.distributed.sharded import is_sharded
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.noise import Noise, check_noise
-from fastnull.rng import Place, carried, fraction_of, generator
+from fastnull.rng import KeyedRandom, Place, carried, fraction_of, generator
 from fastnull.synthesis.batches import check_batch
 from fastnull.synthesis.config import ALL_MODES, SynthesisConfig, recommended_fraction
 from fastnull.synthesis.replay import Replay, use_graph
 from fastnull.synthesis.run import synthesize
 from fastnull.synthesis.solvers import norms, own_noise, valid_noise
-from fastnull.synthesis.starts import Start, draw_start, warm_start
+from fastnull.synthesis.starts import Start, draw_start, step_source, warm_start
 from fastnull.vit.base import inside_frozen, logits_of
 
 MODES = ALL_MODES
@@ -46,20 +46,20 @@ MODES = ALL_MODES
 
 @dataclass
 class _View:
-    """What one forward of the model is to see, and what has become of it."""
+    """The view of one forward of the model, and whether noise was applied."""
 
     noisy: bool = True
-    """False: the images as they are, also where the augmentation is attached."""
+    """False: no noise, even if the augmentation is attached."""
     both: bool = False
-    """Clean and noisy images in one pass, [2 B, ...]; else noisy ones alone."""
+    """Clean and noisy images in one pass, [2 B, ...]; False: only noisy ones."""
     clean: Tensor | None = None
-    """Logits of the images without noise [B, K], where synthesis need not make them."""
+    """Logits of the images without noise [B, K]; None: synthesis computes them."""
     applied: bool = False
-    """Whether noise has been added."""
+    """Whether noise was added."""
 
 
 NOT_APPLIED = (
-    "noise was asked for in this training forward and none was added: the module at its site did not run with its "
+    "noise was requested in this training forward and none was added: the module at its site did not run with its "
     "hook. If the model, or the part with that module, was compiled and run before NullspaceAugment was created, "
     "create it first, or call torch._dynamo.reset()"
 )
@@ -67,39 +67,39 @@ NOT_APPLIED = (
 
 PASSED_BY = (
     "a part of the model was called in training while its NullspaceAugment is attached, and not the model itself, so "
-    "there was no noise: call the model that the augmentation was made of, as model(images), or set `enabled` to False "
-    "around a call that needs no noise"
+    "there was no noise: call the model of the augmentation as model(images), or set `enabled` to False around a call "
+    "that needs no noise"
 )
 
 
 class NullspaceAugment:
     """Adds synthesised noise to a ViT's training views.
 
-    Not a module, and never part of the model: a copy of the model (EMA, deepcopy) carries no live hook.
+    It is not a module and not part of the model: a copy of the model (EMA, deepcopy) has no noise.
 
     Args:
-        model: the ViT that is trained, as the training loop calls it (NormalizedModel, DDP, compiled or plain). It must
-            take pixels in [0, 1] for site `pixels`. Create the augmentation before the compiled model first runs.
-        mode: `boundary`: each image's noise is driven to influence ε; `per_image`: to below ε; `universal`: drawn from
-            a bank that `refresh` learns; `random`: U(−limit, limit) an image, no synthesis (a control). None is that of
-            `config`, or `boundary`.
-        eps: influence aimed at; limit: of the uniform start, in units of the site; steps: of the synthesis.
-            None takes the recommended value of mode and site, see fastnull.synthesis.config.RECOMMENDED.
-        site: `patch`, `block0` or `pixels`. None is `pixels` for `boundary`, else `patch`.
-        count: universal: noises in the bank; every image of a batch gets one of them.
-        seed: with `step` the key of all random numbers: the same (seed, step) gives the same noise.
-        fraction: 0: `loss` sees every image clean and noisy, and the hook form noisy. A number in (0, 1]: both see each
-            image once, and that fraction of a batch is noisy, at even distances; where a batch holds one image, that
-            fraction of the batches (ours: steps that cost half as much are twice as many). None takes the
-            recommended one: 0.5 for boundary noise in pixels, else 0.
-        backend, dtype: of the FrozenEncoder that synthesis runs on.
-        config: every setting of the synthesis at once, instead of eps, limit, steps, site, count and seed.
+        model: the ViT as the training loop calls it (NormalizedModel, DDP, compiled or plain). Site `pixels` needs
+            pixels in [0, 1]. Create the augmentation before a compiled model runs for the first time.
+        mode: `boundary`: noise of each image with influence ε; `per_image`: below ε; `universal`: drawn from a bank
+            that `refresh` learns; `random`: U(−limit, limit) per image, without synthesis (a control). None: the mode
+            of `config`, or `boundary`.
+        eps: target influence; limit: of the uniform start, in units of the site; steps: of the synthesis.
+            None: the recommended value of mode and site, see fastnull.synthesis.config.RECOMMENDED.
+        site: `patch`, `block0` or `pixels`. None: `pixels` for `boundary`, else `patch`.
+        count: universal: number of noises in the bank; every image of a batch gets one of them.
+        seed: the same (seed, step) gives the same noise.
+        fraction: 0: `loss` uses a clean and a noisy view of every image, the hook form a noisy one. In (0, 1]: one view
+            per image, noisy for that fraction of a batch at equal distances, or of the batches if they hold one image.
+            None: the recommended one, 0.5 for boundary noise in pixels, else 0.
+        backend, dtype: of the FrozenEncoder for the synthesis. dtype None is that of `config`, by default `auto`: a
+            16-bit dtype where this machine multiplies it faster.
+        config: all settings of the synthesis, instead of eps, limit, steps, site, count and seed.
 
     Attributes:
         step: number of draws so far; set it to the global step for exact resume, or see `at`.
         enabled: False switches the hook form off without detaching.
         stats: of the last draw: `influence` (mean over images before the last step; of the bank in universal mode;
-            NaN in random mode) and `norm` (mean), as tensors on the device: reading them costs no sync until asked.
+            NaN in random mode) and `norm` (mean), as tensors on the device.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class NullspaceAugment:
         self.config = config
         self.fraction = recommended_fraction(mode, config.site) if fraction is None else fraction
         check_number("fraction", self.fraction, 0, 1)
-        self.encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
+        self.encoder = FrozenEncoder(model, dtype or config.encoder_dtype, backend, config.site)
         self.model = model
         self._solve = self._solver()
         self.step = 0
@@ -145,40 +145,36 @@ class NullspaceAugment:
         self.stats: dict[str, Tensor] = {}
         self._bank: Noise | None = None
         self._attached = False
-        self._traced = _frames_traced() > _at_reset  # code that may not have this augmentation's hooks
+        self._traced = _frames_traced() > _at_reset  # compiled code may lack this augmentation's hooks
         self._forwards = 0  # with noise, since it was attached
-        self._looked = False  # at the values of a batch
+        self._looked = False  # whether the values of a batch were checked
         self._place: Place | None = None
-        self._asked: _View | None = None  # by the running `loss`, `views` or `outputs`
-        self._inside = False  # a forward of the model
-        self._running: _View | None = None  # of the forward that runs, where it has noise
+        self._asked: _View | None = None  # of the running `loss`, `views` or `outputs`
+        self._inside = False  # whether a forward of the model runs
+        self._running: _View | None = None  # of the running forward, if it has noise
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
         _check_tokens_stay(self.encoder, config.site)
         if self.encoder.vit.num_classes == 1 and mode != "random":
             warnings.warn(
-                "fastnull: noise is judged by probabilities of classes, and a model with one output has none: its "
-                "influence is 0, and the noise stays its random start",
+                "fastnull: influence is measured on class probabilities, and a model with one output has none: the "
+                "influence is 0, and the noise stays at its random start",
                 stacklevel=2,
             )
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise ValueError(
                 "DataParallel runs copies of the model on several devices, which share this augmentation's state: use "
-                "one process a device (DistributedDataParallel)"
+                "one process per device (DistributedDataParallel)"
             )
         self._register()
 
     def at(self, step: int, place: Place | None = None) -> NullspaceAugment:
-        """Set what the next draws are for: a step of the training, and a part of its batch.
+        """Set the training step of the next draws, and the position of their images in its batch; returns self.
 
         Args:
-            step: of the training; the next draw takes the random numbers of this step.
-            place: where the images of the next calls lie in a larger batch (a fastnull.rng.Place), if several
-                processes have parts of it, or it comes in parts one after the other. They get the noise that they would
-                get in the whole batch. None: they are the batch.
-
-        Returns:
-            the augmentation itself.
+            step: of the training; the next draw uses the random numbers of this step.
+            place: position in a larger batch (a fastnull.rng.Place) that is split over processes or into parts. The
+                images get the noise that they would get in the whole batch. None: they are the whole batch.
         """
         self.step, self._place = step, place
         return self
@@ -186,22 +182,22 @@ class NullspaceAugment:
     def loss(
         self, images: Tensor, labels: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """criterion(clean) + criterion(noisy); with `fraction` the criterion of the one view.
+        """criterion(clean) + criterion(noisy); with `fraction` the criterion of the only view.
 
         Args:
-            images: [B, C, H, W] as the model takes them.
-            labels: [B] or soft [B, K], as the criterion takes them. It gets integers and bools as int64 [B], or in the
-                logits' dtype [B, K].
+            images: [B, C, H, W], the input of the model.
+            labels: classes [B] or soft labels [B, K]. Integers and bools are converted to int64 [B], or to the logits'
+                dtype [B, K].
             criterion: (logits [B, K], labels) → scalar.
 
         Returns:
-            the loss with its graph, and the clean view's logits [B, K]; with `fraction` those of the one view.
+            the loss with its graph, and the clean view's logits [B, K]; with `fraction` those of the only view.
 
         Raises:
-            RuntimeError: in eval mode, before `refresh` in universal mode, or where the hooks did not run (the model
-                was compiled and run before this augmentation was created), so that there was no noise.
-            ValueError, TypeError: bad images or labels. (On a GPU the first batch alone is searched for bad values: the
-                host would wait for it in every step.)
+            RuntimeError: in eval mode, before `refresh` in universal mode, or if no noise was added because the model
+                was compiled and run before this augmentation was created.
+            ValueError, TypeError: invalid images or labels. On a GPU only the values of the first batch are checked, to
+                avoid synchronisation.
         """
         trusting = self._trusting(images)
         if self.fraction:
@@ -218,7 +214,7 @@ class NullspaceAugment:
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K] of the clean and of the noisy view, with their graph. Raises as `loss`.
 
-        With `fraction` that fraction of the noisy view has noise.
+        With `fraction` only that fraction of the noisy view has noise.
         """
         self._check(images)
         if self.mode in ("universal", "random"):
@@ -228,14 +224,14 @@ class NullspaceAugment:
         return logits_of(clean), logits_of(noisy)
 
     def outputs(self, images: Tensor, forward: Callable[[], Any]) -> list[Any]:
-        """What a function that calls the model returns for each view, where the loss is not one of logits and labels.
+        """Results of a function that calls the model, for each view; for other losses than that of logits and labels.
 
         Args:
-            images: [B, C, H, W], those that the function gives to the model.
-            forward: calls the model once; returns logits [B, K] or anything that has them as `.logits`.
+            images: [B, C, H, W], the input that the function gives to the model.
+            forward: calls the model once; returns logits [B, K] or an output with `.logits`.
 
         Returns:
-            what it returned for the clean and for the noisy view; with `fraction` for the one view. Raises as `loss`.
+            the results for the clean and the noisy view; with `fraction` for the only view. Raises as `loss`.
         """
         self._check(images)
         if self.fraction:
@@ -246,11 +242,11 @@ class NullspaceAugment:
         before = _random_state(images.device)
         clean = self._call(len(images), _View(noisy=False), forward)
         noisy = _View()
-        # of a fraction the synthesis takes some rows only
+        # with a fraction, synthesis has only some of the rows
         if not self.fraction and torch.equal(before, _random_state(images.device)):
             logits = logits_of(clean).detach()
             noisy.clean = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # else dropout was in it, which synthesis is to look through: it makes logits of its own
+        # else dropout was active: synthesis computes logits without it
         return clean, self._call(len(images), noisy, forward)
 
     def _check(self, images: Tensor) -> None:
@@ -258,8 +254,8 @@ class NullspaceAugment:
             raise RuntimeError("noise is for training: call model.train() first")
         if not self._looked and _misses_exchange(self.model):
             warnings.warn(
-                "fastnull: several processes train, and this augmentation's model exchanges no gradients: make the "
-                "augmentation of the wrapped model (DistributedDataParallel, or as accelerator.prepare returned it)",
+                "fastnull: several processes train, and this augmentation's model exchanges no gradients: create the "
+                "augmentation from the wrapped model (DistributedDataParallel, or the result of accelerator.prepare)",
                 stacklevel=3,
             )
         with self._trusting(images):
@@ -267,7 +263,7 @@ class NullspaceAugment:
         self._looked = True
 
     def _trusting(self, images: Tensor) -> AbstractContextManager[None]:
-        """Checks of a GPU's values after the first batch are left out inside."""
+        """Skip checks of values on a GPU after the first batch."""
         return trusted_values(self._looked and isinstance(images, Tensor) and images.device.type != "cpu")
 
     def _forward(self, images: Tensor, view: _View) -> Tensor:
@@ -277,10 +273,7 @@ class NullspaceAugment:
         return logits_of(self._call(count, view, lambda: self.model(given)))
 
     def _call(self, count: int, view: _View, forward: Callable[[], Any]) -> Any:
-        """What `forward` returns, in whose call of the model the images are seen as the view says.
-
-        `count` logits are expected.
-        """
+        """The result of `forward`, whose call of the model has this view and must give `count` logits."""
         self._asked = view
         try:
             output = forward()
@@ -298,15 +291,12 @@ class NullspaceAugment:
         progress: bool = False,
         mean: Callable[[Tensor], Tensor] | None = None,
     ) -> Noise | None:
-        """Universal mode: learn the bank anew from the model's current weights. Nothing to do in the other modes.
+        """Universal mode: learn a new bank from the model's current weights and return it; None in other modes.
 
-        It starts from fresh noise, or in part from the last bank (SynthesisConfig.warm).
+        The start is new noise, or partly the last bank (SynthesisConfig.warm).
 
         Args:
             batches, check, progress, mean: see fastnull.synthesis.synthesize.
-
-        Returns:
-            the new bank, or None in other modes.
         """
         if self.mode != "universal":
             return None
@@ -322,10 +312,10 @@ class NullspaceAugment:
         return self._bank
 
     def attach(self) -> NullspaceAugment:
-        """From now on every training forward of the model sees the noisy tokens in place of the clean ones.
+        """Add noise in every training forward of the model until `detach`.
 
         Raises:
-            RuntimeError: another augmentation is attached to the model: it would have the noise of both.
+            RuntimeError: another augmentation is attached to the model.
         """
         hooks = self.encoder.vit.model._forward_pre_hooks.values()
         owners = [hook.owner for hook in hooks if isinstance(hook, _Hook)]
@@ -334,8 +324,8 @@ class NullspaceAugment:
         if _is_compiled(self.model) or self._traced:
             what = "to a compiled model" if _is_compiled(self.model) else "after something was compiled and run"
             warnings.warn(
-                f"attaching {what}: hooks are ignored where the model has already run, so torch._dynamo.reset() is "
-                "called and it compiles again. Create the augmentation and attach before the first call to avoid this",
+                f"attaching {what}: compiled code has no hooks, so torch._dynamo.reset() is called and the model "
+                "compiles again. Create the augmentation and attach before the first call to avoid this",
                 stacklevel=2,
             )
             _reset_dynamo()
@@ -344,7 +334,7 @@ class NullspaceAugment:
         return self
 
     def detach(self) -> None:
-        """Take the noise out again. Warns where no training forward of the model has had any."""
+        """Stop adding noise. Warns if no training forward of the model had noise."""
         if self._attached and self.enabled and not self._forwards:
             warnings.warn(
                 "fastnull: no training forward of the model ran while the augmentation was attached, so nothing was "
@@ -362,20 +352,20 @@ class NullspaceAugment:
         self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs: step, settings and the bank; tensors and plain values only."""
+        """State for resuming: step, settings and the bank, as tensors and plain values."""
         bank = None
         if self._bank is not None:
             bank = {name: getattr(self._bank, name) for name in ("tokens", "influence", "norm", "converged", "steps")}
-        return {"mode": self.mode, "config": asdict(self.config), "step": self.step, "bank": bank}
+        dtype = str(self.encoder.dtype)
+        return {"mode": self.mode, "config": asdict(self.config), "step": self.step, "bank": bank, "dtype": dtype}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
+        """Load a state of `state_dict`. Warns if its noise was made in another dtype.
 
         Raises:
-            ValueError: the state is of another mode or site, or not what `state_dict` returns. Nothing is taken over
-                then.
+            ValueError: the state is invalid, or of another mode or site; the augmentation is then unchanged.
         """
-        missing = [key for key in ("mode", "config", "step", "bank") if key not in state]
+        missing = [key for key in ("mode", "config", "step", "bank", "dtype") if key not in state]
         if missing:
             raise ValueError(f"state must be what state_dict() returned; it lacks {', '.join(missing)}")
         given = state["config"] if isinstance(state["config"], Mapping) else {}
@@ -394,52 +384,58 @@ class NullspaceAugment:
                 check_noise(state["bank"], "the state's bank")
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"state must be what state_dict() returned: {error}") from None
+        if state["dtype"] != str(self.encoder.dtype):
+            warnings.warn(
+                f"fastnull: the state is of noise made in {state['dtype']}, here it is made in {self.encoder.dtype}: "
+                "what follows is not the same bit for bit, unless dtype is given",
+                stacklevel=2,
+            )
         self.config, self.step, self._bank = config, step, bank
         self._solve = self._solver()
 
     def draw(self, tokens: Tensor) -> Tensor:
-        """Noise for a batch at the site [B, ...], made with the current weights; no gradient. 0 for the images that
-        `fraction` leaves clean.
+        """Noise for a batch at the site [B, ...], for the current weights, without gradient; 0 for clean images.
 
-        Advances `step` and fills `stats`, which are means over the noisy images (NaN where there is none).
+        Increments `step` and sets `stats`, which are means over the noisy images (NaN without any).
         """
         with torch.autocast(tokens.device.type, enabled=False):
             return self._draw(tokens.detach())
 
     def _draw(self, tokens: Tensor) -> Tensor:
-        step, place, source = self.step, self._place, generator(self.config.seed, self.step, 1)
+        step, device = self.step, tokens.device
+        place = self._place or Place(torch.arange(len(tokens)), len(tokens))
         self.step += 1
         if not self.fraction:
-            return self._drawn(tokens, source, place)
-        place = place or Place(torch.arange(len(tokens)), len(tokens))
+            return self._drawn(tokens, step_source(self.config.seed, step, carried(place.rows, device)))
         positions, place = fraction_of(place, self.fraction, step)
         if len(positions) == 0:
             self.stats = dict.fromkeys(("influence", "norm"), tokens.new_tensor(torch.nan))
             return torch.zeros_like(tokens)
-        positions = carried(positions, tokens.device)
-        return torch.zeros_like(tokens).index_copy(0, positions, self._drawn(tokens[positions], source, place))
+        positions = carried(positions, device)
+        source = step_source(self.config.seed, step, carried(place.rows, device))
+        return torch.zeros_like(tokens).index_copy(0, positions, self._drawn(tokens[positions], source))
 
-    def _drawn(self, tokens: Tensor, source: torch.Generator, place: Place | None) -> Tensor:
+    def _drawn(self, tokens: Tensor, source: KeyedRandom) -> Tensor:
         if self.mode == "universal":
-            noise = self._from_bank(tokens, source, place)
+            noise = self._from_bank(tokens, source)
         else:
-            noise, influence = self._synthesized(tokens, draw_start(tokens, self.config, source, place=place))
+            noise, influence = self._synthesized(tokens, draw_start(tokens, self.config, source))
             self.stats["influence"] = influence.mean()
         self.stats["norm"] = norms(noise).mean()
         return noise.to(tokens.dtype)
 
-    def _from_bank(self, tokens: Tensor, source: torch.Generator, place: Place | None) -> Tensor:
+    def _from_bank(self, tokens: Tensor, source: KeyedRandom) -> Tensor:
         if self._bank is None:
             raise RuntimeError("universal mode has no noise yet: call refresh(batches) first")
-        if self._bank.tokens.shape[1:] != tokens.shape[1:]:  # that of one token would go to all of them
+        if self._bank.tokens.shape[1:] != tokens.shape[1:]:  # one token's noise would broadcast to all tokens
             raise ValueError(
                 f"the bank's noises have shape {list(self._bank.tokens.shape[1:])}, these images at site "
                 f"{self.config.site!r} {list(tokens.shape[1:])}: call refresh(batches) with images of this size"
             )
-        rows = torch.randint(len(self._bank), (place.total if place else len(tokens),), generator=source)
-        rows = rows[place.rows] if place else rows
+        if self._bank.tokens.device != tokens.device:  # it comes from a file
+            self._bank = replace(self._bank, tokens=self._bank.tokens.to(tokens.device))
         self.stats["influence"] = self._bank.influence.mean()
-        noise = carried(self._bank.tokens[rows], tokens.device)
+        noise = self._bank.tokens[source.integers(len(self._bank))]
         return valid_noise(tokens, noise) if self.config.site == "pixels" else noise
 
     def _synthesized(self, tokens: Tensor, start: Start) -> tuple[Tensor, Tensor]:
@@ -447,7 +443,7 @@ class NullspaceAugment:
             noise = valid_noise(tokens, start.noise) if self.config.site == "pixels" else start.noise
             return noise, torch.full((1,), float("nan"))
         self.encoder.sync()
-        if self._solve_of != self.encoder.generation:  # a graph would run the encoder before
+        if self._solve_of != self.encoder.generation:  # a graph runs the old encoder
             self._solve = self._solver()
         inputs = tokens.to(self.encoder.dtype)
         clean = None if self._running is None else self._running.clean
@@ -461,11 +457,13 @@ class NullspaceAugment:
         self._solve_of = encoder.generation
         graph = use_graph(config.graph, encoder.device, encoder.backend)
         return Replay(
-            lambda tokens, clean, start, *size: own_noise(encoder, tokens, clean, start, config, *size), graph
+            lambda tokens, clean, start, *size: own_noise(encoder, tokens, clean, start, config, *size),
+            graph,
+            buffers=encoder.buffers,
         )
 
     def _register(self) -> None:
-        """The hooks stay for the life of this object and do nothing unless a view is asked for."""
+        """Register the hooks, which stay for the life of this object and do nothing without a view."""
         _remove(self._handles)
         vit = self.encoder.vit
         self._handles += [
@@ -474,12 +472,12 @@ class NullspaceAugment:
         ]
         if self.config.site != "pixels":
             self._handles.append(vit.site_module(self.config.site).register_forward_hook(_Hook(self, "_at_site")))
-        else:  # of a compiled network the outside, which breaks no graph
+        else:  # for a compiled network on the outside, to avoid graph breaks
             part = vit.network if _is_compiled(self.model) else getattr(vit, "patch_module", vit.network)
             self._handles.append(part.register_forward_pre_hook(_Hook(self, "_at_part")))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Start of a forward of the model: decide its view."""
+        """At the start of a forward of the model: choose its view."""
         if inside_frozen():
             return None
         self._inside = True
@@ -492,8 +490,8 @@ class NullspaceAugment:
         self._running = view
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "the whole model runs again in the backward pass (activation checkpointing around it), where it would "
-                "get other noise than in the forward: checkpoint its blocks, not the model"
+                "the whole model runs again in the backward pass (activation checkpointing around it), where its noise "
+                "would differ from that of the forward: checkpoint its blocks, not the model"
             )
         if self.encoder.follow():
             self._register()
@@ -512,7 +510,7 @@ class NullspaceAugment:
         return ((noisy, *args[1:]), kwargs) if args else (args, {**kwargs, names[0]: noisy})
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End of a forward of the model, also by an error: was there noise?"""
+        """At the end of a forward of the model, also after an error: check that noise was added."""
         if inside_frozen():
             return
         view, self._running, self._inside = self._running, None, False
@@ -521,11 +519,11 @@ class NullspaceAugment:
 
     @property
     def _doubled(self) -> bool:
-        """Whether both views enter the model as images, where it cannot take more tokens than images."""
+        """Whether both views enter the model as images, because the number of token rows cannot change inside it."""
         return self.config.site != "pixels" and not self.encoder.vit.batch_may_grow
 
     def _at_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        # synthesis runs these modules too
+        # synthesis also runs these modules
         if inside_frozen():
             return None
         if self._running is None:
@@ -538,7 +536,7 @@ class NullspaceAugment:
         return vit.with_tokens(output, self._noisy(tokens))
 
     def _at_part(self, *_: Any) -> None:
-        """Raise RuntimeError where a part of the model is called past the model, whose hooks put the noise in."""
+        """Raise RuntimeError if a part of the model is called directly, where the model's hooks add no noise."""
         due = self._attached and self.enabled and self.encoder.vit.model.training
         if due and not self._inside and not inside_frozen() and torch._C._current_graph_task_id() == -1:
             raise RuntimeError(PASSED_BY)
@@ -552,7 +550,7 @@ class NullspaceAugment:
 
 
 def _for_a_loss(labels: Tensor, logits: Tensor) -> Tensor:
-    """Checked labels in a dtype that torch's losses take."""
+    """Checked labels in a dtype that torch's losses accept."""
     check_labels(labels, logits.shape[-1], len(logits))
     if labels.is_floating_point():
         return labels
@@ -560,17 +558,17 @@ def _for_a_loss(labels: Tensor, logits: Tensor) -> Tensor:
 
 
 def _random_state(device: torch.device) -> Tensor:
-    """Of torch's generator for the device; on the host, so no device is waited for."""
+    """State of torch's generator for the device, read without synchronisation."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 class _Hook:
-    """Calls a method of the augmentation without keeping it alive; a copy of it does nothing."""
+    """Calls a method of the augmentation without keeping it alive; a copy does nothing."""
 
     def __init__(self, owner: NullspaceAugment | None, method: str) -> None:
         self._owner = weakref.ref(owner) if owner is not None else None
         self._method = method
-        # synthesis has a gradient of its own inside, which a compiled graph cannot hold
+        # synthesis computes gradients, which a compiled graph cannot contain
         self._call = torch.compiler.disable(self._run)
 
     def __call__(self, *args: Any) -> Any:
@@ -578,7 +576,7 @@ class _Hook:
 
     @property
     def owner(self) -> NullspaceAugment | None:
-        """The augmentation; None where it is gone, and in a copy of the hook."""
+        """The augmentation; None if it was deleted, and in a copy of the hook."""
         return None if self._owner is None else self._owner()
 
     def _run(self, *args: Any) -> Any:
@@ -609,7 +607,7 @@ _at_reset = 0
 
 
 def _frames_traced() -> int:
-    """How many frames torch.compile has traced in this process: perhaps functions of the user's that call the model."""
+    """Number of frames that torch.compile has traced in this process, such as functions that call the model."""
     dynamo = sys.modules.get("torch._dynamo")
     return 0 if dynamo is None else dynamo.utils.counters["frames"]["total"]
 
@@ -621,7 +619,7 @@ def _reset_dynamo() -> None:
 
 
 def _misses_exchange(model: nn.Module) -> bool:
-    """Whether gradients of this model stay in their process though there are several: the loss form calls it."""
+    """Whether there are several processes and this model does not exchange gradients."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
@@ -631,7 +629,7 @@ def _misses_exchange(model: nn.Module) -> bool:
 
 
 def _check_tokens_stay(encoder: FrozenEncoder, site: str) -> None:
-    """Raise ValueError where the model drops tokens before the site in training: its noise has a place for each."""
+    """Raise ValueError if the model drops tokens before the site in training."""
     dropped = getattr(getattr(encoder.vit.network, "patch_drop", None), "prob", 0)
     if site == "block0" and dropped:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`python -m fastnull.build_info`: what was built, and what is in use here."""
+"""`python -m fastnull.build_info`: what was built and what is in use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastnull import _C, __version__
 
 
 def build_info() -> dict[str, Any]:
-    """The build record beside the libraries, and what this process uses of it."""
+    """The build record and the libraries that this process uses."""
     cpu = _C.cpu_available()
     cuda = _C.cuda.load() if torch.cuda.is_available() else False
     return {

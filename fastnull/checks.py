@@ -1,4 +1,4 @@
-"""Checks of what users hand in. Each raises one error that names the argument, what it was and what is allowed."""
+"""Checks of arguments. Each raises one error that names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 RANGE_TOLERANCE = 1e-6
-"""How far outside [0, 1] a pixel may lie: resampling in float32 leaves values such as -3e-8."""
+"""How far outside [0, 1] a pixel may be: resampling in float32 gives values such as -3e-8."""
 
 SUM_TOLERANCE = 0.01
-"""How far from 1 the probabilities of an image may add up: those of 16 bits are rounded."""
+"""How far from 1 the sum of an image's probabilities may be: 16-bit ones are rounded."""
 
 _CPU_OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -30,16 +30,16 @@ _CPU_OUT_OF_MEMORY = (
     "fastnull: no memory for",  # csrc/cpu
     "std::bad_alloc",
 )
-"""What the RuntimeError of a CPU without memory says: torch's allocator (Linux and macOS, Windows), our ops, C++."""
+"""Texts of RuntimeErrors for a CPU out of memory: torch's allocator (Linux and macOS, Windows), our ops, C++."""
 
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
 @contextmanager
 def trusted_values(trusted: bool = True) -> Iterator[None]:
-    """Inside, checks look at shapes and dtypes alone: to look at a value makes the host wait for its device.
+    """Inside, checks look only at shapes and dtypes: reading values makes the host wait for the device.
 
-    For who has checked the values before; where not `trusted`, all is as outside.
+    For callers that checked the values before. With `trusted` False nothing changes.
     """
     token = _trusted.set(trusted or _trusted.get())
     try:
@@ -54,14 +54,14 @@ def values_are_trusted() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device has no memory left: a GPU has a class for it, a CPU a RuntimeError's text."""
+    """Whether an error means that a device is out of memory; on a CPU only its text shows it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_OUT_OF_MEMORY)
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
-    """Return `value` if it is one of `allowed`, else raise ValueError that lists them and suggests the nearest."""
+    """Return `value` if it is in `allowed`; otherwise raise a ValueError that lists them and suggests the nearest."""
     allowed = list(allowed)
     if value in allowed:
         return value
@@ -73,7 +73,7 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
 def refuse_renamed(
     owner: str, given: Iterable[str], renamed: Mapping[str, str], error: type[Exception] = TypeError
 ) -> None:
-    """Raise an error with the new names where settings are given by old ones, of which `renamed` is old → new."""
+    """Raise an error with the new names if settings are given by old ones; `renamed` is old → new."""
     old = [name for name in given if name in renamed]
     if old:
         now = ", ".join(f"{name} is now {renamed[name]}" for name in old)
@@ -81,35 +81,30 @@ def refuse_renamed(
 
 
 def check_fields(config: Any) -> None:
-    """Check the type of every field of a dataclass against its annotation; for its `__post_init__`.
-
-    Fields are replaced by what `as_type` makes of them, also where the dataclass is frozen.
+    """Check and convert (`as_type`) every field of a dataclass by its annotation; for its `__post_init__`.
 
     Raises:
         TypeError: a value of another type; the message names the field, the type and the value.
-        ValueError: NaN where a number is meant.
+        ValueError: NaN for a number.
     """
     for name, hint in _hints(config.__class__).items():
-        value = getattr(config, name)
-        found = as_type(name, value, hint)
-        if found is not value:
-            object.__setattr__(config, name, found)
+        object.__setattr__(config, name, as_type(name, getattr(config, name), hint))  # also if it is frozen
 
 
 def as_type(name: str, value: Any, hint: Any) -> Any:
-    """Return `value` if it is of the annotated type, as plain Python has it.
+    """Return `value` as the annotated type.
 
-    A bool is no number; an int passes for a float. NumPy's numbers and bools become Python's, a path becomes a string
-    where a string is meant, and a list a tuple where a tuple is meant.
+    A bool is not accepted as a number; an int is accepted as a float. NumPy scalars become Python's, a path becomes a
+    string if the type is a string, and a sequence a tuple if the type is a tuple.
 
     Args:
-        name: what the message calls the value.
+        name: of the value, for the message.
         hint: a class, Any, None, a tuple or mapping of those, or a union of those.
 
     Raises:
         TypeError, ValueError: as `check_fields`.
     """
-    numpy = sys.modules.get("numpy")  # who has not imported it has none of its numbers
+    numpy = sys.modules.get("numpy")  # if it is not imported there are no NumPy scalars
     if numpy is not None and isinstance(value, numpy.generic):
         value = value.item()
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -136,27 +131,19 @@ def as_type(name: str, value: Any, hint: Any) -> Any:
 
 
 def _tuple(name: str, values: Sequence[Any], kinds: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values as a tuple of the annotated types: (T, ...) is any number of T, nothing any values."""
+    """The values as a tuple of the annotated types: (T, ...) is any number of T, () any values."""
     if not kinds:
         return tuple(values)
     if kinds[-1] is Ellipsis:
         kinds = (kinds[0],) * len(values)
     if len(kinds) != len(values):
         raise TypeError(f"{name} must hold {len(kinds)} values; got {values!r}")
-    found = tuple(as_type(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(values, kinds, strict=True)))
-    same = type(values) is tuple and all(map(_is, found, values))
-    return values if same else found  # type: ignore[return-value]
+    return tuple(as_type(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(values, kinds, strict=True)))
 
 
-def _mapping(name: str, values: Mapping[Any, Any], kinds: tuple[Any, ...]) -> Mapping[Any, Any]:
+def _mapping(name: str, values: Mapping[Any, Any], kinds: tuple[Any, ...]) -> dict[Any, Any]:
     key_kind, kind = kinds or (Any, Any)
-    found = {as_type(f"a key of {name}", k, key_kind): as_type(f"{name}[{k!r}]", v, kind) for k, v in values.items()}
-    same = all(map(_is, found, values)) and all(map(_is, found.values(), values.values()))
-    return values if same else found
-
-
-def _is(one: Any, other: Any) -> bool:
-    return one is other
+    return {as_type(f"a key of {name}", k, key_kind): as_type(f"{name}[{k!r}]", v, kind) for k, v in values.items()}
 
 
 def _described(hint: Any) -> str:
@@ -165,7 +152,7 @@ def _described(hint: Any) -> str:
         return " or ".join(map(_described, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         kinds = [kind for kind in typing.get_args(hint) if kind is not Ellipsis]
-        return f"a tuple of which each is {' or '.join(dict.fromkeys(map(_described, kinds)))}"
+        return f"a tuple whose values are each {' or '.join(dict.fromkeys(map(_described, kinds)))}"
     words = {int: "an integer", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
     words |= {dict: "a mapping", Mapping: "a mapping", tuple: "a tuple"}
     kind = typing.get_origin(hint) or hint
@@ -182,10 +169,7 @@ def _hints(config: type[Any]) -> dict[str, Any]:
 def check_number(
     name: str, value: float, low: float | None = None, high: float | None = None, *, exclusive: bool = False
 ) -> None:
-    """Raise ValueError unless low <= value <= high (low < value where `exclusive`); NaN and Inf never pass.
-
-    Raises TypeError where it is no number.
-    """
+    """Raise ValueError unless low <= value <= high (low < value if `exclusive`) and finite; TypeError for no number."""
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}")
     above = low is None or (value > low if exclusive else value >= low)
@@ -201,7 +185,7 @@ def check_number(
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """The device of a name such as "cpu" or "cuda:1". Raises ValueError for one that torch does not know or have."""
+    """The device of a name such as "cpu" or "cuda:1"; ValueError if torch does not know it or cannot use it."""
     try:
         found = torch.device(device)
         if isinstance(device, str) and str(found) != device:  # numbers above 127 wrap around
@@ -212,18 +196,18 @@ def check_device(device: str | torch.device) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (found.index or 0) >= count:
             built = "" if torch.version.cuda or torch.version.hip else " (this torch was built without CUDA)"
-            raise ValueError(f"device {str(found)!r} is not here: torch sees {count} CUDA devices{built}")
+            raise ValueError(f"device {str(found)!r} does not exist: torch sees {count} CUDA devices{built}")
     elif found.type != "cpu":
         try:
             torch.zeros(1, device=found).cpu()
-        except Exception as error:  # every backend has its own
+        except Exception as error:  # every backend has its own class
             first = str(error).strip().partition("\n")[0]
             raise ValueError(f"device {str(found)!r} cannot be used here: {first}") from error
     return found
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise ValueError with the number of NaN and Inf if there are any."""
+    """Raise ValueError with the numbers of NaN and Inf, if there are any."""
     if values_are_trusted():
         return
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -239,11 +223,11 @@ def check_images(
     size: tuple[int, int] | None = None,
     unit_range: bool = True,
 ) -> None:
-    """Check a batch of images [B, C, H, W]: a floating tensor, finite and, where `unit_range`, within [0, 1].
+    """Check a batch of images [B, C, H, W]: a floating tensor, finite and, if `unit_range`, within [0, 1].
 
     Raises:
         TypeError: not a tensor, or not of a floating dtype.
-        ValueError: another shape, NaN or Inf, or pixels outside [0, 1]; the message holds what was seen.
+        ValueError: another shape, NaN or Inf, or pixels outside [0, 1].
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a tensor [B, C, H, W]; got {type(images).__name__}")
@@ -279,21 +263,21 @@ def check_labels(labels: Tensor, num_classes: int, batch: int, *, name: str = "l
         check_finite(name, labels)
         return
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
-        seen = f"{labels.dtype} {list(labels.shape)}"
-        raise ValueError(f"{name} must be integers [B] or soft labels [B, classes]; got {seen}")
+        given = f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"{name} must be integers [B] or soft labels [B, classes]; got {given}")
     if labels.numel() and not values_are_trusted():
-        low, high = (int(x) for x in torch.aminmax(labels.long()))  # torch compares no uint16
+        low, high = (int(x) for x in torch.aminmax(labels.long()))  # torch cannot compare uint16
         if low < 0 or high >= num_classes:
             raise ValueError(f"{name} must lie in 0..{num_classes - 1}; got values from {low} to {high}")
 
 
 def as_labels(labels: Tensor, num_classes: int, batch: int, *, name: str = "labels") -> Tensor:
-    """Labels as a cross entropy takes them: class indices [B] in int64, or probabilities [B, num_classes] in float32.
+    """Labels for a cross entropy: class indices [B] in int64, or probabilities [B, num_classes] in float32.
 
     Takes integers of any width, bools, one-hot and soft labels of any dtype.
 
     Raises:
-        TypeError, ValueError: as `check_labels`; soft labels that are no probabilities.
+        TypeError, ValueError: as `check_labels`; soft labels that are not probabilities.
     """
     check_labels(labels, num_classes, batch, name=name)
     if labels.ndim == 1:

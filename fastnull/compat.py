@@ -14,12 +14,11 @@ _LIBRARIES: list[torch.library.Library] = []
 
 @functools.cache
 def import_timm() -> ModuleType:
-    """Import timm (with its optim, scheduler, data and utils), also where torchvision does not match torch.
+    """Import timm (with its optim, scheduler, data and utils), even if torchvision does not match torch.
 
-    torchvision's Python code registers fake kernels for its compiled operators `nms` and `qnms` while it is imported.
-    Beside another build of torch (a CPU torch with the registry's torchvision, say) the compiled library does not
-    load, the operators do not exist and the import fails. Nothing in timm's classification models calls them, so their
-    schemas alone, declared here, let the import go through; a call of one still fails with torch's own error.
+    On import torchvision registers fake kernels for its compiled operators `nms` and `qnms`. With another build of
+    torch the compiled library does not load, the operators do not exist and the import fails. timm's classification
+    models do not call them, so declaring their schemas is enough; calling one still raises torch's error.
 
     Raises:
         ImportError: timm is not installed.
@@ -46,7 +45,7 @@ def _declare_torchvision_operators() -> None:
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARIES.append(library)  # a library that is collected takes its operators with it
-    # the failed import left half-initialised modules behind
+    _LIBRARIES.append(library)  # its operators exist as long as the library object
+    # remove what the failed import initialised
     for name in [key for key in sys.modules if key == "torchvision" or key.startswith("torchvision.")]:
         del sys.modules[name]

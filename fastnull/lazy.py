@@ -1,4 +1,4 @@
-"""The faces of packages: public names that load their module on first use, so that a face imports nothing itself."""
+"""Public names of packages that load their module on first use."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def lazy_names(package: str, *modules: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package that has the names in its `__all__` from these modules.
+    """`__getattr__` and `__dir__` of a package whose `__all__` names are defined in these modules.
 
-    The modules are imported one after the other, and only until one has the name: the light ones come first.
+    Modules are imported in order until one has the name, so put the light ones first.
     """
 
     def load(name: str) -> Any:

@@ -1,6 +1,6 @@
-"""Making models: timm's by name, `vit_digits` for demos, weights from local files, and files that rebuild themselves.
+"""Models by name (timm's, and `vit_digits` for demos), weights from local files, and model files.
 
-Nothing here runs code from a file: safetensors, or torch files read with `weights_only=True`.
+No code from a file is run: files are safetensors, or torch files read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _EMBEDDED: dict[str, dict[str, Any]] = {
     "vit_photos": {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 13},
 }
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-_STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first, as timm prefers them
+_STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first, as in timm
 _PREFIXES = ("module.", "_orig_mod.", "network.")  # of DDP, torch.compile and NormalizedModel
 _SHOWN = 4
 
@@ -58,29 +58,30 @@ def create_model(
     `vit_photos` (32x32 pixels, width 64, 13 classes).
 
     Args:
-        name: of a timm architecture, with or without a pretrained tag, or `vit_digits`, or `vit_photos`.
-        num_classes: None keeps the model's own. Asked for, a head of another size in the weights is left out and the
-            new one starts fresh, with a warning.
+        name: a timm architecture, with or without a pretrained tag, `vit_digits` or `vit_photos`.
+        num_classes: None keeps the model's own. If given, a head of another size in the weights is replaced by a new
+            one, with a warning.
         pretrained: download timm's weights.
-        checkpoint: a local file with weights: .safetensors, or a torch file with a state dict, alone or under
-            state_dict_ema, model_ema, state_dict or model (in this order), as training scripts write them.
-        img_size: pixels, (height, width) or the side. Asked for, position embeddings in the checkpoint are resized.
-        channels: of the images; None is 3. With 1, mean and std are those of the three colours averaged; with more
-            they repeat.
-        normalize: False passes pixels to the network as they are (mean 0, std 1).
-        kwargs: go to timm, such as drop_path_rate.
+        checkpoint: a local file with weights: .safetensors, or a torch file with a state dict, at the top level or
+            under state_dict_ema, model_ema, state_dict or model (in this order).
+        img_size: in pixels, (height, width) or the side. If given, position embeddings in the checkpoint are resized.
+        channels: of the images; None is 3. For 1, mean and std are averaged over the three colours; for more they
+            repeat.
+        normalize: False passes pixels to the network unchanged (mean 0, std 1).
+        kwargs: passed to timm, such as drop_path_rate.
 
     Returns:
-        The model in training mode on the CPU; its attribute `recipe` says how to make it again, and `classes` the names
-        of its classes where the checkpoint has them (one of `save_checkpoint`) and its head is kept, else None.
+        The model in training mode on the CPU. Its attribute `recipe` holds the arguments, `classes` the names of its
+        classes if the checkpoint has them (`save_checkpoint`) and its head is kept, otherwise None, and `new_head`
+        whether weights were loaded without the head.
 
     Raises:
-        ValueError: unknown name (the nearest are named), an argument out of range or unknown to the model, or weights
-            that are broken, unsafe, not finite or do not fit.
+        ValueError: unknown name (the nearest are listed), an invalid argument, or weights that are damaged, unsafe, not
+            finite or of another shape.
         FileNotFoundError: no such checkpoint.
     """
     if pretrained and checkpoint is not None:
-        raise ValueError("pretrained and checkpoint exclude each other: both bring weights")
+        raise ValueError("pretrained and checkpoint exclude each other: both give weights")
     recipe = {
         "name": name,
         "num_classes": num_classes,
@@ -92,27 +93,29 @@ def create_model(
     model = _build(recipe, pretrained=pretrained)
     if checkpoint is not None:
         state = read_state_dict(checkpoint)
-        _load(model.network, state, Path(checkpoint), new_head=num_classes is not None, resize=img_size is not None)
+        loaded = _load(
+            model.network, state, Path(checkpoint), new_head=num_classes is not None, resize=img_size is not None
+        )
+        model.new_head = not loaded
         names = _stored_names(Path(checkpoint))
-        # a head of another size was left out, and the names with it
+        # no names for a new head
         model.classes = names if names is not None and len(names) == model.recipe["num_classes"] else None
     return model
 
 
 def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
-    """Write a model as safetensors, with all that `load_model` needs to make it again.
+    """Write a model as safetensors, with everything that `load_model` needs to rebuild it.
 
     Args:
-        model: compile and DDP wrappers are removed. One that `create_model` did not make is written too (the weights
-            of its network), but only its owner can build the model for them; `load_model` says so. The names of its
-            classes are written where it has them (`model.classes`, see fastnull.data.classes.classes_of).
-        path: ends in .safetensors; written beside and renamed, so a reader never sees half a file.
-        metadata: anything JSON can hold, kept under `metadata` in the file.
+        model: compile and DDP wrappers are removed. Of a model that `create_model` did not make only the network's
+            weights are written, and `load_model` cannot rebuild it. Names of classes (`model.classes`, see
+            fastnull.data.classes.classes_of) are included.
+        path: ends in .safetensors; written atomically.
+        metadata: JSON values, stored under `metadata` in the file.
 
     Raises:
-        TypeError: `metadata` or an argument the model was created with is nothing that JSON can hold.
-        ValueError: another suffix, weights that are not finite, or `model.classes` that are no names of as many classes
-            as the model has.
+        TypeError: `metadata` or an argument the model was created with is not a JSON value.
+        ValueError: another suffix, weights that are not finite, or `model.classes` that are not one name per class.
         OSError: the file cannot be written.
     """
     path = Path(path)
@@ -141,25 +144,23 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], **metadata: 
 
 
 def load_model(path: str | os.PathLike[str]) -> NormalizedModel:
-    """Rebuild the model in a file of `save_checkpoint`, with its own mean, std and `classes` (the names of its classes,
-    None where the file has none); weights in float32, on the CPU.
+    """Rebuild a model from a file of `save_checkpoint`, with its mean, std and `classes`; in float32, on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of `save_checkpoint`, a broken one, one of a model that `create_model` did not make, or
-            with names of another number of classes.
+        ValueError: not a file of `save_checkpoint`, a damaged one, or one of a model that `create_model` did not make.
     """
     header = read_metadata(path)
     _check_header(path, header)
     if not header["rebuilds"]:
         raise ValueError(
-            f"{path} holds the weights of a {header['name']} that fastnull.create_model did not make, so it cannot be "
-            "built from the file: build it yourself and load fastnull.models.read_state_dict(path)"
+            f"{path} holds the weights of a {header['name']} that fastnull.create_model did not make: build the model "
+            "yourself and load fastnull.models.read_state_dict(path)"
         )
     recipe = {key: header[key] for key in ("name", "num_classes", "img_size", "channels", "normalize", "kwargs")}
     try:
         model = _build(recipe, pretrained=False)
-    except Exception as error:  # whatever timm makes of arguments that nobody ever gave it
+    except Exception as error:  # timm raises many kinds for damaged arguments
         raise ValueError(f"{path}: its metadata describes no model: {_first_line(error)}") from error
     _load(model.network, read_state_dict(path), Path(path), new_head=False, resize=False)
     _check_normalisation(path, header["mean"], header["std"], model.mean.shape[1])
@@ -178,11 +179,11 @@ _HEADER: dict[str, Any] = {
     "normalize": bool, "kwargs": dict[str, Any], "classes": int | None,
     "mean": tuple[float, ...], "std": tuple[float, ...],
 }  # fmt: skip
-"""What `load_model` reads, and its type."""
+"""Metadata that `load_model` reads, with types."""
 
 
 def _check_header(path: str | os.PathLike[str], header: dict[str, Any]) -> None:
-    """Raise ValueError unless the metadata of a file has all that makes its model again."""
+    """Raise ValueError unless the metadata of a file is complete and of the right types."""
     kinds = {"rebuilds": bool, **(_HEADER if header.get("rebuilds") else {"name": str})}
     missing = [key for key in kinds if key not in header]
     if missing:
@@ -195,7 +196,7 @@ def _check_header(path: str | os.PathLike[str], header: dict[str, Any]) -> None:
 
 
 def _check_normalisation(path: str | os.PathLike[str], mean: Any, std: Any, channels: int) -> None:
-    """Raise ValueError unless these are a mean >= 0 and a standard deviation > 0 of each channel's pixels in [0, 1]."""
+    """Raise ValueError unless every channel has a mean >= 0 and a standard deviation > 0."""
     for name, values, exclusive in (("mean", mean, False), ("std", std, True)):
         if not isinstance(values, Sequence) or len(values) != channels:
             raise ValueError(f"{path}: {name} must hold a number for each of {channels} channels; got {values!r}")
@@ -207,12 +208,12 @@ def _check_normalisation(path: str | os.PathLike[str], mean: Any, std: Any, chan
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file of `save_checkpoint` says of its model: name, classes (how many), class_names (a list or None),
-    kwargs, mean, std, provenance and the rest.
+    """Metadata of a file of `save_checkpoint`: name, classes (their number), class_names (a list or None), kwargs,
+    mean, std, provenance and others.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of `save_checkpoint`, or a broken one.
+        ValueError: not a file of `save_checkpoint`, or a damaged one.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -224,8 +225,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     if header.get("format") != FORMAT:
         raise ValueError(
-            f"{path} was not written by fastnull's save_checkpoint, so it does not say which model it is for; use "
-            "create_model(name, checkpoint=...) instead"
+            f"{path} was not written by fastnull's save_checkpoint and does not name its model: use "
+            "create_model(name, checkpoint=...)"
         )
     try:
         return {key: value if key == "format" else json.loads(value) for key, value in header.items()}
@@ -234,23 +235,23 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _stored_names(path: Path) -> list[str] | None:
-    """The names of classes in a checkpoint, where it is one of `save_checkpoint` that has them."""
+    """The names of classes in a file of `save_checkpoint`, or None."""
     if path.suffix != ".safetensors":
         return None
     try:
         header = read_metadata(path)
         check_names(header.get("class_names"), header.get("classes"))
-    except (TypeError, ValueError):  # another program's
+    except (TypeError, ValueError):  # a file of another program
         return None
     return header.get("class_names")
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the weights in a local file, without the wrappers that training scripts put around them.
+    """Read the state dict in a local file, also inside the wrappers and prefixes of training scripts.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another kind of file, a truncated one, one with pickled code in it, or one without weights.
+        ValueError: another kind of file, a truncated one, one with pickled code, or one without weights.
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
@@ -274,7 +275,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _build(recipe: dict[str, Any], *, pretrained: bool) -> NormalizedModel:
-    """A model with fresh (or timm's) weights, from what `create_model` was asked for."""
+    """A model with new (or timm's) weights from the arguments of `create_model`."""
     name, num_classes, channels = recipe["name"], recipe["num_classes"], recipe["channels"]
     sizes = recipe["img_size"] if isinstance(recipe["img_size"], list) else [recipe["img_size"]]
     for key, value in [("num_classes", num_classes), ("channels", channels), *(("img_size", side) for side in sizes)]:
@@ -315,7 +316,9 @@ def _build(recipe: dict[str, Any], *, pretrained: bool) -> NormalizedModel:
     mean, std = (per_channel(config[key], count) if recipe["normalize"] else [b] * count
                  for key, b in (("mean", 0.0), ("std", 1.0)))  # fmt: skip
     model = NormalizedModel(network, mean, std)
-    # timm's own number of classes for a name may change; 0 stands for a model without a head
+    given = (getattr(network, "pretrained_cfg", None) or {}).get("num_classes")
+    model.new_head = pretrained and given != network.num_classes
+    # timm may change the number of classes of a name; 0 means no head
     model.recipe = {**recipe, "num_classes": num_classes or getattr(network, "num_classes", None) or None}
     return model
 
@@ -325,7 +328,7 @@ def _check_name(name: str, timm: Any, pretrained: bool) -> None:
         raise TypeError(f"name must be a string; got {type(name).__name__}")
     if name in _EMBEDDED:
         if pretrained:
-            raise ValueError(f"there are no pretrained weights for {name}: train it, it takes seconds")
+            raise ValueError(f"there are no pretrained weights for {name}; training it takes seconds")
         return
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return
@@ -360,7 +363,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        # the arguments of a training script, which many put in their checkpoints: plain values, no code
+        # arguments of a training script, common in checkpoints: plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -368,10 +371,10 @@ def _read_torch(path: Path) -> Any:
         if found is None:
             raise ValueError(f"{path} is truncated or not a torch checkpoint: {_first_line(error)}") from error
         raise ValueError(
-            f"{path} is refused: beside tensors it holds a pickled {found[1]}, and unpickling can run any code. Save "
-            "the plain state dict instead, or convert the file to safetensors where it comes from"
+            f"{path} is refused: it contains a pickled {found[1]}, and unpickling can run any code. Save only the "
+            "state dict, or convert the file to safetensors"
         ) from error
-    except Exception as error:  # the reader meets the bytes of a cut file with errors of many kinds
+    except Exception as error:  # a truncated file raises many kinds
         raise ValueError(f"{path} is truncated or not a torch checkpoint: {_first_line(error)}") from error
 
 
@@ -382,7 +385,7 @@ def _first_line(error: Exception) -> str:
 def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
     valued = {key: value for key, value in state.items() if isinstance(value, Tensor) and not value.is_meta}
     floating = {key: value for key, value in valued.items() if value.is_floating_point()}
-    # torch asks no 8-bit float whether it is finite
+    # torch has no isfinite for 8-bit floats
     wide = {key: value.float() if value.itemsize == 1 else value for key, value in floating.items()}
     bad = [key for key, value in wide.items() if not bool(value.isfinite().all())]
     if bad:
@@ -390,10 +393,10 @@ def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
 
 
 def check_types(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Raise ValueError where a tensor of a file is of another kind than the model's of its name, in `own`.
+    """Raise ValueError if a tensor of a file is of another kind than the model's tensor of that name in `own`.
 
-    Any floating dtype of 16 bits or more is taken for a floating weight. Integers and 8-bit floats there are those of a
-    quantised model, whose scales are lost.
+    Floating dtypes of 16 bits or more are accepted for floating weights. Integers and 8-bit floats there come from a
+    quantised model whose scales are missing.
     """
     bad = [
         f"{key} is {value.dtype}{'' if value.layout is torch.strided else f' ({value.layout})'}, not {own[key].dtype}"
@@ -415,8 +418,9 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _load(network: nn.Module, state: dict[str, Tensor], path: Path, *, new_head: bool, resize: bool) -> None:
-    """Load weights that must fit, except for a head or position embedding whose size the user asked to change."""
+def _load(network: nn.Module, state: dict[str, Tensor], path: Path, *, new_head: bool, resize: bool) -> bool:
+    """Load weights of the same shapes, except for a head or position embedding whose size the user changed; returns
+    whether the head was loaded."""
     own = network.state_dict()
     check_types(state, own, path)
     _check_finite(state, str(path))
@@ -426,11 +430,12 @@ def _load(network: nn.Module, state: dict[str, Tensor], path: Path, *, new_head:
             state = adapt(state, network)
     heads = _heads(network)
     of_head = [key for key in own if key.rpartition(".")[0] in heads]
-    if new_head and any(key not in state or state[key].shape != own[key].shape for key in of_head):
+    fresh = new_head and any(key not in state or state[key].shape != own[key].shape for key in of_head)
+    if fresh:
         classes = sorted({len(state[key]) for key in of_head if key in state})
         warnings.warn(
-            f"{path}: its head has {classes[0] if classes else 'no'} classes; the model's new head for "
-            f"{network.num_classes} classes starts fresh",
+            f"{path}: its head has {classes[0] if classes else 'no'} classes; the head for {network.num_classes} "
+            "classes is newly initialised",
             UserWarning,
             stacklevel=3,
         )
@@ -446,10 +451,10 @@ def _load(network: nn.Module, state: dict[str, Tensor], path: Path, *, new_head:
         faults.append(f"{len(other)} of another shape: {_few(shapes)}")
     if not faults:
         network.load_state_dict(state)
-        return
+        return not fresh
     hints = []
     if any(key in of_head for key in other):
-        hints.append("pass num_classes: the file's number to keep its head, or another for a fresh one")
+        hints.append("pass num_classes: the file's number to keep its head, or another for a new one")
     if "pos_embed" in other:
         hints.append("pass img_size to resize the position embedding")
     raise ValueError(f"{path} does not fit {type(network).__name__}: {'; '.join([*faults, *hints])}")

@@ -1,4 +1,4 @@
-"""The result of a synthesis: noises with how they were obtained, and their file."""
+"""The result of a synthesis, and its file."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _TENSORS = tuple(_KINDS)
 
 @dataclass(frozen=True)
 class Noise:
-    """M noises and what is known of each.
+    """M noises with their measurements.
 
     Attributes:
-        tokens: [M, ...], each shaped as the site's tensor without its batch: [M, N, D] at the token sites.
-        influence: [M], mean over the check images (or of the noise's own image) of sum over classes (p − p̃)².
+        tokens: [M, ...], shaped like the site's tensor without its batch: [M, N, D] at the token sites.
+        influence: [M], mean over the check images (or for the noise's own image) of the sum over classes of (p − p̃)².
         norm: [M], the L2 norm.
         converged: [M], bool: influence below ε (boundary: within a factor of two of ε).
         steps: [M], updates made.
-        site: where the noise belongs, see fastnull.vit.SITES.
-        metadata: configuration, check set, provenance; JSON-able.
-        history: a record per step (step, loss, influence, norm), not kept in the file.
+        site: one of fastnull.vit.SITES.
+        metadata: configuration, check set and provenance, as JSON values.
+        history: a record per step (step, loss, influence, norm), not saved.
     """
 
     tokens: Tensor
@@ -54,9 +54,9 @@ class Noise:
         return len(self.tokens)
 
     def permuted(self, seed: int = 0) -> Noise:
-        """The control that keeps the norm and destroys the direction: all elements of each noise shuffled.
+        """A control of equal norm: the elements of each noise are shuffled, and the influence is NaN until measured.
 
-        Its influence is unknown (NaN) until measured. Source: the published code's permuted control.
+        Source: the published code's permuted control.
         """
         source = torch.Generator().manual_seed(seed)
         flat = self.tokens.flatten(1)
@@ -66,11 +66,7 @@ class Noise:
         return replace(self, tokens=tokens, influence=unknown, converged=torch.zeros_like(self.converged))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all.
-
-        Raises:
-            ValueError: the noise is not finite.
-        """
+        """Write a safetensors file. Raises ValueError if the noise is not finite."""
         from fastnull.tensor_files import write_tensors
 
         check_finite("noise", self.tokens)
@@ -83,7 +79,7 @@ class Noise:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: truncated, not safetensors (pickles are refused), from another program, or with bad values.
+            ValueError: truncated, not safetensors (such as a pickle), from another program, or invalid values.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -93,7 +89,7 @@ class Noise:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
-                    raise ValueError(f"{path} is no noise file of fastnull (format {header.get('format')!r})")
+                    raise ValueError(f"{path} is not a noise file of fastnull (format {header.get('format')!r})")
                 missing = [name for name in _TENSORS if name not in file.keys()]  # noqa: SIM118 (not a dict)
                 if missing:
                     raise ValueError(f"{path} lacks {', '.join(missing)}")
@@ -106,18 +102,13 @@ class Noise:
             metadata = as_type("metadata", json.loads(header["metadata"]), dict[str, Any])
             return cls(**tensors, site=check_site(header["site"]), metadata=metadata)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} has a broken header: {error}") from error
+            raise ValueError(f"{path} has an invalid header: {error}") from error
 
 
 def check_noise(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Check the five tensors of a Noise as a file or a state gives them.
+    """Raise ValueError unless the five tensors of a Noise, by name, have valid dtypes, shapes and values.
 
-    Args:
-        tensors: by the names of Noise's attributes.
-        source: where they come from, for the message.
-
-    Raises:
-        ValueError: another dtype or shape, different numbers of noises, or noise that is not finite.
+    `source` is where they come from, for the message.
     """
     for name, (kind, fits) in _KINDS.items():
         tensor = tensors[name]

@@ -1,4 +1,4 @@
-"""What may be read and written: regular files, and no output that is an input of the same command."""
+"""Checks of input and output paths: only regular files, and no output that replaces an input."""
 
 from __future__ import annotations
 
@@ -8,29 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 DATA_PARTS = ("train", "val", "validation", "test")
-"""Folders of a data set that hold its images."""
+"""Folders of a data set with its images."""
 
 StrPath = str | os.PathLike[str]
 
 
 def check_readable(name: str, path: StrPath) -> None:
-    """Raise ValueError where at `path` lies something that is neither a regular file nor a folder, nor a link to one.
-
-    To read a named pipe would wait for its writer, maybe for ever.
-    """
+    """Raise ValueError if `path` is not a regular file, a folder or a link to one: reading a named pipe could block."""
     try:
         mode = os.stat(path).st_mode
-    except OSError:  # nothing there, or nothing that can be looked at: who opens it says so
+    except OSError:  # missing or not accessible: opening it raises a clear error
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise ValueError(f"{name} must be a regular file or a folder; {os.fspath(path)} is {_kind(mode)}")
 
 
 def check_replaceable(path: StrPath) -> None:
-    """Raise ValueError where a file cannot be written at `path`: something lies there that is no regular file.
-
-    A rename would put a file in place of a device, a pipe or a link, whoever else uses it.
-    """
+    """Raise ValueError if `path` exists and is not a regular file: renaming would replace a device, pipe or link."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -48,25 +42,24 @@ def check_output(
     name: str = "--out",
     files: Sequence[str] | None = None,
 ) -> None:
-    """Check where a command writes before it does any work.
+    """Check the output path of a command before it starts.
 
     Args:
         out: the file, or with `files` the folder.
-        inputs: what the command reads, by the name of the option: files and folders; what does not exist is passed.
+        inputs: option → files and folders that the command reads; missing ones are ignored.
         name: of the option for `out`, in messages.
-        files: patterns of what is written or removed in the folder, such as "state-*.pt".
+        files: patterns of files that are written or removed in the folder, such as "state-*.pt".
 
     Raises:
-        ValueError: something is in the way that is no regular file (or no folder, for one); a way back (..) out of a
-            folder that is not there; an input would be replaced (told by the file itself, so other spellings, links
-            and hard links count); a folder of inputs is the folder that is written to, or lies in it; or what is
-            written would lie among images that are read.
+        ValueError: the path is taken by something other than a regular file (or folder); it contains `..` after a
+            missing folder; an input would be replaced (also through another spelling, a link or a hard link); it is or
+            contains a folder of inputs; or it is among images that are read.
     """
     out = Path(out)
     ups = [count for count, part in enumerate(out.parts, 1) if part == ".."]
     if ups and not Path(*out.parts[: ups[-1]]).exists():
-        # once the folder is made this may be a file that is there, and that no check has seen
-        raise ValueError(f"{name} {out} leads back out of a folder that is not there: leave that out of it")
+        # once the folder is created this may be an existing file, which was not checked
+        raise ValueError(f"{name} {out} leads back (..) out of a folder that does not exist: remove that part")
     above = next((parent for parent in out.absolute().parents if os.path.lexists(parent)), None)
     if above is not None and not above.is_dir():
         raise ValueError(f"{name} {out} cannot be made: {above} is a file, not a folder")
@@ -87,16 +80,16 @@ def check_output(
 
 
 def _check_apart(name: str, out: Path, targets: Sequence[Path], option: str, source: Path) -> None:
-    """Raise ValueError where writing `targets` in or at `out` would touch what `option` reads."""
+    """Raise ValueError if writing `targets` in or at `out` would replace an input of `option`."""
     if not source.exists():
         return
     here, there = out.resolve(), source.resolve()
     if source.is_dir():
         parts = [there / part for part in DATA_PARTS]
         if here == there or here in there.parents:
-            raise ValueError(f"{name} {out} holds the folder that {option} reads ({source}): give another one")
+            raise ValueError(f"{name} {out} contains the folder that {option} reads ({source}): choose another one")
         if any(part == here or part in here.parents for part in parts) or (here.is_file() and there in here.parents):
-            raise ValueError(f"{name} {out} lies among what {option} reads ({source}): give another place")
+            raise ValueError(f"{name} {out} is inside the data that {option} reads ({source}): choose another place")
         return
     for target in targets:
         if target.exists() and (os.path.samefile(target, source) or target.resolve() in there.parents):

@@ -1,4 +1,4 @@
-"""How a result was obtained, and writing it so that no reader ever sees half a file."""
+"""Provenance of results, and atomic writing of files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastnull.paths import check_readable, check_replaceable
 
 
 def commit() -> str | None:
-    """Git commit of the checkout this package runs from, with `+` where it has changes; None outside a checkout."""
+    """Git commit of the checkout that this package runs from, with `+` if it has changes; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -51,7 +51,7 @@ def _version(package: str) -> str | None:
 
 
 def device_name(device: torch.device | str) -> str:
-    """Human name of a device: the GPU's name, or the processor's with the instruction set torch uses."""
+    """Name of the GPU, or the processor type with the instruction set that torch uses."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -60,7 +60,7 @@ def device_name(device: torch.device | str) -> str:
 
 @functools.cache
 def _code() -> dict[str, Any]:
-    """Commit and versions of what runs."""
+    """Commit and versions of the running code."""
     return {
         "fastnull": __version__,
         "commit": commit(),
@@ -72,10 +72,9 @@ def _code() -> dict[str, Any]:
 
 
 def provenance(device: torch.device | str = "cpu", **extra: Any) -> dict[str, Any]:
-    """What every result file says of itself: commit, versions, device, time, and what the caller adds.
+    """Provenance of a result: commit, versions, device, time, and the caller's `extra`.
 
-    Commit and versions are those at the first call in this process: it runs what it has loaded, and to ask git takes as
-    long as three passes of a small model.
+    Commit and versions are read once per process: calling git takes as long as three passes of a small model.
     """
     return {
         **_code(),
@@ -88,19 +87,19 @@ def provenance(device: torch.device | str = "cpu", **extra: Any) -> dict[str, An
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it is flushed and renamed over `path`, else removed.
+    """Yield a temporary path in the same folder; on success it is flushed and renamed to `path`, otherwise removed.
 
-    A reader sees the old file or the whole new one, also after a crash or a full disk. A new file has the mode that the
-    umask leaves, a replaced one keeps its own.
+    Readers see the old file or the complete new one, even after a crash or a full disk. A new file has the mode given
+    by the umask, a replaced one keeps its mode.
 
     Raises:
-        ValueError: at `path` lies something that is no regular file: a link, a device, a pipe, a folder.
+        ValueError: `path` exists and is not a regular file.
     """
     path = Path(path)
     check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    # made by the system's rules for new files (umask, access lists); tempfile's would be for the owner alone
+    # follows the umask and access lists; a file of tempfile would be readable by the owner only
     with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as made:
         mode = os.fstat(made.fileno()).st_mode
     try:
@@ -110,24 +109,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if os.path.lexists(path):
             check_replaceable(path)
             mode = path.stat().st_mode
-        # who writes may have put another file there, as safetensors does
+        # the writer may have replaced the file, as safetensors does
         os.chmod(beside, stat.S_IMODE(mode))
         os.replace(beside, path)
     except OSError as error:
         if error.filename is not None:
             raise
-        # of a full disk the system does not say which file it was
+        # for a full disk the system does not name the file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 
 
 def remove_left_over(path: str | os.PathLike[str]) -> None:
-    """Remove what killed processes left of writing `path`: temporary files of `replacing` whose process is gone.
+    """Remove temporary files of `replacing` for `path` whose process was killed.
 
-    Those of other machines, other users and live processes stay.
+    Files of other machines, other users and live processes are kept.
     """
-    if os.name != "posix":  # elsewhere there is no harmless way to ask for a process
+    if os.name != "posix":  # elsewhere a process cannot be queried safely
         return
     path = Path(path)
     ours = re.compile(rf"\.{re.escape(path.name)}\.{_machine()}-([0-9]+)-[0-9a-f]{{8}}\.tmp")
@@ -142,7 +141,7 @@ def remove_left_over(path: str | os.PathLike[str]) -> None:
 
 @functools.cache
 def _machine() -> str:
-    """Tells machines apart, and containers, whose processes have numbers of their own."""
+    """A hash that identifies the machine or container, which has its own process ids."""
     try:
         numbering = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -156,23 +155,23 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        return True
+        pass
     return True
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all. NaN and Inf are refused: they are not JSON."""
+    """Write `value` as indented JSON, atomically. NaN and Inf are not JSON and raise an error."""
     text = json.dumps(value, indent=2, allow_nan=False, default=_plain)
     with replacing(path) as beside:
         beside.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON file that holds a table.
+    """Read a JSON file that contains an object.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no regular file, not JSON, or no table in it; the message names the file.
+        ValueError: not a regular file, not JSON, or not an object.
     """
     check_readable("a record", path)
     try:
@@ -182,7 +181,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{os.fspath(path)} is no record of fastnull: it holds a {type(value).__name__}")
+        raise ValueError(f"{os.fspath(path)} is not a record of fastnull: it holds a {type(value).__name__}")
     return value
 
 

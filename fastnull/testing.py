@@ -1,7 +1,7 @@
-"""What the tests of the ops share: input factories, NaN poison, choice of the backend, comparators.
+"""Helpers for tests of the ops: inputs, buffers filled with NaN, choice of the backend, comparators.
 
-The comparators state one rule: against float64, an implementation may err at most twice as much as torch does in the
-same dtype, plus a rounding of the largest value. They have tests of their own (tests/test_testing.py).
+The rule of the comparators: the error against float64 may be at most twice that of torch in the same dtype, plus a
+rounding of the largest value. Their own tests are in tests/test_testing.py.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fastnull import _C
 from fastnull.ops import common
 
 COSINE_MARGIN = {torch.float64: 1e-12, torch.float32: 1e-8, torch.bfloat16: 1e-4, torch.float16: 1e-4}
-"""How far from 1 the cosine between a gradient and its float64 reference may be."""
+"""Allowed difference from 1 of the cosine between a gradient and its float64 reference."""
 
 
 def cpu_backends() -> list[str]:
-    """The implementations that CPU tensors can take here: the reference, and each processor level of the C++ ops."""
+    """The implementations for CPU tensors on this machine: the reference, and each processor level of the C++ ops."""
     return ["reference", *_C.cpu_levels()]
 
 
@@ -33,7 +33,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill every buffer that ops allocate with NaN (integers: 0xEE), so that what is left unwritten shows."""
+    """Fill every buffer that ops allocate with NaN (integers: 0xEE), so that unwritten values show."""
 
     def allocate(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         fill = float("nan") if dtype.is_floating_point else 0xEE
@@ -48,15 +48,12 @@ def poisoned() -> Iterator[None]:
 
 
 def randn(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, *, strided: bool = True) -> Tensor:
-    """A normal tensor; where `strided`, a slice of a bigger one that holds NaN everywhere else.
-
-    All dimensions but the last are embedded with a gap; the last stays dense, as in slices of packed activations.
-    """
+    """A normal tensor; if `strided`, a slice of a larger one that is NaN elsewhere, with a dense last dimension."""
     values = torch.randn(tuple(shape), generator=generator).to(dtype)
     if not strided or values.ndim == 0:
         return values
     outer = [n + 2 for n in shape[:-1]] + [shape[-1] + 8]
-    # 3 elements in: vector loads must not rely on the alignment of a fresh allocation.
+    # offset of 3 elements: vector loads must not rely on the alignment of a new allocation
     window = torch.full(outer, float("nan"), dtype=dtype)[tuple(slice(1, 1 + n) for n in shape[:-1])]
     window = window[..., 3 : 3 + shape[-1]]
     window.copy_(values)
@@ -91,7 +88,7 @@ def assert_within_budget(actual: Tensor, reference: Tensor, baseline: Tensor, na
 def assert_gradient_close(actual: Tensor, reference: Tensor, baseline: Tensor, name: str = "gradient") -> None:
     """`assert_within_budget`, and as a direction: cosine, relative L2 error, and no common bias.
 
-    The relative L2 error may be twice that of `baseline` plus eps. The bias is the mean error as a share of the mean
+    The relative L2 error may be twice that of `baseline` plus eps. The bias is the mean error relative to the mean
     magnitude: rounding averages out over many elements, a wrong term does not.
     """
     assert_within_budget(actual, reference, baseline, name)

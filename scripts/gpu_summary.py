@@ -53,7 +53,7 @@ def _op(name: str, mine: Row, rows: list[Row]) -> dict[str, Any]:
     both = best is not None and mine.ms_p50
     return {
         "op": f"{name}{mine.backend.removeprefix('fastnull')}", "dtype": mine.dtype, "ms": mine.ms_p50,
-        "floor_share": mine.floor_share, "best other": None if best is None else best.backend,
+        "floor_fraction": mine.floor_fraction, "best other": None if best is None else best.backend,
         "x best other": best.ms_p50 / mine.ms_p50 if both else None, "note": mine.note,  # type: ignore[union-attr, operator]
     }  # fmt: skip
 
@@ -71,9 +71,9 @@ def _step(name: str, rows: list[Row]) -> dict[str, Any]:
     times = {(row.backend, row.dtype): row for row in rows}
     ours = [times[key] for key in (("fastnull, graph", "bfloat16"), ("fastnull", "bfloat16")) if key in times]
     mine = next((row for row in ours if row.ms_p50), ours[-1] if ours else None)
-    step: dict[str, Any] = {"model": name, "ms": None, "floor_share": None, "note": "not measured"}
+    step: dict[str, Any] = {"model": name, "ms": None, "floor_fraction": None, "note": "not measured"}
     if mine is not None:
-        step |= {"ms": mine.ms_p50, "floor_share": mine.floor_share, "note": mine.note}
+        step |= {"ms": mine.ms_p50, "floor_fraction": mine.floor_fraction, "note": mine.note}
     for key in BASELINES:
         base = times.get(key)
         both = mine is not None and mine.ms_p50 and base is not None and base.ms_p50
@@ -103,14 +103,14 @@ def table(found: dict[str, Any]) -> str:
                 f"{_text(step[f'x {name}'])}{f' ({wanted[1 + index]:g})' if wanted else ''}"
                 for index, (name, _) in enumerate(BASELINES)
             ]
-            ms, share = _text(step["ms"]), _text(step["floor_share"], 100, " %")
-            rows.append((step["model"], ms, f"{wanted[0]:g}" if wanted else "-", share, *ratios, step["note"]))
+            ms, fraction = _text(step["ms"]), _text(step["floor_fraction"], 100, " %")
+            rows.append((step["model"], ms, f"{wanted[0]:g}" if wanted else "-", fraction, *ratios, step["note"]))
         blocks.append(format_table(rows))
     if found["ops"]:
         rows = [("op", "dtype", "ms", "of floor", "x best other", "which", "note")]
         for op in found["ops"]:
-            share, ratio = _text(op["floor_share"], 100, " %"), _text(op["x best other"])
-            rows.append((op["op"], op["dtype"], _text(op["ms"]), share, ratio, op["best other"] or "-", op["note"]))
+            fraction, ratio = _text(op["floor_fraction"], 100, " %"), _text(op["x best other"])
+            rows.append((op["op"], op["dtype"], _text(op["ms"]), fraction, ratio, op["best other"] or "-", op["note"]))
         blocks.append(format_table(rows))
     if found["noise"]:
         ends = ", ".join(f"{key} {100 * value:.2f} %" for key, value in found["noise"]["relative"].items())

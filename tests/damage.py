@@ -1,16 +1,19 @@
-"""JSON values with one thing wrong in them, at every level: what a reader of files has to expect."""
+"""Damaged JSON values and safetensors headers, for tests of readers of files."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 WRONG: tuple[Any, ...] = (None, -1, 0.5, "x", "", True, [], [1], {}, {"a": 1})
 
 
 def damaged(value: Any) -> Iterator[tuple[str, Any]]:
-    """(what is wrong, the damaged value): each entry of a nested value replaced by each of WRONG, and left out."""
+    """(what is wrong, the damaged value): each entry of a nested value replaced by each of WRONG, or removed."""
     for path in _paths(value):
         for wrong in WRONG:
             changed = copy.deepcopy(value)
@@ -19,6 +22,12 @@ def damaged(value: Any) -> Iterator[tuple[str, Any]]:
         changed = copy.deepcopy(value)
         del _inside(changed, path)[path[-1]]
         yield f"{path} is gone", changed
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
 
 
 def _paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
 from fastnull.rng import Place, fraction_of
-from fastnull.synthesis import SynthesisConfig
+from fastnull.synthesis import SynthesisConfig, synthesize
 from fastnull.synthesis.config import ALL_MODES as MODES
 from fastnull.synthesis.objective import influence
 from fastnull.vit import SITES, NormalizedModel
@@ -79,7 +79,7 @@ def test_fraction_of_one_view_is_noisy(
     torch.testing.assert_close(plain.draw(tokens)[[3, 6]], noise[[3, 6]])
 
 
-def test_share_is_spread_over_the_larger_batch() -> None:
+def test_noisy_rows_are_spaced_evenly_over_the_larger_batch() -> None:
     place = Place(torch.arange(100), 100)
     for fraction in (0.01, 0.1, 0.25, 0.29, 1 / 3, 0.5, 0.9, 1.0):
         chosen = fraction_of(place, fraction, 0)[0]
@@ -91,7 +91,7 @@ def test_share_is_spread_over_the_larger_batch() -> None:
             assert found.total == 100
 
 
-def test_batches_of_one_are_noisy_in_turns(vit: NormalizedModel, images: Tensor) -> None:
+def test_a_fraction_of_batches_of_one_is_noisy(vit: NormalizedModel, images: Tensor) -> None:
     aug = ready(vit, images, "boundary", "pixels", fraction=0.25)
     aug.step = 0
     noisy = [bool(aug.draw(images[:1]).any()) for _ in range(8)]
@@ -194,18 +194,6 @@ def test_copies_carry_no_live_hook(vit: NormalizedModel, images: Tensor) -> None
     assert not [key for key in vit.state_dict() if "noise" in key or "aug" in key]
 
 
-def test_ema_copy_sees_no_noise(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
-    from timm.utils import ModelEmaV3
-
-    aug = ready(vit, images, "boundary").attach()
-    ema = ModelEmaV3(vit, decay=0.9)
-    ema.update(vit)
-    drawn = aug.step
-    ema.module.train()
-    ema.module(images)
-    assert aug.step == drawn
-
-
 def test_same_step_same_noise_and_state_resumes(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
     aug = ready(vit, images, "universal", count=3, limit=1.0)
     for _ in range(2):
@@ -235,17 +223,6 @@ def test_weights_and_modes_are_left_alone(make_vit: Callable[..., NormalizedMode
     assert all(p.grad is None and torch.equal(p, b) for p, b in zip(vit.parameters(), before, strict=True))
 
 
-def test_noise_follows_the_weights(vit: NormalizedModel, images: Tensor) -> None:
-    aug = NullspaceAugment(vit.train(), "boundary", dtype=torch.float64)
-    tokens = aug.encoder.embed(images)
-    first = aug.draw(tokens)
-    with torch.no_grad():
-        for parameter in vit.network.blocks.parameters():
-            parameter.mul_(1.5)
-    aug.step = 0
-    assert not torch.equal(aug.draw(tokens), first)
-
-
 @pytest.mark.parametrize("site", SITES)
 def test_activation_checkpointing_sees_one_noise(
     vit: NormalizedModel, images: Tensor, labels: Tensor, site: str
@@ -268,25 +245,6 @@ def test_activation_checkpointing_sees_one_noise(
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_attaching_after_compile_ran_is_detected(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
-    compiled = torch.compile(vit.train(), backend="eager")
-    clean = compiled(images)
-    aug = NullspaceAugment(compiled, "random")
-    with pytest.raises(RuntimeError, match=r"compiled and run before NullspaceAugment was created"):
-        aug.loss(images, labels, F.cross_entropy)
-    with pytest.warns(UserWarning, match=r"torch._dynamo.reset\(\) is called"):
-        aug.attach()
-    assert not torch.allclose(compiled(images), clean)
-
-
-def test_augmentation_made_before_compile_runs_inside_it(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
-    aug = NullspaceAugment(vit.train(), "boundary")
-    eager = aug.loss(images, labels, F.cross_entropy)[0]
-    compiled = torch.compile(vit, backend="eager")
-    aug = NullspaceAugment(compiled, "boundary")
-    torch.testing.assert_close(aug.loss(images, labels, F.cross_entropy)[0], eager)
-
-
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("part", ["patch_embed", "norm_pre", "blocks", "head", "network"])
@@ -302,7 +260,7 @@ def test_frozen_parts_in_eval_mode_take_no_noise_away(
     clean = clean.detach()
     with aug:
         assert not torch.allclose(vit(images), clean)
-        vit.training = False  # the mode of the model that is called, whatever its parts are in
+        vit.training = False  # the mode of the model that is called, not the modes of its parts
         assert torch.equal(vit(images), clean)
 
 
@@ -313,8 +271,17 @@ def nested_compiled(vit: NormalizedModel, images: Tensor) -> NormalizedModel:
     return model
 
 
-def test_a_network_compiled_inside_the_wrapper_is_found(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
-    model = nested_compiled(vit, images)
+def compiled_outside(vit: NormalizedModel, images: Tensor) -> Any:
+    model = torch.compile(vit.train(), backend="eager")
+    model(images)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [nested_compiled, compiled_outside])
+def test_attaching_after_compile_ran_is_detected(
+    vit: NormalizedModel, images: Tensor, labels: Tensor, compiled: Callable[..., Any]
+) -> None:
+    model = compiled(vit, images)
     aug = NullspaceAugment(model, "random")
     with pytest.raises(RuntimeError, match=r"compiled and run before NullspaceAugment was created"):
         aug.loss(images, labels, F.cross_entropy)
@@ -331,7 +298,7 @@ def test_the_hook_form_too_gives_noise_or_an_error(vit: NormalizedModel, images:
     model = nested_compiled(vit, images)
     aug = NullspaceAugment(model, "random")
     aug._attached = True  # as if its compilation had not been seen
-    with pytest.raises(RuntimeError, match="noise was asked for in this training forward and none was added"):
+    with pytest.raises(RuntimeError, match="noise was requested in this training forward and none was added"):
         model(images)
     model.eval()(images)
 
@@ -386,7 +353,7 @@ def test_processes_that_exchange_no_gradients_are_warned_of(
     for name, value in {"is_initialized": True, "get_world_size": 2, "is_available": True}.items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     aug = ready(vit, images, "random")
-    with pytest.warns(UserWarning, match="make the augmentation of the wrapped model"):
+    with pytest.warns(UserWarning, match="create the augmentation from the wrapped model"):
         aug.loss(images, labels, F.cross_entropy)
 
 
@@ -404,7 +371,7 @@ def test_calls_past_the_model_are_an_error(
     vit: NormalizedModel, images: Tensor, call: Callable[..., Tensor], site: str
 ) -> None:
     aug = NullspaceAugment(vit.train(), site=site)
-    call(vit, images)  # not attached: nothing was asked for
+    call(vit, images)  # not attached: no noise was requested
     aug.attach()
     with pytest.raises(RuntimeError, match="a part of the model was called in training"):
         call(vit, images)
@@ -506,7 +473,7 @@ def test_noise_is_bitwise_the_same_inside_autocast(
     made = []
     for inside in (False, True):
         with torch.autocast("cpu", dtype=dtype, enabled=inside):
-            aug = ready(vit, images, mode, site, backend=backend, fraction=0.0)
+            aug = ready(vit, images, mode, site, backend=backend, fraction=0.0, dtype=torch.float32)
             tokens = aug.encoder.embed(images)
             aug.encoder.sync()
             made.append((tokens, aug.encoder(tokens), aug.draw(tokens)))
@@ -558,27 +525,65 @@ def test_autocast_around_the_loss(vit: NormalizedModel, images: Tensor, labels: 
 def test_a_bad_state_changes_nothing(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
     aug = ready(vit, images, "universal", limit=1.0)
     aug.loss(images, labels, F.cross_entropy)
-    good = copy.deepcopy(aug.state_dict())
-    bads: list[dict[str, Any]] = [{key: value for key, value in good.items() if key != gone} for gone in good]
-    bads += [{**good, "config": {**good["config"], "epsilon": 1}}, {**good, "bank": {"tokens": good["bank"]["tokens"]}}]
-    for bad in bads:
-        with pytest.raises(ValueError, match="state must be what state_dict"):
-            aug.load_state_dict({**bad, **({"step": 99} if "step" in bad else {})})
-        assert aug.step == good["step"]
-        assert torch.equal(aug.bank.tokens, good["bank"]["tokens"])
+    good: dict[str, Any] = {**copy.deepcopy(aug.state_dict()), "step": 99}
     whole = good["bank"]
-    for change in (
+    bads = [{key: value for key, value in good.items() if key != gone} for gone in good]
+    changes: list[dict[str, Any]] = [
+        {"config": {**good["config"], "epsilon": 1}},
+        {"bank": {"tokens": whole["tokens"]}},
         {"step": "3"},
         {"step": -1},
         {"config": None},
         {"config": {**good["config"], "mode": "boundary"}},
         {"bank": {**whole, "tokens": torch.full_like(whole["tokens"], torch.inf)}},
         {"bank": {**whole, "norm": torch.zeros(5)}},
-    ):
-        with pytest.raises(ValueError, match="state"):
-            aug.load_state_dict({**good, **change})
-        assert aug.step == good["step"]
+    ]
+    for bad in bads + [{**good, **change} for change in changes]:
+        with pytest.raises(ValueError, match=r"state (must be what state_dict|is of mode)"):
+            aug.load_state_dict(bad)
+        assert aug.step == 1
         assert torch.equal(aug.bank.tokens, whole["tokens"])
+
+
+def test_a_state_of_another_dtype_is_taken_with_a_warning(vit: NormalizedModel, images: Tensor) -> None:
+    aug = NullspaceAugment(vit.train(), dtype=torch.bfloat16)
+    aug.draw(images)
+    other = NullspaceAugment(vit)
+    with pytest.warns(UserWarning, match=r"noise made in torch\.bfloat16, here it is made in torch\.float32"):
+        other.load_state_dict(aug.state_dict())
+    assert other.step == 1
+
+
+@pytest.mark.parametrize(("eps", "dtype"), [(0.01, torch.bfloat16), (0.009, torch.float32)])
+def test_noise_is_made_in_16_bits_where_they_are_faster_and_suffice(
+    make_vit: Callable[..., NormalizedModel],
+    images: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    eps: float,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setenv("FASTNULL_CPU_PRODUCTS", "bfloat16")
+    wide = make_vit(embed_dim=128).train()
+    aug = NullspaceAugment(wide, eps=eps)
+    assert aug.encoder.dtype == dtype
+    loss, _ = aug.loss(images, torch.arange(8), F.cross_entropy)
+    loss.backward()
+    assert synthesize(wide, images, aug.config).metadata["dtype"] == str(dtype)
+    asked = SynthesisConfig.recommended("boundary", eps=eps, dtype="float32")
+    assert NullspaceAugment(wide, config=asked).encoder.dtype == torch.float32
+    assert NullspaceAugment(wide, eps=eps, dtype=torch.float64).encoder.dtype == torch.float64
+
+
+@pytest.mark.parametrize("mode", ["universal", "boundary", "random"])
+def test_a_step_draws_nothing_from_a_generator(
+    vit: NormalizedModel, images: Tensor, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aug = NullspaceAugment(vit.train(), mode)
+    aug.refresh([images])
+    before = torch.get_rng_state()
+    monkeypatch.setattr(torch, "Generator", lambda *_: pytest.fail("a generator of the host"))
+    aug.draw(aug.encoder.embed(images))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_misuse_has_clear_errors(
@@ -633,5 +638,5 @@ def test_views_of_a_fraction_are_made_with_each_images_own_logits(vit: Normalize
     aug = ready(vit, images, "boundary", "patch", fraction=0.5)
     _, noisy = aug.views(images)
     tokens = aug.encoder.embed(images)
-    noise = aug.at(0).draw(tokens)  # which takes clean logits of its own
+    noise = aug.at(0).draw(tokens)  # which computes its own clean logits
     torch.testing.assert_close(noisy, aug.encoder(tokens + noise))

@@ -1,24 +1,27 @@
-"""Every command with every kind of bad path, device, file and number: one clear line, exit code 2, nothing touched."""
+"""Every command with bad paths, devices, files and numbers: one clear line, exit code 2, nothing changed."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastnull.cli import main
 from fastnull.finetune.checkpoint import read_state, write_state
 from fastnull.models import load_model
 from fastnull.noise import Noise
-from tests.commands import refused
-from tests.damage import damaged
+from tests.commands import refused as error_of
+from tests.damage import damaged, header_of
+
+Refused = Callable[..., str]
+Commands = dict[str, list[str]]
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -26,7 +29,7 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished finetuning run with results, and a noise beside it."""
+    """A finished finetuning run with results and a noise file."""
     folder = tmp_path_factory.mktemp("bad") / "run"
     words = ["--augment", "none", "--epochs", "1", "--train-fraction", "0.1", "--no-progress"]
     assert main(["finetune", "--out", str(folder), *words]) == 0
@@ -40,14 +43,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_hang() -> Iterator[None]:
-    """What waits for ever fails."""
+    """A test that blocks fails."""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     signal.alarm(60)
     yield
     signal.alarm(0)
 
 
-def commands(run: Path) -> dict[str, list[str]]:
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """A function: words of a command → its error line."""
+    return functools.partial(error_of, capsys)
+
+
+@pytest.fixture
+def commands(run: Path) -> Commands:
     """Each command that writes, without its --out."""
     model = ["--model", str(run / "last.safetensors")]
     return {
@@ -65,7 +75,7 @@ def commands(run: Path) -> dict[str, list[str]]:
 
 WRITERS = ("synthesize", "evaluate", "finetune", "tune", "analyze", "report", "compare", "demo", "bench")
 FOLDERS = {
-    # what a command writes in its folder, one name of each
+    # one file that each command writes in its folder
     "finetune": "metrics.jsonl", "tune": "tune.png", "analyze": "exact.json", "report": "report.html",
     "compare": "comparison.md", "demo": "workers.log", "bench": "rows.csv",
 }  # fmt: skip
@@ -74,7 +84,7 @@ FOLDERS = {
 @pytest.mark.parametrize("kind", ["pipe", "device", "link", "empty", "below a file"])
 @pytest.mark.parametrize("name", WRITERS)
 def test_where_nothing_can_be_written(
-    name: str, kind: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, kind: str, tmp_path: Path, refused: Refused, commands: Commands
 ) -> None:
     out = tmp_path / "out"
     if kind == "pipe":
@@ -87,7 +97,7 @@ def test_where_nothing_can_be_written(
         (tmp_path / "file").write_text("kept")
         out = tmp_path / "file" / "out"
     before = os.lstat(out) if os.path.lexists(out) else None
-    line = refused(capsys, *commands(run)[name], "--out", "" if kind == "empty" else out)
+    line = refused(*commands[name], "--out", "" if kind == "empty" else out)
     assert "--out" in line or "cannot be written" in line
     assert before is None or os.lstat(out)[:3] == before[:3]  # mode, inode, device
     assert not (tmp_path / "nowhere").exists()
@@ -95,16 +105,14 @@ def test_where_nothing_can_be_written(
 
 @pytest.mark.parametrize("kind", ["pipe", "link"])
 @pytest.mark.parametrize("name", FOLDERS)
-def test_what_lies_in_the_folder(
-    name: str, kind: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_lies_in_the_folder(name: str, kind: str, tmp_path: Path, refused: Refused, commands: Commands) -> None:
     inside = tmp_path / FOLDERS[name]
     if kind == "pipe":
         os.mkfifo(inside)
     else:
         (tmp_path / "real").write_text("kept")
         inside.symlink_to("real")
-    line = refused(capsys, *commands(run)[name], "--out", tmp_path)
+    line = refused(*commands[name], "--out", tmp_path)
     assert f"{inside} cannot be written" in line
     assert inside.is_fifo() or (inside.is_symlink() and inside.read_text() == "kept")
 
@@ -116,7 +124,7 @@ def test_what_lies_in_the_folder(
      ("evaluate", "source"), ("synthesize", "checkpoint")],
 )  # fmt: skip
 def test_a_command_keeps_its_inputs(
-    name: str, option: str, spelling: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, option: str, spelling: str, run: Path, tmp_path: Path, refused: Refused, commands: Commands
 ) -> None:
     source = tmp_path / "input.safetensors"
     content = (run / ("noise" if option in ("noise", "start") else "last")).with_suffix(".safetensors").read_bytes()
@@ -128,21 +136,21 @@ def test_a_command_keeps_its_inputs(
     elif spelling != "same":
         out = tmp_path / "other.safetensors"
         os.link(source, out) if spelling == "hard link" else out.symlink_to(source)
-    words = [*commands(run)[name], f"--{option}", str(source)]
+    words = [*commands[name], f"--{option}", str(source)]
     if option in ("model", "checkpoint"):
         words[2] = {"model": str(source), "checkpoint": "vit_digits"}[option]
-    line = refused(capsys, *words, "--out", out)
+    line = refused(*words, "--out", out)
     assert f"--{option} reads" in line or "symbolic link" in line
     assert source.read_bytes() == content
 
 
-def test_a_run_keeps_its_inputs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_keeps_its_inputs(run: Path, refused: Refused) -> None:
     before = (run / "last.safetensors").read_bytes()
     words = ["finetune", "--checkpoint", run / "last.safetensors", "--out", run, "--overwrite"]
-    assert "--checkpoint reads" in refused(capsys, *words)
+    assert "--checkpoint reads" in refused(*words)
     assert (run / "last.safetensors").read_bytes() == before
     assert "--recipes reads" in refused(
-        capsys, "compare", "--recipes", _written(run / "comparison.json", "{}"), "--out", run, "--overwrite"
+        "compare", "--recipes", _written(run / "comparison.json", "{}"), "--out", run, "--overwrite"
     )
 
 
@@ -152,11 +160,11 @@ def _written(path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_run_keeps_its_images(inside: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_keeps_its_images(inside: bool, tmp_path: Path, refused: Refused) -> None:
     data = tmp_path / "images"
     (data / "train" / "cat").mkdir(parents=True)
     words = ["finetune", "--data", data, "--epochs", "1", "--overwrite", "--out", tmp_path if inside else data]
-    assert "--data reads" in refused(capsys, *words)
+    assert "--data reads" in refused(*words)
 
 
 READERS: dict[str, list[str]] = {
@@ -178,23 +186,23 @@ READERS: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("words", READERS.values(), ids=READERS)
-def test_pipes_are_not_waited_for(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipes_are_not_waited_for(words: list[str], tmp_path: Path, refused: Refused) -> None:
     pipe = tmp_path / "pipe.safetensors"
     os.mkfifo(pipe)
-    assert "is a named pipe" in refused(capsys, *(str(pipe) if word == "PIPE" else word for word in words))
+    assert "is a named pipe" in refused(*(str(pipe) if word == "PIPE" else word for word in words))
 
 
-def test_pipes_among_results_and_in_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipes_among_results_and_in_a_configuration(tmp_path: Path, refused: Refused) -> None:
     os.mkfifo(tmp_path / "results.json")
-    assert "results.json is a named pipe" in refused(capsys, "report", tmp_path, "--out", tmp_path / "report")
+    assert "results.json is a named pipe" in refused("report", tmp_path, "--out", tmp_path / "report")
     config = _written(tmp_path / "run.yaml", f"checkpoint: {tmp_path / 'results.json'}\nout: {tmp_path / 'run'}\n")
-    assert "is a named pipe" in refused(capsys, "finetune", "--config", config)
-    assert "out must not be empty" in refused(capsys, "finetune", "--config", _written(config, "out: ''\n"))
+    assert "is a named pipe" in refused("finetune", "--config", config)
+    assert "out must not be empty" in refused("finetune", "--config", _written(config, "out: ''\n"))
 
 
 DEVICES = [
     ("rubbish", "device must be cpu, cuda"),
-    ("cuda:63", "is not here: torch sees"),
+    ("cuda:63", "does not exist: torch sees"),
     ("cuda:256", "device must be cpu, cuda"),
     ("meta", "cannot be used here"),
     ("cuda:x", "device must be cpu, cuda"),
@@ -203,27 +211,25 @@ DEVICES = [
 
 @pytest.mark.parametrize(("device", "message"), DEVICES)
 @pytest.mark.parametrize("name", ["synthesize", "evaluate", "finetune", "tune", "analyze", "bench"])
-def test_devices(
-    name: str, device: str, message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [*commands(run)[name], "--device", device, "--out", tmp_path / "out"]
-    assert message in refused(capsys, *words)
+def test_devices(name: str, device: str, message: str, tmp_path: Path, refused: Refused, commands: Commands) -> None:
+    words = [*commands[name], "--device", device, "--out", tmp_path / "out"]
+    assert message in refused(*words)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_where_there_is_none(run: Path, tmp_path: Path, refused: Refused, commands: Commands) -> None:
     for name in ("evaluate", "finetune"):
-        line = refused(capsys, *commands(run)[name], "--device", "cuda", "--out", tmp_path / "out")
-        assert "device 'cuda' is not here: torch sees 0 CUDA devices" in line
-    assert "is not here" in refused(capsys, *commands(run)["finetune"], "--device", "cuda", "--dry-run", "--out", "x")
+        line = refused(*commands[name], "--device", "cuda", "--out", tmp_path / "out")
+        assert "device 'cuda' does not exist: torch sees 0 CUDA devices" in line
+    assert "does not exist" in refused(*commands["finetune"], "--device", "cuda", "--dry-run", "--out", "x")
 
 
-def test_limits_beyond_float32(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_limits_beyond_float32(tmp_path: Path, refused: Refused, commands: Commands) -> None:
     for limit in ("1e300", "3e38", "inf"):
         for mode in ("universal", "per_image", "boundary"):
-            words = [*commands(run)["synthesize"], "--limit", limit, "--mode", mode, "--out", tmp_path / "out"]
-            assert refused(capsys, *words, bar=True)
+            words = [*commands["synthesize"], "--limit", limit, "--mode", mode, "--out", tmp_path / "out"]
+            assert refused(*words, bar=True)
             assert list(tmp_path.iterdir()) == []
 
 
@@ -247,23 +253,18 @@ NUMBERS: list[tuple[str, list[str], str]] = [
 
 @pytest.mark.parametrize(("name", "words", "message"), NUMBERS)
 def test_numbers_and_names(
-    name: str, words: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, words: list[str], message: str, tmp_path: Path, refused: Refused, commands: Commands
 ) -> None:
-    assert message in refused(capsys, *commands(run)[name], *words, "--out", tmp_path / "out")
+    assert message in refused(*commands[name], *words, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_large_bank_that_fits_nowhere(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused, commands: Commands
 ) -> None:
     monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__)
-    line = refused(capsys, *commands(run)["synthesize"], "--count", "5000", "--out", tmp_path / "out")
+    line = refused(*commands["synthesize"], "--count", "5000", "--out", tmp_path / "out")
     assert "5000 noises of [16, 32] with their steps need about 0.0614 GB; cpu has 0.0041 GB" in line
-
-
-def header_of(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata())
 
 
 def test_damaged_model_files(run: Path, tmp_path: Path) -> None:
@@ -271,16 +272,16 @@ def test_damaged_model_files(run: Path, tmp_path: Path) -> None:
     weights, header = load_file(source), header_of(source)
     read = {key: json.loads(value) for key, value in header.items() if key != "format"}
     del read["provenance"], read["metadata"]  # whatever they hold
-    told = []
+    errors = []
     for what, wrong in damaged(read):
         dumped = {key: json.dumps(value) for key, value in wrong.items()}
         save_file(weights, path, {"format": header["format"], **dumped})
         try:
             load_model(path)
         except ValueError as error:
-            told.append((what, str(error)))
-    assert len(told) > 50
-    assert [entry for entry in told if str(path) not in entry[1]] == []
+            errors.append((what, str(error)))
+    assert len(errors) > 50
+    assert [entry for entry in errors if str(path) not in entry[1]] == []
     for key in header:
         save_file(weights, path, {**header, key: "{"})
         if key != "format":
@@ -294,7 +295,7 @@ def test_damaged_noise_files(run: Path, tmp_path: Path) -> None:
     for key in ("site", "metadata"):
         for value in (None, "{", "[]", "3", ""):
             save_file(tensors, path, {k: v for k, v in {**header, key: value}.items() if v is not None})
-            with pytest.raises(ValueError, match="has a broken header"):
+            with pytest.raises(ValueError, match="has an invalid header"):
                 Noise.load(path)
     for key in tensors:
         save_file({name: tensor for name, tensor in tensors.items() if name != key}, path, header)
@@ -302,7 +303,7 @@ def test_damaged_noise_files(run: Path, tmp_path: Path) -> None:
             Noise.load(path)
 
 
-def test_damaged_states(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_states(run: Path, tmp_path: Path, refused: Refused) -> None:
     words = ["finetune", "--augment", "none", "--epochs", "1", "--train-fraction", "0.1", "--no-progress"]
     for file in ("config.json", "metrics.jsonl"):
         (tmp_path / file).write_bytes((run / file).read_bytes())
@@ -311,36 +312,36 @@ def test_damaged_states(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     parts = [{key: value for key, value in state.items() if key != gone} for gone in state if gone != "lines"]
     for wrong in [*parts, {}, []]:  # states of earlier versions count no lines
         write_state(tmp_path / good.name, wrong)  # type: ignore[arg-type]
-        assert "state" in refused(capsys, *words, "--out", tmp_path, "--resume", bar=True)
+        assert "state" in refused(*words, "--out", tmp_path, "--resume", bar=True)
     write_state(tmp_path / good.name, state)
     assert main([*words, "--out", str(tmp_path), "--resume"]) == 0
 
 
-def test_damaged_results_are_not_resumed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_results_are_not_resumed(run: Path, tmp_path: Path, refused: Refused, commands: Commands) -> None:
     out = tmp_path / "results.json"
-    words = [word for word in commands(run)["evaluate"] if word != "--overwrite"]
+    words = [word for word in commands["evaluate"] if word != "--overwrite"]
     good = json.loads((run / "results.json").read_text())
     for part in ("protocol", "results", "summary", "images", "partial"):
         for wrong in (None, 3, "x", [], True, {"clean": "x"}, {"all": 3}):
             if part in ("results", "summary") and wrong == {"all": 3}:  # a number more does no harm
                 continue
             out.write_text(json.dumps({**good, part: wrong}))
-            line = refused(capsys, *words, "--out", out, "--resume", bar=True)
+            line = refused(*words, "--out", out, "--resume", bar=True)
             assert str(out) in line
             assert "is not a result of evaluate()" in line or "another protocol" in line
 
 
-def test_auto_augment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_augment(tmp_path: Path, refused: Refused) -> None:
     from tests.pictures import write_pictures
 
     pytest.importorskip("skimage")
     data = write_pictures(tmp_path / "images")
     for policy in ("rubbish", "rand-rubbish", "rand-m9-x", "augmix-", "3a-q"):
         words = ["finetune", "--data", data, "--model", "vit_digits", "--auto-augment", policy, "--epochs", "1"]
-        assert "auto_augment" in refused(capsys, *words, "--out", tmp_path / "run")
+        assert "auto_augment" in refused(*words, "--out", tmp_path / "run")
 
 
-def test_other_errors_are_one_line_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_one_line_too(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
     for error in (
         KeyError("key"),
         AssertionError(),
@@ -353,7 +354,7 @@ def test_other_errors_are_one_line_too(capsys: pytest.CaptureFixture[str], monke
             raise error
 
         monkeypatch.setattr("fastnull.cli.commands.report", broken)
-        line = refused(capsys, "report", "x")
+        line = refused("report", "x")
         assert type(error).__name__ in line
         assert line.endswith("(--debug shows where)")
         assert main(["report", "x"]) == 2

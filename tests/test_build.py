@@ -1,4 +1,4 @@
-"""The native library: what it needs of its host, how a missing or broken one behaves, and the build record."""
+"""The native library: its requirements, missing and broken libraries, and the build record."""
 
 from __future__ import annotations
 
@@ -63,9 +63,15 @@ def test_levels_are_forced_and_restored() -> None:
         _C.set_cpu_level("portable")
 
 
-def test_a_missing_library_is_quiet_and_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of libraries in place of the package's."""
     monkeypatch.setattr(_C, "DIRECTORY", tmp_path)
-    (tmp_path / _C.RECORD).write_text(json.dumps({"missing": "no C++ compiler ('c++' is not on PATH; set CXX)"}))
+    return tmp_path
+
+
+def test_a_missing_library_is_quiet_and_explained(folder: Path) -> None:
+    (folder / _C.RECORD).write_text(json.dumps({"missing": "no C++ compiler ('c++' is not on PATH; set CXX)"}))
     library = _C.Library("_C_cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -74,7 +80,7 @@ def test_a_missing_library_is_quiet_and_explained(tmp_path: Path, monkeypatch: p
 
 
 def record(folder: Path, **rest: object) -> None:
-    """A build record beside a library, with its true digest."""
+    """Write a build record with the digest of the library."""
     digest = hashlib.sha256((folder / "_C_cpu.so").read_bytes()).hexdigest()
     (folder / _C.RECORD).write_text(json.dumps({"cpu": {"sha256": digest}, **rest}))
 
@@ -93,21 +99,20 @@ def refused(message: str) -> _C.Library:
     return library
 
 
-def test_a_broken_library_is_reported_once_with_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_C, "DIRECTORY", tmp_path)
-    (tmp_path / "_C_cpu.so").write_bytes(b"not a library")
-    record(tmp_path, torch_headers="2.99.0", torch_minimum="2.98")
+def test_a_broken_library_is_reported_once_with_versions(folder: Path) -> None:
+    (folder / "_C_cpu.so").write_bytes(b"not a library")
+    record(folder, torch_headers="2.99.0", torch_minimum="2.98")
     refused(r"does not load into torch .* \(built against torch 2\.99\.0")
 
 
 @needs_library
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_cut_library_is_never_loaded(tmp_path: Path, share: float) -> None:
-    """In a process of its own: to load such a file ends it with SIGBUS."""
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
+def test_a_truncated_library_is_never_loaded(tmp_path: Path, kept: float) -> None:
+    """In a separate process: loading such a file would end it with SIGBUS."""
     for name in ("_C_cpu.so", _C.RECORD):
         shutil.copy(_C.DIRECTORY / name, tmp_path / name)
     whole = _C.cpu.path.read_bytes()
-    (tmp_path / "_C_cpu.so").write_bytes(whole[: int(share * len(whole))])
+    (tmp_path / "_C_cpu.so").write_bytes(whole[: int(kept * len(whole))])
     code = (
         "import pathlib, torch; from fastnull import _C, ops;"
         f"_C.DIRECTORY = pathlib.Path({str(tmp_path)!r});"
@@ -130,22 +135,18 @@ def test_a_cut_library_is_never_loaded(tmp_path: Path, share: float) -> None:
     ],
 )
 def test_a_library_of_unknown_digest_is_not_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
 ) -> None:
-    monkeypatch.setattr(_C, "DIRECTORY", tmp_path)
-    (tmp_path / "_C_cpu.so").write_bytes(b"whatever")
+    (folder / "_C_cpu.so").write_bytes(b"whatever")
     if text is not None:
-        (tmp_path / _C.RECORD).write_text(text)
+        (folder / _C.RECORD).write_text(text)
     monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("it was loaded"))
     refused(message)
 
 
-def test_a_library_without_our_kernels_does_not_count_as_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_C, "DIRECTORY", tmp_path)
-    (tmp_path / "_C_cpu.so").write_bytes(b"of another package")
-    record(tmp_path)
+def test_a_library_without_our_kernels_does_not_count_as_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "_C_cpu.so").write_bytes(b"of another package")
+    record(folder)
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setitem(_C.KERNELS, "_C_cpu", ("CPU", "aten", "mm no_such_op"))
     library = refused("lacks the kernels of no_such_op")
@@ -156,14 +157,11 @@ def test_a_library_without_our_kernels_does_not_count_as_loaded(
 
 
 @pytest.mark.parametrize("content", [b'{"cpu": ', b"\xff\xfe", b"[]", None])
-def test_a_broken_build_record_breaks_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
-) -> None:
-    monkeypatch.setattr(_C, "DIRECTORY", tmp_path)
+def test_a_broken_build_record_breaks_nothing(folder: Path, content: bytes | None) -> None:
     if content is None:
-        (tmp_path / _C.RECORD).mkdir()
+        (folder / _C.RECORD).mkdir()
     else:
-        (tmp_path / _C.RECORD).write_bytes(content)
+        (folder / _C.RECORD).write_bytes(content)
     assert "_build.json" in build_info.build_info()["built"]["unreadable"]
     assert _C.Library("_C_cpu").load() is False
 
@@ -226,16 +224,23 @@ def test_an_unknown_architecture_is_refused_before_anything_is_compiled(tmp_path
     assert not list(tmp_path.rglob("*.o"))
 
 
-@needs_library
-@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-def test_the_library_needs_the_stable_abi_alone() -> None:
-    """No C++ symbol of torch and no Python symbol: that is what lets one build serve several of both."""
-    command = ["nm", "-D", "--undefined-only", str(_C.cpu.path)]
+FOREIGN = ("Py", "_Py", "_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "_ZNK3c10")
+"""Beginnings of Python's symbols and of torch's C++ symbols: without them one build works with several versions."""
+
+
+def undefined_symbols(library: Path) -> list[str]:
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    command = ["nm", "-D", "--undefined-only", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    names = [line.split()[-1].split("@")[0] for line in done.stdout.splitlines() if line.strip()]
-    foreign = [n for n in names if n.startswith(("Py", "_Py", "_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "_ZNK3c10"))]
-    assert not foreign
-    assert any(n.startswith("aoti_torch_") for n in names)
+    return [line.split()[-1].split("@")[0] for line in done.stdout.splitlines() if line.strip()]
+
+
+@needs_library
+def test_the_library_needs_only_the_stable_abi() -> None:
+    names = undefined_symbols(_C.cpu.path)
+    assert not [name for name in names if name.startswith(FOREIGN)]
+    assert any(name.startswith("aoti_torch_") for name in names)
 
 
 @needs_library

@@ -143,8 +143,8 @@ def test_fields_of_their_type_become_plain(field: str, value: Any, kept: Any) ->
         ("limit", "none", "^limit must be a number or None; got 'none'"),
         ("limit", math.nan, "^limit must be a number or None; got nan"),
         ("switch", "no", "^switch must be True or False or None; got 'no'"),
-        ("sizes", 3, "^sizes must be a tuple of which each is an integer; got 3"),
-        ("sizes", "123", "^sizes must be a tuple of which each is an integer; got '123'"),
+        ("sizes", 3, "^sizes must be a tuple whose values are each an integer; got 3"),
+        ("sizes", "123", "^sizes must be a tuple whose values are each an integer; got '123'"),
         ("sizes", (1, "2"), r"^sizes\[1\] must be an integer; got '2'"),
         ("pair", (1, 2, 3), r"^pair must hold 2 values; got \(1, 2, 3\)$"),
         ("pair", (1.5, 2), r"^pair\[0\] must be an integer; got 1.5"),
@@ -159,45 +159,13 @@ def test_fields_of_another_type_are_named(field: str, value: Any, message: str) 
         Settings(**{field: value})
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [FinetuneConfig(), SynthesisConfig(), AnalysisSettings(), BenchSettings()],
-    ids=lambda settings: type(settings).__name__,
-)
-def test_every_field_of_a_configuration_is_checked(settings: Any) -> None:
-    """A value of no field's type is refused by name, and a default comes back as it is."""
+@pytest.mark.parametrize("kind", [FinetuneConfig, SynthesisConfig, AnalysisSettings, BenchSettings])
+def test_every_field_of_a_configuration_is_checked(kind: Any) -> None:
+    settings = kind()
     for field in fields(settings):
         with pytest.raises(TypeError, match=rf"^{field.name} must be .*; got <object"):
             replace(settings, **{field.name: object()})
-    again = replace(settings)
-    assert again == settings
-
-
-@pytest.mark.parametrize(
-    ("kind", "values"),
-    [
-        (FinetuneConfig, {"out": "run", "overwrite": "no"}),
-        (FinetuneConfig, {"out": "run", "resume": "no"}),
-        (FinetuneConfig, {"pretrained": 1}),
-        (FinetuneConfig, {"lr": "1e-4"}),
-        (FinetuneConfig, {"batch_size": 8.0}),
-        (FinetuneConfig, {"augment": None}),
-        (FinetuneConfig, {"num_classes": "10"}),
-        (SynthesisConfig, {"growing": "no"}),
-        (SynthesisConfig, {"keep": "False"}),
-        (SynthesisConfig, {"eps": "0.1"}),
-        (SynthesisConfig, {"count": True}),
-    ],
-)
-def test_words_are_no_switches_and_no_numbers(kind: Any, values: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=rf"^{list(values)[-1]} must be"):
-        kind(**values)
-
-
-def test_numbers_of_numpy_make_the_same_configuration() -> None:
-    found = FinetuneConfig(lr=numpy.float64(1e-3), epochs=numpy.int32(3), compile=numpy.bool_(False))
-    assert found == FinetuneConfig(lr=1e-3, epochs=3)
-    assert all(type(value) in (int, float, bool, str, type(None)) for value in found.to_dict().values())
+    assert replace(settings) == settings
 
 
 def test_finite() -> None:

@@ -1,6 +1,6 @@
-"""What README and docs/ show works: Python runs, commands are understood, links lead somewhere.
+"""README and docs/: the Python blocks run, the commands exist, and the links are valid.
 
-A block that cannot run here has `<!-- not run: why -->` on the line above it, which no reader of the page sees.
+A block that cannot run here has `<!-- not run: why -->` on the line above it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 MORE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-"""Pages outside the docs: only their links and names are looked at."""
+"""Pages outside the docs: only their links and names are tested."""
 LANGUAGES = {"python", "bash", "diff", "", "{eval-rst}", "{include}", "{toctree}"}
-"""Fences that there may be; without a name it is commands: reports write them so."""
+"""Allowed languages of blocks; without a name they are commands, as in reports."""
 NEEDS = {
     "analyses.md": ("scipy",),
+    "pretrained.md": ("matplotlib", "markdown_it", "scipy"),
     "integrations.md": ("timm", "transformers", "lightning", "accelerate", "torchvision", "peft"),
 }
-"""Libraries that a page's Python imports and fastnull does not ask for."""
+"""Libraries that a page's Python needs besides fastnull's requirements."""
 NOT_RUN = {"installs packages": 2, "needs several processes": 1}
-"""How many blocks are left out, by the reason given: one more is to be a decision."""
+"""Number of blocks that are not run, by reason."""
 
 OTHERS = ("python -m pytest benchmarks ",)
-"""How commands begin that are none of fastnull's, and are not looked at."""
+"""Beginnings of commands that are not fastnull's and are not tested."""
 
 FENCE = re.compile(
     r"^(?:<!-- not run: (?P<why>.+) -->\n)?```(?P<language>\S*).*\n(?P<text>(?s:.*?))^```$", re.MULTILINE
@@ -42,7 +43,7 @@ PARTS = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and not p
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page, `line` its first line of text."""
+    """A fenced block of a page; `line` is its first line."""
 
     page: Path
     line: int
@@ -64,7 +65,7 @@ RUN = [block for block in BLOCKS if block.why_not_run is None]
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """Every command of the bash blocks: where it is, and its words without comments and variables set before it."""
+    """Every command of the bash blocks: its place, and its words without comments and variables."""
     found = []
     for block in RUN:
         if block.language in ("bash", ""):
@@ -91,10 +92,10 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in NEEDS.get(page.name, ()):
         pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "page"}  # one for the page: a block may go on from the one before
+    names = {"__name__": "page"}  # shared by the blocks of a page
     for block in RUN:
         if block.page == page and block.language == "python":
-            # empty lines before it, so that a traceback shows the page's line
+            # empty lines give tracebacks the line of the page
             exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), names)
 
 
@@ -121,7 +122,7 @@ def test_no_block_escapes() -> None:
         assert block.language in LANGUAGES, f"{block.page.name}:{block.line}: ```{block.language}"
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        # of a fence that the pattern misses, or a mark that stands before no block
+        # every fence matches the pattern, and every mark belongs to a block
         assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(blocks_of(page)), page.name
         assert text.count("<!-- not run") == sum(block.why_not_run is not None for block in blocks_of(page)), page.name
     reasons = [block.why_not_run for block in BLOCKS if block.why_not_run is not None]
@@ -131,17 +132,18 @@ def test_no_block_escapes() -> None:
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks."""
+    """The text of a page without its blocks."""
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("page", [*PAGES, *MORE], ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_are_valid(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if not re.match(r"[a-z]+:", target):
             there = (page.parent / target.partition("#")[0]).resolve()  # the anchor is for Sphinx to check
             assert there.exists(), f"{page.name} links to {target}"
             assert there.is_relative_to(ROOT), f"{page.name} links to {target}"
+            assert there.suffix != ".png" or there.stat().st_size < 300_000, f"{target} is too large"
 
 
 @pytest.mark.parametrize("page", [*PAGES, *MORE], ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,15 +1,16 @@
-"""scripts/gpu_check.sh without a GPU: that its dry run does every part, keeps what was measured and tells failures."""
+"""scripts/gpu_check.sh without a GPU: its dry run does every part, keeps measurements and reports failures."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,13 +55,19 @@ def test_the_dry_run_does_every_part(tmp_path: Path) -> None:
     assert done.stdout.rstrip().endswith((tmp_path / "out" / "table.txt").read_text().rstrip())
 
 
-def test_a_part_that_fails_is_counted_and_the_others_run(tmp_path: Path) -> None:
-    python = tmp_path / "python"  # every benchmark fails
+def fake_python(folder: Path, bench: str) -> str:
+    """A Python whose benchmarks are the shell script `bench`."""
+    python = folder / "python"
     python.write_text(
-        f'#!/bin/sh\ncase "$*" in *"fastnull bench"*) echo "no luck"; exit 3 ;; esac\nexec "{sys.executable}" "$@"\n'
+        f'#!/bin/sh\ncase "$*" in *"fastnull bench"*) ;; *) exec "{sys.executable}" "$@" ;; esac\n{bench}'
     )
     python.chmod(0o755)
-    done = check("--dry-run", "--only", "steps ops build", str(tmp_path / "out"), PYTHON=str(python))
+    return str(python)
+
+
+def test_a_part_that_fails_is_counted_and_the_others_run(tmp_path: Path) -> None:
+    python = fake_python(tmp_path, 'echo "no luck"; exit 3\n')
+    done = check("--dry-run", "--only", "steps ops build", str(tmp_path / "out"), PYTHON=python)
     assert done.returncode == 2
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [(part["part"], part["status"] != 0) for part in summary["parts"]] == [
@@ -71,14 +78,10 @@ def test_a_part_that_fails_is_counted_and_the_others_run(tmp_path: Path) -> None
 
 
 def test_a_part_out_of_time_keeps_what_it_measured(tmp_path: Path) -> None:
-    python = tmp_path / "python"  # the first case is written, the second never ends
-    result = json.dumps({"rows": [row("fastnull", "bfloat16", 30.0)]})
-    python.write_text(
-        f'#!/bin/sh\ncase "$*" in *"fastnull bench"*) ;; *) exec "{sys.executable}" "$@" ;; esac\n'
-        f'for last; do :; done\nmkdir -p "$last"\necho \'{result}\' >"$last/20260101T000000Z-x.json"\nsleep 60\n'
-    )
-    python.chmod(0o755)
-    done = check("--dry-run", "--only", "steps noise", str(tmp_path / "out"), PYTHON=str(python), TOTAL="3")
+    result = json.dumps({"rows": [row("fastnull", "bfloat16", 30.0)]})  # the first case; the second does not end
+    bench = f'for last; do :; done\nmkdir -p "$last"\necho \'{result}\' >"$last/20260101T000000Z-x.json"\nsleep 60\n'
+    python = fake_python(tmp_path, bench)
+    done = check("--dry-run", "--only", "steps noise", str(tmp_path / "out"), PYTHON=python, TOTAL="3")
     assert done.returncode == 2
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [part["status"] for part in summary["parts"]] == [124, 124]
@@ -152,7 +155,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
         (["--only", "stops", "OUT"], "no part is called stops"),
     ],
 )
-def test_misuse_is_told(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_misuse_is_an_error(tmp_path: Path, arguments: list[str], message: str) -> None:
     done = check(*(str(tmp_path) if word == "OUT" else word for word in arguments))
     assert done.returncode == 98
     assert message in done.stderr
@@ -161,12 +164,7 @@ def test_misuse_is_told(tmp_path: Path, arguments: list[str], message: str) -> N
 @pytest.fixture
 def summary() -> Any:
     """scripts/gpu_summary.py as a module."""
-    spec = importlib.util.spec_from_file_location("gpu_summary", ROOT / "scripts" / "gpu_summary.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "gpu_summary.py")))
 
 
 def row(backend: str, dtype: str, ms: float | None, note: str = "") -> dict[str, Any]:
@@ -174,9 +172,15 @@ def row(backend: str, dtype: str, ms: float | None, note: str = "") -> dict[str,
         Row(
             date="d", commit="c", device="g", torch="t", triton="3", threads=1, suite="encoder",
             op="vit_base_patch16_224", backend=backend, mode="universal step", dtype=dtype, shape="batch 256",
-            ms_p50=ms, floor_share=0.5 if ms else None, note=note,
+            ms_p50=ms, floor_fraction=0.5 if ms else None, note=note,
         )
     )  # fmt: skip
+
+
+def summarized(summary: Any, folder: Path, name: str, rows: list[dict[str, Any]], parts: str = "") -> dict[str, Any]:
+    (folder / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    (folder / "parts").write_text(parts)
+    return summary.summarize(folder, folder)
 
 
 def test_the_table_holds_ratios_and_what_was_wanted(summary: Any, tmp_path: Path) -> None:
@@ -184,9 +188,7 @@ def test_the_table_holds_ratios_and_what_was_wanted(summary: Any, tmp_path: Path
         row("published", "float32", 180.0), row("frozen", "bfloat16", 45.0), row("compiled", "bfloat16", None),
         row("fastnull", "bfloat16", 32.0), row("fastnull, graph", "bfloat16", 30.0), row("published", "bfloat16", 90.0),
     ]  # fmt: skip
-    (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "parts").write_text("build\t0\t60\nsteps\t124\t260\nops\t1\t3\n")
-    found = summary.summarize(tmp_path, tmp_path)
+    found = summarized(summary, tmp_path, "steps", rows, "build\t0\t60\nsteps\t124\t260\nops\t1\t3\n")
     (step,) = found["steps"]
     assert (step["ms"], step["x frozen"], step["x compiled"], step["x published"]) == (30.0, 1.5, None, 6.0)
     text = summary.table(found)
@@ -199,34 +201,28 @@ def test_the_table_holds_ratios_and_what_was_wanted(summary: Any, tmp_path: Path
 
 def test_a_wrong_step_has_no_time_and_says_so(summary: Any, tmp_path: Path) -> None:
     rows = [row("frozen", "bfloat16", 45.0), row("fastnull", "bfloat16", None, "WRONG: error 0.4")]
-    (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "parts").write_text("")
-    (step,) = summary.summarize(tmp_path, tmp_path)["steps"]
+    (step,) = summarized(summary, tmp_path, "steps", rows)["steps"]
     assert step["ms"] is None
     assert step["x frozen"] is None
     assert "WRONG" in step["note"]
 
 
-def test_a_step_that_no_graph_holds_is_the_eager_one(summary: Any, tmp_path: Path) -> None:
+def test_without_a_graph_the_eager_step_counts(summary: Any, tmp_path: Path) -> None:
     rows = [
         row("frozen", "bfloat16", 45.0, "attention flash"), row("fastnull, graph", "bfloat16", None, "FAILED: capture"),
         row("fastnull", "bfloat16", 30.0),
     ]  # fmt: skip
-    (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "parts").write_text("")
-    (step,) = summary.summarize(tmp_path, tmp_path)["steps"]
+    (step,) = summarized(summary, tmp_path, "steps", rows)["steps"]
     assert step["ms"] == 30.0
     assert step["note"] == "frozen: attention flash"
 
 
-def test_an_op_stands_beside_the_fastest_of_torchs(summary: Any, tmp_path: Path) -> None:
+def test_an_op_is_compared_with_torchs_fastest(summary: Any, tmp_path: Path) -> None:
     rows = [
         row("torch", "bfloat16", 3.0), row("torch, flash", "bfloat16", 2.0), row("torch, cudnn", "bfloat16", None),
         row("torch", "float32", 1.0), row("fastnull", "bfloat16", 1.0), row("fastnull, fused", "bfloat16", 0.5),
         row("fastnull (again)", "bfloat16", 1.0),
     ]  # fmt: skip
-    (tmp_path / "ops.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "parts").write_text("")
-    ours, fused = summary.summarize(tmp_path, tmp_path)["ops"]
+    ours, fused = summarized(summary, tmp_path, "ops", rows)["ops"]
     assert (ours["best other"], ours["x best other"], fused["x best other"]) == ("torch, flash", 2.0, 4.0)
     assert fused["op"] == "vit_base_patch16_224, fused"

@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastnull.compat import import_timm
 from fastnull.models import create_model, load_model, read_metadata, read_state_dict, save_checkpoint
 from fastnull.nullspace import PatchNullspace
 from fastnull.nullspace.inspection import inspect_models
 from fastnull.vit import NormalizedModel
+from tests.damage import header_of
 
 
 class Runs:
@@ -39,6 +40,11 @@ class Runs:
 def state() -> dict[str, Tensor]:
     """Weights of a vit_digits of their own: no two models start the same."""
     return create_model("vit_digits").network.state_dict()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "m.safetensors"
 
 
 def test_vit_digits() -> None:
@@ -123,13 +129,6 @@ def test_torch_files(wrapper: str, legacy: bool, state: dict[str, Tensor], tmp_p
     assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
-def test_safetensors_and_half_precision(state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    save_file({key: value.bfloat16() for key, value in state.items()}, path)
-    loaded = create_model("vit_digits", checkpoint=str(path)).network.state_dict()
-    assert all(torch.equal(loaded[key], state[key].bfloat16().float()) for key in state)
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pickled_code_is_refused_and_never_runs(legacy: bool, state: dict[str, Tensor], tmp_path: Path) -> None:
     path, trace = tmp_path / "weights.pt", tmp_path / "ran"
@@ -162,17 +161,6 @@ def test_broken_files_are_named(suffix: str, damage: str, state: dict[str, Tenso
         create_model("vit_digits", checkpoint=path)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_legacy_file_cut_anywhere_is_named(seed: int, state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "cut.pth"
-    torch.save(state, path, _use_new_zipfile_serialization=False)
-    whole = path.read_bytes()
-    for share in torch.rand(8, generator=torch.Generator().manual_seed(seed)).tolist():
-        path.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(ValueError, match=r"cut\.pth"):
-            read_state_dict(path)
-
-
 @pytest.mark.parametrize(
     ("content", "found"),
     [
@@ -196,8 +184,7 @@ def test_other_kinds_of_files(tmp_path: Path) -> None:
         read_state_dict(tmp_path)
 
 
-def test_weights_that_do_not_fit_are_named_and_counted(state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "odd.safetensors"
+def test_weights_that_do_not_fit_are_named_and_counted(state: dict[str, Tensor], path: Path) -> None:
     changed = {key: value for key, value in state.items() if not key.startswith("blocks.3")}
     changed["surplus"] = torch.zeros(1)
     changed["norm.weight"] = torch.zeros(33)
@@ -206,17 +193,16 @@ def test_weights_that_do_not_fit_are_named_and_counted(state: dict[str, Tensor],
         create_model("vit_digits", checkpoint=path)
     message = str(caught.value)
     for part in (
-        "odd.safetensors does not fit VisionTransformer", "12 missing: blocks.3.norm1.weight", ", ...",
+        "m.safetensors does not fit VisionTransformer", "12 missing: blocks.3.norm1.weight", ", ...",
         "1 unexpected: surplus", "1 of another shape: norm.weight [33] in the file, [32] in the model",
     ):  # fmt: skip
         assert part in message
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite(value: float, state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "nan.safetensors"
+def test_weights_that_are_not_finite(value: float, state: dict[str, Tensor], path: Path) -> None:
     save_file({**state, "norm.bias": torch.full((32,), value)}, path)
-    with pytest.raises(ValueError, match=r"nan\.safetensors: NaN or Inf in 1 tensors: norm\.bias"):
+    with pytest.raises(ValueError, match=r"m\.safetensors: NaN or Inf in 1 tensors: norm\.bias"):
         create_model("vit_digits", checkpoint=path)
 
 
@@ -224,11 +210,9 @@ TYPES = [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torc
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_weights_of_another_type_are_refused(dtype: torch.dtype, state: dict[str, Tensor], tmp_path: Path) -> None:
-    """Quantised ones, say: copied into the model they would pass for weights."""
-    path = tmp_path / "w.safetensors"
+def test_weights_of_another_type_are_refused(dtype: torch.dtype, state: dict[str, Tensor], path: Path) -> None:
     save_file({**state, "blocks.0.mlp.fc1.weight": state["blocks.0.mlp.fc1.weight"].to(dtype)}, path)
-    message = rf"w.safetensors: 1 tensors of another type .*: blocks.0.mlp.fc1.weight is {dtype}, not torch.float32"
+    message = rf"m.safetensors: 1 tensors of another type .*: blocks.0.mlp.fc1.weight is {dtype}, not torch.float32"
     with pytest.raises(ValueError, match=message):
         create_model("vit_digits", checkpoint=path)
     save_file({key: value.to(dtype) for key, value in state.items()}, path)
@@ -239,12 +223,9 @@ def test_weights_of_another_type_are_refused(dtype: torch.dtype, state: dict[str
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_a_saved_model_with_weights_of_another_type_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
+def test_a_saved_model_with_weights_of_another_type_is_refused(dtype: torch.dtype, path: Path) -> None:
     save_checkpoint(create_model("vit_digits").to(torch.float16), path)
-    with safe_open(str(path), framework="pt") as file:
-        header = file.metadata()
-    save_file({key: value.to(dtype) for key, value in load_file(path).items()}, path, header)
+    save_file({key: value.to(dtype) for key, value in load_file(path).items()}, path, header_of(path))
     with pytest.raises(ValueError, match="tensors of another type"):
         load_model(path)
 
@@ -256,10 +237,10 @@ def test_a_sparse_weight_is_refused(state: dict[str, Tensor], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_any_floating_type_are_taken(dtype: torch.dtype, state: dict[str, Tensor], tmp_path: Path) -> None:
-    save_file({key: value.to(dtype) for key, value in state.items()}, tmp_path / "w.safetensors")
-    model = create_model("vit_digits", checkpoint=tmp_path / "w.safetensors")
-    assert torch.equal(model.network.head.weight, state["head.weight"].to(dtype).float())
+def test_weights_of_any_floating_type_are_taken(dtype: torch.dtype, state: dict[str, Tensor], path: Path) -> None:
+    save_file({key: value.to(dtype) for key, value in state.items()}, path)
+    loaded = create_model("vit_digits", checkpoint=str(path)).network.state_dict()
+    assert all(torch.equal(loaded[key], state[key].to(dtype).float()) for key in state)
 
 
 BAD_NORMALISATION = {
@@ -275,23 +256,18 @@ BAD_NORMALISATION = {
 
 
 @pytest.mark.parametrize("case", BAD_NORMALISATION)
-def test_bad_normalisation_in_a_file(case: str, tmp_path: Path) -> None:
+def test_bad_normalisation_in_a_file(case: str, path: Path) -> None:
     name, values, message = BAD_NORMALISATION[case]
-    path = tmp_path / "m.safetensors"
-    save_checkpoint(create_model("vit_digits"), path)
-    with safe_open(str(path), framework="pt") as file:
-        header = {**file.metadata(), name: json.dumps(values)}
-    save_file(load_file(path), path, header)
+    _with_header(path, **{name: json.dumps(values)})
     with pytest.raises(ValueError, match=message):
         load_model(path)
 
 
-def test_another_head_is_left_out_only_when_asked_for(state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "seven.safetensors"
+def test_another_head_is_left_out_only_when_asked_for(state: dict[str, Tensor], path: Path) -> None:
     save_file(create_model("vit_digits", num_classes=7).network.state_dict(), path)
     with pytest.raises(ValueError, match=r"head\.weight \[7, 32\] in the file, \[10, 32\] in the .*pass num_classes"):
         create_model("vit_digits", checkpoint=path)
-    with pytest.warns(UserWarning, match="its head has 7 classes.*new head for 5 classes starts fresh"):
+    with pytest.warns(UserWarning, match="its head has 7 classes.*the head for 5 classes is newly initialised"):
         model = create_model("vit_digits", num_classes=5, checkpoint=path)
     assert model(torch.rand(1, 3, 16, 16)).shape == (1, 5)
     stored = read_state_dict(path)
@@ -310,8 +286,7 @@ def test_another_head_is_left_out_only_when_asked_for(state: dict[str, Tensor], 
         create_model("vit_digits", num_classes=10, checkpoint=path)
 
 
-def test_position_embedding_is_resized_only_when_a_size_is_asked_for(state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "small.safetensors"
+def test_position_embedding_is_resized_only_when_a_size_is_asked_for(state: dict[str, Tensor], path: Path) -> None:
     save_file(state, path)
     model = create_model("vit_digits", img_size=32, checkpoint=path)
     assert model.network.pos_embed.shape == (1, 65, 32)
@@ -364,19 +339,16 @@ def test_copies_and_own_normalisation_survive(tmp_path: Path) -> None:
     assert torch.equal(again.std, model.std)
 
 
-def test_metadata_is_strings_that_any_reader_can_parse(tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
+def test_metadata_is_strings_that_any_reader_can_parse(path: Path) -> None:
     save_checkpoint(create_model("vit_digits"), path)
-    with safe_open(str(path), framework="pt") as file:
-        header = file.metadata()
+    header = header_of(path)
     assert header["format"] == "fastnull model 1"
     assert {key: json.loads(header[key]) for key in ("name", "num_classes", "kwargs", "mean")} == {
         "name": "vit_digits", "num_classes": 10, "kwargs": {}, "mean": [0.5] * 3,
     }  # fmt: skip
 
 
-def test_foreign_models_are_saved_but_not_rebuilt(vit: NormalizedModel, tmp_path: Path) -> None:
-    path = tmp_path / "mine.safetensors"
+def test_foreign_models_are_saved_but_not_rebuilt(vit: NormalizedModel, path: Path) -> None:
     for model in (vit, vit.network):
         save_checkpoint(model, path)
         assert read_metadata(path)["rebuilds"] is False
@@ -385,8 +357,7 @@ def test_foreign_models_are_saved_but_not_rebuilt(vit: NormalizedModel, tmp_path
             load_model(path)
 
 
-def test_bad_saves_leave_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
+def test_bad_saves_leave_the_old_file(path: Path, tmp_path: Path) -> None:
     model = create_model("vit_digits")
     save_checkpoint(model, path, epoch=1)
     with pytest.raises(TypeError, match="plain JSON values"):
@@ -405,21 +376,19 @@ def test_bad_saves_leave_the_old_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_loading_what_is_no_model_file(state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "plain.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"plain\.safetensors"):
+def test_loading_what_is_no_model_file(state: dict[str, Tensor], path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"m\.safetensors"):
         load_model(path)
     save_file(state, path)
-    with pytest.raises(ValueError, match=r"plain\.safetensors was not written by fastnull.*create_model\(name"):
+    with pytest.raises(ValueError, match=r"m\.safetensors was not written by fastnull.*create_model\(name"):
         load_model(path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"plain\.safetensors is truncated or not a safetensors file"):
+    with pytest.raises(ValueError, match=r"m\.safetensors is truncated or not a safetensors file"):
         load_model(path)
 
 
 @pytest.mark.parametrize("names", [["cat", "dog", "frog"], ["a\nb", "caf\u00e9", "\udcff"]])
-def test_names_of_classes_are_kept(tmp_path: Path, names: list[str]) -> None:
-    path = tmp_path / "m.safetensors"
+def test_names_of_classes_are_kept(path: Path, names: list[str]) -> None:
     model = create_model("vit_digits", num_classes=3)
     assert model.classes is None
     model.classes = names
@@ -428,29 +397,22 @@ def test_names_of_classes_are_kept(tmp_path: Path, names: list[str]) -> None:
     about = read_metadata(path)
     assert (about["classes"], about["class_names"]) == (3, names)
     assert create_model("vit_digits", num_classes=3, checkpoint=path).classes == names
-    with pytest.warns(UserWarning, match="starts fresh"):
+    with pytest.warns(UserWarning, match="newly initialised"):
         assert create_model("vit_digits", num_classes=4, checkpoint=path).classes is None
 
 
-def test_without_names_there_are_none(tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
+def test_without_names_there_are_none(path: Path) -> None:
     save_checkpoint(create_model("vit_digits"), path)
     assert load_model(path).classes is None
     assert create_model("vit_digits", checkpoint=path).classes is None
-    state = create_model("vit_digits").network.state_dict()
-    save_file(state, path)
+    save_file(load_file(path), path)
     assert create_model("vit_digits", checkpoint=path).classes is None
-
-
-def test_files_of_earlier_versions_have_no_names(tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
-    _with_header(path, class_names=None)
+    _with_header(path, class_names=None)  # a file of an earlier version
     assert load_model(path).classes is None
 
 
 @pytest.mark.parametrize("names", [["cat", "dog"], "cat dog frog", [1, 2, 3], {"cat": 0}])
-def test_names_that_are_none_are_refused(tmp_path: Path, names: Any) -> None:
-    path = tmp_path / "m.safetensors"
+def test_names_that_are_none_are_refused(path: Path, names: Any) -> None:
     model = create_model("vit_digits", num_classes=3)
     model.classes = names
     with pytest.raises((TypeError, ValueError), match="classes must be"):
@@ -464,10 +426,8 @@ def test_names_that_are_none_are_refused(tmp_path: Path, names: Any) -> None:
 def _with_header(path: Path, **changes: str | None) -> None:
     """A file of a vit_digits of three classes with other metadata; None leaves an entry out."""
     save_checkpoint(create_model("vit_digits", num_classes=3), path)
-    with safe_open(str(path), framework="pt") as file:
-        header = {**file.metadata(), **changes}
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file is no mapping)
-    save_file(weights, path, metadata={key: value for key, value in header.items() if value is not None})
+    header = {key: value for key, value in {**header_of(path), **changes}.items() if value is not None}
+    save_file(load_file(path), path, header)
 
 
 def test_a_legacy_file_cut_at_any_byte_is_named(tmp_path: Path) -> None:
@@ -478,3 +438,13 @@ def test_a_legacy_file_cut_at_any_byte_is_named(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"cut\.pth"):
             read_state_dict(path)
+
+
+@pytest.mark.parametrize(("num_classes", "new"), [(None, False), (1000, False), (7, True)])
+def test_new_head_of_pretrained_weights(num_classes: int | None, new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = import_timm()
+    create = timm.create_model
+    # without the download
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **how: create(name, pretrained=False, **how))
+    assert create_model("test_vit", num_classes=num_classes, pretrained=True).new_head is new
+    assert not create_model("test_vit", num_classes=num_classes).new_head

@@ -1,4 +1,4 @@
-"""What may be written where: regular files, with the right mode, and never an input of the same command."""
+"""Input and output paths: only regular files, with the right mode, and no output that replaces an input."""
 
 from __future__ import annotations
 
@@ -143,9 +143,9 @@ def test_no_input_is_replaced(
     out: str, files: tuple[str, ...] | None, inputs: dict[str, str | list[str]], place: Path
 ) -> None:
     filled = {key: value.format(place) if isinstance(value, str) else value for key, value in inputs.items()}
-    with pytest.raises(ValueError, match=re.escape("--out ")) as told:
+    with pytest.raises(ValueError, match=re.escape("--out ")) as caught:
         check_output(out.format(place), filled, files=files)
-    assert list(inputs)[-1] in str(told.value)
+    assert list(inputs)[-1] in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -166,14 +166,16 @@ def test_outputs_beside_inputs_are_fine(
 
 
 @pytest.mark.parametrize("files", [None, FILES])
-def test_a_way_through_a_folder_that_is_not_there_is_refused(files: tuple[str, ...] | None, place: Path) -> None:
+def test_a_path_back_out_of_a_missing_folder_is_refused(files: tuple[str, ...] | None, place: Path) -> None:
     name = "run" if files else "model"
-    with pytest.raises(ValueError, match=f"--out absent/../{name} leads back out of a folder that is not there"):
+    with pytest.raises(
+        ValueError, match=f"--out absent/../{name} leads back \\(..\\) out of a folder that does not exist"
+    ):
         check_output(f"absent/../{name}", {"--model": "model"}, files=files)
     check_output(f"run/../new/{name}", {"--model": "model"}, files=files)
 
 
-def test_what_is_in_the_way_is_told_first(place: Path) -> None:
+def test_obstacles_are_reported_first(place: Path) -> None:
     with pytest.raises(ValueError, match="--out must be a file; run is a folder"):
         check_output("run", {})
     with pytest.raises(ValueError, match="--out must be a folder; model is a file"):

@@ -1,6 +1,6 @@
-"""What is known of nullspaces, as numbers: how exact the exact one is, how approximate the other, and what transfers.
+"""Analyses of exact and approximate nullspaces, and of transfer between models.
 
-Each module computes rows of plain numbers; `run` writes them with their protocol, and a figure (`fastnull analyze`).
+Each module computes rows of plain numbers; `run` writes them with a protocol and a figure (`fastnull analyze`).
 """
 
 from fastnull.analysis.run import ANALYSES, Analysis, AnalysisSettings, analyze, write_analysis

@@ -1,4 +1,4 @@
-"""The approximate nullspace: what learned noise may be scaled to, against permuted and random noise of equal norm."""
+"""The approximate nullspace: learned noise at several norms, against permuted and random noise of equal norm."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.run import synthesize
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""What the learned noise is scaled by."""
+"""Scales of the learned noise."""
 LAMBDAS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
 """λ of the objective E‖Δlogits‖ − λ·log‖v‖ (paper, Eq. 6)."""
 CONTROLS = 3
-"""Permuted and random noises of each norm; their mean is what a row holds."""
+"""Number of permuted and random noises of each norm; a row has their mean."""
 
 
 def over_norm(
@@ -37,15 +37,12 @@ def over_norm(
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[Row]:
-    """Influence and agreement of a learned noise at several lengths, and of controls of the same lengths.
+    """Influence and agreement of a learned noise scaled by `factors`, and of controls of the same norms.
 
     Args:
         encoder: at the site of the noise.
-        noise: universal; all its noises are measured, and the controls are made of the first.
+        noise: universal; the controls are made from its first noise.
         images: [n, C, H, W] that the noise was not learned on.
-        factors: lengths, in lengths of the noise.
-        batch_size: images at once.
-        seed: of the controls.
 
     Returns:
         Rows with kind (`learned`, `permuted`, `random`), factor, norm, influence and agreement.
@@ -68,15 +65,13 @@ def over_lambda(
     *,
     batch_size: int = 64,
 ) -> list[Row]:
-    """Noise that is learned to be long too: all steps of the λ·log‖v‖ objective, for each λ from the same start.
+    """Noise learned with the λ·log‖v‖ objective, for each λ from the same start and over all steps.
 
     Args:
         encoder: at the site.
         batches: training images [B, C, H, W].
-        images: [n, C, H, W] to judge on.
+        images: [n, C, H, W] to measure on.
         config: of the synthesis; its λ and stop rule are replaced.
-        lambdas: weights of log‖v‖.
-        batch_size: images at once, in judging.
 
     Returns:
         Rows with lambda, kind (`learned`, `permuted`, `random`), norm, influence and agreement.
@@ -93,23 +88,22 @@ def over_lambda(
 def over_finetuning(
     model: nn.Module, data: str, config: SynthesisConfig, epochs: int, *, data_dir: str | None = None
 ) -> list[Row]:
-    """Norm and influence of the noise that is learned anew for every epoch of a finetuning with it.
+    """Norm and influence of the noise that is relearned in every epoch of a finetuning with universal noise.
 
-    The published curve of this kind shows the norm over the steps of finetuning. Each noise starts at random and is
-    stopped where its influence meets ε, so the norm says how large a noise the model of that step ignores, and
-    depends on the length of the start.
+    This is the published curve of the norm over the steps of finetuning. Each noise starts at random and stops when its
+    influence is below ε, so the norm shows how large a noise the model ignores at that step. It depends on the start.
 
     Args:
         model: a copy of it is finetuned.
-        data, data_dir: as FinetuneConfig takes them.
+        data, data_dir: as in FinetuneConfig.
         config: eps, limit, lr, rounds, site and seed are used.
         epochs: of finetuning.
 
     Returns:
-        Rows with step, norm, influence (on held-out images), converged (whether it is below ε) and updates.
+        Rows with step, norm, influence (on held-out images), converged (influence below ε) and updates.
     """
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # that ε was not met: the rows say it
+        # ε not met: the rows show it
         warnings.filterwarnings("ignore", message="the universal noise")
         run = FinetuneConfig(
             data=data, data_dir=data_dir, augment="universal", site=config.site, seed=config.seed,
@@ -119,13 +113,5 @@ def over_finetuning(
         finetune(run, copy.deepcopy(model))
         lines = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if record["kind"] == "refresh"]
-    return [
-        {
-            "step": record["step"],
-            "norm": record["norm"],
-            "influence": record["influence"],
-            "converged": bool(record["converged"]),
-            "updates": record["updates"],
-        }
-        for record in records
-    ]
+    names = ("step", "norm", "influence", "converged", "updates")
+    return [{name: record[name] for name in names} | {"converged": bool(record["converged"])} for record in records]

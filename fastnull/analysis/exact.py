@@ -1,4 +1,4 @@
-"""The exact nullspace: how large it is, how much of a picture lies in it, how much of its noise rounding lets out."""
+"""The exact nullspace: its dimension, the part of pictures in it, and how exact its noise is in floating point."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ FAMILIES = (
 
 LEAK_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEAK_SCALES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
-"""Root mean squares of noise in pixels of [0, 1]; above some 0.3 no real picture can hold it."""
+"""Root mean squares of noise in pixels of [0, 1]; above about 0.3 it does not fit into a real picture."""
 
 
 def dimensions(names: Sequence[str] = FAMILIES) -> list[Row]:
-    """Rank and nullity of patch embeddings, with random weights: what their shapes guarantee. Nothing is downloaded.
+    """Rank and nullity of patch embeddings with random weights, which their shapes guarantee. Nothing is downloaded.
 
     Args:
-        names: as `fastnull.models.create_model` takes them.
+        names: as for `fastnull.models.create_model`.
 
     Returns:
-        Rows with model, values (C·ph·pw), width (D), rank, nullity, share (nullity / values) and per_channel_nullity;
-        where there is no linear patch embedding these are None and `reason` says why.
+        Rows with model, values (C·ph·pw), width (D), rank, nullity, fraction (nullity / values), per_channel_nullity,
+        `reason`: why the others are None, if there is no linear patch embedding.
     """
-    kept = ("model", "values", "width", "rank", "nullity", "share", "per_channel_nullity", "reason")
+    kept = ("model", "values", "width", "rank", "nullity", "fraction", "per_channel_nullity", "reason")
     return [{key: row[key] for key in kept} for row in inspect_models(names)]
 
 
 def natural_pictures(size: tuple[int, int], channels: int = 3) -> Tensor:
-    """The squares in the middle of scikit-image's 13 pictures [13, channels, H, W], resized with antialiasing.
+    """Centre squares of scikit-image's 13 pictures [13, channels, H, W], resized with antialiasing.
 
     Raises:
         ImportError: scikit-image is not installed.
@@ -63,10 +63,10 @@ def natural_pictures(size: tuple[int, int], channels: int = 3) -> Tensor:
 
 
 def energy(space: PatchNullspace, images: Mapping[str, Tensor], seed: int = 0) -> list[Row]:
-    """Share of the squared pixel values that lies in the nullspace, beside that of a random matrix of the same shape.
+    """Fraction of the squared pixel values in the nullspace, and in that of a random matrix of the same shape.
 
-    An image without structure, or a random matrix, gives dim / (C·ph·pw) on average. Trained embeddings look where
-    pictures have their energy, so what they miss holds less.
+    For white noise or a random matrix it is dim / (C·ph·pw) on average. Trained embeddings respond to the energy of
+    pictures, so less of it is in the nullspace.
 
     Args:
         space: of the model.
@@ -74,8 +74,8 @@ def energy(space: PatchNullspace, images: Mapping[str, Tensor], seed: int = 0) -
         seed: of the random matrix and of white noise, which is measured too.
 
     Returns:
-        Rows with images (label), weights (`model` or `random`), pixels (share of Σ x²), contrast (share after each
-        image's mean colour is taken off) and expected (dim / (C·ph·pw)).
+        Rows with images (label), weights (`model` or `random`), pixels (fraction of Σ x²), contrast (the same after
+        subtracting each image's mean colour) and expected (dim / (C·ph·pw)).
     """
     source = generator(seed)
     like = next(iter(images.values()))
@@ -88,8 +88,8 @@ def energy(space: PatchNullspace, images: Mapping[str, Tensor], seed: int = 0) -
         {
             "images": label,
             "weights": name,
-            "pixels": _share(kernel, found),
-            "contrast": _share(kernel, found - found.mean((2, 3), keepdim=True)),
+            "pixels": _fraction(kernel, found),
+            "contrast": _fraction(kernel, found - found.mean((2, 3), keepdim=True)),
             "expected": kernel.dim / (kernel.dim + kernel.rank),
         }
         for label, found in sets.items()
@@ -97,7 +97,7 @@ def energy(space: PatchNullspace, images: Mapping[str, Tensor], seed: int = 0) -
     ]
 
 
-def _share(space: PatchNullspace, images: Tensor) -> float:
+def _fraction(space: PatchNullspace, images: Tensor) -> float:
     whole = images.double()
     return float(space.project(whole).square().sum() / whole.square().sum())
 
@@ -110,10 +110,9 @@ def leak(
     dtypes: Sequence[torch.dtype] = LEAK_DTYPES,
     seed: int = 0,
 ) -> list[Row]:
-    """How much of exact nullspace noise comes through in floating point, and of white noise of equal norm.
+    """Change of tokens and logits by exact nullspace noise in floating point, and by white noise of equal norm.
 
-    Noise is made and added in float64; the sum is rounded to the dtype, in which model and images are. So the rounding
-    of pixels is part of what leaks, as it is in use.
+    Noise is added in float64 and the sum is rounded to the model's dtype, so the rounding of pixels is included.
 
     Args:
         model: a ViT whose patch embedding has a nullspace; not changed.
@@ -123,8 +122,8 @@ def leak(
         seed: of the noise.
 
     Returns:
-        Rows with dtype, noise (`exact` or `random`), rms, norm (mean L2 norm an image), tokens and logits (‖change‖ /
-        ‖clean‖ over all images) and agreement (share of images whose prediction stays).
+        Rows with dtype, noise (`exact` or `random`), rms, norm (mean L2 norm per image), tokens and logits (‖change‖ /
+        ‖clean‖ over all images) and agreement (fraction of unchanged predictions).
 
     Raises:
         ValueError: no nullspace, or no adapter for the model.

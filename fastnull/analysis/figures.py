@@ -1,4 +1,4 @@
-"""One figure an analysis, drawn from its rows."""
+"""The figure of each analysis, drawn from its rows."""
 
 from __future__ import annotations
 
@@ -13,20 +13,11 @@ from fastnull.report.document import Figure
 Tables = Mapping[str, list[Row]]
 
 FLOOR = 1e-18
-"""What a logarithmic axis shows for 0."""
+"""Shown for 0 on a logarithmic axis."""
 
 
 def draw(name: str, tables: Tables, caption: str) -> Figure:
-    """The figure of an analysis.
-
-    Args:
-        name: of fastnull.analysis.ANALYSES.
-        tables: as `analyze` returns them.
-        caption: below it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """The figure of the analysis `name` from the tables of `analyze`. Raises ImportError without matplotlib."""
     draws: dict[str, Callable[[Tables, str], Figure]] = {
         "exact": _exact,
         "approximate": _approximate,
@@ -40,12 +31,12 @@ def _exact(tables: Tables, caption: str) -> Figure:
     with plots.canvas("exact", 1, 3, width=14, height=4.6) as (axes, done):
         rows = [row for row in tables["dimensions"] if row["reason"] is None]
         places = range(len(rows))
-        axes[0].barh(places, [100 * row["share"] for row in rows], color=plots.STYLES[4]["color"])
+        axes[0].barh(places, [100 * row["fraction"] for row in rows], color=plots.STYLES[4]["color"])
         axes[0].set_yticks(places, [row["model"] for row in rows], fontsize=7)
         axes[0].invert_yaxis()
         axes[0].set(xlabel="of a patch's dimensions in the nullspace [%]", xlim=(0, 100))
         _energy_bars(axes[1], tables["energy"])
-        # white noise is the same line in every dtype, but for what rounding adds where it is small
+        # white noise gives nearly the same line in every dtype
         leaks = [row for row in tables["leak"] if row["noise"] == "exact" or row["dtype"] == "float32"]
         for style, ((dtype, noise), points) in zip(
             plots.styles(len(leaks)), _curves(leaks, ("dtype", "noise"), "rms", "logits"), strict=False
@@ -56,7 +47,7 @@ def _exact(tables: Tables, caption: str) -> Figure:
         )
         if leaks:
             axes[2].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(0, 0.33))  # between the dtypes
-        return done("Nullities of patch embeddings; share of image energy in the nullspace; leak of its noise", caption)
+        return done("Nullities of patch embeddings; image energy in the nullspace; leak of its noise", caption)
 
 
 def _energy_bars(axis: Any, rows: list[Row]) -> None:
@@ -116,7 +107,7 @@ def _spectrum(tables: Tables, caption: str) -> Figure:
         for style, depth in zip(plots.styles(len(depths)), depths, strict=True):
             found = [row for row in tables["values"] if row["depth"] == depth and row["index"] is not None]
             label = depth if depth == LOGITS else f"after block {depth}"
-            # a marker for each value would hide the line
+            # markers would hide the line
             line = {key: value for key, value in style.items() if key != "marker"}
             axes[0].plot(
                 [row["index"] for row in found], [max(row["value"], FLOOR) for row in found], label=label, **line
@@ -145,21 +136,21 @@ def _transfer(tables: Tables, caption: str) -> Figure:
                 for j, b in enumerate(names):
                     cell = cells[a, b]
                     if cell["agreement"] is not None:
-                        share = "" if cell["share"] is None else f"\n×{cell['share']:.2g}"
+                        relative = "" if cell["ratio"] is None else f"\n×{cell['ratio']:.2g}"
                         colour = "black" if cell["agreement"] > 0.55 else "white"
-                        axis.text(j, i, f"{100 * cell['agreement']:.0f} %{share}", ha="center", va="center",
+                        axis.text(j, i, f"{100 * cell['agreement']:.0f} %{relative}", ha="center", va="center",
                                   color=colour, fontsize=8)  # fmt: skip
             axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
             axis.set_yticks(range(len(names)), names, fontsize=8)
             axis.set(title=f"{kind} noise", xlabel="tried on", ylabel="made on")
             axis.grid(visible=False)
-        return done("Share of predictions that stay, for noise made on one model and tried on another", caption)
+        return done("Fraction of unchanged predictions, for noise made on one model and tried on another", caption)
 
 
 def _curves(
     rows: list[Row], keys: tuple[str, ...], x: str, y: str
 ) -> Iterable[tuple[tuple[str, ...], tuple[list[float], list[float]]]]:
-    """Rows in groups by `keys`: the key and (xs, ys), without what is None."""
+    """Rows grouped by `keys`: the key and (xs, ys), without None."""
     groups: dict[tuple[str, ...], tuple[list[float], list[float]]] = {}
     for row in rows:
         if row[y] is not None:

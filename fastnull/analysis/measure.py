@@ -1,4 +1,4 @@
-"""What every analysis asks of noise: its influence, and how many predictions it leaves as they were."""
+"""Influence of noise, and agreement of predictions with and without it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastnull.synthesis.objective import influence
 from fastnull.synthesis.solvers import norms, perturb
 
 Row: TypeAlias = dict[str, Any]
-"""A line of a table: names → numbers, words or None."""
+"""A row of a table: names → numbers, strings or None."""
 
 
 def embedded_pairs(encoder: FrozenEncoder, images: Tensor, batch_size: int) -> list[Pair]:
-    """Images [n, C, H, W] as clean tokens and logits, batch by batch."""
+    """Clean tokens and logits of images [n, C, H, W], in batches."""
     return [embed_batch(encoder, batch) for batch in images.split(batch_size)]
 
 
@@ -27,35 +27,25 @@ def embedded_pairs(encoder: FrozenEncoder, images: Tensor, batch_size: int) -> l
 def measure(
     encoder: FrozenEncoder, noises: Tensor, pairs: Iterable[Pair], *, shared: bool = True
 ) -> tuple[float, float]:
-    """Influence and agreement of noises, as a mean over noises and images.
+    """Influence and agreement (fraction of unchanged predictions) of noises [M, ...], over noises and images.
 
-    Args:
-        encoder: at the site of the noise.
-        noises: [M, ...].
-        pairs: clean tokens and logits, see `embedded_pairs`.
-        shared: each noise is measured on all images; False: noise i on image i alone.
-
-    Returns:
-        The influence, and the fraction of images whose prediction stays.
+    Each noise is measured on all images, or without `shared` noise i only on image i.
     """
-    seen: list[Tensor] = []
+    influences: list[Tensor] = []
     same: list[Tensor] = []
     begin = 0
     for tokens, clean in pairs:
         end = begin + len(clean)
         for noise in noises if shared else (noises[begin:end],):
             noisy = encoder(perturb(encoder, tokens, noise.to(encoder.device)))
-            seen.append(influence(clean, noisy))
+            influences.append(influence(clean, noisy))
             same.append(clean.argmax(1) == noisy.argmax(1))
         begin = end
-    return float(torch.cat(seen).mean()), float(torch.cat(same).float().mean())
+    return float(torch.cat(influences).mean()), float(torch.cat(same).float().mean())
 
 
 def controls(noise: Tensor, count: int, seed: int = 0) -> dict[str, Tensor]:
-    """Noises of the norm of `noise` [...] without its direction, `count` [count, ...] of each kind.
-
-    `permuted` has its elements in another order, `random` is Gaussian.
-    """
+    """`count` noises [count, ...] with the norm of `noise` of each kind: `permuted` elements, or `random` Gaussian."""
     source = generator(seed)
     flat = noise.detach().cpu().flatten()
     permuted = torch.stack([flat[torch.randperm(len(flat), generator=source)] for _ in range(count)])
@@ -65,6 +55,6 @@ def controls(noise: Tensor, count: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def measured_row(encoder: FrozenEncoder, noises: Tensor, pairs: Sequence[Pair], about: Mapping[str, Any]) -> Row:
-    """A row: what `about` says, then norm, influence and agreement of the noises [M, ...]."""
-    seen, same = measure(encoder, noises, pairs)
-    return {**about, "norm": float(norms(noises).mean()), "influence": seen, "agreement": same}
+    """`about` with norm, influence and agreement of the noises [M, ...]."""
+    found, same = measure(encoder, noises, pairs)
+    return {**about, "norm": float(norms(noises).mean()), "influence": found, "agreement": same}

@@ -1,4 +1,4 @@
-"""An analysis from its settings to its files: <name>.json with the protocol, a CSV a table, and the figure."""
+"""Runs an analysis and writes its files: <name>.json with the protocol, a CSV per table, and the figure."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ ANALYSES = ("exact", "approximate", "spectrum", "transfer")
 
 @dataclass(frozen=True)
 class AnalysisSettings:
-    """How much an analysis does. The defaults take less than a minute on one core with the small models.
+    """Size of an analysis. The defaults take less than a minute on one core with the small models.
 
     Attributes:
-        images: most training images to learn noise on, and most test images to judge on.
-        batch_size: images per batch.
-        seed: seed of images, noise and small models.
+        images: at most so many training images to learn noise on, and test images to measure on.
+        batch_size: of images.
+        seed: of images, noise and small models.
         families: exact: timm models whose patch embeddings are compared.
-        eps: approximate, transfer: largest influence of learned noise.
+        eps: approximate, transfer: target influence of learned noise.
         limit: approximate, transfer: token noise starts in U(-limit, limit).
         steps: approximate, transfer: maximum number of updates of a learned noise.
-        finetune_epochs: approximate: epochs of finetuning during which the noise is measured; 0: none.
-        rank: spectrum: number of singular values at each depth.
-        spectrum_images: spectrum: number of images in the Jacobian.
+        finetune_epochs: approximate: epochs of finetuning over which the noise is measured; 0 skips it.
+        rank: spectrum: singular values at each depth.
+        spectrum_images: spectrum: images in the Jacobian.
 
     Raises:
         ValueError: a number out of range, or no families.
@@ -68,19 +68,19 @@ class AnalysisSettings:
             raise ValueError("families must name at least one model")
 
     def synthesis(self) -> SynthesisConfig:
-        """How token noise is learned."""
+        """Settings of learned token noise."""
         return SynthesisConfig(eps=self.eps, limit=self.limit, steps=self.steps, seed=self.seed)
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What came out.
+    """Result of an analysis.
 
     Attributes:
-        name: of ANALYSES.
-        protocol: what was measured and how; JSON-able.
+        name: one of ANALYSES.
+        protocol: what was measured and how, as JSON values.
         tables: name → rows of plain numbers.
-        summary: what the numbers say, a sentence each.
+        summary: sentences about the numbers.
     """
 
     name: str
@@ -107,18 +107,16 @@ def analyze(
         name: `exact`, `approximate`, `spectrum` or `transfer`.
         model: takes pixels in [0, 1], returns logits [B, K].
         train: images [n, C, H, W] to learn noise on.
-        test: images [n, C, H, W] to judge on.
+        test: images [n, C, H, W] to measure on.
         settings: see AnalysisSettings.
-        data: where the images are from; `approximate` finetunes on it, as FinetuneConfig.data has it (`given` cannot
-            be finetuned on, so that part is left out).
-        data_dir: where timm keeps them, see FinetuneConfig.
+        data, data_dir: source of the images, as in FinetuneConfig. `approximate` finetunes on it, except for `given`.
         others: transfer: name → further models, for images of the same size.
         label: of the model, in tables and protocol.
 
     Raises:
-        ValueError: an unknown name, images that do not fit the model, a model that cannot be analysed so (no adapter,
-            no blocks), or transfer without others.
-        ImportError: a package that data or models need is missing.
+        ValueError: an unknown name, invalid images, an unsupported model (no adapter, no blocks), or transfer without
+            others.
+        ImportError: a package for data or models is missing.
     """
     check_choice("analysis", name, ANALYSES)
     settings = settings or AnalysisSettings()
@@ -145,11 +143,11 @@ def analyze(
 
 
 def write_analysis(found: Analysis, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
-    """Write <name>.json, a <name>-<table>.csv a table, and <name>.png and .svg; returns their paths.
+    """Write <name>.json, <name>-<table>.csv for each table, <name>.png and <name>.svg; return their paths.
 
     Raises:
-        ValueError: the folder holds that analysis and `overwrite` is not set.
-        ImportError: matplotlib is not installed; the numbers are written all the same.
+        ValueError: the folder contains that analysis and `overwrite` is not set.
+        ImportError: matplotlib is not installed; the numbers are written anyway.
     """
     folder = Path(folder)
     record = folder / f"{found.name}.json"
@@ -171,7 +169,7 @@ def write_analysis(found: Analysis, folder: str | os.PathLike[str], *, overwrite
 
 
 def check_free(record: Path, overwrite: bool) -> None:
-    """Raise ValueError where an analysis is there already and may not be replaced."""
+    """Raise ValueError if the analysis exists and must not be replaced."""
     if record.exists() and not overwrite:
         raise ValueError(f"{record} exists: overwrite=True replaces it")
 
@@ -191,7 +189,7 @@ def _as_csv(rows: Sequence[Row]) -> str:
 
 
 def _finite(rows: list[Row]) -> list[Row]:
-    """NaN and Inf (float16 reaches them) become None, which JSON has."""
+    """Replace NaN and Inf (possible in float16), which JSON lacks, by None."""
     return [
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         for row in rows
@@ -210,7 +208,7 @@ class _Job:
 
 
 Work = tuple[dict[str, list[Row]], list[str], dict[str, Any]]
-"""Tables, summary, and what the protocol says besides."""
+"""Tables, summary, and additional entries of the protocol."""
 
 
 def _exact(job: _Job) -> Work:
@@ -221,30 +219,30 @@ def _exact(job: _Job) -> Work:
     with_one = sum(row["nullity"] > 0 for row in measured)
     skipped = len(settings.families) - len(measured)
     summary = [
-        f"{with_one} of {len(measured)} patch embeddings have an exact nullspace; {skipped} more models have no linear "
-        "patch embedding."
+        f"{with_one} of {len(measured)} patch embeddings have an exact nullspace; {skipped} other models have no "
+        "linear patch embedding."
     ]
     more: dict[str, Any] = {"nullspace": {"dim": space.dim, "rank": space.rank, "tolerance": space.tolerance}}
     if space.dim == 0:
-        summary.append(f"That of this model (width {space.width}) has none, so there is no energy and no leak in it.")
+        summary.append(f"The one of this model (width {space.width}) has none, so there is no energy and no leak.")
         return tables, summary, more
     images = {"test images": job.test.cpu()}
     try:
         images["pictures"] = exact.natural_pictures((job.test.shape[2], job.test.shape[3]), job.test.shape[1])
     except ImportError as error:
-        summary.append(f"Left out are natural pictures: {error}.")
+        summary.append(f"Natural pictures are left out: {error}.")
     tables["energy"] = exact.energy(space, images, settings.seed)
     tables["leak"] = exact.leak(model, job.test, seed=settings.seed)
     for label in images:
         own, random = (row for row in tables["energy"] if row["images"] == label)
         summary.append(
-            f"Of the contrast of {label} {100 * own['contrast']:.2g} % lies in this model's nullspace, "
+            f"Of the contrast of {label} {100 * own['contrast']:.2g} % is in this model's nullspace, "
             f"{100 * random['contrast']:.2g} % in that of random weights; it has {100 * own['expected']:.0f} % of the "
             "dimensions."
         )
     at_one = {(row["dtype"], row["noise"]): row["logits"] for row in tables["leak"] if row["rms"] == 1}
-    told = (f"{dtype} {change:.1e}" for (dtype, noise), change in at_one.items() if noise == "exact")
-    summary.append(f"At an rms of 1 its noise changes the logits, relatively, by {', '.join(told)}.")
+    changes = (f"{dtype} {change:.1e}" for (dtype, noise), change in at_one.items() if noise == "exact")
+    summary.append(f"Noise of rms 1 in the nullspace changes the logits by a relative {', '.join(changes)}.")
     return tables, summary, more
 
 
@@ -271,7 +269,7 @@ def _approximate(job: _Job) -> Work:
         f"The learned noise (norm {learned['norm']:.3g}, {'below' if bool(noise.converged[0]) else 'not below'} "
         f"eps {settings.eps:g} on held-out training images) has an influence of {learned['influence']:.2g} on test "
         f"images, permuted {at_one['permuted']['influence']:.2g}, random {at_one['random']['influence']:.2g}; "
-        f"predictions that stay: {kept}."
+        f"unchanged predictions: {kept}."
     ]
     long = [row for row in tables["lambda"] if row["kind"] == "learned"]
     summary.append(
@@ -307,7 +305,7 @@ def _spectrum(job: _Job) -> Work:
         where = "the logits" if found.depth == spectrum.LOGITS else f"block {found.depth}"
         summary.append(
             f"Towards {where} the {len(found.values)} strongest of {size} directions carry "
-            f"{100 * inside / whole:.0f} % of what the output responds with; singular values from "
+            f"{100 * inside / whole:.0f} % of the squared response; singular values from "
             f"{float(found.values[0]):.2g} to {float(found.values[-1]):.2g}, rms of the others {found.rest:.2g}."
         )
     more = {"site": "patch", "size": size, "iterations": spectrum.ITERATIONS, "backend": "reference"}
@@ -329,7 +327,7 @@ def _transfer(job: _Job) -> Work:
         other = [row for row in found if row["source"] != row["target"]]
         if own and other:
             summary.append(
-                f"{kind.capitalize()} noise leaves {_percent(own)} of the predictions on its own model, "
+                f"With {kind} noise {_percent(own)} of the predictions are unchanged on its own model and "
                 f"{_percent(other)} on others (mean influence {_mean(own, 'influence'):.2g} and "
                 f"{_mean(other, 'influence'):.2g}; permuted {_mean(own, 'control'):.2g} and "
                 f"{_mean(other, 'control'):.2g})."

@@ -1,4 +1,4 @@
-"""The small models that analyses look at where the caller names none."""
+"""Small models, analysed if no model is given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastnull.models import create_model
 from fastnull.rng import generator
 
 EPOCHS = {"digits": 30, "photos": 10}
-"""Of training, some ten seconds on one core."""
+"""Epochs of training, about ten seconds on one core."""
 MORE_EPOCHS = 2
 
 
@@ -29,14 +29,14 @@ def small_model(
     device: torch.device | str = "cpu",
     **changes: Any,
 ) -> nn.Module:
-    """The small ViT that belongs to an embedded data set, trained on its clean images.
+    """The small ViT of an embedded data set, trained on its clean images.
 
     Args:
         data: `digits` or `photos`.
         seed: of the weights and the order of the images.
-        epochs: None takes EPOCHS.
-        start: a model to train on in place of a new one; changed in place.
-        device: where it is trained and stays.
+        epochs: default EPOCHS.
+        start: a model to train further, in place, instead of a new one.
+        device: of the model.
         changes: to its architecture, such as depth=2.
 
     Returns:
@@ -44,7 +44,7 @@ def small_model(
 
     Raises:
         ValueError: other data.
-        ImportError: the package that brings the data is not installed.
+        ImportError: the package with the data is not installed.
     """
     name = EMBEDDED[check_choice("data", data, EMBEDDED)].model
     epochs = EPOCHS[data] if epochs is None else epochs
@@ -60,11 +60,8 @@ def small_model(
 
 
 def small_family(data: str, model: nn.Module, seed: int = 0) -> dict[str, nn.Module]:
-    """Relatives of `small_model(data, seed=seed)` to try its noise on.
-
-    Returns:
-        The model after MORE_EPOCHS more epochs, one from another seed, and one with half the blocks.
-    """
+    """Models to try the noise of `small_model(data, seed=seed)` on: the model after MORE_EPOCHS more epochs, one of
+    another seed, and one with half the blocks."""
     device = next(model.parameters()).device
     return {
         "the same, trained on": small_model(

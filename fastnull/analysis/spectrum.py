@@ -1,10 +1,10 @@
-"""The singular spectrum of the encoder's Jacobian along noise: which directions of token noise an encoder responds to.
+"""Singular values of the encoder's Jacobian with respect to token noise.
 
-Noise v is shared by all images, so to first order it moves their outputs by J_i v, and E‖J_i v‖² = vᵀ (E J_iᵀ J_i) v.
-The singular values of the stacked A = [J_1; …; J_n] / √n are therefore the root mean square changes of the output along
-orthogonal directions of noise. Directions with small ones are the approximate nullspace near v = 0. A is never formed:
-a randomised range finder with power iterations (Halko, Martinsson and Tropp 2011) multiplies by it forwards (JVP) and
-backwards (VJP).
+To first order noise v, shared by all images, changes their outputs by J_i v, and E‖J_i v‖² = vᵀ (E J_iᵀ J_i) v. The
+singular values of A = [J_1; …; J_n] / √n are therefore the root mean square changes of the output along orthogonal
+directions of noise. Directions with small values are the approximate nullspace near v = 0. A is not stored: a
+randomised range finder with power iterations (Halko, Martinsson and Tropp 2011) uses products with A (JVP) and its
+transpose (VJP).
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.rng import generator
 from fastnull.vit import SITES, frozen
 from fastnull.vit.base import SplitViT
+from fastnull.vit.layers import blocks_of
 from fastnull.vit.split import as_split
 
 LOGITS = "logits"
 OVERSAMPLE = 8
 ITERATIONS = 2
 PROBES = 16
-"""Random directions that measure what lies outside the directions found."""
+"""Random directions that measure the remaining singular values."""
 MOST_IMAGES = 1024
-"""Images times directions in one pass."""
+"""Maximum of images times directions in one pass."""
 
 Product = Callable[[Tensor], Tensor]
 
@@ -41,10 +42,10 @@ class Spectrum:
     """The largest singular values of A at one depth.
 
     Attributes:
-        depth: number of blocks behind it, or `logits`.
-        values: [k], largest first: root mean square change of the output for noise of norm 1 along each direction.
+        depth: number of blocks before it, or `logits`.
+        values: [k], descending: root mean square change of the output for noise of norm 1 along each direction.
         directions: [k, n], orthonormal, n the number of elements of the noise.
-        rest: root mean square of the other n − k singular values, estimated; 0 where there are none.
+        rest: estimated root mean square of the other n − k singular values; 0 if there are none.
         output: root mean square over images of ‖output‖ without noise.
     """
 
@@ -65,19 +66,19 @@ def randomized_svd(
     like: Tensor,
     iterations: int = ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
-    """The largest singular values and right singular vectors of a matrix A [m, n] that is only known by its products.
+    """The largest singular values and right singular vectors of a matrix A [m, n], from products with it.
 
     Args:
         forward: V [k, n] → V Aᵀ [k, m].
         adjoint: U [k, m] → U A [k, n].
         size: n.
-        rank: how many; all of them, exactly, where it is n.
+        rank: number of values; n gives all of them, exactly.
         source: of the random start.
         like: gives dtype and device.
-        iterations: power iterations; they sharpen a spectrum that falls slowly.
+        iterations: power iterations, for spectra that fall slowly.
 
     Returns:
-        values [rank] and directions [rank, n]; fewer where A has fewer rows.
+        values [rank] and directions [rank, n]; fewer if A has fewer rows.
     """
     start = min(size, rank + OVERSAMPLE)
     drawn = torch.randn(start, size, generator=source, dtype=torch.float64).to(like)
@@ -98,28 +99,28 @@ def jacobian_spectra(
     iterations: int = ITERATIONS,
     seed: int = 0,
 ) -> list[Spectrum]:
-    """The spectra of the Jacobian from noise at the site to the tokens behind each block, and to the logits.
+    """Spectra of the Jacobian from noise at the site to the tokens after each block, and to the logits.
 
     Args:
-        model: a ViT, or an adapter; runs in eval mode in its own dtype, its weights get no gradient.
-        images: [n, C, H, W] as the model takes them; all of them are held in memory.
-        rank: singular values wanted; where it is at least the number of elements of the noise all are found.
+        model: a ViT, or an adapter; runs in eval mode in its own dtype, without weight gradients.
+        images: [n, C, H, W]; all are kept in memory.
+        rank: number of singular values; at most the number of elements of the noise.
         site: patch, block0 or pixels.
-        depths: numbers of blocks, and `logits`; None takes every block and the logits.
+        depths: numbers of blocks, and `logits`; default: every block and the logits.
         iterations: power iterations.
         seed: of the random start.
 
     Raises:
-        ValueError: rank below 1, an unknown site or depth, or a model whose blocks are not found.
+        ValueError: rank < 1, an unknown site or depth, or unknown blocks.
     """
     check_number("rank", rank, 1)
     vit = as_split(model, check_choice("site", site, SITES))
-    blocks = blocks_of(vit)
+    blocks = blocks_of(vit.network, least=1)
     allowed: list[int | str] = [*range(1, len(blocks) + 1), LOGITS]
     for depth in depths or ():
         if depth not in allowed:
             raise ValueError(f"depths must be block numbers 1 to {len(blocks)} or {LOGITS!r}; got {depth!r}")
-    with frozen(vit.model), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+    with frozen(vit.model), sdpa_kernel(SDPBackend.MATH):  # the fused kernels lack forward-mode AD
         with torch.no_grad():
             clean = vit.embed(images, site)
         return [
@@ -129,7 +130,7 @@ def jacobian_spectra(
 
 
 def spectrum_rows(spectra: list[Spectrum]) -> list[Row]:
-    """Rows with depth, index (from 1), value, relative (to the output's norm); one `rest` row a depth, index None."""
+    """Rows with depth, index (from 1), value and relative (to the output's norm); the row of `rest` has index None."""
     rows: list[Row] = []
     for found in spectra:
         pairs = [(index + 1, value) for index, value in enumerate(found.values.tolist())]
@@ -150,7 +151,7 @@ def along(
     seed: int = 0,
     count: int = 3,
 ) -> list[Row]:
-    """What noise within, at random to, and outside the directions of a spectrum really does, over its norm.
+    """Measured influence of noise along, random to, and outside the directions of a spectrum, over its norm.
 
     Returns:
         Rows with kind (`strongest`: the first direction; `random`; `outside`: random, without the directions found),
@@ -174,33 +175,10 @@ def along(
     return rows
 
 
-def blocks_of(vit: SplitViT) -> list[nn.Module]:
-    """The encoder's blocks: the longest chain of modules of one kind in the network.
-
-    Raises:
-        ValueError: there is none.
-    """
-    chains = [
-        list(module)
-        for module in vit.network.modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0
-    ]
-    chains = [chain for chain in chains if len({type(block) for block in chain}) == 1 and _is_deep(chain[0])]
-    if not chains:
-        raise ValueError(
-            f"the blocks of {type(vit.network).__name__} are not found: it holds no chain of equal modules"
-        )
-    return max(chains, key=len)
-
-
-def _is_deep(block: nn.Module) -> bool:
-    return any(True for _ in block.parameters()) and any(True for _ in block.children())
-
-
 def _behind(
     vit: SplitViT, blocks: list[nn.Module], clean: Tensor, site: str, depth: int | str
 ) -> Callable[[Tensor], Tensor]:
-    """Noise [...] shared by all images → what the model computes behind a depth [B, ...]."""
+    """A function: noise [...] shared by all images → output after `depth` [B, ...]."""
 
     def run(noise: Tensor) -> Tensor:
         if depth == LOGITS:
@@ -244,12 +222,12 @@ def _spectrum(
     if len(directions) < size:
         probes = torch.randn(PROBES, size, generator=source, dtype=torch.float64).to(zero)
         probes = probes - (probes @ directions.T) @ directions
-        # a Gaussian probe sees the sum of squares of all that is left
+        # the mean square for Gaussian probes is the sum of the remaining squares
         rest = math.sqrt(float(forward(probes).square().sum(1).mean()) / (size - len(directions)))
     scale = float(output.detach().flatten(1).square().sum(1).mean().sqrt())
     return Spectrum(depth, values.detach(), directions.detach(), rest, scale)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    """Rows [k, m] that span the same, orthonormal; at most m of them."""
+    """An orthonormal basis of the rows [k, m]; at most m rows."""
     return torch.linalg.qr(rows.T)[0].T

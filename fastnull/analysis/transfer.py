@@ -1,4 +1,4 @@
-"""Transfer: noise made on one model, tried on others."""
+"""Transfer of noise between models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastnull.vit import frozen
 from fastnull.vit.base import logits_of
 
 EXACT_RMS = 0.1
-"""Root mean square of exact nullspace noise, pixels in [0, 1]; no pixel is cut to that range."""
+"""Root mean square of exact nullspace noise for pixels in [0, 1]; the sum is not clamped."""
 CONTROLS = 3
 
 
@@ -32,23 +32,21 @@ def transfer(
     *,
     batch_size: int = 64,
 ) -> list[Row]:
-    """Influence and agreement of each model's noise on every model, beside controls of equal norm.
+    """Influence and agreement of each model's noise on every model, and of controls of equal norm.
 
-    Three kinds of noise: `exact`, image noise of the source's patch nullspace (where it has one); and learned universal
-    noise for each of `configs`.
+    Kinds of noise: `exact`, image noise of the source's patch nullspace, and learned universal noise for each of
+    `configs`.
 
     Args:
         models: name → a model that takes pixels in [0, 1]; at least two, for images of one size.
         batches: training images [B, C, H, W].
-        images: [n, C, H, W] to judge on.
-        configs: kind of noise → how it is learned; mode `universal`.
-        batch_size: images at once, in judging.
+        images: [n, C, H, W] to measure on.
+        configs: kind of noise → settings of the synthesis.
 
     Returns:
-        Rows with kind, source, target, norm, influence, agreement, control (influence of permuted noise on the target)
-        and share (influence / control; below 1 the noise is hidden from the target better than chance). Where the
-        noise cannot be made or tried (no nullspace, no such site, another shape there), the last five are None and
-        `reason` says why.
+        Rows with kind, source, target, norm, influence, agreement, control (influence of permuted noise on the target),
+        ratio (influence / control; below 1 the noise affects the target less than chance) and `reason`: why the
+        others are None (no nullspace, no such site, or another shape).
 
     Raises:
         ValueError: fewer than two models.
@@ -59,7 +57,10 @@ def transfer(
     for source, model in models.items():
         for kind, config in {"exact": None, **configs}.items():
             try:
-                made = _exact(model, images) if config is None else _learned(model, batches, config)
+                if config is None:
+                    made = PatchNullspace.from_model(model).sample(images[:1].cpu(), EXACT_RMS, generator(0))[0]
+                else:
+                    made = synthesize(model, batches, replace(config, mode="universal", count=1)).tokens[0].cpu()
             except ValueError as error:
                 rows += [_row(kind, source, target, reason=str(error)) for target in models]
                 continue
@@ -67,13 +68,13 @@ def transfer(
             for target, other in models.items():
                 try:
                     judge = _judge(other, config, images, batch_size)
-                    seen, same = judge(made[None])
+                    found, same = judge(made[None])
                 except ValueError as error:
                     rows.append(_row(kind, source, target, reason=str(error)))
                     continue
                 control, _ = judge(permuted)
-                share = seen / control if control else None
-                numbers = (float(norms(made[None])[0]), seen, same, control, share)
+                relative = found / control if control else None
+                numbers = (float(norms(made[None])[0]), found, same, control, relative)
                 rows.append(_row(kind, source, target, numbers))
     return rows
 
@@ -99,31 +100,22 @@ def _judge(model: nn.Module, config: SynthesisConfig | None, images: Tensor, bat
 
 @torch.no_grad()
 def _uncut(model: nn.Module, noises: Tensor, images: Tensor, batch_size: int) -> tuple[float, float]:
-    """Influence and agreement of image noise where no pixel is cut to [0, 1]: a cut would take it out of the kernel."""
-    seen, same = [], []
+    """Influence and agreement of image noise without clamping, which would take it out of the kernel."""
+    influences, same = [], []
     device = next(model.parameters()).device
     with frozen(model):
         for batch in images.to(device).split(batch_size):
             clean = logits_of(model(batch))
             for noise in noises.to(device):
                 noisy = logits_of(model(batch + noise))
-                seen.append(influence(clean, noisy))
+                influences.append(influence(clean, noisy))
                 same.append(clean.argmax(1) == noisy.argmax(1))
-    return float(torch.cat(seen).mean()), float(torch.cat(same).float().mean())
-
-
-def _exact(model: nn.Module, images: Tensor) -> Tensor:
-    """Exact nullspace noise [C, H, W]."""
-    return PatchNullspace.from_model(model).sample(images[:1].cpu(), EXACT_RMS, generator(0))[0]
-
-
-def _learned(model: nn.Module, batches: Sequence[Tensor], config: SynthesisConfig) -> Tensor:
-    return synthesize(model, batches, replace(config, mode="universal", count=1)).tokens[0].cpu()
+    return float(torch.cat(influences).mean()), float(torch.cat(same).float().mean())
 
 
 def _row(
     kind: str, source: str, target: str, numbers: Sequence[float | None] = (None,) * 5, reason: str | None = None
 ) -> Row:
-    names = ("norm", "influence", "agreement", "control", "share")
+    names = ("norm", "influence", "agreement", "control", "ratio")
     about = {"kind": kind, "source": source, "target": target}
     return {**about, **dict(zip(names, numbers, strict=True)), "reason": reason}

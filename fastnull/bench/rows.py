@@ -23,7 +23,7 @@ class Row:
         ms_p50, ms_p20, ms_p80: milliseconds of one call; None where nothing was timed (memory, skipped, wrong).
         gflop, mb: what the task needs, in 10⁹ operations and 10⁶ bytes (suite memory: the measured peak in mb).
         floor_ms: the larger of gflop and mb over the ceilings measured in the same run.
-        floor_share: floor_ms / ms_p50.
+        floor_fraction: floor_ms / ms_p50.
         max_err: largest error against the reference, over the reference's largest magnitude.
         note: why a row has no time, or what is special about it.
     """
@@ -46,7 +46,7 @@ class Row:
     gflop: float | None = None
     mb: float | None = None
     floor_ms: float | None = None
-    floor_share: float | None = None
+    floor_fraction: float | None = None
     max_err: float | None = None
     note: str = ""
 
@@ -58,7 +58,7 @@ class Row:
 
 COLUMNS = tuple(field.name for field in fields(Row))
 
-_NUMBERS = ("ms_p50", "ms_p20", "ms_p80", "gflop", "mb", "floor_ms", "floor_share", "max_err")
+_NUMBERS = ("ms_p50", "ms_p20", "ms_p80", "gflop", "mb", "floor_ms", "floor_fraction", "max_err")
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -66,8 +66,8 @@ def labels_of(data: Any) -> Tensor | None:
     found = _integers(getattr(data, "targets", None), data)
     for holder, name in ((data, "files"), (data, "samples"), (getattr(data, "reader", None), "samples")):
         pairs = getattr(holder, name, None)
-        if found is None and isinstance(pairs, list) and pairs and all(_is_pair(pair) for pair in pairs):
-            found = _integers([label for _, label in pairs], data)
+        if found is None and pairs and isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs):
+            found = _integers([pair[1] for pair in pairs if len(pair) == 2], data)
     reader: Any = getattr(data, "reader", None)
     columns: Any = getattr(reader, "dataset", None)
     if found is None and hasattr(columns, "features"):
@@ -76,10 +76,6 @@ def labels_of(data: Any) -> Tensor | None:
         inner = getattr(data, "base", None) or getattr(data, "files", None)  # of a data set with a transform
         found = None if inner is None or inner is data or isinstance(inner, list) else labels_of(inner)
     return found
-
-
-def _is_pair(pair: Any) -> bool:
-    return isinstance(pair, tuple) and len(pair) == 2
 
 
 def _integers(values: Any, data: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Several processes: who does what, and models whose weights are sharded over them (FSDP2)."""
+"""Training in several processes, and models whose weights are sharded over them (FSDP2)."""
 
 from __future__ import annotations
 

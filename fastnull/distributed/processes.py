@@ -1,7 +1,7 @@
-"""The processes of one run: `torchrun --nproc_per_node N -m fastnull finetune ...` starts them, one a device.
+"""The processes of one run: `torchrun --nproc_per_node N -m fastnull finetune ...` starts one per device.
 
-All take the same steps on their own rows of every batch, and agree on whatever the next step depends on. The first one
-alone writes files and shows progress. A run without a process group is alone, and everything here costs it nothing.
+All take the same steps on their own rows of every batch. Only rank 0 writes files and shows progress. In a run without
+a process group all functions here return at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOST = (
     "Socket closed",
     "unhandled system",
 )
-"""What gloo's and NCCL's errors say where the other end is gone."""
+"""Parts of gloo's and NCCL's error messages when the other process has ended."""
 
 
 class PeerError(RuntimeError):
@@ -36,9 +36,9 @@ class PeerError(RuntimeError):
 
 
 def join() -> None:
-    """Join the group that torchrun's environment describes; nothing to do without torchrun, or in a group already.
+    """Join torchrun's process group; does nothing without torchrun or if already joined.
 
-    Tensors on the CPU are exchanged by gloo, those on a GPU by NCCL. The process's GPU becomes the current one.
+    CPU tensors use gloo, GPU tensors NCCL. The process's GPU becomes the current one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         return
@@ -50,18 +50,18 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Leave the group, where there is one."""
+    """Leave the group, if any."""
     if distributed.is_available() and distributed.is_initialized():
-        # together: gloo's threads must be done with the last exchange before the interpreter ends
+        # gloo's threads must finish the last exchange before the interpreter ends
         distributed.barrier()
         distributed.destroy_process_group()
 
 
 class Processes:
-    """The process group that exists, or this process alone.
+    """The existing process group, or this process alone.
 
     Attributes:
-        rank, world: number of this process, from 0, and of all.
+        rank, world: index of this process, and number of processes.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this is rank 0, which writes files and messages."""
         return self.rank == 0
 
     @property
@@ -80,16 +80,16 @@ class Processes:
         return self.world == 1
 
     def device(self, asked: str | None) -> torch.device:
-        """The device of this process: `asked`, or None for a GPU where there is one; GPUs are shared out by rank."""
+        """The device of this process: `asked`; None: a GPU if available, one per process."""
         device = check_device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None and not self.alone:
             return torch.device("cuda", torch.cuda.current_device())
         return device
 
     def rows(self, batch: int, *, pairs: bool = False) -> list[int]:
-        """The rows of a batch that are this process's: a slice, or with `pairs` one from either end.
+        """The rows of a batch for this process: a slice, or with `pairs` one slice from each end.
 
-        Mixup pairs row i with row batch - 1 - i: with `pairs` both are here, in an order in which they still pair.
+        Mixup pairs row i with row batch - 1 - i; with `pairs` both are in one process, in an order that keeps pairs.
         """
         count = batch // self.world
         if not pairs:
@@ -99,14 +99,14 @@ class Processes:
         return [*range(begin, begin + half), *range(batch - begin - half, batch - begin)]
 
     def places(self, batch: int, parts: int, *, pairs: bool = False) -> list[Place | None]:
-        """Where the parts of this process's rows lie in the batch; None stands for the whole batch."""
+        """The positions of the parts of this process's rows in the batch; None: the whole batch."""
         if self.alone and parts == 1:
             return [None]
         rows = torch.tensor(self.rows(batch, pairs=pairs))
         return [Place(part, batch) for part in rows.chunk(parts)]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as the training loop calls it: its gradients are means over all processes."""
+        """The model whose gradients are means over all processes (DDP)."""
         if self.alone:
             return model
         device = next(model.parameters()).device
@@ -115,14 +115,14 @@ class Processes:
                 model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
 
-    def spread(self, model: nn.Module) -> None:
-        """Give the model the first process's parameters and buffers, as `wrap` does too."""
+    def broadcast(self, model: nn.Module) -> None:
+        """Copy the parameters and buffers of rank 0 to all processes, as `wrap` does too."""
         with explained(self), torch.no_grad():
             for value in (*model.parameters(), *model.buffers()):
                 distributed.broadcast(value, src=0)
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean over the processes, bit for bit the same on all."""
+        """Mean over the processes, bitwise the same on all."""
         return value if self.alone else self._reduced(value, distributed.ReduceOp.SUM) / self.world
 
     def total(self, value: Tensor) -> Tensor:
@@ -130,35 +130,35 @@ class Processes:
         return value if self.alone else self._reduced(value, distributed.ReduceOp.SUM)
 
     def least(self, value: Tensor) -> Tensor:
-        """Least over the processes."""
+        """Minimum over the processes."""
         return value if self.alone else self._reduced(value, distributed.ReduceOp.MIN)
 
     def greatest(self, value: int) -> int:
-        """Greatest over the processes, of a number on the host: no device is waited for."""
+        """Maximum over the processes of a number on the host, without device synchronisation."""
         return value if self.alone else int(self._reduced(torch.tensor(value), distributed.ReduceOp.MAX))
 
     def from_first(self, work: Callable[[], Value]) -> Value:
-        """What `work` returns in the first process, which alone does it. Its error ends the others too.
+        """Run `work` in rank 0 only and return its result in all processes.
 
         Raises:
-            PeerError: in the others, with the message of the first one's error.
+            PeerError: in the others, if `work` raised an error, with its message.
         """
         if self.alone:
             return work()
-        told: list[object] = [None, None]
+        sent: list[object] = [None, None]
         error: Exception | None = None
         if self.first:
             try:
-                told[0] = work()
+                sent[0] = work()
             except Exception as caught:
-                error, told[1] = caught, str(caught)
+                error, sent[1] = caught, str(caught)
         with explained(self):
-            distributed.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+            distributed.broadcast_object_list(sent, src=0, device=torch.device("cpu"))
         if error is not None:
             raise error
-        if told[1] is not None:
-            raise PeerError(f"process 0 of {self.world} ended: {told[1]}")
-        return cast("Value", told[0])
+        if sent[1] is not None:
+            raise PeerError(f"process 0 of {self.world} ended: {sent[1]}")
+        return cast("Value", sent[0])
 
     def gathered(self, value: Value) -> list[Value]:
         """The values of all processes, in order."""
@@ -177,7 +177,7 @@ class Processes:
 
 
 def without_exchange(model: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes inside keep their gradients to themselves: the next one outside exchanges the sum."""
+    """Backward passes inside do not exchange gradients; the next one outside exchanges the sum."""
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.no_sync()
@@ -188,7 +188,7 @@ def without_exchange(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _kept_whole(model: Any) -> Iterator[None]:
-    """The gradients of a sharded model stay where they arise, whole, until the next backward pass outside."""
+    """The gradients of a sharded model stay unsharded until the next backward pass outside."""
     model.set_requires_gradient_sync(False)
     try:
         yield
@@ -198,7 +198,7 @@ def _kept_whole(model: Any) -> Iterator[None]:
 
 @contextmanager
 def explained(processes: Processes) -> Iterator[None]:
-    """Turns the error of an exchange whose other end is gone into a PeerError."""
+    """Raise a PeerError for errors of an exchange whose other process has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -206,5 +206,5 @@ def explained(processes: Processes) -> Iterator[None]:
             raise
         raise PeerError(
             f"process {processes.rank} of {processes.world}: another process of the run has ended or does not answer; "
-            "its own message says why. Start all of them again with --resume to go on from the last state"
+            "see its own message. Start all processes again with --resume to resume from the last state"
         ) from error

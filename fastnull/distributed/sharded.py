@@ -1,8 +1,7 @@
-"""A model whose weights, gradients and moments are shared out over the processes: torch's FSDP2 (`fully_shard`).
+"""A model whose weights, gradients and moments are sharded over the processes: torch's FSDP2 (`fully_shard`).
 
-A unit is what is gathered at once: every block while it computes, and around them, as the root, all the rest (patch
-embedding, positions, norm, head) while the model does. Between passes a process holds its share alone: a parameter is
-then a DTensor.
+A unit is gathered as a whole: each block while it computes, and the root unit (patch embedding, positions, norm, head)
+while the model does. Between passes a process holds only its shard, and parameters are DTensors.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def shard(model: nn.Module) -> None:
-    """Share out the parameters of a model, in place, over all processes; they must hold the same ones.
+    """Shard the parameters of a model in place; all processes must hold the same values.
 
-    The root is resharded after its forward too, though its backward gathers it again: so no parameter is whole between
-    passes, whether the last one had a backward or not.
+    The root is resharded after its forward too, although its backward gathers it again, so parameters are always
+    sharded between passes.
 
     Raises:
-        ValueError: as `blocks_of`: sharding gathers a model block by block.
+        ValueError: as `blocks_of`, because units are blocks.
     """
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
@@ -36,31 +35,30 @@ def shard(model: nn.Module) -> None:
     try:
         blocks = blocks_of(model)
     except ValueError as error:
-        raise ValueError(f"shard gathers a model block by block, and {error}; train it without shard") from None
+        raise ValueError(f"shard needs a list of blocks, and {error}; train it without shard") from None
     mesh = init_device_mesh(next(model.parameters()).device.type, (distributed.get_world_size(),))
     for unit in (*blocks, model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
 def local(value: Tensor) -> Tensor:
-    """What this process holds of a tensor: its share of a sharded one, else all."""
+    """The shard of this process of a sharded tensor; other tensors unchanged."""
     return value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
 
 
 def is_sharded(value: Any) -> bool:
-    """Whether a value is a tensor that is shared out."""
+    """Whether a value is a sharded tensor."""
     return isinstance(value, Tensor) and hasattr(value, "to_local")
 
 
 class Units:
-    """The units of a sharded model, for who reads its weights outside the units' own forwards.
+    """The units of a sharded model, for reading weights outside the units' forwards.
 
-    Everything here is done by all processes together.
+    All methods are collective.
 
     Args:
         model: sharded.
-        held: parameters of the model before that. Who holds one of them finds the current values in it where its unit
-            is gathered, and nothing elsewhere.
+        held: the parameters before sharding, which hold the current values while their unit is gathered.
 
     Raises:
         ValueError: the model is not sharded.
@@ -88,22 +86,22 @@ class Units:
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:
-        """The unit that a module belongs to is whole inside; afterwards it is as before."""
+        """Gather the unit of a module inside the block."""
         unit = self._owner[module]
         members = self.members[unit]
-        shared = any(is_sharded(value) for member in members for value in member.parameters(recurse=False))
+        was_sharded = any(is_sharded(value) for member in members for value in member.parameters(recurse=False))
         unit.unshard()
         with self._held.filled(members):
             yield
-        if shared:
+        if was_sharded:
             unit.reshard()
 
 
 class Held:
-    """The parameters of a model before it is sharded, which puts others into its modules."""
+    """The parameters of a model before sharding, which replaces them in the modules."""
 
     def __init__(self, model: nn.Module) -> None:
-        # weak, or the whole model would stay in memory beside its shares
+        # weak references, or the whole model would stay in memory
         self._parameters = {
             module: {name: weakref.ref(value) for name, value in module.named_parameters(recurse=False)}
             for module in model.modules()
@@ -111,7 +109,7 @@ class Held:
 
     @contextmanager
     def filled(self, modules: list[nn.Module]) -> Iterator[None]:
-        """Those parameters that somebody holds have inside the values that the modules have now."""
+        """Parameters that are still referenced get the modules' current values inside the block."""
         found = []
         for module in modules:
             for name, before in self._parameters[module].items():
@@ -127,7 +125,7 @@ class Held:
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of a sharded model with whole tensors, on the CPU of the first process; empty in the others."""
+    """The state_dict of a sharded model with whole tensors, on the CPU of rank 0; empty in other processes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[return-value]

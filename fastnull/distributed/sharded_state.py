@@ -1,8 +1,8 @@
-"""The training state of a sharded run, through torch.distributed.checkpoint (DCP): a folder, one file a process.
+"""The training state of a sharded run, through torch.distributed.checkpoint (DCP): a folder with a file per process.
 
-Every process writes its shares and, on whatever number of processes, reads those of its own from the files that hold
-them. The files are safetensors: DCP's own format keeps a table of contents as a pickle, which a reader would run. What
-is not shared out (counts of steps, buffers, settings) has its place in the state file beside the folder.
+Every process writes its shards, and any number of processes can read them. The files are safetensors, because DCP's own
+format has a pickle, which could run code. Everything that is not sharded (step counts, buffers, settings) is in the
+state file beside the folder.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from fastnull.distributed.processes import Processes
 from fastnull.distributed.sharded import is_sharded
 
 Tables = dict[str, dict[str, Any]]
-"""`model`, `ema` (where there is one) and `optimizer.<parameter>` → name → tensor or plain value."""
+"""`model`, `ema` (if any) and `optimizer.<parameter>` → name → tensor or plain value."""
 
 
 def state_of(
     model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What is shared out, by name, and the rest: tensors and plain values, alike in all processes."""
+    """The sharded tensors by name, and the rest: tensors and plain values, equal in all processes."""
     tables, moments = _tables(model, average, optimizer)
-    shares = {f"{table}.{name}": value for table, name, value in _entries(tables) if is_sharded(value)}
+    shards = {f"{table}.{name}": value for table, name, value in _entries(tables) if is_sharded(value)}
     rest: Tables = {table: {} for table in tables}
     for table, name, value in _entries(tables):
         if not is_sharded(value):
             rest[table][name] = value
-    return shares, {"tables": rest, "param_groups": moments["param_groups"]}
+    return shards, {"tables": rest, "param_groups": moments["param_groups"]}
 
 
 def load_state_of(
@@ -45,7 +45,7 @@ def load_state_of(
     optimizer: torch.optim.Optimizer,
     processes: Processes,
 ) -> None:
-    """Take over what `state_of` gave: the shares from the folder of `write_shares`. The model need not be sharded.
+    """Load a state of `state_of`, with the shards from the folder of `write_shards`. The model may be unsharded.
 
     Raises:
         ValueError: the state is of another model or optimiser.
@@ -61,13 +61,13 @@ def load_state_of(
     here = {f"{table}.{name}" for table, name, _ in _entries(rest["tables"])}
     missing = sorted((written.keys() | here) ^ targets.keys())
     if missing:
-        raise ValueError(f"{len(missing)} tensors are only here or only in the state ({missing[0]}, ...)")
+        raise ValueError(f"{len(missing)} tensors are only in the model or only in the state ({missing[0]}, ...)")
     for name, about in written.items():
         if about.size != targets[name].shape:
-            raise ValueError(f"{name} is {list(about.size)} in the state and {list(targets[name].shape)} here")
+            raise ValueError(f"{name} is {list(about.size)} in the state and {list(targets[name].shape)} in the model")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended: one process
             dcp.load({name: targets[name] for name in written}, storage_reader=reader, no_dist=processes.alone)
     except CheckpointException as error:
         raise _first_of(error) from error
@@ -83,7 +83,7 @@ def load_state_of(
 def load_whole_state(
     state: dict[str, Any], model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Take over the state of a run that was not sharded: every process takes its shares of the whole tensors.
+    """Load the state of a run that was not sharded: every process takes its shards of the whole tensors.
 
     Raises:
         KeyError, RuntimeError, ValueError: the state is of another model or optimiser.
@@ -110,11 +110,11 @@ def load_whole_state(
     set_optimizer_state_dict(model, optimizer, named, options=whole)
 
 
-def write_shares(folder: Path, shares: dict[str, Tensor], processes: Processes) -> dict[str, str]:
-    """Write what `state_of` gave, beside and renamed; returns the SHA-256 of each file. All processes take part.
+def write_shards(folder: Path, shards: dict[str, Tensor], processes: Processes) -> dict[str, str]:
+    """Write the shards of `state_of` and return the SHA-256 of each file. All processes must call it.
 
     Raises:
-        OSError: in all processes, where one could not write.
+        OSError: in all processes, if one could not write.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -122,7 +122,7 @@ def write_shares(folder: Path, shares: dict[str, Tensor], processes: Processes) 
     beside = folder.with_name(f".{folder.name}.tmp")
     processes.from_first(lambda: shutil.rmtree(beside, ignore_errors=True))
     try:
-        dcp.save(shares, storage_writer=dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True))
+        dcp.save(shards, storage_writer=dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True))
     except CheckpointException as error:
         raise _first_of(error) from error
     mine = sorted(os.listdir(beside))[processes.rank :: processes.world]
@@ -136,11 +136,11 @@ def write_shares(folder: Path, shares: dict[str, Tensor], processes: Processes) 
     return {name: digest for part in digests for name, digest in part.items()}
 
 
-def check_shares(folder: Path, files: dict[str, str]) -> None:
+def check_shards(folder: Path, files: dict[str, str]) -> None:
     """Raise ValueError unless the folder holds exactly these files, each with its SHA-256."""
     held = sorted(os.listdir(folder)) if folder.is_dir() else []
     if held != sorted(files):
-        raise ValueError(f"training state {folder} is not whole: it holds {len(held)} files of {len(files)}")
+        raise ValueError(f"training state {folder} is incomplete: it holds {len(held)} files of {len(files)}")
     for name, digest in files.items():
         if _digest(folder / name) != digest:
             raise ValueError(f"training state {folder / name} is damaged: its checksum differs")
@@ -149,7 +149,7 @@ def check_shares(folder: Path, files: dict[str, str]) -> None:
 def _tables(
     model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer
 ) -> tuple[Tables, dict[str, Any]]:
-    """The state's own tensors (moments are made where there are none yet), and the optimiser's state_dict of them."""
+    """The tensors of the state (missing moments are created), and the optimiser's state_dict with them."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
     moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
@@ -172,7 +172,7 @@ def _digest(path: Path) -> str:
 
 
 def _first_of(error: Any) -> Exception:
-    """What went wrong in the first of the processes where something did; DCP's own error is no Exception."""
+    """The error of the first process that failed; DCP's own error is not an Exception."""
     rank, (cause, _) = next(iter(error.failures.items()))
     if isinstance(cause, OSError):
         return OSError(cause.errno, f"process {rank}: {cause.strerror or cause}")

@@ -1,7 +1,7 @@
-"""The encoder by the model's own modules under autograd, with frozen parameters: the `reference` backend.
+"""The `reference` backend of the encoder: the model's own modules under autograd, with frozen parameters.
 
-It runs any model that an adapter splits, on any device, and is the oracle of the written-out encoder
-(fastnull.encoder.explicit), with whose methods its own agree.
+It runs any model that an adapter splits, on any device. It has the methods of the written-out encoder
+(fastnull.encoder.explicit), which is tested against it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastnull.vit.exact import first_difference
 
 
 class AutogradEncoder:
-    """Calls the live model where that has the dtype asked for, else a copy of it in that dtype.
+    """Calls the live model if it has the given dtype, otherwise a copy in that dtype.
 
     Args:
         vit: adapter of the live model.
@@ -33,7 +33,7 @@ class AutogradEncoder:
             self.copy()
 
     def copy(self) -> None:
-        """From now on call a copy of the model, which `sync` brings up to date."""
+        """From now on, call a copy of the model, which `sync` updates."""
         if self._vit is self._live:
             self._vit = copy.deepcopy(self._live)
             self._vit.model.to(self.dtype)
@@ -41,11 +41,11 @@ class AutogradEncoder:
 
     @torch.no_grad()
     def sync(self, units: Units | None = None) -> None:
-        """Bring the copy, where there is one, up to date with the live model, which may be sharded in units."""
+        """Update the copy, if there is one, from the live model, which may be sharded in units."""
         if self._vit is self._live:
             return
         if units is None and not self._exact:
-            # such modules may keep more than weights (PEFT's active adapters, loralib's `merged`)
+            # such modules may hold more than weights (PEFT's active adapters, loralib's `merged`)
             self._vit = self._live
             self.copy()
             return
@@ -81,14 +81,14 @@ class AutogradEncoder:
         by_image: bool = False,
         sum_every: int | None = None,
     ) -> tuple[Tensor, ...]:
-        """Logits, the gradient of Σ logits · cotangent at the site, of all images at once, and the results beside it.
+        """Logits, the gradient of Σ logits · cotangent at the site, and the other results of `cotangent`.
 
         Args:
             tokens: the tensor at the site.
-            site: which.
-            cotangent: called with logits and the images they belong to; returns the cotangent, and results beside it.
-            by_image: of no consequence here.
-            sum_every: sum the gradient over so many images each time, in float32 or better.
+            site: its name.
+            cotangent: called once with all logits and the slice of all images; returns the cotangent and other results.
+            by_image: has no effect here.
+            sum_every: sum the gradient over every so many images in a row, in float32 or float64.
         """
         with frozen(self._vit.model), torch.enable_grad():
             leaf = tokens.detach().to(self.dtype).requires_grad_(True)
@@ -101,9 +101,13 @@ class AutogradEncoder:
         return logits.detach(), gradient, *aux
 
     def token_shape(self, site: str) -> tuple[int, int] | None:
-        """None: the model itself says which tokens it takes."""
+        """None: the model itself checks its tokens."""
         return None
 
+    def buffers(self) -> list[object]:
+        """None: autograd allocates its memory in each call."""
+        return []
+
     def memory(self) -> dict[str, int]:
-        """Nothing is held: autograd takes its memory anew each time."""
+        """Nothing is held."""
         return {"weights": 0, "kept": 0, "scratch": 0}

@@ -1,7 +1,7 @@
-"""The frozen encoder: logits, and the gradient of anything of the logits with respect to the tokens, never a weight's.
+"""The frozen encoder: logits, and gradients of functions of the logits with respect to the tokens, never to weights.
 
-`FrozenEncoder` is what synthesis runs hundreds of times. Its backends compute the same thing:
-    reference   the model's own modules under autograd with frozen parameters; any model with an adapter, the oracle
+A synthesis runs `FrozenEncoder` hundreds of times. Its backends compute the same:
+    reference   the model's own modules under autograd with frozen parameters; for any model with an adapter
     cpu         forward and input gradient written out (fastnull.encoder.explicit) on library GEMMs and the C++ ops of
                 csrc/cpu
     cuda        the same code on cuBLAS and the Triton kernels of kernels/
@@ -22,7 +22,7 @@ from fastnull.checks import check_choice
 from fastnull.distributed.sharded import Held, Units, is_sharded
 from fastnull.encoder.autograd import AutogradEncoder
 from fastnull.encoder.explicit.encoder import ExplicitEncoder
-from fastnull.encoder.explicit.products import products_dtype
+from fastnull.encoder.explicit.products import automatic_dtype, products_dtype
 from fastnull.encoder.proof import check_structure, check_values
 from fastnull.ops.attention import WIDEST_HEAD
 from fastnull.ops.common import NATIVE_DTYPES, switched_off, told, triton_problem
@@ -31,6 +31,8 @@ from fastnull.vit.exact import same, snapshot
 from fastnull.vit.parts import UnsupportedModelError, ViTParts
 from fastnull.vit.split import as_split
 
+AUTO = "auto"
+"""A dtype: see FrozenEncoder."""
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 Cotangent: TypeAlias = "Tensor | Callable[..., Tensor | tuple[Tensor, ...]]"
@@ -41,34 +43,38 @@ _warned: set[str] = set()
 class FrozenEncoder:
     """A ViT from the noise site to the logits, in eval mode, whose weights never get a gradient.
 
-    Weights are the model's at the last `sync` (the reference backend in the model's own dtype has no copy and always
-    uses the current ones). Logits are float32 from the fast backends, whatever the compute dtype: an influence needs
-    more than bfloat16's eight bits.
+    Weights are those of the model at the last `sync` (the reference backend in the model's own dtype has no copy and
+    always uses the current ones). The fast backends return float32 logits for every compute dtype, because an influence
+    needs more than the eight bits of bfloat16.
 
     Args:
         model: a ViT (NormalizedModel, plain, compiled or DDP-wrapped), or an adapter.
-        dtype: compute dtype; None is the model's own. The fast backends have float32 and bfloat16, `cuda` also float16
-            (whose input gradients reach down to 6e-8), and `cpu`, on the ops' references, any.
-        backend: `auto` takes the fastest one for model, device and dtype, and says once why that is not the device's
-            own; `reference`, `cpu` and `cuda` force one.
+        dtype: compute dtype; None is the model's own. The fast backends take float32 and bfloat16, `cuda` also float16
+            (input gradients below 6e-8 become zero), and `cpu` any dtype, on the ops' references. "auto", the default
+            for noise, is a 16-bit dtype where that is faster (see automatic_dtype in explicit/products.py) and a fast
+            backend supports the model in it, otherwise the model's own. On the `reference` backend it is the model's
+            own except inside autocast.
+        backend: `auto` takes the fastest backend for model, device and dtype, and warns once if that is not the
+            device's own; `reference`, `cpu` and `cuda` force one.
         site: `patch`, `block0` or `pixels`; see fastnull.vit.SITES.
 
     Attributes:
-        backend: the one in use, never `auto`.
+        backend: the backend in use, never `auto`.
         dtype, site: as resolved.
-        products: dtype of the matrix products; `dtype` but for bfloat16 on a CPU that multiplies float32 faster.
+        products: dtype of matrix products: `dtype`, or float32 for bfloat16 on a CPU that multiplies float32 faster.
+        generation: how often the structure of the model changed, see `sync`.
 
     Raises:
-        ValueError: unknown backend or site, a model that no adapter knows, or a forced backend that cannot run it: a
-            model on another device or on several, a part without a hand-written form (UnsupportedModelError); for
-            `cuda` also a GPU below sm_80, no Triton, float64, and heads wider than 128, which `auto` gives to torch's
-            own attention. A model that is sharded already: see `sharding`.
+        ValueError: unknown backend or site; a model that no adapter knows; a model that is sharded already (see
+            `sharding`); or a forced backend that cannot run the model: on another device or on several devices, or with
+            a part that has no written-out form (UnsupportedModelError). For `cuda` also a GPU below sm_80, no Triton,
+            float64, and heads wider than 128, for which `auto` uses torch's attention.
     """
 
     def __init__(
         self,
         model: nn.Module | SplitViT,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         backend: str = "auto",
         site: str = "patch",
     ) -> None:
@@ -83,33 +89,43 @@ class FrozenEncoder:
                 "inside `with encoder.sharding():`"
             )
         weight = self.vit.projection.weight
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype or None; got {dtype!r}")
-        self.dtype = dtype or weight.dtype
+        if dtype is not None and dtype != AUTO and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, {AUTO!r} or None; got {dtype!r}")
+        own = weight.dtype if dtype is None or isinstance(dtype, str) else dtype
+        preferred = automatic_dtype(weight) if dtype == AUTO else own
+        self._dtypes = list(dict.fromkeys((preferred, own)))  # the first that the written-out encoder supports is used
+        # nothing proves a 16-bit copy of the model: only a caller in autocast gets one without asking
+        self._reference_dtype = preferred if torch.is_autocast_enabled(weight.device.type) else own
         self._device = weight.device
         self.generation = 0
         self._choose()
 
     def _choose(self) -> None:
-        """Take the fast encoder where it is allowed and proven, else the model's own modules."""
-        with _own_modes(self._device):
-            explicit = _explicit(self.vit, self.dtype, self._asked, self.site)
-        self._encoder: ExplicitEncoder | AutogradEncoder = explicit or AutogradEncoder(self.vit, self.dtype)
+        """Take the fast encoder if it is allowed and proven, otherwise the model's own modules."""
+        for dtype in self._dtypes:
+            with _own_modes(self._device):
+                last = dtype == self._dtypes[-1]
+                explicit = _explicit(self.vit, dtype, self._asked, self.site, refuse=last)
+            if explicit is not None:
+                break
+        self._encoder: ExplicitEncoder | AutogradEncoder
+        self._encoder = explicit or AutogradEncoder(self.vit, self._reference_dtype)
+        self.dtype = self._encoder.dtype
         self.backend = "reference" if explicit is None else self._device.type
         self.products = self._encoder.compute
         self._snapshot = snapshot(self.vit.model)
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder's weights are."""
+        """Device of the encoder's weights."""
         return self._device
 
     @contextmanager
     def sharding(self) -> Iterator[None]:
-        """Around the calls of fully_shard: of the model's blocks, and then of the model.
+        """Wraps the calls of fully_shard, first of the model's blocks, then of the model.
 
-        From then on the encoder has whole weights of its own (the reference backend a copy of the model), every process
-        all of them, and `sync` gathers one unit of the model at a time: all processes call it together.
+        Afterwards the encoder of every process has its own full weights (the reference backend has a copy of the
+        model), and `sync` gathers one unit of the model at a time: all processes must call it together.
 
         Raises:
             ValueError: the model was not sharded inside.
@@ -123,10 +139,10 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Take over the model's current weights, in place; bit for bit what a new encoder of the model has.
+        """Copy the model's current weights, in place; bit for bit those of a new encoder of the model.
 
-        Where modules were replaced, wrapped or hooked since the last time, the model is split and the encoder proven
-        anew: `backend` may then be another one, and `generation` is one higher.
+        If modules were replaced, wrapped or hooked since the last call, the model is split and the encoder is proven
+        again: `backend` may then be another one, and `generation` is one higher.
 
         Raises:
             RuntimeError: the model was moved to another device, or changed after it was sharded.
@@ -138,13 +154,13 @@ class FrozenEncoder:
                 self._encoder.sync(self._units)
 
     def sync_if_changed(self) -> None:
-        """The same as `sync`, for callers from version 0.1: no sign that weights changed holds for all optimisers."""
+        """Same as `sync`; the name from version 0.1. No test for changed weights works with all optimisers."""
         self.sync()
 
     def follow(self) -> bool:
-        """Whether the structure of the model changed since the last look; if so, the encoder has been made anew of it.
+        """Whether the structure of the model changed since the last call; if so, the encoder has been rebuilt.
 
-        Cheap where nothing changed: identities of modules, hooks, buffers and parameters are compared, and flags.
+        Cheap if nothing changed: compares flags and the identities of modules, hooks, buffers and parameters.
         """
         if same(snapshot(self.vit.model, parameters=self._units is None), self._snapshot):
             return False
@@ -162,11 +178,11 @@ class FrozenEncoder:
     def embed(self, images: Tensor) -> Tensor:
         """Images as the model takes them [B, C, H, W] → the tensor at the site: [B, N, D], [B, P + N, D] or images.
 
-        Always in `dtype`, without gradient.
+        In `dtype`, without gradient.
 
         Raises:
-            TypeError: images that are not of a floating dtype.
-            ValueError: of another shape, or on another device.
+            TypeError: images of a dtype that is not floating.
+            ValueError: images of another shape, or on another device.
             RuntimeError: the model was moved to another device.
         """
         self._check_images(images)
@@ -200,21 +216,21 @@ class FrozenEncoder:
             tokens: at the site [B, ...].
             cotangent: [B, K], or a function of the logits that returns it, alone or first in a tuple. NaN in it gives
                 NaN in the gradient.
-            by_image: the function is called as cotangent(logits[images], images) with slices of the batch in order,
-                which it must treat image by image. The fast backends then pass the batch through in parts and keep for
-                the backward what belongs to one part: on a CPU memory stays that of 8 images (more of small models).
-                A tensor always allows that.
-            sum_every: return the gradient summed over so many images each time (in float32 or better), as a noise that
-                these images share needs it: [B / sum_every, ...]. No gradient of all images lies in memory then.
+            by_image: the function is called as cotangent(logits[images], images) with slices of the batch in order, and
+                must treat each image separately. The fast backends then run the batch in parts and keep only one part
+                for the backward: on a CPU the memory of 8 images (more for small models). A tensor always allows that.
+            sum_every: return the gradient summed over every so many images in a row (in float32 or float64), for noise
+                that these images share: [B / sum_every, ...]. The gradients of all images are then never in memory.
             has_aux: the function returns (cotangent, tensor, ...), and these tensors are returned too.
 
         Returns:
-            logits [B, K] and the gradient in `dtype`, shaped as the tokens, or the sums. With `has_aux` then what the
-            function returned beside the cotangent; where it was called several times, all its results in one tensor,
-            along their first dimension.
+            Logits [B, K] and the gradient in `dtype`, shaped as the tokens, or the sums. With `has_aux` also the other
+            tensors of the function, concatenated along their first dimension if it was called several times.
 
-        Raises: as the call, and ValueError for a cotangent of another shape, or a `sum_every` that does not divide B.
-            TypeError: with `has_aux` anything but a function that returns a tuple of tensors.
+        Raises:
+            ValueError, TypeError, RuntimeError: as the call; ValueError for a cotangent of another shape or a
+                `sum_every` that does not divide B; TypeError if `has_aux` is set and the function does not return a
+                tuple of tensors.
         """
         self._check_tokens(tokens)
         if sum_every is not None and (sum_every < 1 or len(tokens) % sum_every):
@@ -237,13 +253,25 @@ class FrozenEncoder:
         parts = by_image or isinstance(cotangent, Tensor)
         tokens = tokens.detach()
         with _own_modes(self._device):
-            tokens = tokens.clone() if tokens.is_inference() else tokens  # autograd takes none of these
+            tokens = tokens.clone() if tokens.is_inference() else tokens  # which autograd refuses
             return self._encoder.input_gradient(tokens, self.site, weights, parts, sum_every)
 
+    def about(self) -> dict[str, str]:
+        """What a record says of it: dtype, dtype of the products, backend."""
+        return {"dtype": str(self.dtype), "products": str(self.products), "backend": self.backend}
+
     def memory(self) -> dict[str, int]:
-        """Bytes that the encoder itself holds: `weights`, `kept` for the backward, `scratch`; nothing on `reference`,
-        whose memory autograd takes anew each time."""
+        """Bytes that the encoder holds: `weights`, `kept` for the backward, and `scratch`; 0 on `reference`, where
+        autograd allocates memory in each call."""
         return self._encoder.memory()
+
+    def buffers(self) -> tuple[object, ...]:
+        """The objects whose memory a CUDA graph of the encoder's passes reads and writes.
+
+        The graph must keep them alive, and must be captured again once this returns others: after a larger batch, which
+        needs larger buffers, or a change of the model's structure.
+        """
+        return self._encoder, *self._encoder.buffers()
 
     def _check_device(self) -> None:
         now = self.vit.projection.weight.device
@@ -279,8 +307,13 @@ class FrozenEncoder:
             raise ValueError(f"tokens at site {self.site!r} must have shape {shape}; got {list(tokens.shape)}")
 
 
-def _explicit(vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch") -> ExplicitEncoder | None:
-    """The written-out encoder where the backend asks for it, model, device and dtype allow it, and it is proven."""
+def _explicit(
+    vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch", *, refuse: bool = True
+) -> ExplicitEncoder | None:
+    """The written-out encoder if backend, model, device and dtype allow it and it is proven, otherwise None.
+
+    With `refuse` the reason for None is given: as an error if the backend was forced, else as a warning.
+    """
     device = vit.projection.weight.device
     if backend == "reference" or (backend == "auto" and device.type not in NATIVE_DTYPES):
         return None
@@ -295,6 +328,8 @@ def _explicit(vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patc
         check_values(vit, made, site)
         return made
     except UnsupportedModelError as reason:
+        if not refuse:
+            return None
         if backend != "auto":
             problem = f"backend {backend!r} does not support {reason}; use 'auto' or 'reference'"
             raise UnsupportedModelError(problem) from None
@@ -303,7 +338,7 @@ def _explicit(vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patc
 
 
 def _cpu_is_fast(dtype: torch.dtype) -> bool:
-    # without the C++ ops their references would be no faster than autograd
+    # without the C++ ops, their references are no faster than autograd
     return dtype in NATIVE_DTYPES["cpu"] and _C.cpu_available()
 
 
@@ -311,16 +346,16 @@ def _checked_parts(vit: SplitViT, dtype: torch.dtype, device: torch.device, back
     """The parts of a model that a fast backend can run.
 
     Raises:
-        UnsupportedModelError: it cannot; the message is a noun.
+        UnsupportedModelError: it cannot; the message is a noun phrase.
     """
     devices = {str(parameter.device) for parameter in vit.model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(f"a model on several devices ({', '.join(sorted(devices))})")
     if device.type == "cuda":
-        # on their references, where the switch asks for them, the ops need neither this GPU nor Triton
+        # with native code switched off, the ops run on their references, which need neither this GPU nor Triton
         problem = "" if switched_off() else triton_problem(device)
         if problem:
-            told.add(device)  # by what becomes of this error
+            told.add(device)  # this error or its warning says it
             raise UnsupportedModelError(f"{device} ({problem})")
         if dtype not in NATIVE_DTYPES["cuda"]:
             raise UnsupportedModelError(f"dtype {str(dtype)[6:]} (float32, bfloat16 or float16)")
@@ -347,7 +382,7 @@ def _warn_once(message: str) -> None:
 
 @contextmanager
 def _own_modes(device: torch.device) -> Iterator[None]:
-    """The encoder's own dtype and buffers, also inside a caller's autocast region and inference mode."""
-    # buffers that are made in inference mode could not be written outside it
+    """Makes the encoder independent of the caller's autocast region and inference mode."""
+    # buffers allocated in inference mode could not be written outside it
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield

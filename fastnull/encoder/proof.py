@@ -1,4 +1,4 @@
-"""The proof that a written-out encoder computes what the model does: structure first, then two random images."""
+"""Checks that a written-out encoder computes what the model does: its structure, then its values on two images."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ TOLERANCES = {
     torch.float16: (3e-2, 1e-1),
     torch.bfloat16: (1e-1, 3e-1),
 }
-"""dtype → largest relative error, in L2 norm over both images, of logits and of the input gradient. Rounding leaves a
-tenth of it in deep models; what a wrong formula leaves is of the size of the values."""
+"""dtype → largest relative error, in L2 norm over both images, of logits and of the input gradient. In deep models
+rounding reaches a tenth of it; a wrong formula gives errors as large as the values."""
 TF32 = 30
-"""Times the float32 tolerance where products may be rounded to TF32."""
+"""Factor on the float32 tolerance if products may be rounded to TF32."""
 
 
 def check_structure(vit: SplitViT, parts: ViTParts) -> None:
-    """Raise UnsupportedModelError unless every module is what its class says and every part is torch's own.
+    """Raise UnsupportedModelError unless every module computes what its class says and every part is torch's own.
 
-    Classes are looked at where the adapter is one of this package: another one answers for its model's.
+    Classes are checked only for adapters of this package; other adapters are responsible for those of their models.
     """
     ours = type(vit).__module__.startswith("fastnull.")
     difference = first_difference(vit.model.named_modules(), known_classes=ours)
@@ -37,8 +37,8 @@ def check_structure(vit: SplitViT, parts: ViTParts) -> None:
 
 
 def check_values(vit: SplitViT, encoder: ExplicitEncoder, site: str) -> None:
-    """Raise UnsupportedModelError unless logits and input gradient of two random images are the model's own under
-    autograd, which is asked in float32 or better.
+    """Raise UnsupportedModelError unless logits and input gradient of two random images equal those of the model under
+    autograd, in float32 or float64.
 
     Args:
         vit: adapter of the live model.
@@ -69,7 +69,7 @@ def check_values(vit: SplitViT, encoder: ExplicitEncoder, site: str) -> None:
 
 
 def _tolerances(vit: SplitViT, encoder: ExplicitEncoder) -> tuple[float, float]:
-    # weights are folded in float32, but for those in float64
+    # weights are folded in float32, unless they are float64
     folded = vit.projection.weight.dtype == torch.float64
     dtype = torch.float32 if encoder.dtype == torch.float64 and not folded else encoder.dtype
     logits, gradient = TOLERANCES[dtype]

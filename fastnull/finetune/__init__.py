@@ -1,11 +1,11 @@
-"""Finetuning: one loop for every augmentation, read from the top down; it stops at any step and resumes bitwise.
+"""Finetuning: one loop for every augmentation, which can stop at any step and resume bitwise.
 
     from fastnull.finetune import FinetuneConfig, finetune
     result = finetune(FinetuneConfig(model="vit_small_patch16_224", pretrained=True, data="images", out="runs/first"))
 
-Exact resume rests on one rule: nothing random has a state. The order of the images is a function of (seed, epoch), an
-image's augmentation of (seed, epoch, index), and Mixup, drop path and noise of (seed, step). (That holds on the CPU; on
-a GPU some of torch's own kernels add in an order that varies.)
+Random numbers have no state, so a run resumes exactly: the order of the images depends only on (seed, epoch), the
+augmentation of an image on (seed, epoch, index), and Mixup, drop path and noise on (seed, step). This holds on the CPU;
+on a GPU some of torch's kernels are not deterministic.
 """
 
 from __future__ import annotations

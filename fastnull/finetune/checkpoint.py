@@ -1,9 +1,9 @@
-"""The folder of a run: its configuration, metrics, and the training states from which it goes on exactly.
+"""The folder of a run: its configuration, metrics, and the training states from which it resumes exactly.
 
-A state is one file: what torch.save writes, then a mark and the SHA-256 of all that. It is written beside and renamed,
-so a crash leaves the state before it; one that is damaged all the same is recognised, and the one before it is used.
-States hold tensors and plain values and are read with weights_only=True: a file with code in it is refused.
-What a sharded run has shared out lies in a folder beside the file, which has the checksums of the files there.
+A state is one file: the output of torch.save, a mark and a SHA-256. It is written to a temporary file and renamed, so a
+crash keeps the previous state. A damaged state is detected, and the previous one is used. States hold tensors and plain
+values and are read with weights_only=True, so a file with code in it is refused. The shards of a sharded run are in a
+folder beside the file, which holds their checksums.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fastnull.checks import refuse_renamed
 from fastnull.distributed.sharded import whole_state_dict
-from fastnull.distributed.sharded_state import check_shares
+from fastnull.distributed.sharded_state import check_shards
 from fastnull.finetune.config import RENAMED
 from fastnull.finetune.logs import Log
 from fastnull.finetune.run_lock import check_unlocked, locked
@@ -39,38 +39,38 @@ MARK = b"fastnull-state-1"
 _DIGEST = hashlib.sha256().digest_size
 _STATE = re.compile(r"state-(\d{9})\.pt")
 _OWN_FILES = ("config.json", "metrics.jsonl", "best.safetensors", "last.safetensors")
-RUN_FILES = (*_OWN_FILES, "state-*.pt", "state-*.shares")
-"""Patterns of all that a run writes in its folder."""
+RUN_FILES = (*_OWN_FILES, "state-*.pt", "state-*.shards")
+"""Patterns of all files that a run writes in its folder."""
 
 FREE_KEYS = frozenset(
     {"out", "overwrite", "resume", "checkpoint_every", "keep_last", "log_every", "progress", "workers", "device"}
     | {"label", "log", "accumulate", "channels_last", "compile", "shard", "force", "noise.seed"}
 )
-"""Settings that a resumed run may change: they say how it runs, not what it computes. (Another kind of device, other
-parts of a batch and a compiled model round differently: the run then goes on, but not bitwise.)"""
+"""Settings that a resumed run may change, because they do not change what it computes. (Another device, `accumulate` or
+`compile` may change the rounding.)"""
 TIED_KEYS = frozenset({"model", "num_classes", "img_size", "opt"})
-"""Settings that a state is tied to: with another one it cannot be read, so `force` does not change them."""
+"""Settings that `force` cannot change: a state cannot be read with other values."""
 TIED_SWITCHES = frozenset({"ema_decay", "layer_decay", "weight_decay"})
-"""Settings that `force` may change, but not between on and off: a state then has other tensors, or other groups."""
+"""Settings that `force` may change but not switch on or off, because a state would have other tensors or groups."""
 
 
 class RunFolder:
-    """Where a run writes, and where it finds what an earlier part of it wrote.
+    """The folder of a run.
 
     Args:
-        path: the folder; `open` makes it.
+        path: the folder; `open` creates it.
         config: JSON-able settings of the run.
-        overwrite: remove the files of a run that is there. Nothing else in the folder is touched.
-        resume: go on with the run that is there; a folder without one starts it.
-        force: with resume, settings may differ from those that the run had; `describe` writes down which.
+        overwrite: remove the files of an existing run, and nothing else.
+        resume: resume the run in the folder; a folder without one starts a new run.
+        force: with resume, allow other settings; `describe` records the changes.
 
     Attributes:
         changed: setting → `was` and `now`.
-        run: what tells this run from all others, in config.json and in its states; None before either is there.
+        run: identifier of the run in config.json and in its states; None before either exists.
 
     Raises:
-        ValueError: the folder holds a run and neither is asked for; a resumed run differs in a setting without
-            `force`, or in one that its states are tied to; another process writes there.
+        ValueError: the folder holds a run and neither overwrite nor resume is set; a resumed run has other settings
+            without `force`, or ones that `force` cannot change; another process writes in the folder.
     """
 
     def __init__(
@@ -99,50 +99,50 @@ class RunFolder:
         held = self._held()
         if held and not (self._overwrite or self._resume):
             raise ValueError(
-                f"out {self.path} holds a run already: resume=True goes on with it, overwrite=True starts over"
+                f"out {self.path} holds a run already: resume=True resumes it, overwrite=True starts again"
             )
         if held and self._resume:
             self._compare(self._config)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder; inside, this process alone writes there.
+        """Create the folder and lock it for this process inside the block.
 
         Raises:
-            ValueError: another process does; or the folder is no more as the constructor found it, and it would refuse.
+            ValueError: another process writes there, or has started a run there since the constructor's check.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
-            self._check()  # another process may have been there in the meantime
+            self._check()  # another process may have written there in the meantime
             yield
 
     def open(self) -> None:
-        """Make the folder, or clear it of the run that is overwritten: not before the new run is known to start."""
+        """Create the folder, or remove the run that is overwritten. Call it when the new run is about to start."""
         self.path.mkdir(parents=True, exist_ok=True)
         if self._overwrite:
             for file in self._held():
                 file.unlink()
-        for name in (*_OWN_FILES, "state-*.pt"):  # what a killed process had not renamed yet
+        for name in (*_OWN_FILES, "state-*.pt"):  # left by a killed process
             for half in self.path.glob(f".{name}.*.tmp"):
                 half.unlink()
-        for half in self.path.glob(".state-*.shares.tmp"):
+        for half in self.path.glob(".state-*.shards.tmp"):
             shutil.rmtree(half)
-        for shares in self.path.glob("state-*.shares"):
-            if not shares.with_suffix(".pt").exists():  # written before it
-                shutil.rmtree(shares)
+        for shards in self.path.glob("state-*.shards"):
+            if not shards.with_suffix(".pt").exists():  # written before the state, which is missing
+                shutil.rmtree(shards)
 
     def describe(
         self, config: dict[str, Any], device: torch.device | str, *, step: int = 0, data: Any = None, **extra: Any
     ) -> None:
-        """Write config.json: the resolved settings and where they came from. A resumed run keeps it as it is.
+        """Write config.json with the resolved settings and their provenance. A resumed run does not change it.
 
-        Where settings have changed by `force`, the new ones go there, and what they were before under `changes`, with
-        the step from which the new ones hold; metrics.jsonl gets a line of it too.
+        Settings changed by `force` are recorded there under `changes`, with the step from which they hold, and in
+        metrics.jsonl.
 
         Args:
-            config, device, extra: what is written.
-            step: that the run begins behind.
-            data: what the run learns from, as JSON: a resumed run has the same, and the same `classes` (in extra).
+            config, device, extra: contents of the file.
+            step: last step before the run starts or resumes.
+            data: description of the data, as JSON; a resumed run must have the same, and the same `classes` (in extra).
 
         Raises:
             ValueError: a resumed run has other data, without `force`.
@@ -164,7 +164,7 @@ class RunFolder:
             self.log({"kind": "settings", "step": step, "changed": self.changed})
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl, and send it where `log_to` says."""
+        """Append a line to metrics.jsonl, and send it to the log of `log_to`."""
         if self._log is not None:
             self._log(record)
         line = json.dumps(record, allow_nan=False) + "\n"
@@ -176,18 +176,18 @@ class RunFolder:
             raise OSError(error.errno, error.strerror or str(error), str(self.metrics)) from error
 
     def log_to(self, log: Log) -> None:
-        """From now on records go there too."""
+        """Send later records to this log too."""
         self._log = log
 
     def rewind(self, step: int, epochs: Sequence[dict[str, Any]] = (), lines: int = 0) -> None:
-        """Drop the metrics after `step`, and a line that a crash cut off: the resumed run writes them again.
+        """Drop the metrics after `step` and an incomplete last line; the resumed run writes them again.
 
-        Where others are lost too, there is a warning, and the records of epochs come back.
+        If earlier lines are missing, warn and restore the records of epochs from the state.
 
         Args:
-            step: of the state from which the run goes on.
-            epochs: records of epochs up to there, which the state has.
-            lines: of metrics.jsonl up to there, when the state was written.
+            step: of the state from which the run resumes.
+            epochs: records of the epochs up to this step, from the state.
+            lines: number of lines in metrics.jsonl when the state was written.
         """
         if not self.metrics.exists() and not (epochs or lines):
             return
@@ -195,18 +195,18 @@ class RunFolder:
         there = {record["step"] for record in kept if record.get("kind") == "epoch"}
         lost = [record for record in epochs if record["step"] not in there]
         if lost or len(kept) < lines:
-            back = f", those of {len(lost)} epochs come back from the training state" if lost else ""
+            back = f"; those of {len(lost)} epochs are restored from the training state" if lost else ""
             count = max(lines - len(kept), len(lost))
             warnings.warn(
                 f"{self.metrics} lacks {count} records up to step {step}{back}; the others are lost", stacklevel=2
             )
-            kept = sorted([*kept, *lost], key=lambda record: record["step"])  # stable: as they were logged
+            kept = sorted([*kept, *lost], key=lambda record: record["step"])  # stable: keeps the order of the log
         with replacing(self.metrics) as beside:
             beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._lines = len(kept)
 
     def _read_metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl; warns of a line that is none, unless it is a last one that a crash cut off."""
+        """The records of metrics.jsonl; warns about invalid lines, except an incomplete last one."""
         if not self.metrics.exists():
             return []
         *whole, rest = self.metrics.read_bytes().split(b"\n")
@@ -217,47 +217,47 @@ class RunFolder:
                 if isinstance(record, dict) and type(record.get("step")) is int:
                     found.append(record)
                     continue
-            except ValueError:  # no JSON, or no UTF-8
+            except ValueError:  # not JSON, or not UTF-8
                 pass
             if number <= len(whole):
                 warnings.warn(
-                    f"{self.metrics}, line {number}, is no record with a step and is left out: {line[:80]!r}",
+                    f"{self.metrics}, line {number}, is not a record with a step and is ignored: {line[:80]!r}",
                     stacklevel=3,
                 )
         return found
 
     def save_state(self, state: dict[str, Any], step: int, keep: int) -> Path:
-        """Write the training state of a step and remove those before it but for the newest `keep` - 1."""
+        """Write the training state of a step and remove older states except the newest `keep` - 1."""
         path = state_path(self.path, step)
         write_state(path, {**state, "run": self.run, "lines": self._lines})
-        # one of a later step, which could not be read, stays: it must not push this one out
+        # a damaged state of a later step is kept and does not count
         for old in [other for other in self.states() if other.name <= path.name][keep:]:
             old.unlink()
-            shutil.rmtree(old.with_suffix(".shares"), ignore_errors=True)
+            shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)
         return path
 
     def load_state(self) -> dict[str, Any] | None:
-        """The newest training state that is whole; None where there is none at all.
+        """The newest readable training state; None if there are no states.
 
         Raises:
-            ValueError: there are states and none of them can be read, or the newest is of another run.
+            ValueError: no state can be read, or the newest is of another run.
         """
         problems = []
         for path in self.states():
             try:
                 state = read_state(path)
                 if not isinstance(state, dict) or type(state.get("step")) is not int:
-                    raise ValueError(f"training state {path} holds no state with a step")
-                if "shares" in state:
-                    check_shares(path.with_suffix(".shares"), state["shares"])
+                    raise ValueError(f"training state {path} has no step")
+                if "shards" in state:
+                    check_shards(path.with_suffix(".shards"), state["shards"])
             except ValueError as error:
                 problems.append(str(error))
-                warnings.warn(f"{error}; using the state before it", stacklevel=2)
+                warnings.warn(f"{error}; using the previous state", stacklevel=2)
                 continue
             if self._config_file.exists() and state.get("run") != self.run:
                 raise ValueError(
                     f"training state {path} is of another run ({state.get('run')}) than {self._config_file} "
-                    f"({self.run}): move it to where it belongs"
+                    f"({self.run}): move it to the folder of its run"
                 )
             self.run = state.get("run")
             return state
@@ -266,7 +266,7 @@ class RunFolder:
         return None
 
     def weights(self) -> tuple[Path | None, Path | None]:
-        """The files of the best and the last weights, where they are."""
+        """The files of the best and the last weights; None where there is none."""
         best, last = (self.path / f"{name}.safetensors" for name in ("best", "last"))
         return best if best.exists() else None, last if last.exists() else None
 
@@ -281,13 +281,13 @@ class RunFolder:
         try:
             written = json.loads(self._config_file.read_text(encoding="utf-8"))
             if not isinstance(written["config"], dict):
-                raise TypeError("its config is no mapping")
+                raise TypeError("its config is not a mapping")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._config_file} is no configuration of a run: {error}") from error
+            raise ValueError(f"{self._config_file} is not the configuration of a run: {error}") from error
         return written
 
     def _compare(self, config: dict[str, Any]) -> None:
-        """Find what has changed; raise where it may not."""
+        """Find changed settings; raise for those that may not change."""
         if not self._config_file.exists():
             return
         written = self._written()
@@ -300,7 +300,7 @@ class RunFolder:
         self._refuse()
 
     def _refuse(self) -> None:
-        """Raise where something has changed without force, or something that a state is tied to."""
+        """Raise for settings that changed without force, or that force cannot change."""
         tied = {
             key: pair
             for key, pair in self.changed.items()
@@ -308,18 +308,17 @@ class RunFolder:
         }
         if tied:
             raise ValueError(
-                f"cannot resume {self.path}, whose states are tied to {_listed(tied)}: a new run can start from its "
-                "weights (checkpoint)"
+                f"cannot resume {self.path} with another value of {_listed(tied)}: start a new run from its weights "
+                "(checkpoint)"
             )
         if self.changed and not self._force:
             raise ValueError(
-                f"cannot resume {self.path} with other settings: {_listed(self.changed)}. force=True goes on with the "
-                "new ones"
+                f"cannot resume {self.path} with other settings: {_listed(self.changed)}. force=True uses the new ones"
             )
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with its nested settings as `noise.eps`."""
+    """A configuration with nested settings named `noise.eps`."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
@@ -331,12 +330,12 @@ def _listed(changed: dict[str, dict[str, Any]]) -> str:
 
 
 def state_path(folder: str | os.PathLike[str], step: int) -> Path:
-    """The file of a run's training state; shares of a sharded one lie in the folder of that name with .shares."""
+    """The file of a run's training state; its shards are in the folder of the same name that ends with .shards."""
     return Path(folder) / f"state-{step:09d}.pt"
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state with its checksum, whole or not at all."""
+    """Write a training state with its checksum, completely or not at all."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
@@ -347,10 +346,10 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote.
+    """Read a state of `write_state`.
 
     Raises:
-        ValueError: truncated, damaged, of another program, or with something in it that is no tensor or plain value.
+        ValueError: truncated, damaged, not written by fastnull, or with other contents than tensors and plain values.
     """
     size = path.stat().st_size - len(MARK) - _DIGEST
     with open(path, "rb") as file:
@@ -367,30 +366,30 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The whole weights of a sharded model as `save_weights` takes them, in the first process; all call it."""
-    return whole_state_dict(_network(model))
+    """The whole weights of a sharded model for `save_weights`, in the first process. All processes must call it."""
+    return whole_state_dict(network_of(model))
 
 
 def save_weights(model: nn.Module, path: Path, weights: dict[str, Tensor] | None = None, **about: Any) -> None:
-    """Write a model's weights as safetensors: with what rebuilds it where `create_model` made it, else alone.
+    """Write a model's weights as safetensors; for models of `create_model`, with the settings that rebuild it.
 
-    The names are those of the network inside a NormalizedModel, as timm has them. `weights` are written instead of the
-    model's own: those that `gathered_weights` gave.
+    Names are those of the network inside a NormalizedModel, as in timm. `weights` (of `gathered_weights`) replace the
+    model's own.
     """
     model = unwrap(model)
-    network = _network(model)
+    network = network_of(model)
     with _state_dict_is(network, weights):
         if hasattr(model, "recipe"):
             from fastnull.models import save_checkpoint
 
             save_checkpoint(model, path, **about)
         else:
-            _save_alone(network, path, about)
+            write_tensors(path, network.state_dict(), {"about": json.dumps(about)})
 
 
 @contextmanager
 def _state_dict_is(network: nn.Module, weights: dict[str, Tensor] | None) -> Iterator[None]:
-    """Inside, the network's state_dict has these tensors in place of its own."""
+    """Replace tensors of the network's state_dict inside the block."""
 
     def put(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         state.update(weights or {})
@@ -402,10 +401,7 @@ def _state_dict_is(network: nn.Module, weights: dict[str, Tensor] | None) -> Ite
         handle.remove()
 
 
-def _save_alone(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
-    write_tensors(path, network.state_dict(), {"about": json.dumps(about)})
-
-
-def _network(model: nn.Module) -> nn.Module:
+def network_of(model: nn.Module) -> nn.Module:
+    """The module whose weights `save_weights` writes."""
     model = unwrap(model)
     return unwrap(model.network) if isinstance(model, NormalizedModel) else model

@@ -1,4 +1,4 @@
-"""FinetuneConfig: what is trained, on what, with which augmentation; and what a step of it costs."""
+"""FinetuneConfig: the settings of a finetuning run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from fastnull.synthesis.config import ALL_MODES, IN_TRAINING, SynthesisConfig, r
 from fastnull.vit import SITES
 
 AUGMENTS = ("none", "random", "universal", "per_image", "boundary", "adversarial", "trades")
-"""`none` trains on clean images alone; `random`, `adversarial` (PGD after Madry) and `trades` are controls; the others
-are fastnull.augment's."""
+"""`none` trains on clean images only; `random`, `adversarial` (PGD after Madry) and `trades` are controls; the
+others are modes of NullspaceAugment."""
 ATTACKS = ("adversarial", "trades")
 SMALL_MODELS = ("vit_digits", "vit_photos")
 LR, SMALL_LR = 5e-4, 4e-3
-"""Highest learning rate where none is given: of pretrained or large models, and the one that docs/recipe.md found for
-SMALL_MODELS."""
+"""Default of the highest learning rate, and the one that docs/recipe.md found for SMALL_MODELS."""
 RENAMED = {
     "train_ratio": "train_fraction",
     "noise_share": "noise_fraction",
@@ -37,41 +36,41 @@ RENAMED = {
     "rounds": "noise.rounds",
     "image_ratio": "noise.image_fraction",
 }
-"""Fields by the names of version 0.1."""
+"""Names of version 0.1 → fields."""
 REFRESH = {"universal": {"image_fraction": 0.1}}
-"""Recommended beside IN_TRAINING: a bank that is learned anew in every epoch takes a tenth of the training batches, as
+"""Recommended in addition to IN_TRAINING: a bank is learned in every epoch from a tenth of the training batches, as
 published."""
 OF_THE_RUN = {"mode": "augment", "site": "site", "seed": "seed"}
-"""Fields of `noise` that are fields of the run: name there → name here."""
+"""Fields of `noise` that are also fields of the run: name there → name here."""
 
 
 def recommended_lr(model: str | None) -> float:
-    """The highest learning rate for a model of that name; None: of another make than `create_model`'s."""
+    """The highest learning rate for a model of `create_model`; None: for any other model."""
     return SMALL_LR if model in SMALL_MODELS else LR
 
 
 def option(default: Any, text: str) -> Any:
-    """A field of FinetuneConfig with its documentation, which the command line shows too."""
+    """A field of FinetuneConfig with its documentation, which the command line shows."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """A finetuning run. Every field is documented beside it; `fields(FinetuneConfig)` carry the text as metadata.
+    """Settings of a finetuning run. Each field has its documentation as metadata.
 
-    `noise` is a SynthesisConfig, or a mapping of some of its fields (what a YAML file holds): the others then have the
-    recommended values of `augment` and `site`. `{"preset": "finetune"}` starts from published constants in their place.
+    `noise` is a SynthesisConfig, or a mapping of some of its fields; the others then have the recommended values of
+    `augment` and `site`, or with `{"preset": "finetune"}` the published ones.
 
     Raises:
-        TypeError: a value of another type than the field's (NumPy's numbers pass); the message names the field.
-        ValueError: a value that is not allowed; the message names the field.
+        TypeError: a value of the wrong type (NumPy's numbers are accepted).
+        ValueError: a value that is not allowed.
     """
 
     renamed = RENAMED
 
     # the model
     model: str = option("vit_digits", "timm model, vit_digits or vit_photos")
-    num_classes: int | None = option(None, "classes of the head; none: those of the data")
+    num_classes: int | None = option(None, "number of classes; none: that of the data")
     pretrained: bool = option(False, "start from timm's pretrained weights")
     checkpoint: str | None = option(None, "file of weights to start from (.safetensors, .pth)")
     img_size: int | None = option(None, "height and width in pixels; none: the model's own")
@@ -79,17 +78,17 @@ class FinetuneConfig:
 
     # the data
     data: str = option(
-        "digits", "digits, photos, a folder with train/ and val/ (one folder a class), or torch/... or hfds/..."
+        "digits", "digits, photos, a folder with train/ and val/ (one folder per class), torch/... or hfds/..."
     )
     data_dir: str | None = option(None, "where timm keeps the data set")
     download: bool = option(False, "let timm download the data set")
-    train_fraction: float = option(1.0, "fraction of the training images seen in an epoch, drawn anew each time (0, 1]")
+    train_fraction: float = option(1.0, "fraction of the training images in an epoch, drawn for each epoch (0, 1]")
     val_fraction: float = option(0.1, "fraction of the training images held out to choose the best epoch [0, 1)")
-    val_seed: int = option(0, "seed of that choice, apart from `seed` so that runs share it")
-    workers: int = option(0, "processes that load images; 0 loads in the main one")
-    crop_scale: float = option(0.08, "image files: least area of the random crop, as a fraction of the image (0, 1]")
+    val_seed: int = option(0, "seed of that choice; apart from `seed`, so that runs have the same one")
+    workers: int = option(0, "processes that load images; 0: the main process")
+    crop_scale: float = option(0.08, "image files: smallest area of the random crop, as a fraction of the image (0, 1]")
     hflip: float = option(0.5, "image files: probability of a horizontal flip")
-    color_jitter: float = option(0.4, "image files: strength of the colour jitter; off where auto_augment is on")
+    color_jitter: float = option(0.4, "image files: strength of the colour jitter; not used with auto_augment")
     auto_augment: str | None = option(None, "image files: timm's policy, such as rand-m9-mstd0.5-inc1")
     reprob: float = option(0.0, "image files: probability of random erasing, with noise in place of pixels")
 
@@ -101,7 +100,7 @@ class FinetuneConfig:
     )
     noise_fraction: float | None = option(
         None,
-        "fraction of a batch that is noisy (or attacked), every image seen once; 0: each is seen clean and noisy; "
+        "fraction of a batch that is noisy (or attacked), with one view per image; 0: a clean and a noisy view; "
         "none: 0.5 for boundary noise in pixels, else 0",
     )
     backend: str = option("auto", "of the frozen encoder")
@@ -110,42 +109,42 @@ class FinetuneConfig:
     attack_step_size: float = option(2 / 255, "adversarial, trades: step of PGD, pixels in [0, 1]")
     trades_beta: float = option(6.0, "trades: weight of the divergence between the clean and the attacked view")
     mixup: float = option(0.0, "alpha of Mixup; 0 is off")
-    cutmix: float = option(0.0, "alpha of CutMix; 0 is off, with mixup one of both is drawn a batch")
+    cutmix: float = option(0.0, "alpha of CutMix; 0 is off; with mixup one of both is drawn per batch")
     smoothing: float = option(0.0, "label smoothing [0, 1)")
 
     # the optimisation
-    epochs: int = option(20, "epochs; ignored where compute_budget is given")
+    epochs: int = option(20, "epochs; ignored with compute_budget")
     compute_budget: float | None = option(
-        None, "cost of the training in forward passes for each training image (a clean epoch is 3); sets the steps"
+        None, "cost of the training in forward passes per training image (a clean epoch is 3); sets the steps"
     )
-    batch_size: int = option(64, "images a step, over all processes")
-    accumulate: int = option(1, "equal parts in which a process takes its images of a step, to save memory")
+    batch_size: int = option(64, "images per step, over all processes")
+    accumulate: int = option(1, "number of equal parts of a process's images in a step, to save memory")
     opt: str = option("adamw", "timm optimiser")
     lr: float | None = option(None, "highest learning rate; none: 4e-3 for vit_digits and vit_photos, else 5e-4")
     min_lr: float = option(0.0, "learning rate at the end")
     weight_decay: float = option(0.05, "weight decay, not on biases and norms")
     sched: str = option("cosine", "learning rate over the steps: cosine or constant")
     warmup_epochs: float = option(0.0, "epochs of linear warm-up, part of the epochs")
-    layer_decay: float | None = option(None, "factor on the learning rate from each layer to the one below (0, 1]")
+    layer_decay: float | None = option(None, "factor of the learning rate per layer, downwards (0, 1]")
     clip_grad: float | None = option(None, "largest L2 norm of the gradient")
     ema_decay: float | None = option(None, "decay of the averaged weights, warmed up as 1 - (1 + step)^(-2/3)")
 
     # the run
-    device: str | None = option(None, "torch device; none: cuda where there is one, else cpu")
-    amp: str | None = option(None, "autocast dtype: bfloat16 or float16; none computes in the weights' own")
+    device: str | None = option(None, "torch device; none: cuda if available, else cpu")
+    amp: str | None = option(None, "autocast dtype: bfloat16 or float16; none: the dtype of the weights")
     channels_last: bool = option(
         False, "images, and (unless sharded) weights of convolutions, in torch's channels_last memory format"
     )
-    shard: bool = option(False, "share weights, gradients and moments out over the processes (FSDP2), not only images")
+    shard: bool = option(False, "shard weights, gradients and moments over the processes (FSDP2), not only images")
     compile: bool = option(False, "train through torch.compile")
-    seed: int = option(0, "of everything random but the held-out images")
-    label: str | None = option(None, "what reports call the run; none: augmentation and site")
-    out: str | None = option(None, "folder for weights, metrics and training state; none writes nothing")
-    overwrite: bool = option(False, "start over in a folder that holds a run")
-    resume: bool = option(False, "go on with the run in the folder")
-    force: bool = option(False, "with resume: take over settings that differ from the run's")
-    checkpoint_every: int | None = option(None, "steps between training states; none: one an epoch")
-    keep_last: int = option(2, "training states that are kept")
+    seed: int = option(0, "of all random numbers except the choice of held-out images")
+    label: str | None = option(None, "name of the run in reports; none: augmentation and site")
+    out: str | None = option(None, "folder for weights, metrics and training state; none: nothing is written")
+    overwrite: bool = option(False, "replace the run in the folder")
+    resume: bool = option(False, "resume the run in the folder")
+    force: bool = option(False, "with resume: allow settings that differ from the run's")
+    checkpoint_every: int | None = option(None, "steps between training states; none: one per epoch")
+    keep_last: int = option(2, "number of training states to keep")
     log_every: int = option(10, "steps between lines in metrics.jsonl")
     log: str | None = option(None, "where metrics go besides metrics.jsonl: tensorboard, wandb, trackio or mlflow")
     progress: bool = option(True, "show a progress bar")
@@ -190,12 +189,12 @@ class FinetuneConfig:
         if self.resume and self.overwrite:
             raise ValueError("give either resume or overwrite, not both")
         if self.force and not self.resume:
-            raise ValueError("force is for resume: the run goes on with other settings")
+            raise ValueError("force needs resume")
         if (self.resume or self.overwrite) and self.out is None:
             raise ValueError("resume and overwrite need a folder: give out")
 
     def _resolve_noise(self) -> None:
-        """Make `noise` a SynthesisConfig of this run, where it is given."""
+        """Convert `noise`, if given, to a SynthesisConfig of this run."""
         if self.noise is None:
             return
         if self.augment not in ALL_MODES:
@@ -222,10 +221,10 @@ class FinetuneConfig:
 
     @classmethod
     def published(cls, name: str = "vit_s", **changes: Any) -> FinetuneConfig:
-        """The published recipe: about 800 steps of universal noise, ε 0.03, limit 3, on 0.4 % of ImageNet an epoch.
+        """The published recipe: about 800 steps of universal noise, ε 0.03, limit 3, on 0.4 % of ImageNet per epoch.
 
-        The published global batch is 128 (8 a device). The checkpoints are the ones that timm 0.4 had under these
-        names; which one was used is not stated. `data`, `out` and `device` are for the caller to add.
+        The published global batch is 128 (8 per device). The checkpoints are those of timm 0.4 under these names; the
+        paper does not state which one was used. `data`, `out` and `device` are not set.
 
         Args:
             name: `vit_s`, `vit_b`: those runs; `madry`: the adversarial baseline of ViT-S, PGD-10 at 8/255.
@@ -276,7 +275,7 @@ class FinetuneConfig:
         return recommended_lr(self.model) if self.lr is None else self.lr
 
     def synthesis(self) -> SynthesisConfig | None:
-        """The settings of NullspaceAugment; None where the augmentation is none of its modes."""
+        """The settings of NullspaceAugment; None if the augmentation is not one of its modes."""
         if self.augment not in ALL_MODES:
             return None
         refresh = REFRESH.get(self.augment, {})
@@ -284,7 +283,7 @@ class FinetuneConfig:
 
 
 _RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
-    # field, least, greatest, whether the least is excluded
+    # field, minimum, maximum, whether the minimum is excluded
     ("num_classes", 1, None, False), ("img_size", 1, None, False), ("epochs", 1, None, False),
     ("batch_size", 1, None, False), ("accumulate", 1, None, False),
     ("attack_steps", 1, None, False), ("trades_beta", 0, None, False),

@@ -1,6 +1,6 @@
-"""The controls of nullspace augmentation: clean images alone, and adversarial training after Madry and as TRADES.
+"""Controls for nullspace augmentation: clean images only, adversarial training (Madry) and TRADES.
 
-All have NullspaceAugment's interface, so a training loop calls `refresh` and `loss` whatever the augmentation.
+They have the interface of NullspaceAugment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 class Stopwatch:
-    """Adds up the time spent inside `with watch:`; on CUDA by events, so that nothing waits until `seconds` is read."""
+    """Total time spent inside `with watch:`; on CUDA measured by events, which do not synchronise until `seconds`."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -57,7 +57,7 @@ class Stopwatch:
 
 
 class TimedAugment(NullspaceAugment):
-    """NullspaceAugment that measures the synthesis inside its training steps; `watch` is to be set before the first."""
+    """NullspaceAugment that measures the time of synthesis; set `watch` before the first step."""
 
     watch: Stopwatch
 
@@ -76,12 +76,12 @@ class CleanOnly:
         self.stats: dict[str, Tensor] = {}
 
     def at(self, step: int, place: Place | None = None) -> CleanOnly:
-        """Set the step, and where the images of the next calls lie in its batch; as NullspaceAugment's."""
+        """As NullspaceAugment.at."""
         self.step, self._place = step, place
         return self
 
     def refresh(self, batches: Any, **_: Any) -> None:
-        """Nothing to learn."""
+        """Does nothing."""
 
     def loss(self, images: Tensor, labels: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
         """The loss with its graph and the logits [B, K]."""
@@ -89,11 +89,11 @@ class CleanOnly:
         return criterion(logits, labels), logits
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: every draw is a function of seed and step."""
+        """Empty: random numbers depend only on seed and step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take over."""
+        """Does nothing."""
 
 
 class AdversarialTraining(CleanOnly):
@@ -102,11 +102,10 @@ class AdversarialTraining(CleanOnly):
 
     Args:
         model: takes pixels in [0, 1].
-        eps, step_size: of PGD in the L-infinity norm, in pixels; steps: of it, from a random start.
-        seed: with `step` the key of the start.
+        eps, steps, step_size: of PGD in the L-infinity norm, in pixels, from a random start.
+        seed: (seed, step) is the key of the start.
         watch: measures the attack.
-        fraction: 0: every image is seen clean and attacked; else once, that fraction of them attacked, as in
-            NullspaceAugment.
+        fraction: 0: a clean and an attacked view per image; else one view, attacked for that fraction of the images.
     """
 
     def __init__(
@@ -125,7 +124,7 @@ class AdversarialTraining(CleanOnly):
         self.fraction = fraction
 
     def loss(self, images: Tensor, labels: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
-        """The loss with its graph and the logits [B, K] of the clean view, or of the one view."""
+        """The loss with its graph and the logits [B, K] of the clean view, or of the only view."""
         if self.fraction:
             logits = self.model(self._one_view(images, labels))
             return criterion(logits, labels), logits
@@ -148,16 +147,15 @@ class AdversarialTraining(CleanOnly):
         from fastnull.robustness.attacks.gradient import pgd
 
         attacked = pgd(
-            # DDP's wrapper would wait for a backward pass of the weights after each forward one
+            # DDP expects a backward pass of the weights after each forward pass
             unwrap(self.model),
             images,
             labels,
             self.eps,
             steps=self.steps,
             step_size=self.step_size,
-            generator=generator(self.seed, self.step, 1),
-            indices=None if place is None else place.rows,
-            total=None if place is None else place.total,
+            seed=generator(self.seed, self.step, 1).initial_seed(),
+            indices=None if place is None else carried(place.rows, images.device),
         )
         self.stats["norm"] = torch.linalg.vector_norm((attacked - images).flatten(1), dim=1).mean()
         return attacked
@@ -166,7 +164,7 @@ class AdversarialTraining(CleanOnly):
 class Trades(AdversarialTraining):
     """criterion(clean) + beta · KL(clean ‖ attacked), the attack raising that divergence (Zhang et al. 2019, eq. 5).
 
-    The attack starts anywhere in the ball, as `AdversarialTraining` does, and not within 0.001 of the images.
+    The attack starts at a uniform point of the ball, as in `AdversarialTraining`; the original starts within 0.001.
 
     Args:
         model, eps, step_size, steps, seed, watch: as in AdversarialTraining.
@@ -178,9 +176,9 @@ class Trades(AdversarialTraining):
         self.beta = beta
 
     def loss(self, images: Tensor, labels: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
-        """The loss with its graph and the clean view's logits [B, K]. The labels take no part in the attack."""
+        """The loss with its graph and the clean view's logits [B, K]. The attack does not use the labels."""
         with self.watch:
-            # against soft labels the cross entropy is the divergence and a constant: they have one gradient
+            # with soft labels the cross entropy is the divergence plus a constant, so their gradients are equal
             attacked = self.attack(images, self._probabilities(images), self._place)
         clean, noisy = self.model(torch.cat([images, attacked])).chunk(2)
         divergence = F.kl_div(

@@ -1,4 +1,4 @@
-"""What a finetuning run would be: its model, nullspace, memory, steps and cost, before anything starts."""
+"""Summary of a finetuning run before it starts: model, nullspace, memory, steps and cost."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from fastnull.rng import preserved
 
 
 def dry_run(config: FinetuneConfig) -> str:
-    """Lines for a person. Opens the data and makes the model on the CPU; trains and writes nothing.
+    """A summary as text. Opens the data and creates the model on the CPU, but does not train or write files.
 
-    Where a torch.distributed group exists, of a run of all its processes.
-
-    Raises: as `finetune`, for everything that it would refuse before its first step.
+    If a torch.distributed group exists, the run is one of all its processes. Raises as `finetune` before its start.
     """
     processes = Processes()
     with preserved():
         prepared = prepare(config, torch.device("cpu"))
-        return _described(config, prepared, processes)
+        return described(config, prepared, processes)
 
 
-def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes) -> str:
+def described(config: FinetuneConfig, prepared: Prepared, processes: Processes) -> str:
+    """The lines of `dry_run` for data and model that are open already."""
     model, train = prepared.model, prepared.train
     plan = make_plan(config, len(train), processes.world)
     views = views_of(config)
@@ -39,8 +38,8 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
     copies = 4 + (config.ema_decay is not None)  # weights, gradients, two moments
     shards = processes.world if config.shard else 1
     encoder = _encoder(model, config, sharded=shards > 1)
-    image = to_pixels(train[0][0].unsqueeze(0))
-    # autocast keeps copies of the weights too, once: two images tell them from what an image takes
+    image = to_pixels(train[0][0].unsqueeze(0), next(model.parameters()).device)
+    # autocast also keeps copies of the weights, independent of the number of images: compare one and two
     once, twice = (_kept(model, image.expand(count, -1, -1, -1), config) for count in (1, 2))
     kept = once + (images * views - 1) * (twice - once)
     synthesis = plan.step_cost - 3 * views
@@ -55,12 +54,12 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
         f"{0 if prepared.validation is None else len(prepared.validation)} held out",
         f"steps      {plan.steps} of {plan.batch_size} images in {plan.epochs} epochs"
         f" ({processes.world} processes x {config.accumulate} parts of {images})",
-        f"cost       {plan.total_cost:,} forward passes of an image at most",
+        f"cost       {plan.total_cost:,} forward passes of one image at most",
         f"synthesis  {synthesis} of {plan.step_cost} forward passes per image and step"
-        + (f"; at most {plan.refresh_cost:,} an epoch for the universal noise" if plan.refresh_cost else ""),
+        + (f"; at most {plan.refresh_cost:,} per epoch for the universal noise" if plan.refresh_cost else ""),
         f"memory     {_size(copies * held // shards)} for {held_in}; "
         f"{_size(kept)} kept for the backward pass; {_size(encoder)} of weights in the synthesis's encoder "
-        "(estimates, of one process)",
+        "(estimates, per process)",
         "",
     ]
     weights = config.checkpoint or ("pretrained" if config.pretrained else "random")
@@ -69,12 +68,14 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
 
 
 def _encoder(model: nn.Module, config: FinetuneConfig, *, sharded: bool) -> int:
-    """Bytes of the weights that the synthesis has of its own; the reference backend copies a model only if it must."""
+    """Bytes of the encoder's own weights; the reference backend copies the model only if necessary."""
     if config.augment not in ("boundary", "per_image", "universal"):
         return 0
-    backend = "auto" if config.backend == "cuda" else config.backend  # here is the CPU
-    dtype = getattr(torch, config.amp) if config.amp else None
-    encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
+    backend = "auto" if config.backend == "cuda" else config.backend  # this runs on the CPU
+    synthesis = config.synthesis()
+    assert synthesis is not None
+    with _autocast(config, next(model.parameters()).device):
+        encoder = FrozenEncoder(model, synthesis.encoder_dtype, backend, config.site)
     copied = sharded or encoder.dtype != next(model.parameters()).dtype
     if encoder.backend == "reference" and copied:
         return sum(parameter.numel() for parameter in model.parameters()) * encoder.dtype.itemsize
@@ -82,7 +83,7 @@ def _encoder(model: nn.Module, config: FinetuneConfig, *, sharded: bool) -> int:
 
 
 def _kept(model: nn.Module, images: Tensor, config: FinetuneConfig) -> int:
-    """Bytes that autograd keeps of images [B, C, H, W], the model's own weights apart."""
+    """Bytes that autograd keeps for images [B, C, H, W], without the model's weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen: dict[int, int] = {}
 
@@ -95,12 +96,16 @@ def _kept(model: nn.Module, images: Tensor, config: FinetuneConfig) -> int:
     def unpack(value: Tensor) -> Tensor:
         return value
 
-    dtype = getattr(torch, config.amp) if config.amp else None
-    with saved_tensors_hooks(pack, unpack), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        logits = model.train()(images)  # as long as they live, so does what is kept, and no address comes twice
+    with saved_tensors_hooks(pack, unpack), _autocast(config, images.device):
+        logits = model.train()(images)  # keeps the saved tensors alive, so that addresses are unique
     kept = sum(seen.values())
     del logits
     return kept
+
+
+def _autocast(config: FinetuneConfig, device: torch.device) -> torch.autocast:
+    dtype = getattr(torch, config.amp) if config.amp else None
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _size(count: int) -> str:

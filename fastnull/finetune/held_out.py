@@ -1,4 +1,4 @@
-"""Labels as training takes them, and the accuracy on the held-out images."""
+"""Checked labels, and the accuracy on the held-out images."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastnull.distributed.processes import Processes
 from fastnull.finetune.training import Training
 
 CHECK_BATCHES = 4
-"""Batches of held-out images that judge the influence of a universal noise."""
+"""Number of held-out batches for the influence of a universal noise."""
 
 
 def held_out_loaders(
     training: Training, validation: Samples | None
 ) -> tuple[DataLoader[Any] | None, DataLoader[Any] | None]:
-    """Batches of this process's held-out images, and in universal mode those that judge the noise; None where none."""
+    """This process's held-out batches, and in universal mode those for the influence of the noise; None without any."""
     if validation is None:
         return None, None
     config, processes = training.config, training.processes
@@ -35,23 +35,23 @@ def held_out_loaders(
 
 
 def checked_labels(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """The labels as training takes them. On the host, before the batch travels: no step waits for the device."""
+    """Check a batch on the host, before it is moved to the device, and return its labels for training."""
     if images.dtype != torch.uint8:
         check_images(images)
     return as_labels(labels, num_classes, len(images))
 
 
-@torch.no_grad()  # no inference_mode: what FSDP2 gathers into would be of no use for training
+@torch.no_grad()  # not inference_mode: FSDP2 could not use its buffers in training afterwards
 def validate(training: Training, batches: DataLoader[Any], num_classes: int) -> float:
     """Top-1 accuracy in %, in eval mode."""
     model = training.evaluated
     model.eval()
     correct, total = torch.zeros((), dtype=torch.long, device=training.device), 0
-    # all gather the weights as often as the process with the most batches: there the last images count no more
+    # gathering weights is collective: all processes run as many forwards as the one with the most batches
     more = training.processes.greatest(len(batches)) - len(batches) if training.sharded else 0
     for images, labels in batches:
         labels = checked_labels(images, labels, num_classes)
-        classes = labels.argmax(1) if labels.ndim == 2 else labels  # of soft labels the likeliest
+        classes = labels.argmax(1) if labels.ndim == 2 else labels  # soft labels: the most likely class
         with training.autocast():
             logits = model(to_pixels(images, training.device))
         correct += (logits.argmax(1) == classes.to(training.device)).sum()
@@ -64,7 +64,7 @@ def validate(training: Training, batches: DataLoader[Any], num_classes: int) -> 
 
 
 def _shard(validation: Samples, processes: Processes) -> Dataset[Any]:
-    """The held-out images of this process: every world-th, so that those of every batch are divided."""
+    """The held-out images of this process: every world-th one."""
     if processes.alone:
         return validation
     if len(validation) < processes.world:
@@ -73,7 +73,7 @@ def _shard(validation: Samples, processes: Processes) -> Dataset[Any]:
 
 
 def _even(data: Dataset[Any], count: int, seed: int) -> Subset[Any]:
-    """`count` images, drawn evenly over the classes where these are known: the first ones may be of a few alone."""
+    """`count` images, drawn evenly over the classes if these are known."""
     labels = labels_of(data)
     if labels is None:
         labels = torch.zeros(len(data), dtype=torch.long)  # type: ignore[arg-type]

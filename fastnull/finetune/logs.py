@@ -1,6 +1,6 @@
-"""Where a run's records go besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio or MLflow.
+"""Logging to TensorBoard, Weights & Biases, Trackio or MLflow, in addition to metrics.jsonl.
 
-The library is imported when the run starts, so that a missing one is reported before the first step.
+The library is imported when the run starts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Log:
 
     Args:
         kind: one of LOGS.
-        folder: of the run; its name is the run's name, and TensorBoard's files go into it.
+        folder: of the run; gives the run's name and holds TensorBoard's files.
         config: settings of the run, JSON-able.
 
     Raises:
@@ -36,7 +36,7 @@ class Log:
         self._send, self._finish = _OPENERS[kind](library, folder, config)
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Send one record of metrics.jsonl, under its step."""
+        """Send the numbers of one record of metrics.jsonl."""
         kind = record.get("kind", "run")
         numbers = {
             f"{kind}/{name}": float(value)
@@ -46,7 +46,7 @@ class Log:
         self._send(numbers, record["step"])
 
     def close(self) -> None:
-        """Send what is left."""
+        """Finish the log."""
         self._finish()
 
 
@@ -64,7 +64,7 @@ def _tensorboard(library: Any, folder: Path, config: dict[str, Any]) -> Opened:
 
 
 def _wandb(library: Any, folder: Path, config: dict[str, Any]) -> Opened:
-    # wandb and trackio have the same functions
+    # trackio has the same interface
     run = library.init(project=PROJECT, name=folder.name, config=config)
     return lambda numbers, step: run.log(numbers, step=step), run.finish
 

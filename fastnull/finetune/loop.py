@@ -1,7 +1,7 @@
 """The finetuning loop: open the data, train, validate, save; stop and resume at any step.
 
-What stands beside it: `prepare` (data and model), `training` (a step: views, loss, update, and the state of a run),
-`refresh` (batches for universal noise), `held_out` (validation), `saving` (logs, weights and states), `stopping`.
+Its parts: `prepare` (data and model), `training` (a step: views, loss, update, and the state of a run), `refresh`
+(batches for universal noise), `held_out` (validation), `saving` (logs, weights and states), `stopping`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastnull.vit import unwrap
 
 __all__ = ["DivergenceError", "FinetuneConfig", "FinetuneResult", "finetune"]
 
-_INIT_KEY = 0  # with the seed the key of a new head's weights
+_INIT_KEY = 0  # (seed, _INIT_KEY): random numbers of a new head
 
 
 def finetune(
@@ -39,38 +39,38 @@ def finetune(
     train_data: Data | None = None,
     val_data: Data | None = None,
 ) -> FinetuneResult:
-    """Finetune a model as the configuration says.
+    """Finetune a model.
 
-    Ctrl-C (or SIGTERM) ends the run after the step it is in, saves its state and prints how to go on; a second one
-    ends it at once. The global random generators are afterwards as before.
+    Ctrl-C (or SIGTERM) stops the run after the current step, saves its state and prints how to resume; a second one
+    stops it at once. The global random generators are restored.
 
-    Where a torch.distributed group exists, every process calls this and they train together: each takes its rows of
-    every batch, and noise, losses and weights are those of one process up to rounding (drop path apart, which each
-    draws for itself). The first one writes the files. With config.shard the model, trained in place, is afterwards
-    sharded (torch's FSDP2), and `out` must be one folder for all processes.
+    If a torch.distributed group exists, all processes must call this function. Each takes its rows of every batch, and
+    noise, losses and weights equal those of one process up to rounding (except drop path, which each draws for itself).
+    Rank 0 writes the files. With config.shard the model is sharded in place (torch's FSDP2), and `out` must be one
+    folder for all processes.
 
     Args:
         config: the run.
-        model: takes pixels in [0, 1] and returns logits [B, K]; trained in place. None makes the one that `config`
-            names; with one given, the configuration's own model settings are only recorded.
+        model: takes pixels in [0, 1] and returns logits [B, K]; trained in place. None: the model of `config`. If
+            given, the model settings of `config` are only recorded.
         train_data: a dataset of (image, label), images [C, H, W] as bytes or floats in [0, 1], or a pair (images,
-            labels) of tensors or NumPy arrays; None opens `config.data`. A label is a class number, or K probabilities
-            (one-hot, or soft labels).
-        val_data: as train_data, chooses the best epoch; None holds out config.val_fraction of the training data.
+            labels) of tensors or NumPy arrays; None: `config.data`. A label is a class number or K probabilities
+            (one-hot or soft labels).
+        val_data: as train_data, to choose the best epoch; None: config.val_fraction of the training data.
 
     Raises:
-        ValueError, TypeError: bad settings or data; a folder with a run in it; settings changed on resume.
+        ValueError, TypeError: invalid settings or data; a folder with a run in it; settings changed on resume.
         DivergenceError: the loss or a weight became NaN or Inf.
         KeyboardInterrupt: on Ctrl-C, after saving.
         PeerError: another process of the run has ended.
     """
-    if config.lr is None:  # a model that is handed over is not the one that the configuration names
+    if config.lr is None:  # a given model is not the one of the configuration
         made = config.model if model is None else getattr(unwrap(model), "recipe", {}).get("name")
         config = replace(config, lr=recommended_lr(made))
     processes = Processes()
     device = processes.device(config.device)
     if config.shard and processes.alone:
-        warnings.warn("shard: there is one process, which holds everything; torchrun starts several", stacklevel=2)
+        warnings.warn("shard: there is only one process, so nothing is sharded; use torchrun", stacklevel=2)
     folder = run_folder(config, processes)
     with ExitStack() as stack:
         stack.enter_context(preserved())
@@ -88,7 +88,7 @@ def finetune(
 
 
 def _train(training: Training, ready: Prepared, folder: RunFolder | None, stop: StopRequest) -> None:
-    """The loop: epochs of steps, each closed by validation."""
+    """The loop: epochs of steps, with validation after each epoch."""
     config, plan, processes = training.config, training.plan, training.processes
     rows = processes.rows(plan.batch_size, pairs=config.mixing)
     order = EpochBatches(len(ready.train), plan.batch_size, plan.steps_per_epoch, config.seed, rows)
@@ -103,7 +103,7 @@ def _train(training: Training, ready: Prepared, folder: RunFolder | None, stop: 
                 log(folder, training.refresh(refreshing, refreshing.check_images(check)))
             training.model.train()
             for images, labels in batches:
-                # both views, the loss, and the update of the weights
+                # views, loss, and update of the weights
                 training.train_step(images, checked_labels(images, labels, ready.num_classes))
                 bar.update()
                 ends_epoch = training.step % plan.steps_per_epoch == 0 or training.step == plan.steps

@@ -1,4 +1,4 @@
-"""What a finetuning run costs: steps, epochs and forward passes, from its configuration."""
+"""Steps, epochs and cost of a finetuning run, from its configuration."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from fastnull.finetune.config import ATTACKS, FinetuneConfig
 
 FORWARD, INPUT_BACKWARD, FULL_BACKWARD = 1, 1, 2
-"""Costs for one image, in forward passes: a backward pass costs a forward for the inputs and one for the weights."""
+"""Cost per image in forward passes: the input gradient costs 1, the weight gradient 1 more."""
 REFRESH_COST = 2 * FORWARD + INPUT_BACKWARD
-"""Of one image in one update of a universal noise: clean logits, noisy logits, input gradient."""
+"""Cost per image and update of a universal noise: clean logits, noisy logits, input gradient."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps a run takes and what they cost, in forward passes of the model for one image.
+    """The number of steps of a run and their cost, in forward passes of one image.
 
     Attributes:
-        steps, steps_per_epoch, epochs: the last epoch may be a part of one.
-        batch_size: of every step: the configuration's, or all images of an epoch where they are fewer.
-        step_cost: of one image in one step, synthesis in it included; the mean over a batch.
-        refresh_cost: of learning a universal bank once, at most (it stops where ε is met).
+        steps, steps_per_epoch, epochs: the last epoch may be incomplete.
+        batch_size: that of the configuration, or all images of an epoch if these are fewer.
+        step_cost: per image and step, including synthesis; mean over a batch.
+        refresh_cost: of learning a universal bank once, at most (it stops when ε is met).
         total_cost: of the run.
-        budget: what compute_budget allows for the run, where it set the steps; else None.
+        budget: cost allowed by compute_budget; None without it.
     """
 
     steps: int
@@ -36,12 +36,12 @@ class Plan:
 
 
 def step_cost(config: FinetuneConfig) -> float:
-    """Forward passes that one image costs in one step; the mean over a batch.
+    """Forward passes per image and step; mean over a batch.
 
-    A view costs 3 (forward, full backward); `none` and `noise_fraction` train one, all else two. `boundary`,
+    A view costs 3 (forward, full backward); `none` and `noise_fraction` have one view, all others two. `boundary`,
     `per_image` and `adversarial` add a forward and an input gradient per step of their search, `trades` the clean
-    probabilities too. Where no clean view gives `boundary` and `per_image` their clean logits (there is none, or it has
-    drop_path in it), they make them. With `noise_fraction` only that fraction of the images pays for the search.
+    probabilities too. `boundary` and `per_image` add a forward for clean logits if there is no clean view, or drop_path
+    in it. With `noise_fraction` only that fraction of the images has the cost of the search.
     """
     view = FORWARD + FULL_BACKWARD
     views = views_of(config)
@@ -56,12 +56,12 @@ def step_cost(config: FinetuneConfig) -> float:
 
 
 def views_of(config: FinetuneConfig) -> int:
-    """How often a step sees an image."""
+    """Number of views of an image in a step."""
     return 1 if config.augment == "none" or config.fraction else 2
 
 
 def refresh_cost(config: FinetuneConfig, images: int, batch_size: int) -> int:
-    """Most forward passes of learning a universal bank once from a training set of `images`; 0 for other modes."""
+    """Maximum number of forward passes to learn a universal bank from a training set of `images`; 0 for other modes."""
     synthesis = config.synthesis()
     if config.augment != "universal" or synthesis is None:
         return 0
@@ -71,37 +71,37 @@ def refresh_cost(config: FinetuneConfig, images: int, batch_size: int) -> int:
 
 
 def make_plan(config: FinetuneConfig, images: int, processes: int = 1) -> Plan:
-    """Derive the steps of a run on a training set of `images`, which `processes` share out.
+    """Compute the steps of a run on a training set of `images`, split over `processes`.
 
-    With `compute_budget` the steps are the most whose cost is within budget x images, whatever the augmentation, so
-    that runs with the same budget cost the same. A universal bank is counted at the steps it may take.
+    With `compute_budget` the run takes as many steps as cost at most budget x images, so runs with the same budget cost
+    the same. A universal bank is counted with its maximum number of steps.
 
     Raises:
-        ValueError: no images, a budget that does not pay for one step, a batch that does not divide by the processes
-            and the parts of `accumulate`, or fewer images than those.
+        ValueError: no images, a budget below the cost of one step, a batch size that is not divisible by processes x
+            accumulate, or fewer images than these.
     """
     if images < 1:
         raise ValueError("the training data holds no images")
     per_epoch = max(1, int(config.train_fraction * images))
-    shares = processes * config.accumulate
-    if config.batch_size % shares:
+    parts = processes * config.accumulate
+    if config.batch_size % parts:
         raise ValueError(
-            f"batch_size must divide by the {processes} processes x accumulate {config.accumulate}; "
+            f"batch_size must be divisible by {processes} processes x accumulate {config.accumulate}; "
             f"got {config.batch_size}"
         )
-    if per_epoch < shares:
+    if per_epoch < parts:
         raise ValueError(
-            f"{processes} processes x accumulate {config.accumulate} need an image each in a step; "
+            f"{processes} processes x accumulate {config.accumulate} need at least one image each per step; "
             f"an epoch has {per_epoch}"
         )
     batch_size = min(config.batch_size, per_epoch)
-    batch_size -= batch_size % shares
+    batch_size -= batch_size % parts
     if config.mixing:
         # each process mixes its own images
         batch_size -= batch_size % (2 * processes * config.accumulate)
         if batch_size == 0:
             raise ValueError(
-                f"mixup and cutmix pair images: a step must hold at least two for each of {processes} processes x "
+                f"mixup and cutmix pair images: a step needs at least two for each of {processes} processes x "
                 f"accumulate {config.accumulate}"
             )
     steps_per_epoch = per_epoch // batch_size
@@ -114,8 +114,8 @@ def make_plan(config: FinetuneConfig, images: int, processes: int = 1) -> Plan:
         steps = full_epochs * steps_per_epoch + max(0, int((rest - refresh) // cost))
         if steps == 0:
             raise ValueError(
-                f"compute_budget {config.compute_budget:g} ({budget:g} forward passes) does not pay for one step, "
-                f"which costs {cost + refresh} with augment={config.augment!r}"
+                f"compute_budget {config.compute_budget:g} ({budget:g} forward passes) is less than the cost of "
+                f"one step, {cost + refresh} with augment={config.augment!r}"
             )
     epochs = -(-steps // steps_per_epoch)
     return Plan(

@@ -1,4 +1,4 @@
-"""What a run starts from: its data opened, and a model that takes it, tried on an image of each set."""
+"""The data and the model of a run, tested on one image of each data set."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ Data: TypeAlias = "Dataset[Any] | Sequence[Any]"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run starts from: data, and a model that takes it. `num_classes` are those of its logits, which `classes`
-    names."""
+    """Data and model of a run; `num_classes` is the number of logits, `classes` their names."""
 
     model: nn.Module
     train: Samples
@@ -41,7 +40,7 @@ def prepare(
     train_data: Data | None = None,
     val_data: Data | None = None,
 ) -> Prepared:
-    """Open the data, make the model and show it an image. Arguments and errors are those of `finetune`."""
+    """Open the data, create the model and test it on one image. Arguments and errors are those of `finetune`."""
     source = _source(config, train_data)
     if source.classes is not None and len(source.classes) < 2:
         raise ValueError(f"training data must have at least two classes; it has only {shortened(source.classes)}")
@@ -68,7 +67,7 @@ def _create_model(config: FinetuneConfig, source: Source) -> nn.Module:
 
     num_classes = config.num_classes or source.num_classes
     if num_classes is None:
-        raise ValueError("num_classes is needed: the data does not say how many classes it has")
+        raise ValueError("num_classes is needed: the data does not define the number of classes")
     # not every architecture has drop path
     regularised: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     model = create_model(
@@ -85,18 +84,18 @@ def _create_model(config: FinetuneConfig, source: Source) -> nn.Module:
         match_classes(model.classes, source.classes)
     except ValueError:
         warnings.warn(
-            f"{config.checkpoint}: its head is for other classes ({shortened(model.classes)}); the model's new head "
-            f"for {shortened(source.classes)} starts fresh",
+            f"{config.checkpoint}: its head is for other classes ({shortened(model.classes)}); the head "
+            f"for {shortened(source.classes)} is initialised randomly",
             UserWarning,
             stacklevel=4,
         )
         model.network.reset_classifier(num_classes)
-        model.classes = None
+        model.classes, model.new_head = None, True
     return model
 
 
 def _match_classes(model: nn.Module, source: Source) -> list[int] | None:
-    """The label of each of the data's classes; a model without names of its classes gets them from the data."""
+    """The label of each class of the data; a model without class names gets them from the data."""
     if source.classes is None:
         return None
     labels = match_classes(classes_of(model), source.classes, name="the training data")
@@ -109,9 +108,9 @@ def _match_classes(model: nn.Module, source: Source) -> list[int] | None:
 def _datasets(
     config: FinetuneConfig, source: Source, labels: list[int] | None, val_data: Data | None, model: nn.Module
 ) -> tuple[Samples, Samples | None]:
-    """Training images through random transforms, held-out ones through evaluation's; tensors stay as they are."""
+    """Training images with random transforms, held-out ones with those of evaluation; tensors are unchanged."""
     if not source.transforms and (config.auto_augment or config.reprob):
-        raise ValueError("auto_augment and reprob are for image files; these images are tensors and stay as they are")
+        raise ValueError("auto_augment and reprob are for image files; these images are tensors")
     augmented = plain = channels = None
     train = source.train
     if train is None:
@@ -134,7 +133,7 @@ def _datasets(
         names = names_of(held_out)
         known = classes_of(model)
         if names is None:
-            matched = labels  # whoever gives none numbers as in the training data
+            matched = labels  # numbered as in the training data
         else:
             matched = match_classes(known if isinstance(known, list) else source.classes, names, name="val_data")
         return Samples(train, augmented, channels, config.seed, labels), Samples(held_out, classes=matched)
@@ -144,12 +143,11 @@ def _datasets(
 
 
 def _as_dataset(name: str, data: Data) -> Dataset[Any]:
-    if isinstance(data, (tuple, list)) and data and hasattr(data[0], "dtype"):  # the images as one array
+    if isinstance(data, (tuple, list)) and data and hasattr(data[0], "dtype"):  # a pair of arrays, not of samples
         data = _pair(name, data)
     if isinstance(data, DataLoader) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(
-            f"{name} must be a dataset with a length and an index, or a pair of tensors, so that its order can be "
-            f"resumed; got {type(data).__name__}"
+            f"{name} must be a dataset with a length and an index, or a pair of tensors; got {type(data).__name__}"
         )
     if len(data) == 0:
         raise ValueError(f"{name} must hold at least one image; it is empty")
@@ -173,8 +171,7 @@ def _pair(name: str, pair: Sequence[Any]) -> TensorDataset:
 
 @torch.no_grad()
 def _try_out(model: nn.Module, train: Samples, validation: Samples | None, device: torch.device) -> int:
-    """Show the model an image of each set and return the number of its classes. A wrong size or label is reported
-    before anything is written."""
+    """Run the model on one image of each set, before anything is written; return its number of classes."""
     classes = _classes(model, "training", *_first(train, "training"), device)
     if validation is not None:
         _classes(model, "held-out", *_first(validation, "held-out"), device)
@@ -190,11 +187,11 @@ def _first(data: Samples, which: str) -> tuple[Tensor, Any]:
 
 
 def _classes(model: nn.Module, which: str, image: Tensor, label: Any, device: torch.device) -> int:
-    """Classes of the logits for an image [C, H, W], with which its label must go."""
+    """Number of logits for an image [C, H, W], after a check of its label."""
     if not isinstance(image, Tensor):
         raise TypeError(f"the {which} images must be tensors [C, H, W]; got {type(image).__name__}")
     images = to_pixels(image.unsqueeze(0), device)
-    # a grey image would pass for a coloured one: the mean and the standard deviation broadcast
+    # a grey image would pass without the check, because mean and standard deviation broadcast
     channels = model.mean.shape[1] if isinstance(model, NormalizedModel) else None
     check_images(images, name=f"{which} images", channels=channels)
     training = model.training

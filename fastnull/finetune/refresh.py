@@ -1,4 +1,4 @@
-"""Batches to learn a universal noise from."""
+"""Batches for learning a universal noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastnull.finetune.training import Training
 
 
 class RefreshBatches:
-    """Training batches for universal synthesis: in a new order each round, apart from that of the training steps."""
+    """Training batches for universal synthesis, in an order of their own in each round."""
 
     def __init__(self, train: Samples, training: Training, stop: StopRequest) -> None:
         self._train, self._training, self._stop = train, training, stop
@@ -28,18 +28,18 @@ class RefreshBatches:
 
     def __iter__(self) -> Iterator[Tensor]:
         training = self._training
-        # beyond any epoch, so that no image is drawn as a training step draws it
+        # larger than any epoch, so that augmentations differ from those of the training steps
         rows = training.processes.rows(self._batch_size)
         order = EpochBatches(len(self._train), self._batch_size, len(self), training.config.seed, rows)
         order.epoch = 2**32 + training.step * 2**16 + self._round
         self._round += 1
         for images, _ in loader(self._train, order, workers=training.config.workers, device=training.device):
-            # the state at the start of this epoch is saved already, and the bank will be learned from it again
+            # the state at the start of this epoch is saved, and the bank will be learned again from it
             self._stop.agree()
             self._stop.leave_if_requested(training)
             yield to_pixels(images, training.device)
 
     def check_images(self, held_out: DataLoader[Any] | None) -> list[Tensor]:
-        """Images to judge the influence on: held-out ones, or without those a further round's."""
+        """Images for the influence: held-out ones, or those of a further round."""
         source = self if held_out is None else (to_pixels(images, self._training.device) for images, _ in held_out)
         return [images for images, _ in zip(source, range(CHECK_BATCHES), strict=False)]

@@ -1,4 +1,4 @@
-"""A lock on the folder of a run: one process at a time writes there."""
+"""A lock on the folder of a run, so that only one process writes there."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: there a run is not locked
+except ImportError:  # no locks on non-POSIX systems
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
-"""The file; it names the process that holds the lock."""
+"""The lock file, which names the process that holds the lock."""
 
 _held: set[int] = set()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, this process alone may write in the folder, which is there.
+    """Lock an existing folder for this process.
 
-    The system lets go of the lock when the process ends, however it ends. On file systems without locks there is a
-    warning and nothing is locked.
+    The system releases the lock when the process ends. File systems without locks give a warning and no lock.
 
     Raises:
-        ValueError: another process, or another run of this one, holds it; the message names the process.
+        ValueError: another process, or another run in this one, holds the lock; the message names the process.
     """
     handle = _acquire(folder)
     if handle is None:
@@ -39,12 +38,12 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         _held.discard(handle)
-        (folder / NAME).unlink(missing_ok=True)  # while it is held: nobody else has taken it over
+        (folder / NAME).unlink(missing_ok=True)  # while locked, so that no other process has it
         os.close(handle)
 
 
 def check_unlocked(folder: Path) -> None:
-    """Raise as `locked` would now; nothing is written."""
+    """Raise as `locked` would, without writing."""
     if fcntl is None or not (folder / NAME).exists():
         return
     with open(folder / NAME, "rb") as file:
@@ -57,7 +56,7 @@ def check_unlocked(folder: Path) -> None:
 
 
 def _acquire(folder: Path) -> int | None:
-    """The open file with the lock on it; None where there are no locks."""
+    """The locked file; None without support for locks."""
     if fcntl is None:
         return None
     path = folder / NAME
@@ -70,7 +69,7 @@ def _acquire(folder: Path) -> int | None:
             raise _in_use(folder) from None
         except OSError as error:
             os.close(handle)
-            warnings.warn(f"{folder} cannot be locked ({error}): start no second run there", stacklevel=4)
+            warnings.warn(f"{folder} cannot be locked ({error}): do not start a second run there", stacklevel=4)
             return None
         try:
             same = os.fstat(handle).st_ino == os.stat(path).st_ino
@@ -80,7 +79,7 @@ def _acquire(folder: Path) -> int | None:
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
             return handle
-        os.close(handle)  # who held it has removed the file since it was opened: there may be a new one
+        os.close(handle)  # the previous holder removed the file after we opened it: try the new one
 
 
 def _in_use(folder: Path) -> ValueError:
@@ -89,13 +88,12 @@ def _in_use(folder: Path) -> ValueError:
     except OSError:
         holder = ""
     return ValueError(
-        f"out {folder} is in use by {holder or 'another process'}, which writes there: wait until it ends, or give "
-        "another folder"
+        f"out {folder} is in use by {holder or 'another process'}: wait until it ends, or give another folder"
     )
 
 
 def _let_go() -> None:
-    """In a forked child, which would hold the lock of a parent that was killed: a loader's worker outlives it."""
+    """In a forked child: a loader's worker would hold the lock of a parent that was killed."""
     while _held:
         os.close(_held.pop())
 

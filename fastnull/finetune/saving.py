@@ -1,4 +1,4 @@
-"""The files of a run as the loop uses them: opened, gone on from, logged to and saved in."""
+"""The files of a run for the loop: open, resume, log and save."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastnull.distributed.processes import Processes
-from fastnull.distributed.sharded_state import write_shares
+from fastnull.distributed.sharded_state import write_shards
 from fastnull.finetune.checkpoint import RunFolder, gathered_weights, save_weights, state_path
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.logs import Log
@@ -19,22 +19,27 @@ from fastnull.finetune.training import Training
 
 
 def run_folder(config: FinetuneConfig, processes: Processes) -> RunFolder | None:
-    """The folder of a run, checked but not yet written to; None without one, and in all processes but the first."""
-    folder = processes.from_first(lambda: _folder(config))
+    """The folder of a run, checked but not yet written; None without a folder, and if rank > 0."""
+
+    def make() -> RunFolder | None:
+        modes = {"overwrite": config.overwrite, "resume": config.resume, "force": config.force}
+        return None if config.out is None else RunFolder(config.out, config.to_dict(), **modes)
+
+    folder = processes.from_first(make)
     return folder if processes.first else None
 
 
 def resume_or_begin(training: Training, folder: RunFolder | None, ready: Prepared, stack: ExitStack) -> None:
-    """Take over the state that `folder` holds, where the configuration says resume, and describe the run in it.
+    """Load the state in `folder` if the configuration resumes, and write config.json.
 
-    The folder is this process's alone, and its log open, until `stack` ends.
+    The folder is locked, and its log open, until `stack` ends.
     """
     config = training.config
     state = training.processes.from_first(lambda: None if folder is None else _open(folder, config, stack))
     if state is not None:
         assert config.out is not None
         try:
-            training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shares"))
+            training.load_state_dict(state, state_path(config.out, state["step"]).with_suffix(".shards"))
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"a state in {config.out} is damaged or of another version: {error!r}") from error
     if folder is None:
@@ -45,12 +50,14 @@ def resume_or_begin(training: Training, folder: RunFolder | None, ready: Prepare
         stack.callback(sink.close)
         folder.log_to(sink)
     synthesis = config.synthesis()
+    encoder = getattr(training.augment, "encoder", None)
     folder.describe(
         config.to_dict(),
         training.device,
         step=training.step,
         plan=asdict(training.plan),
         synthesis=None if synthesis is None else asdict(synthesis),
+        encoder=None if encoder is None else encoder.about(),
         data={"train": len(ready.train), "validation": 0 if ready.validation is None else len(ready.validation)},
         classes=ready.classes,
         processes=training.processes.world,
@@ -58,24 +65,24 @@ def resume_or_begin(training: Training, folder: RunFolder | None, ready: Prepare
 
 
 def log(folder: RunFolder | None, record: dict[str, Any]) -> None:
-    """Write a line of metrics, where there is a folder."""
+    """Write a line of metrics, if there is a folder."""
     if folder is not None:
-        with _telling_what_is_left(folder, f"cannot log step {record['step']}"):
+        with _naming_the_last_state(folder, f"cannot log step {record['step']}"):
             folder.log(record)
 
 
 def save(training: Training, folder: RunFolder | None, *, best: bool = False) -> None:
-    """Write the last weights, those of a new best epoch, and then the state: what it says was done, was done."""
+    """Write the last weights, those of a new best epoch, and then the state, which refers to them."""
     if training.config.out is None:
         return
     training.check_finite()
     weights = None
-    telling = nullcontext() if folder is None else _telling_what_is_left(folder, f"cannot save step {training.step}")
-    with telling:
+    naming = nullcontext() if folder is None else _naming_the_last_state(folder, f"cannot save step {training.step}")
+    with naming:
         state = training.state_dict()
         if training.sharded:
-            shares = state_path(training.config.out, training.step).with_suffix(".shares")
-            state["shares"] = write_shares(shares, training.shares(), training.processes)
+            shards = state_path(training.config.out, training.step).with_suffix(".shards")
+            state["shards"] = write_shards(shards, training.shards(), training.processes)
             weights = gathered_weights(training.evaluated)
         if folder is not None:  # the first process writes the rest
             _write(training, folder, state, weights, best=best)
@@ -93,14 +100,14 @@ def _write(
 
 
 @contextmanager
-def _telling_what_is_left(folder: RunFolder, what: str) -> Iterator[None]:
-    """Adds to the error of a write from which state the run can go on."""
+def _naming_the_last_state(folder: RunFolder, what: str) -> Iterator[None]:
+    """Add to an error of writing the state from which the run can resume."""
     try:
         yield
     except OSError as error:
         kept = folder.states()
         left = (
-            f"the state of step {int(kept[0].stem[6:])} is whole: resume=True goes on from it"
+            f"the state of step {int(kept[0].stem[6:])} is complete: resume=True resumes from it"
             if kept
             else "there is no state yet"
         )
@@ -108,14 +115,8 @@ def _telling_what_is_left(folder: RunFolder, what: str) -> Iterator[None]:
         raise OSError(error.errno, f"{what}: {error.strerror or error}{file}; {left}") from error
 
 
-def _folder(config: FinetuneConfig) -> RunFolder | None:
-    if config.out is None:
-        return None
-    return RunFolder(config.out, config.to_dict(), overwrite=config.overwrite, resume=config.resume, force=config.force)
-
-
 def _open(folder: RunFolder, config: FinetuneConfig, stack: ExitStack) -> dict[str, Any] | None:
-    """Make the folder ready, and this process's alone until the end; the state to go on from, where there is one."""
+    """Lock and prepare the folder until the end of `stack`; return the state to resume from, if any."""
     stack.enter_context(folder.locked())
     folder.open()
     return folder.load_state() if config.resume else None

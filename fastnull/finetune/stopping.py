@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a request that the loop meets between steps."""
+"""Ctrl-C and SIGTERM stop a run between two steps."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastnull.finetune.training import Training
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request that the loop meets between steps; a second one interrupts.
+    """Turns the first Ctrl-C or SIGTERM into a request to stop between steps; a second one interrupts at once.
 
-    A signal to one process is a request to all, after the same step: `agree` tells them.
+    `agree` makes a signal to one process a request to all processes after the same step.
 
     Attributes:
-        requested: number of the signal, 0 without one.
+        requested: number of the signal; 0: none.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -43,16 +43,16 @@ class StopRequest:
         self._received = number
 
     def agree(self) -> None:
-        """Fill `requested` with what any process has received; all call this after the same step."""
+        """Set `requested` to the signal that any process received. All must call this after the same step."""
         self.requested = self._processes.greatest(self._received)
 
     def leave_if_requested(self, training: Training) -> None:
-        """Raise KeyboardInterrupt (SystemExit after SIGTERM) with a line that says how to go on."""
+        """Raise KeyboardInterrupt (SystemExit after SIGTERM) with a message about how to resume."""
         if not self.requested:
             return
         line = f"stopped after step {training.step} of {training.plan.steps}"
         if training.config.out is not None:
-            line += f"; go on with resume=True, out={training.config.out!r} (fastnull finetune: --resume)"
+            line += f"; resume with resume=True, out={training.config.out!r} (fastnull finetune: --resume)"
         if self._processes.first:
             print(f"\n{line}", file=sys.stderr)
         if self.requested == signal.SIGTERM:

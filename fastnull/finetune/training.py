@@ -1,4 +1,4 @@
-"""Training: the model, the optimiser and all else that changes from step to step, and the state a checkpoint keeps."""
+"""Training steps, and the state of a run between steps."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ from fastnull.vit import NormalizedModel, unwrap
 from fastnull.vit.layers import Layered
 
 STEP_KEY = 1
-"""With the seed and the step the key of a step's random numbers."""
+"""(seed, STEP_KEY, step) is the key of a step's random numbers."""
 _NEVER = 2**62
 _ENTRIES = {"step", "scaler", "augment", "loss_sum", "history", "best", "spent", "seconds"}
-"""Of a training state, besides the weights."""
+"""Entries of a training state besides the weights."""
 
 
 class DivergenceError(RuntimeError):
-    """The loss or a weight became NaN or Inf; nothing was saved after it."""
+    """The loss or a weight became NaN or Inf."""
 
 
 @dataclass
 class FinetuneResult:
-    """What a run gives back.
+    """The result of a run.
 
     Attributes:
         model: with its last weights (the averaged ones with ema_decay), in eval mode. With `shard` every process holds
-            its share, and all call it together; the files hold whole weights.
-        history: a record an epoch: epoch, step, loss (mean over the epoch), val_accuracy in %, and the seconds so far.
-        best_epoch, best_accuracy: by the held-out images, in %; None without them.
-        best_path, last_path: weights (.safetensors) of the best epoch and the last step; None where none were written.
+            a shard, and all must call the model together; the files hold whole weights.
+        history: one record per epoch: epoch, step, loss (mean over the epoch), val_accuracy in %, and seconds so far.
+        best_epoch, best_accuracy: on the held-out images, in %; None without them.
+        best_path, last_path: weights (.safetensors) of the best epoch and the last step; None if not written.
         plan: steps and their cost.
-        cost: forward passes for one image: `planned` and `spent` (less where a universal noise stops early), `budget`
+        cost: in forward passes of one image: `planned`, `spent` (less if a universal noise stops early), `budget`
             (None without one).
-        seconds: `total`, `synthesis` (noise or attack) and `synthesis_share` of the total.
+        seconds: `total`, `synthesis` (noise or attack) and `synthesis_fraction` of the total.
     """
 
     model: nn.Module
@@ -73,18 +73,17 @@ class Training:
     Args:
         config, plan: of the run.
         model: on `device`; trained in place.
-        num_classes: of its logits.
-        processes: that take the steps together; all hold the same weights, optimiser, noise and records.
+        num_classes: number of its logits.
+        processes: of the run; all hold the same weights, optimiser, noise and records.
 
     Attributes:
-        step: steps taken.
-        history: a record an epoch.
-        best_epoch, best_accuracy: by the held-out images.
-        sharded: whether the model and its average are shared out over the processes.
+        step: number of steps taken.
+        history, best_epoch, best_accuracy: as in FinetuneResult.
+        sharded: whether the model and its average are sharded.
 
     Raises:
-        ValueError: shard or layer_decay for a model without blocks, an optimiser that timm does not know, or a model
-            that the augmentation cannot split.
+        ValueError: shard or layer_decay for a model without blocks, an unknown optimiser, or a model that the
+            augmentation cannot split.
     """
 
     def __init__(
@@ -99,11 +98,11 @@ class Training:
         self.config, self.model, self.plan, self.device, self.processes = config, model, plan, device, processes
         self._memory_format = torch.channels_last if config.channels_last else torch.preserve_format
         self.sharded = config.shard and not processes.alone
-        if not self.sharded:  # FSDP2 shards contiguous weights; a convolution takes the format of its images
+        if not self.sharded:  # FSDP2 shards contiguous weights
             model.to(memory_format=self._memory_format)
-        # both views go through it: what exchanges gradients is in its forward
+        # both views go through the wrapper, whose forward prepares the exchange of gradients
         if self.sharded:
-            processes.spread(model)
+            processes.broadcast(model)
             self._called = model
         else:
             self._called = processes.wrap(model)
@@ -112,7 +111,8 @@ class Training:
         timm = import_timm()
         self.amp_dtype = getattr(torch, config.amp) if config.amp else None
         self.watch = Stopwatch(device)
-        self.augment = _augment(config, self._called, self.amp_dtype, self.watch)
+        with self.autocast():  # whose dtype the synthesis takes over
+            self.augment = _augment(config, self._called, self.watch)
         self.ema = timm.utils.ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
         if self.sharded:
             self._shard()
@@ -128,7 +128,7 @@ class Training:
         self._seconds = 0.0
         self._synthesis_seconds = 0.0
         self._started = time.perf_counter()
-        # on the device, so that no step waits for the host: this epoch's sum of losses, and the first step gone wrong
+        # on the device, to avoid synchronisation: sum of the epoch's losses, and the first step with a bad loss
         self._loss = torch.zeros((), device=device)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._bad_step = torch.full((), _NEVER, dtype=torch.long, device=device)
@@ -136,7 +136,7 @@ class Training:
         self._places = processes.places(plan.batch_size, config.accumulate, pairs=config.mixing)
 
     def _shard(self) -> None:
-        """Share out the model and its average. Whatever copies the model or knows its classes comes before."""
+        """Shard the model and its average, after everything that copies the model or checks its classes."""
         encoder = getattr(self.augment, "encoder", None)
         with nullcontext() if encoder is None else encoder.sharding():
             shard(self.model)
@@ -145,25 +145,25 @@ class Training:
 
     @property
     def epoch(self) -> int:
-        """Number of the current epoch, from 1; after its last step still that one."""
+        """Number of the current epoch, from 1; it changes with the first step of the next one."""
         return max(self.step - 1, 0) // self.plan.steps_per_epoch + 1
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model whose accuracy counts and whose weights are saved: the average, where there is one."""
+        """The model that is evaluated and saved: the averaged one, if any."""
         return self.model if self.ema is None else self.ema.module
 
     @property
     def lacks_bank(self) -> bool:
-        """Whether a universal bank is to be learned before the next step: in every epoch, and where there is none."""
+        """Whether a universal bank must be learned before the next step: in every epoch, and if there is none."""
         if self.config.augment != "universal":
             return False
         return self.step % self.plan.steps_per_epoch == 0 or self.augment.state_dict()["bank"] is None
 
     def refresh(self, batches: Iterable[Tensor], check: list[Tensor]) -> dict[str, Any]:
-        """Learn a universal bank from the current weights; its influence is judged on the `check` images.
+        """Learn a universal bank from the current weights, with its influence measured on the `check` images.
 
-        Returns its record, under the first step that uses it, and warns where ε was not met.
+        Returns its record for the first step that uses it, and warns if ε was not met.
         """
         self.augment.at(self.step)
         with self.watch:
@@ -176,8 +176,8 @@ class Training:
         if met < len(noise) and self.processes.first:
             warnings.warn(
                 f"the universal noise for step {self.step + 1} did not meet eps: influence {influence:.3g} after "
-                f"{int(noise.steps.max())} updates. It is used as it is; more rounds, a larger image_fraction or a "
-                "smaller limit would help",
+                f"{int(noise.steps.max())} updates. It is used nevertheless; more rounds, a larger image_fraction "
+                "or a smaller limit would help",
                 stacklevel=2,
             )
         return {
@@ -191,15 +191,17 @@ class Training:
         }
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
-        """One update from this process's rows of a checked batch on the host: images [B, C, H, W] (bytes or pixels),
-        class indices [B] in int64 or probabilities [B, K] in float32."""
+        """One update from this process's rows of a checked batch on the host.
+
+        images [B, C, H, W] are bytes or pixels, labels class indices [B] int64 or probabilities [B, K] float32.
+        """
         seed_everything(self.config.seed, STEP_KEY, self.step)
         images, labels = to_pixels(images, self.device), labels.to(self.device, non_blocking=True)
         images = images.to(memory_format=self._memory_format)
         if self.config.mixing:
             images, labels = self._mixed(images, labels)
         if not self.processes.first:
-            # what is mixed is the same everywhere, but drop path is not
+            # mixing is the same in all processes, drop path is not
             torch.manual_seed(generator(self.config.seed, STEP_KEY, self.step, self.processes.rank).initial_seed())
         parts = len(self._places)
         self._loss = torch.zeros((), device=self.device)
@@ -227,7 +229,7 @@ class Training:
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels after Mixup or CutMix; the labels as probabilities [B, K], smoothed."""
         count = len(images)
-        # timm mixes class indices alone. Those of the rows come back as the parts that rows have in each other
+        # timm mixes only class indices: with the row numbers as classes, it returns the weights of the rows
         mixup = import_timm().data.Mixup(self.config.mixup, self.config.cutmix, label_smoothing=0.0, num_classes=count)
         images, parts = mixup(images, torch.arange(count, device=images.device))  # [B, B]
         if labels.ndim == 1:
@@ -237,10 +239,10 @@ class Training:
         return images, own * labels + other * labels.flip(0)
 
     def _backward(self, place: Place | None, images: Tensor, labels: Tensor) -> None:
-        """Add the gradients, loss and statistics of one part of a batch: the parts' means."""
+        """Add the gradients, loss and statistics of one part of a batch, as means over the parts."""
         weight = 1 / len(self._places)
         self.augment.at(self.step, place)
-        # they were checked on the host
+        # labels and images were checked on the host
         with self.autocast(), trusted_values():
             loss, _ = self.augment.loss(images, labels, self._criterion)
         self.scaler.scale(loss * weight).backward()
@@ -253,7 +255,7 @@ class Training:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def check_finite(self) -> None:
-        """Raise DivergenceError where a loss (of any process) or a weight is NaN or Inf; waits for the device."""
+        """Raise DivergenceError if a loss (of any process) or a weight is NaN or Inf; synchronises."""
         step = int(self.processes.least(self._bad_step))
         what = f"the loss is NaN or Inf at step {step}"
         if step == _NEVER:
@@ -266,12 +268,12 @@ class Training:
                 return
             what = f"{len(broken)} weights ({broken[0]}, ...) hold NaN or Inf after step {self.step}"
         raise DivergenceError(
-            f"{what} of {self.plan.steps}; nothing is saved from there on. A lower lr than {self.config.highest_lr:g}, "
+            f"{what} of {self.plan.steps}; later states are not saved. A lower lr than {self.config.highest_lr:g}, "
             "clip_grad, a warm-up, or amp=None may help"
         )
 
     def step_record(self) -> dict[str, Any]:
-        """The line that metrics.jsonl gets for the last step: means over all processes. Raises DivergenceError."""
+        """The record of the last step for metrics.jsonl, with means over all processes. Raises DivergenceError."""
         own = {"loss": self._loss, "bad": self._bad_step < _NEVER, **self._stats}
         means = self.processes.mean(torch.tensor([float(value) for value in own.values()], dtype=torch.float64))
         stats = dict(zip(own, means.tolist(), strict=True))
@@ -283,12 +285,12 @@ class Training:
             "epoch": self.epoch,
             "loss": stats.pop("loss"),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
-            # random noise has no influence that anybody measured
+            # the influence of random noise is not measured (NaN)
             **{name: value for name, value in stats.items() if math.isfinite(value)},
         }
 
     def shown(self, record: dict[str, Any]) -> dict[str, str]:
-        """What a progress bar shows of a step's record, with the last accuracy."""
+        """The part of a step's record that the progress bar shows, with the last accuracy."""
         shown: dict[str, str] = {}
         for name in ("loss", "influence", "norm"):
             if name in record:
@@ -298,7 +300,7 @@ class Training:
         return shown
 
     def end_epoch(self, accuracy: float | None) -> dict[str, Any]:
-        """Close an epoch with the accuracy on the held-out images in %; returns its record. Raises DivergenceError."""
+        """End an epoch with the accuracy on the held-out images in %; return its record. Raises DivergenceError."""
         self.check_finite()
         taken = (self.step - 1) % self.plan.steps_per_epoch + 1
         if accuracy is not None and (self.best_accuracy is None or accuracy > self.best_accuracy):
@@ -317,13 +319,13 @@ class Training:
         return record
 
     def seconds(self) -> dict[str, float]:
-        """Total and synthesis so far, those of the parts before a resume included."""
+        """Total and synthesis time so far, including the parts before a resume."""
         total = self._seconds + time.perf_counter() - self._started
         synthesis = self._synthesis_seconds + self.watch.seconds()
-        return {"total": total, "synthesis": synthesis, "synthesis_share": synthesis / total}
+        return {"total": total, "synthesis": synthesis, "synthesis_fraction": synthesis / total}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, but for `shares`; tensors and plain values. All take part."""
+        """Everything that the next step depends on, except `shards`: tensors and plain values. Collective."""
         if self.sharded:
             weights: dict[str, Any] = {"sharded": self._weights()[1]}
         else:
@@ -344,21 +346,21 @@ class Training:
             "seconds": self.seconds(),
         }
 
-    def shares(self) -> dict[str, Tensor]:
-        """What of a sharded run's state is shared out, by name."""
+    def shards(self) -> dict[str, Tensor]:
+        """The sharded tensors of the state by name."""
         return self._weights()[0]
 
     def _weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return state_of(self.model, None if self.ema is None else self.ema.module, self.optimizer)
 
-    def load_state_dict(self, state: dict[str, Any], shares: Path | None = None) -> None:
-        """Go on from what `state_dict` returned, of a sharded run or another, whatever this one is.
+    def load_state_dict(self, state: dict[str, Any], shards: Path | None = None) -> None:
+        """Load a state of `state_dict`; sharded and unsharded runs can load each other's.
 
-        Settings of the optimiser and of the noise are the state's, but with `force` in the configuration this run's.
+        The optimiser and the noise get the settings of the state, or with `force` those of this run.
 
         Args:
             state: of `state_dict`.
-            shares: where `write_shares` put `shares`, if the run was sharded.
+            shards: folder of `write_shards`, if the run was sharded.
 
         Raises:
             ValueError: the state is of another model, or lacks an entry.
@@ -371,10 +373,10 @@ class Training:
         fresh = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         try:
             if "sharded" not in state and (average is None) != (state["ema"] is None):
-                raise ValueError("averaged weights are only here or only in the state")
+                raise ValueError("only one of the run and the state has averaged weights")
             if "sharded" in state:
-                assert shares is not None
-                load_state_of(shares, state["sharded"], self.model, average, self.optimizer, self.processes)
+                assert shards is not None
+                load_state_of(shards, state["sharded"], self.model, average, self.optimizer, self.processes)
             elif self.sharded:
                 load_whole_state(state, self.model, average, self.optimizer)
             else:
@@ -384,7 +386,7 @@ class Training:
                 self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"the training state is of another model or optimiser: {error}") from error
-        if state["scaler"]:  # empty where nothing was scaled
+        if state["scaler"]:  # empty without scaling
             self.scaler.load_state_dict(state["scaler"])
         self._load_augment(state["augment"])
         self.step, self.history = state["step"], state["history"]
@@ -405,7 +407,7 @@ class Training:
         self.augment.load_state_dict(state)
 
     def result(self, best_path: Path | None, last_path: Path | None) -> FinetuneResult:
-        """What `finetune` returns."""
+        """The result of `finetune`."""
         return FinetuneResult(
             model=self.evaluated.eval(),
             history=self.history,
@@ -419,18 +421,16 @@ class Training:
         )
 
     def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy in float32, with class indices or probabilities (after `_mixed` they are smoothed already)."""
+        """Cross entropy in float32, with class indices or probabilities (`_mixed` has smoothed them)."""
         smoothing = 0.0 if self.config.mixing else self.config.smoothing
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
-def _augment(
-    config: FinetuneConfig, model: nn.Module, dtype: torch.dtype | None, watch: Stopwatch
-) -> TimedAugment | CleanOnly:
+def _augment(config: FinetuneConfig, model: nn.Module, watch: Stopwatch) -> TimedAugment | CleanOnly:
     synthesis = config.synthesis()
     if synthesis is not None:
         augment = TimedAugment(
-            model, config.augment, fraction=config.fraction, backend=config.backend, dtype=dtype, config=synthesis
+            model, config.augment, fraction=config.fraction, backend=config.backend, config=synthesis
         )
         augment.watch = watch
         return augment
@@ -454,31 +454,31 @@ def _optimizer(config: FinetuneConfig, model: nn.Module) -> torch.optim.Optimize
     network = network.network if isinstance(network, NormalizedModel) else network
     try:
         optimizer = _made_by_timm(config, network)
-    except (AssertionError, ImportError) as error:  # those of other packages, or for a GPU alone
+    except (AssertionError, ImportError) as error:  # optimisers that need other packages or a GPU
         raise ValueError(f"opt {config.opt!r} cannot be used here: {error}") from error
     if getattr(optimizer, "is_second_order", False):
-        raise ValueError(f"opt {config.opt!r} takes second derivatives of the loss, which finetuning does not make")
+        raise ValueError(f"opt {config.opt!r} needs second derivatives of the loss, which finetuning does not compute")
     return optimizer
 
 
 def _made_by_timm(config: FinetuneConfig, network: nn.Module) -> torch.optim.Optimizer:
     optim = import_timm().optim
     settings = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
-    if config.layer_decay is not None and not hasattr(network, "group_matcher"):  # no timm model
+    if config.layer_decay is not None and not hasattr(network, "group_matcher"):  # not a timm model
         try:
             groups = optim.param_groups_layer_decay(Layered(network), **settings)
         except ValueError as error:
-            raise ValueError(f"layer_decay goes down from block to block, and {error}") from None
+            raise ValueError(f"layer_decay needs a list of blocks, and {error}") from None
         return optim.create_optimizer_v2(groups, opt=config.opt, lr=config.highest_lr)
     return optim.create_optimizer_v2(network, opt=config.opt, lr=config.highest_lr, **settings)
 
 
 def _scheduler(config: FinetuneConfig, plan: Plan, optimizer: torch.optim.Optimizer) -> Any:
-    """timm's scheduler with steps for epochs, since a budget need not end with an epoch."""
+    """timm's scheduler with steps as epochs, because a budget may end within an epoch."""
     warmup = min(round(config.warmup_epochs * plan.steps_per_epoch), plan.steps - 1)
     scheduler, _ = import_timm().scheduler.create_scheduler_v2(
         optimizer,
-        # a step schedule that never steps: timm has "constant" in late versions only
+        # a step schedule that never steps: only late versions of timm have "constant"
         sched="step" if config.sched == "constant" else config.sched,
         decay_rate=1.0,
         num_epochs=plan.steps,

@@ -1,6 +1,6 @@
 """Lightning with nullspace noise, for `import lightning.pytorch`.
 
-Any LightningModule will do:
+It works with any LightningModule:
 
     noise = NullspaceCallback(lambda module: NullspaceAugment(module.vit, mode="boundary"))
     Trainer(callbacks=[noise]).fit(module, loader)

@@ -1,4 +1,4 @@
-"""What the callbacks for Lightning under its two names share."""
+"""Common part of the callbacks for Lightning's two packages."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastnull.integrations.run import AugmentedRun, MakeAugment
 class LightningHooks:
     """Noise in every training forward of a LightningModule's ViT, a new universal bank each epoch, and exact resume.
 
-    The key of a batch's noise is its number since training began, not what has been drawn so far: it does not matter
-    whether a run was stopped. Processes have keys of their own.
+    The noise of a batch depends only on its number since the start of training and on the process, so a run can be
+    resumed.
 
     Args:
-        augment: makes the augmentation from the LightningModule when fitting begins, on its device:
+        augment: creates the augmentation from the LightningModule, on its device, when fitting starts:
             `lambda module: NullspaceAugment(module.vit, mode="boundary")`.
         batches: universal mode: see fastnull.integrations.run.AugmentedRun.
-        attach: False where `training_step` calls `augment.loss` itself.
+        attach: False if `training_step` calls `augment.loss` itself.
     """
 
     def __init__(
@@ -33,18 +33,18 @@ class LightningHooks:
 
     @property
     def augment(self) -> NullspaceAugment:
-        """The augmentation, once fitting has begun."""
+        """The augmentation, after fitting has started."""
         return self.run.augment
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the augmentation."""
+        """Create the augmentation."""
         self.run.begin(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Warn where the model is in eval mode, in which noise is off: Lightning leaves modes as it finds them."""
+        """Warn if the model is in eval mode, where noise is off; Lightning does not change modes."""
         if not self.augment.encoder.vit.model.training:
             warnings.warn(
-                "fastnull: the model is in eval mode when training begins (as from_pretrained returns it), where noise "
+                "fastnull: the model is in eval mode when training starts (as from_pretrained returns it), so noise "
                 "is off: call its train() before fit()",
                 stacklevel=2,
             )
@@ -60,17 +60,17 @@ class LightningHooks:
         self.augment.at(number * trainer.world_size + trainer.global_rank)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take the noise out of the model."""
+        """Remove the noise from the model."""
         self.run.end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the noise out of the model."""
+        """Remove the noise from the model."""
         self.run.end()
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning's checkpoints keep."""
+        """State for Lightning's checkpoints."""
         return self.run.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
+        """Load the state."""
         self.run.load_state_dict(state_dict)

@@ -1,10 +1,4 @@
-"""Lightning with nullspace noise, for `import pytorch_lightning`.
-
-Any LightningModule will do:
-
-    noise = NullspaceCallback(lambda module: NullspaceAugment(module.vit, mode="boundary"))
-    Trainer(callbacks=[noise]).fit(module, loader)
-"""
+"""As fastnull.integrations.lightning, for `import pytorch_lightning`."""
 
 from __future__ import annotations
 

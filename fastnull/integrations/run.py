@@ -1,4 +1,4 @@
-"""A NullspaceAugment over a training run that a library's callbacks describe."""
+"""A NullspaceAugment in the training run of another library, driven by its callbacks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fastnull.distributed.processes import Processes
 from fastnull.rng import Place
 
 MakeAugment = Callable[[Any], NullspaceAugment]
-"""Makes the augmentation from the library's model, once that lies on its device."""
+"""Creates the augmentation from the library's model, which is on its device."""
 
 
 class AugmentedRun:
-    """Makes the augmentation when training begins, attaches it, learns its bank anew each epoch, and keeps its state.
+    """Creates the augmentation when training starts, attaches it, learns a bank in each epoch, and keeps its state.
 
     Args:
         make: see MakeAugment.
-        batches: universal mode: images to learn the bank from, see NullspaceAugment.refresh. On several processes all
-            give equally many batches, the same ones or each its own.
-        attach: whether every training forward of the model sees noise; without, the loop calls `augment.loss`.
+        batches: universal mode: images for the bank, see NullspaceAugment.refresh. Several processes must give the same
+            number of batches.
+        attach: add noise to every training forward of the model; False: the loop calls `augment.loss`.
     """
 
     def __init__(self, make: MakeAugment, batches: Tensor | Iterable[Any] | None, attach: bool) -> None:
@@ -36,19 +36,19 @@ class AugmentedRun:
         """The augmentation of this run, or of the last one.
 
         Raises:
-            RuntimeError: training has not begun.
+            RuntimeError: training has not started.
         """
         if self._augment is None:
-            raise RuntimeError("the augmentation is made when training begins; it has not begun")
+            raise RuntimeError("the augmentation is created when training starts, which has not happened yet")
         return self._augment
 
     def begin(self, model: nn.Module) -> None:
-        """Make the augmentation of a new run, or go on from a state that was loaded."""
-        self.end()  # the last run may have broken off (auto_find_batch_size begins anew after an error)
+        """Create the augmentation of a new run, with the loaded state if there is one."""
+        self.end()  # the last run may have failed (auto_find_batch_size starts again after an error)
         self._augment = augment = self._make(model)
         self._epoch = None
         if augment.mode == "universal" and self._batches is None:
-            raise ValueError("universal mode needs batches=, images that its noise is learnt from in every epoch")
+            raise ValueError("universal mode needs batches=, the images from which its noise is learned in every epoch")
         if self._loaded is not None:
             augment.load_state_dict(self._loaded["augment"])
             self._epoch, self._loaded = self._loaded["epoch"], None
@@ -56,12 +56,12 @@ class AugmentedRun:
             augment.attach()
 
     def end(self) -> None:
-        """The model is as it was before; the augmentation stays for whoever reads its statistics."""
+        """Remove the noise from the model; the augmentation and its statistics stay."""
         if self._augment is not None:
             self._augment.detach()
 
     def start_epoch(self, epoch: int) -> None:
-        """Universal mode: learn the bank for an epoch, unless it was resumed with the bank it began with."""
+        """Universal mode: learn the bank of an epoch, unless it was resumed with its bank."""
         if self.augment.mode == "universal" and epoch != self._epoch:
             assert self._batches is not None
             processes = Processes()
@@ -69,17 +69,17 @@ class AugmentedRun:
         self._epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs; tensors and plain values only. Empty before training."""
+        """State for resuming, as tensors and plain values; empty before training."""
         if self._augment is None:
             return {}
         return {"augment": self._augment.state_dict(), "epoch": self._epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, when training begins."""
+        """Load a state of `state_dict` when training starts."""
         self._loaded = state or None
 
 
 def place_of(images: Tensor) -> Place | None:
-    """Where this process's images lie in the batch of all processes, so that no two get the same noise."""
+    """The position of this process's images in the batch of all processes, so that no two get the same noise."""
     processes = Processes()
     return processes.places(len(images) * processes.world, 1)[0]

@@ -1,4 +1,4 @@
-"""timm's TrainingTask with nullspace noise: CE(clean) + CE(noisy) where ClassificationTask has CE.
+"""timm's TrainingTask with nullspace noise: CE(clean) + CE(noisy) instead of CE.
 
 A training step:
 
@@ -26,14 +26,14 @@ except ImportError as error:
 
 
 class NullspaceTask(ClassificationTask):
-    """A classification task whose loss is the augmentation's. EMA, compile, DDP and evaluation are timm's own.
+    """A classification task whose loss is the augmentation's. EMA, compile, DDP and evaluation are timm's.
 
-    Checkpoints of `get_checkpoint_state` hold the augmentation under `task_state`, and `load_checkpoint_state` takes it
-    back. In universal mode call `task.augment.refresh(batches)` before every epoch.
+    `get_checkpoint_state` and `load_checkpoint_state` save and load the augmentation as `task_state`. In universal mode
+    call `task.augment.refresh(batches)` before every epoch.
 
     Args:
-        augment: made of the model that is trained, on its device and before it is compiled.
-        criterion: (logits [B, K], labels) → scalar. None takes the one that timm makes from `criterion_kwargs`.
+        augment: created from the model on its device, before it is compiled.
+        criterion: (logits [B, K], labels) → scalar. None: the one that timm creates from `criterion_kwargs`.
         kwargs: of ClassificationTask: criterion_kwargs, device, dtype, verbose.
     """
 
@@ -47,15 +47,15 @@ class NullspaceTask(ClassificationTask):
         self.augment = augment
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The augmentation's loss; in eval mode that of the clean images.
+        """The loss of the augmentation; in eval mode that of the clean images.
 
         Args:
-            input: images [B, C, H, W] as the model takes them.
+            input: images [B, C, H, W], the input of the model.
             target: labels [B] or soft labels [B, K].
 
         Returns:
-            `loss`, `output` (clean logits [B, K]; of an augmentation with a fraction those of its one view) and, in
-            training, the noise's `influence` and `norm`.
+            `loss`, `output` (clean logits [B, K]; with a fraction those of the only view) and, in training, the noise's
+            `influence` and `norm`.
         """
         if not self.trainable_module.training:
             return super().forward(input, target)
@@ -65,12 +65,12 @@ class NullspaceTask(ClassificationTask):
         return {"loss": loss, "output": output, **self.augment.stats}
 
     def get_task_state(self, module: Any = None, ema: bool = False) -> dict[str, Any]:
-        """The augmentation's state; nothing for the EMA model, which never sees noise."""
+        """The augmentation's state; empty for the EMA model, which has no noise."""
         return {} if ema else self.augment.state_dict()
 
     def load_task_state(
         self, state: dict[str, Any] | None, strict: bool = True, module: Any = None, ema: bool = False
     ) -> None:
-        """Take over what `get_task_state` returned; a checkpoint of another task holds none."""
+        """Load a state of `get_task_state`; a checkpoint of another task has none."""
         if state and not ema:
             self.augment.load_state_dict(state)

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer with nullspace noise: a Trainer with the two-view loss, and a callback for any Trainer.
 
-A Trainer, with one argument more:
+Usage:
 
     trainer = NullspaceTrainer(model, args, train_dataset=data)
     trainer.train()
@@ -29,11 +29,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 FILE = "fastnull_augment.pt"
-"""In every checkpoint folder."""
+"""File in every checkpoint folder."""
 
 
 def in_tokens(model: nn.Module) -> NullspaceAugment:
-    """Boundary noise at the patch embedding: image processors normalise images, which noise in pixels does not take."""
+    """Boundary noise at the patch embedding, because noise in pixels needs images that are not normalised."""
     return NullspaceAugment(model, site="patch")
 
 
@@ -41,13 +41,13 @@ class NullspaceCallback(TrainerCallback):
     """Noise in every training forward of any Trainer, a new universal bank each epoch, and exact resume.
 
     Args:
-        augment: makes the augmentation from the model when training begins; the default is `in_tokens`. Or
+        augment: creates the augmentation from the model when training starts, such as
             `lambda model: NullspaceAugment(model, mode="boundary", site="patch", steps=5)`.
         batches: universal mode: see fastnull.integrations.run.AugmentedRun.
-        attach: False where the Trainer calls `augment.loss` itself, as NullspaceTrainer does.
+        attach: False if the Trainer calls `augment.loss` itself, as NullspaceTrainer does.
 
     Attributes:
-        checkpoint: folder to resume from. None is output_dir/checkpoint-N, for a Trainer that resumes at step N.
+        checkpoint: folder to resume from. None: output_dir/checkpoint-N for a Trainer that resumes at step N.
     """
 
     def __init__(
@@ -62,27 +62,27 @@ class NullspaceCallback(TrainerCallback):
 
     @property
     def augment(self) -> NullspaceAugment:
-        """The augmentation, once training has begun."""
+        """The augmentation, after training has started."""
         return self.run.augment
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the augmentation.
+        """Create the augmentation.
 
         Raises:
-            FileNotFoundError: training resumes from a checkpoint that holds no state of it.
+            FileNotFoundError: training resumes from a checkpoint without a state of the augmentation.
             RuntimeError: the Trainer splits batches over several GPUs of one process.
         """
         if args.n_gpu > 1:
             raise RuntimeError(
                 f"the Trainer copies the model to {args.n_gpu} GPUs of one process (DataParallel), where noise is not "
-                "supported: start one process a GPU (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES to one"
+                "supported: start one process per GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES to one"
             )
         if state.global_step > 0:
             folder = self.checkpoint or Path(args.output_dir, f"checkpoint-{state.global_step}")
             if not Path(folder, FILE).is_file():
                 raise FileNotFoundError(
                     f"training resumes at step {state.global_step}, but there is no {FILE} in {folder}: set the "
-                    "callback's `checkpoint` to the folder that is resumed from, if it is another one"
+                    "callback's `checkpoint` if training resumes from another folder"
                 )
             self.run.load_state_dict(torch.load(Path(folder, FILE), map_location="cpu", weights_only=True))
             _load_if_renamed(kwargs["model"], Path(folder))
@@ -93,14 +93,14 @@ class NullspaceCallback(TrainerCallback):
         self.run.start_epoch(int(state.epoch or 0))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the augmentation's state beside the Trainer's."""
+        """Save the augmentation's state in the checkpoint."""
         if state.is_world_process_zero:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}", FILE)
             with replacing(path) as beside:
                 torch.save(self.run.state_dict(), beside)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the noise out of the model."""
+        """Remove the noise from the model."""
         self.run.end()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             _load_if_renamed(kwargs["model"], Path(state.best_model_checkpoint))
@@ -109,18 +109,18 @@ class NullspaceCallback(TrainerCallback):
 class NullspaceTrainer(Trainer):
     """A Trainer for image classifiers whose training loss is that of the clean view plus that of the noisy view.
 
-    The loss of a view is what Trainer computes for it: the model's own (`config.problem_type`: single label, multi
-    label or regression), `compute_loss_func`, or label smoothing, normalised over an accumulated batch as there. Other
-    loss functions: `criterion`. Evaluation has the loss of the clean images.
+    The loss of a view is that of Trainer: the model's own (`config.problem_type`: single label, multi label or
+    regression), `compute_loss_func`, or label smoothing, normalised over an accumulated batch. For other loss functions
+    see `criterion`. In evaluation the loss is that of the clean images.
 
     Args:
         args, kwargs: of Trainer.
         augment, batches: of NullspaceCallback.
-        criterion: (logits [B, K], labels) → mean, in place of the model's own loss, averaged over the parts of an
-            accumulated batch. Soft labels [B, K] need one: transformers takes float labels for several labels an image.
-            A model that computes no loss has cross entropy, with the training arguments' label_smoothing_factor.
+        criterion: (logits [B, K], labels) → mean, instead of the model's own loss, averaged over the parts of an
+            accumulated batch. Soft labels [B, K] need one, because transformers treats float labels as multi-label. A
+            model without a loss gets cross entropy with the training arguments' label_smoothing_factor.
 
-    Batches are dictionaries with the images as `pixel_values` [B, C, H, W], as the model takes them, and `labels`.
+    Batches are dictionaries with `pixel_values` [B, C, H, W], the input of the model, and `labels`.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class NullspaceTrainer(Trainer):
             criterion = _missing_loss(unwrap(self.model), self.args.label_smoothing_factor)
         self.criterion = criterion
         if criterion is not None:
-            # its loss is a mean over its batch, whatever keywords the model's forward takes
+            # the loss is a mean over its batch, whatever keywords the model's forward has
             self.model_accepts_loss_kwargs = False
             self.loss_is_scaled_for_ga = False
         self.nullspace = NullspaceCallback(augment, batches, attach=False)
@@ -146,23 +146,20 @@ class NullspaceTrainer(Trainer):
 
     @property
     def augment(self) -> NullspaceAugment:
-        """The augmentation, once training has begun."""
+        """The augmentation, after training has started."""
         return self.nullspace.augment
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer.train, which tells the callback what is resumed."""
+        """Trainer.train, which also sets the checkpoint of the callback."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # none: the Trainer says so
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # none: the Trainer raises
         self.nullspace.checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of both views in training, that of clean images in evaluation; on request the (clean) outputs too.
-
-        An augmentation with a fraction has one view.
-        """
+        """The loss of both views (with a fraction, of the only view) in training, of clean images in evaluation."""
         if model.training:
             if "pixel_values" not in inputs:
                 raise ValueError(f"batches must hold the images as pixel_values; got the keys {list(inputs)}")
@@ -176,7 +173,7 @@ class NullspaceTrainer(Trainer):
 
     def _view(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> _View:
         """One forward of the model, and its loss."""
-        inputs = dict(inputs)  # Trainer takes the labels out
+        inputs = dict(inputs)  # Trainer removes the labels
         if self.criterion is None:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             return _View(loss, logits_of(outputs), outputs)
@@ -194,7 +191,7 @@ class _View:
 
 
 def _missing_loss(model: nn.Module, smoothing: float) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The criterion for a model whose forward takes no labels; None for one that does."""
+    """The criterion for a model whose forward has no labels; None for one that has."""
     if _takes(model, "labels"):
         return None
     network: Any = model.network if isinstance(model, NormalizedModel) else model
@@ -205,15 +202,15 @@ def _missing_loss(model: nn.Module, smoothing: float) -> Callable[[Tensor, Tenso
 
 
 def _takes(model: nn.Module, name: str) -> bool:
-    """Whether the forward of a model, wrappers removed, has a parameter of that name."""
+    """Whether the forward of a model without wrappers has a parameter of that name."""
     return name in inspect.signature(type(unwrap(model)).forward).parameters
 
 
 def _load_if_renamed(model: nn.Module, folder: Path) -> None:
     """Load the weights of a checkpoint whose names are not the model's.
 
-    transformers 5.23 saves ViT, DeiT, DINOv2, BEiT and Swin under the names of their published weights, and its
-    Trainer, resuming, looks for the model's own: weights stay fresh, with a warning. `from_pretrained` converts them.
+    transformers 5.23 saves ViT, DeiT, DINOv2, BEiT and Swin with the names of their published weights, and its Trainer
+    does not load them on resume (it only warns). `from_pretrained` converts them.
     """
     from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""The exact nullspace of a patch embedding, and what is made of it: noise, watermarks, inspection."""
+"""The exact nullspace of a patch embedding and its uses: noise, watermarks, inspection."""
 
 from __future__ import annotations
 

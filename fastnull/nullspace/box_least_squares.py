@@ -1,4 +1,4 @@
-"""Least squares within bounds, many problems with one matrix at a time: the pixels behind token noise."""
+"""Box-constrained least squares for many problems with one matrix: the pixels behind token noise."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-4
-"""A problem is done when its relative residual is within this of the smallest one possible."""
+"""A problem is solved when its relative residual is within this of the minimum."""
 
 MAX_STEPS = 20_000
-"""Projected-gradient steps after which the best found is returned with a warning."""
+"""Projected-gradient steps after which the best point is returned with a warning."""
 
-_CHECK_EVERY = 10  # steps between looks at the duality gap: each look costs as much as a step
+_CHECK_EVERY = 10  # steps between checks of the duality gap; a check costs as much as a step
 
 
 def box_least_squares(matrix: Tensor, target: Tensor, low: Tensor, high: Tensor, start: Tensor) -> Tensor:
-    """min ½‖v A − t‖² with low ≤ v ≤ high, one problem a row, all at once.
+    """min ½‖v A − t‖² with low ≤ v ≤ high, one problem per row, all at once.
 
     FISTA (Beck & Teboulle 2009) with each row's momentum restarted where it points uphill (O'Donoghue & Candès 2015).
-    A row is done when max over s in the box of ⟨∇, v − s⟩, which bounds what is left to gain from above, is at most
-    ½ TOLERANCE² (‖t‖² + ‖A z‖²), z the box's point nearest to 0.
+    A row is solved when its duality gap, max over s in the box of ⟨∇, v − s⟩, is at most
+    ½ TOLERANCE² (‖t‖² + ‖A z‖²), where z is the point of the box nearest to 0.
 
     Args:
         matrix: A [K, r].
@@ -30,11 +30,11 @@ def box_least_squares(matrix: Tensor, target: Tensor, low: Tensor, high: Tensor,
         start: [M, K], any.
 
     Returns:
-        [M, K], within the bounds exactly. Warns (RuntimeWarning) where MAX_STEPS did not suffice.
+        [M, K], exactly within the bounds. Warns (RuntimeWarning) if MAX_STEPS were not enough.
     """
     step = 1 / torch.linalg.matrix_norm(matrix, 2).square().clamp_min(torch.finfo(matrix.dtype).tiny)
     result = start.clamp(low, high)
-    # where 0 lies outside the box, t alone may be too small a scale ever to be reached
+    # if 0 lies outside the box, ‖t‖ alone may be too small a scale
     scale = target.square().sum(1) + (torch.zeros_like(start).clamp(low, high) @ matrix).square().sum(1)
     enough = 0.5 * TOLERANCE**2 * scale  # [M]
     open_rows = torch.arange(len(target), device=target.device)

@@ -1,4 +1,4 @@
-"""The nearest point of a subspace within bounds, many problems at once: changes of pixels that no token shows."""
+"""The nearest point of a subspace within bounds, many problems at once: pixel changes that leave all tokens equal."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-7
-"""A point is within the subspace when what leaves it is this small against the point asked for."""
+"""A point is in the subspace when its part outside is at most this fraction of the wanted point."""
 
 GAP = 5e-3
-"""A finished point is taken when half its squared distance is within this share of the smallest one possible."""
+"""A finished point is accepted when half its squared distance is within this fraction of the minimum."""
 
 MAX_STEPS = 3_000
-"""Dual steps after which the best found is returned with a warning."""
+"""Dual steps after which the best point is returned with a warning."""
 
-_FINISH_EVERY = 50  # steps between tries: a try costs as much as as many steps
+_FINISH_EVERY = 50  # steps between attempts to finish; an attempt costs about as many steps
 _FINISH_STEPS = 40
 
 
 def box_projection(wanted: Tensor, normals: Tensor, low: Tensor, high: Tensor, weights: Tensor | None = None) -> Tensor:
-    """min ½‖v − w‖² with normalsᵀ v = 0 and low ≤ v ≤ high, one problem a row, all at once.
+    """min ½‖v − w‖² with normalsᵀ v = 0 and low ≤ v ≤ high, one problem per row, all at once.
 
-    By its dual: with multipliers λ the best v within the bounds is clamp(w − normals λ), the dual's gradient is
-    normalsᵀ v with Lipschitz constant 1, and λ is found by FISTA (Beck & Teboulle 2009) with each row's momentum
-    restarted where it points downhill (O'Donoghue & Candès 2015). A step is two products, and tens of them suffice
-    where few bounds hold. Where many do (a black patch can only become brighter) λ has far to go; there, now and then,
-    the v at hand is finished: moved onto the subspace by the values that have room, and taken if the dual says that it
-    is near enough to the best (ours).
+    Solves the dual. With multipliers λ the best v within the bounds is clamp(w − normals λ), and the dual's gradient is
+    normalsᵀ v with Lipschitz constant 1. λ is found by FISTA (Beck & Teboulle 2009) with each row's momentum restarted
+    where it points downhill (O'Donoghue & Candès 2015). A step costs two products; tens of steps are enough if few
+    bounds are active. If many are (a black patch can only become brighter) λ converges slowly. Every few steps v is
+    therefore moved onto the subspace by its values off the bounds, and accepted if the dual bound shows that it is near
+    the optimum (ours).
 
     Args:
         wanted: w [M, K].
         normals: [K, r], orthonormal.
-        low, high: [M, K], with low ≤ 0 ≤ high: then 0 is a solution and there is a nearest one.
-        weights: how much each normal counts in what leaves the subspace [r], at most 1; None counts all in full.
+        low, high: [M, K], with low ≤ 0 ≤ high, so that 0 is feasible.
+        weights: weight of each normal in the part outside the subspace [r], at most 1; None is 1.
 
     Returns:
-        [M, K], within the bounds exactly, with ‖weights · normalsᵀ v‖ ≤ TOLERANCE ‖w‖ and ½‖v − w‖² within GAP of the
-        least possible. Warns (RuntimeWarning) where MAX_STEPS did not suffice.
+        [M, K], exactly within the bounds, with ‖weights · normalsᵀ v‖ ≤ TOLERANCE ‖w‖ and ½‖v − w‖² within GAP of the
+        minimum. Warns (RuntimeWarning) if MAX_STEPS were not enough.
     """
     result = torch.zeros_like(wanted)
     weights = normals.new_ones(normals.shape[1]) if weights is None else weights
@@ -52,7 +52,7 @@ def box_projection(wanted: Tensor, normals: Tensor, low: Tensor, high: Tensor, w
         done = torch.linalg.vector_norm(ascent * weights, dim=1) <= enough
         if step % _FINISH_EVERY == 0 and not bool(done.all()):
             finished = _finish(v, normals, weights, low, high, enough)
-            # ½‖v − w‖² + λᵀ normalsᵀ v at the v that λ asks for is a lower bound on every solution's ½‖v − w‖²
+            # ½‖v − w‖² + λᵀ normalsᵀ v at this v is a lower bound of every solution's ½‖v − w‖²
             bound = 0.5 * (v - wanted).square().sum(1) + (ahead * ascent).sum(1)
             near = 0.5 * (finished - wanted).square().sum(1) <= (1 + GAP) * bound
             v = torch.where((near & ~done).unsqueeze(1), finished, v)
@@ -73,7 +73,7 @@ def box_projection(wanted: Tensor, normals: Tensor, low: Tensor, high: Tensor, w
             here, ahead, momentum = here[kept], ahead[kept], momentum[kept]
     warnings.warn(
         f"nearest point within bounds: {len(open_rows)} of {len(result)} problems leave the subspace by more than "
-        f"{TOLERANCE:g} of the point asked for after {MAX_STEPS} steps; the best found is returned",
+        f"{TOLERANCE:g} of the wanted point after {MAX_STEPS} steps; the best points are returned",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -81,8 +81,8 @@ def box_projection(wanted: Tensor, normals: Tensor, low: Tensor, high: Tensor, w
 
 
 def _finish(v: Tensor, normals: Tensor, weights: Tensor, low: Tensor, high: Tensor, enough: Tensor) -> Tensor:
-    """v [M, K] moved until ‖weights · normalsᵀ v‖ ≤ enough [M]: by the least change of the values that are off their
-    bounds, found by conjugate gradients, and where that is out of reach by shrinking towards 0."""
+    """Move v [M, K] until ‖weights · normalsᵀ v‖ ≤ enough [M]: by the least change of the values off their bounds
+    (conjugate gradients), and if that does not converge by scaling towards 0."""
     room = ((v > low) & (v < high)).to(v.dtype)
     left = v @ normals  # [M, r]
     direction, length = left, left.square().sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What a model's patch embedding can hide: rank, nullity and where the line between them was drawn."""
+"""Rank and nullity of models' patch embeddings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fastnull.vit.base import NormalizedModel, SplitViT, unwrap
 from fastnull.vit.pooled import PooledClassifier
 from fastnull.vit.split import as_split
 
-_SEED = 0  # a random matrix has full rank with probability one; the seed only makes the singular values repeatable
+_SEED = 0  # makes the singular values of random weights repeatable
 
 LIBRARIES = ("transformers", "torchvision", "open_clip")
-"""Whose models `inspect_models` takes by name too: `library:name`."""
+"""Libraries besides timm whose models `inspect_models` takes by name: `library:name`."""
 
 _COLUMNS = {
     "model": "model",
@@ -32,7 +32,7 @@ _COLUMNS = {
     "width": "D",
     "rank": "rank",
     "nullity": "nullity",
-    "share": "share",
+    "fraction": "fraction",
     "per_channel_nullity": "per channel",
     "smallest_kept": "σ_r/σ_1",
     "tolerance": "tolerance",
@@ -49,30 +49,29 @@ def inspect_models(
     checkpoint: str | os.PathLike[str] | None = None,
     tolerance: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure the exact nullspace of the patch embeddings of models, one row a name.
+    """Measure the exact nullspaces of the patch embeddings of models, one row per name.
 
-    Unless weights are asked for, models are built on the meta device and only their first layer gets (random) values:
-    that shows the nullity the shape guarantees, in a second or so for any size of model.
+    Unless weights are given, models are built on the meta device and only the first layer gets (random) values. This
+    shows the nullity that the shape guarantees, and takes about a second for any size of model.
 
     Args:
-        names: as `create_model` takes them; or `torchvision:vit_b_16`, `open_clip:ViT-B-32`, `transformers:FOLDER` with
-            a folder that holds a config.json (or a name of the hub), for noise in the values that the model takes.
+        names: as for `create_model`; or `torchvision:vit_b_16`, `open_clip:ViT-B-32`, or `transformers:FOLDER` with a
+            folder that holds a config.json (or a name of the hub), for noise in the units of the model's input.
         pretrained: measure timm's weights, which are downloaded.
-        checkpoint: measure the weights in this local file; for one name.
+        checkpoint: measure the weights in this local file; for one name only.
         tolerance: see PatchNullspace.
 
     Returns:
-        Rows with `model`, `weights` (random, pretrained or the file), `reason` (why there is nothing to measure, else
-        None), `mean` and `std` (pixels in [0, 1] → what the network takes), `image_size` (height, width), and, None
-        where there is a reason: `patch` (height, width), `tokens` (patches an image), `channels`, `values` (C·ph·pw,
-        the values of a patch), `width` (D), `rank`, `nullity`, `share` (nullity / values: the part of the image space
-        that no token shows), `per_channel_nullity` (the sum of what each channel's own matrix hides, as the published
-        code took it; never more than `nullity`), `tolerance` (relative, see PatchNullspace), `largest` singular value
-        and `smallest_kept` (the smallest one counted in the rank, relative to the largest).
+        Rows with `model`, `weights` (random, pretrained or the file), `reason` (why nothing can be measured, or None),
+        `mean` and `std` (pixels in [0, 1] → network input), `image_size` (height, width), and, None if there is a
+        reason: `patch` (height, width), `tokens` (patches per image), `channels`, `values` (C·ph·pw, the values of a
+        patch), `width` (D), `rank`, `nullity`, `fraction` (nullity / values), `per_channel_nullity` (the sum of the
+        nullities of each channel's own matrix, as in the published code; at most `nullity`), `tolerance` (relative),
+        `largest` singular value and `smallest_kept` (the smallest one counted in the rank, relative to the largest).
 
     Raises:
         TypeError: names is a string.
-        ValueError: an unknown name, a checkpoint for more than one name, or pretrained for a model that is not timm's.
+        ValueError: an unknown name, a checkpoint for several names, or pretrained for a model that is not timm's.
         ModuleNotFoundError: the library of a name is not installed.
     """
     if isinstance(names, str):
@@ -85,16 +84,16 @@ def inspect_models(
 def inspect_model(
     model: nn.Module | SplitViT, name: str | None = None, *, tolerance: float | None = None
 ) -> dict[str, Any]:
-    """Measure the exact nullspace of a model as it is: of transformers, torchvision, open_clip, or behind an adapter.
+    """Measure the exact nullspace of a model with its current weights.
 
     Args:
-        model: any that `fastnull.vit.split` knows, or an adapter; in a NormalizedModel noise is in pixels of [0, 1].
+        model: any that `fastnull.vit.split` supports, or an adapter; in a NormalizedModel noise is in pixels of [0, 1].
         name: of the row; None takes the network's class.
         tolerance: see PatchNullspace.
 
     Returns:
-        A row as of `inspect_models`, whose `weights` are `given`; `mean` 0 and `std` 1 where the model normalises
-        nothing, `image_size` and `tokens` None where it takes several sizes.
+        A row of `inspect_models` with `weights` `given`. Without normalisation `mean` is 0 and `std` 1; if the model
+        takes several sizes, `image_size` and `tokens` are None.
 
     Raises:
         TypeError: not a model.
@@ -106,7 +105,7 @@ def inspect_model(
         mean, std = whole.mean.flatten().tolist(), whole.std.flatten().tolist()
     try:
         size = as_split(model).image_size
-    except ValueError:  # no adapter: the reason in the row says what is missing
+    except ValueError:  # no adapter: the row gives the reason
         size = None
     row = _empty_row(name or type(network).__name__, "given", size, mean, std)
     try:
@@ -117,7 +116,7 @@ def inspect_model(
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of `inspect_models` as an aligned Markdown table; models without a nullspace to measure follow below it."""
+    """Rows of `inspect_models` as an aligned Markdown table, followed by the models that could not be measured."""
     measured = [row for row in rows if row["reason"] is None]
     lines = []
     if measured:
@@ -135,7 +134,7 @@ def _inspect(
     name: str, pretrained: bool, checkpoint: str | os.PathLike[str] | None, tolerance: float | None
 ) -> dict[str, Any]:
     if pretrained and checkpoint is not None:
-        raise ValueError("pretrained and checkpoint exclude each other: both bring weights")
+        raise ValueError("pretrained and checkpoint exclude each other: both give weights")
     if name.partition(":")[0] in LIBRARIES:
         return _inspect_other(name, pretrained, checkpoint, tolerance)
     with torch.device("cpu" if pretrained else "meta"):
@@ -159,14 +158,14 @@ def _inspect_other(
     library, _, rest = name.partition(":")
     if pretrained:
         raise ValueError(f"pretrained takes timm's weights; for {name} give a local file of weights as checkpoint")
-    import_timm()  # where torchvision does not match torch, none of the three can be imported without this
+    import_timm()  # if torchvision does not match torch, the three cannot be imported without this
     build = {"transformers": _transformers, "torchvision": _torchvision, "open_clip": _open_clip}[library]
     with torch.device("meta"):
         model = build(rest)
     try:
         projection = patch_projection(model)
     except ValueError:
-        return inspect_model(model, name)  # says why
+        return inspect_model(model, name)  # a row with the reason
     _materialize(model, projection, checkpoint)
     weights = str(checkpoint) if checkpoint is not None else "random"
     return {**inspect_model(model, name, tolerance=tolerance), "weights": weights}
@@ -182,7 +181,7 @@ def _transformers(name: str) -> nn.Module:
         raise ValueError(f"transformers reads no configuration from {name!r}: {reason}") from error
     try:
         return transformers.AutoModelForImageClassification.from_config(config)
-    except ValueError:  # a backbone without a classifier of its own
+    except ValueError:  # a backbone without a classifier
         return PooledClassifier(transformers.AutoModel.from_config(config), num_classes=1)
 
 
@@ -216,14 +215,14 @@ def _empty_row(
         "std": list(std),
         "image_size": None if size is None else tuple(size),
         **dict.fromkeys(
-            ("patch", "tokens", "channels", "values", "width", "rank", "nullity", "share", "per_channel_nullity")
+            ("patch", "tokens", "channels", "values", "width", "rank", "nullity", "fraction", "per_channel_nullity")
         ),
         **dict.fromkeys(("tolerance", "largest", "smallest_kept")),
     }
 
 
 def _measured(space: PatchNullspace, size: tuple[int, int] | None) -> dict[str, Any]:
-    """What of a row the patch embedding tells; `size` (height, width) gives the number of patches."""
+    """The measured part of a row; `size` (height, width) gives the number of patches."""
     values = space.dim + space.rank
     kept = float(space.singular_values[space.rank - 1] / space.singular_values[0]) if space.rank else None
     tokens = None
@@ -237,7 +236,7 @@ def _measured(space: PatchNullspace, size: tuple[int, int] | None) -> dict[str, 
         "width": space.width,
         "rank": space.rank,
         "nullity": space.dim,
-        "share": space.dim / values,
+        "fraction": space.dim / values,
         "per_channel_nullity": _per_channel_nullity(space),
         "tolerance": space.tolerance,
         "largest": float(space.singular_values[0]),
@@ -246,7 +245,7 @@ def _measured(space: PatchNullspace, size: tuple[int, int] | None) -> dict[str, 
 
 
 def _materialize(network: nn.Module, projection: nn.Conv2d, checkpoint: str | os.PathLike[str] | None) -> None:
-    """Give one layer of a model on the meta device its values on the CPU: the checkpoint's, or random ones."""
+    """Give the first layer of a model on the meta device the checkpoint's values, or random ones, on the CPU."""
     projection.to_empty(device="cpu")
     if checkpoint is None:
         with torch.random.fork_rng(devices=[]):
@@ -264,7 +263,7 @@ def _materialize(network: nn.Module, projection: nn.Conv2d, checkpoint: str | os
 
 
 def _per_channel_nullity(space: PatchNullspace) -> int:
-    """Σ over channels of the nullity of that channel's own [D, ph·pw] matrix, by the same relative tolerance."""
+    """Sum over channels of the nullity of the channel's own [D, ph·pw] matrix, with the same relative tolerance."""
     total = 0
     for matrix in space.weight.chunk(space.channels, dim=1):
         values: Tensor = torch.linalg.svdvals(matrix)
@@ -277,7 +276,7 @@ def _cell(key: str, value: Any) -> str:
         return ""
     if key == "patch":
         return "x".join(map(str, value))
-    if key == "share":
+    if key == "fraction":
         return f"{100 * value:.1f} %"
     if key in ("smallest_kept", "tolerance"):
         return f"{value:.1e}"

@@ -1,8 +1,7 @@
-"""PixelNullspace: noise for batches of images in a data pipeline, where no model is at hand.
+"""PixelNullspace: noise for batches of images in a data pipeline.
 
-A torchvision v2 transform that adds a noise of a bank to each image of a batch. It holds no model, so it runs in
-`collate_fn` inside DataLoader workers; the bank lies in shared memory, so what `refresh` writes in the main process
-reaches workers that are already running.
+A torchvision v2 transform that adds a noise of a bank to each image of a batch. It holds no model, so it can run in
+`collate_fn` inside DataLoader workers. The bank is in shared memory: running workers see what `refresh` writes.
 
     noise = PixelNullspace(model, size=224, scale=0.05)
     loader = DataLoader(data, 256, num_workers=8, collate_fn=lambda batch: noise(*default_collate(batch)))
@@ -15,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnull.checks import RANGE_TOLERANCE, check_choice, check_finite, check_images, check_number
+from fastnull.checks import RANGE_TOLERANCE, check_choice, check_images, check_number
 from fastnull.compat import import_timm
 from fastnull.noise import Noise
-from fastnull.nullspace.patch import PatchNullspace
+from fastnull.nullspace.patch import Bounds, PatchNullspace, check_bounds
 from fastnull.rng import generator
 
 try:
-    import_timm()  # torchvision loads beside any build of torch only after this
+    import_timm()  # lets torchvision load with any build of torch
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 except ImportError as error:
@@ -32,45 +31,44 @@ VALID = ("shrink", "shrink_image", "clamp")
 
 
 class PixelNullspace(v2.Transform):
-    """Adds noise that the patch embedding cannot see, or pixel pre-images of token noise, to batches of images.
+    """Adds exact nullspace noise, or pixel pre-images of token noise, to batches of images.
 
     Every image gets one noise of the bank, drawn by torch's global generator, which DataLoader seeds in each worker:
-    `torch.manual_seed` repeats a run. Inputs are never written to, labels pass through, several tv_tensors.Image in one
-    sample get the same noise. Put it after v2.CutMix, whose cuts go through patches and would take the noise out of the
-    nullspace; either side of v2.MixUp will do.
+    `torch.manual_seed` makes a run repeatable. Inputs are not modified, labels pass through, and all tv_tensors.Image
+    of a sample get the same noise. Use it after v2.CutMix, which cuts through patches; the order with v2.MixUp does not
+    matter.
 
-    What keeps images within `bounds` is `valid`:
+    `valid` keeps images within `bounds`:
 
-    - `shrink`: each patch's noise gets the largest factor up to 1 that keeps the patch inside. Patches have kernels of
-      their own, so the tokens stay as they are; a patch with a pixel on a bound may lose its noise.
-    - `shrink_image`: one factor an image, which keeps the noise's direction over all tokens. One pixel on a bound can
-      take all of it, so this is for images that keep away from the bounds.
-    - `clamp`: cuts the sum. Most noise survives, and some of it leaves the nullspace: in four photos at scale 0.05 the
-      tokens moved by 3 % of their length. What pre-images of approximate noise usually want.
+    - `shrink`: scales the noise of each patch by the largest factor up to 1 that keeps the patch inside. The tokens do
+      not change. A patch with a pixel on a bound may lose its noise.
+    - `shrink_image`: one factor per image, which keeps the direction of the noise over all tokens. One pixel on a bound
+      can remove all noise, so this is for images away from the bounds.
+    - `clamp`: clamps the sum. Most noise remains, but not exactly in the nullspace: in four photos at scale 0.05 the
+      tokens moved by 3 % of their length. Suits pre-images of approximate noise.
 
-    The nearest valid picture that keeps the tokens is `space.maximize(images, images + noise)`, too slow for a loader.
+    The nearest valid picture with the same tokens is `space.maximize(images, images + noise)`, too slow for a loader.
 
     Args:
-        source: the model whose nullspace it is, or a PatchNullspace of it. With a NormalizedModel images are pixels in
-            [0, 1]; otherwise they are normalised as the model takes them, and `bounds` has to be theirs.
+        source: the model or its PatchNullspace. With a NormalizedModel images are pixels in [0, 1]; otherwise they are
+            normalised images, with `bounds` in their units.
         size: of the images, (H, W) or the side, in whole patches.
-        noise: token noise [M, N, D] of site `patch` (a Noise or a tensor), whose pre-images are the bank; or pixel
-            noise [M, C, H, W], which is the bank. None makes `count` exact noises.
-        scale: of exact noise: root mean square over an image, before what `valid` takes.
-        count: of exact noises.
+        noise: token noise [M, N, D] of site `patch` (a Noise or a tensor), whose pre-images form the bank; or pixel
+            noise [M, C, H, W]. None makes `count` exact noises.
+        scale: of exact noise: root mean square over an image, before `valid` applies.
+        count: number of exact noises.
         valid: see above.
         bounds: (lowest, highest) value of an image, numbers or tensors that broadcast to [C, H, W]. None: any value.
-        p: the share of images that get noise; the others stay bit for bit.
+        p: the fraction of images that get noise; the others are unchanged.
         seed: of exact noise.
 
     Attributes:
-        bank: [M, C, H, W] in float32, shared memory; part of the state_dict.
-        residual: [M], share of each token noise that no image can make; 0 for exact and pixel noise.
+        bank: [M, C, H, W] in float32, in shared memory; part of the state_dict.
+        residual: [M], the relative residual of each pre-image; 0 for exact and pixel noise.
 
     Raises:
         ImportError: no torchvision.
-        ValueError: an embedding without kernel and no `noise`, a size that is not in whole patches, or an argument out
-            of range.
+        ValueError: no kernel and no `noise`, a size that is not in whole patches, or an argument out of range.
     """
 
     bank: Tensor
@@ -85,7 +83,7 @@ class PixelNullspace(v2.Transform):
         scale: float = 0.05,
         count: int = 64,
         valid: str = "shrink",
-        bounds: tuple[float | Tensor, float | Tensor] | None = (0.0, 1.0),
+        bounds: Bounds | None = (0.0, 1.0),
         p: float = 1.0,
         seed: int = 0,
     ) -> None:
@@ -99,21 +97,24 @@ class PixelNullspace(v2.Transform):
         if any(side < 1 or side % patch for side, patch in zip(self.size, self._space.patch_size, strict=True)):
             patch = "x".join(map(str, self._space.patch_size))
             raise ValueError(f"size must be whole patches of {patch} pixels; got {self.size[0]}x{self.size[1]}")
-        self.bounds = None if bounds is None else self._checked(bounds)
+        self.bounds: tuple[Tensor, Tensor] | None = None
+        if bounds is not None:
+            given = [torch.as_tensor(bound, dtype=torch.float32, device="cpu") for bound in bounds]
+            self.bounds = check_bounds(given, (self._space.channels, *self.size))
         self.register_buffer("_refreshes", torch.zeros((), dtype=torch.long))
         bank, self.residual = self._made(self._space, noise, 0)
         self.register_buffer("bank", bank.share_memory_())
 
     @torch.no_grad()
     def refresh(self, noise: Noise | Tensor | None = None, *, source: nn.Module | PatchNullspace | None = None) -> None:
-        """Fill the bank anew, in place: running workers see it. Do so between epochs, not while they add noise.
+        """Fill the bank anew, in place, for running workers too. Call it between epochs.
 
         Args:
-            noise: as many noises as the bank holds, see PixelNullspace. None makes new exact noise.
-            source: the model or its nullspace again, where training has changed its patch embedding. None keeps it.
+            noise: as many noises as in the bank, see PixelNullspace. None makes new exact noise.
+            source: the model or its nullspace, if training has changed the patch embedding. None keeps the old one.
 
         Raises:
-            ValueError: another number of noises, another site, or a shape that does not fit.
+            ValueError: another number of noises, another site, or a wrong shape.
         """
         space = self._space if source is None else _space(source)
         if (space.patch_size, space.channels) != (self._space.patch_size, self._space.channels):
@@ -126,7 +127,7 @@ class PixelNullspace(v2.Transform):
         self._space, self.residual = space, residual
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Which noise each image gets: `rows` [B], and whether it gets one: `chosen` [B]."""
+        """Index of each image's noise, `rows` [B], and whether the image gets it, `chosen` [B]."""
         batch = next((x.shape[0] for x in flat_inputs if isinstance(x, Tensor) and x.ndim == 4), 0)
         return {
             "rows": torch.randint(len(self.bank), (batch,)),
@@ -134,7 +135,7 @@ class PixelNullspace(v2.Transform):
         }
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Images [B, C, H, W] with their noise, a new tensor of the same kind; other tv_tensors pass through."""
+        """Images [B, C, H, W] with noise, as a new tensor of the same class; other tv_tensors pass through."""
         if isinstance(inpt, tv_tensors.TVTensor) and not isinstance(inpt, tv_tensors.Image):
             return inpt
         check_images(inpt, channels=self._space.channels, size=self.size, unit_range=False)
@@ -156,7 +157,7 @@ class PixelNullspace(v2.Transform):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As of any module, but all of it or nothing: a bank must not be half that of one run and half of another."""
+        """Load all buffers or none: a bank must not mix two states."""
         known = {prefix + name: buffer for name, buffer in self.named_buffers(recurse=False)}
         missing = [name for name in known if name not in state_dict]
         foreign = [name for name in state_dict if name.startswith(prefix) and name not in known]
@@ -173,14 +174,14 @@ class PixelNullspace(v2.Transform):
     def _inside(self, images: Tensor, noise: Tensor) -> Tensor:
         low, high = (bound.to(images) for bound in self.bounds or ())
         if self.valid != "clamp":
-            share = torch.where(noise > 0, high - images, low - images) / noise
-            share = torch.where(noise == 0, 1, share).clamp(0, 1)  # images outside by rounding: not below 0
+            factor = torch.where(noise > 0, high - images, low - images) / noise
+            factor = torch.where(noise == 0, 1, factor).clamp(0, 1)  # images outside by rounding: not below 0
             if self.valid == "shrink_image":
-                noise = noise * share.amin(dim=(1, 2, 3), keepdim=True)
+                noise = noise * factor.amin(dim=(1, 2, 3), keepdim=True)
             else:
-                cut = self._cut(share).amin(dim=(1, 3, 5), keepdim=True)  # [B, 1, h, 1, w, 1]
+                cut = self._cut(factor).amin(dim=(1, 3, 5), keepdim=True)  # [B, 1, h, 1, w, 1]
                 noise = (self._cut(noise) * cut).view_as(noise)
-        return (images + noise).clamp(low, high)  # after shrinking only a rounding
+        return (images + noise).clamp(low, high)  # after shrinking this only rounds
 
     def _cut(self, images: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, h, ph, w, pw]."""
@@ -189,13 +190,13 @@ class PixelNullspace(v2.Transform):
         return images.reshape(batch, channels, height // ph, ph, width // pw, pw)
 
     def _made(self, space: PatchNullspace, noise: Noise | Tensor | None, number: int) -> tuple[Tensor, Tensor]:
-        """A bank [M, C, H, W] in float32, the `number`th, and its residuals [M]."""
+        """The `number`th bank [M, C, H, W] in float32, and its residuals [M]."""
         if noise is None:
             count = len(self.bank) if number else self.count
             like = torch.empty(count, space.channels, *self.size, dtype=torch.float32)
             return space.sample(like, self.scale, generator(self.seed, number)), torch.zeros(count, dtype=torch.float32)
         if isinstance(noise, Noise) and noise.site == "block0":
-            raise ValueError("noise of site 'block0' has no pixels behind it: synthesize at 'patch' or 'pixels'")
+            raise ValueError("noise of site 'block0' has no pre-image in pixels: synthesize at 'patch' or 'pixels'")
         given: Tensor = noise.tokens if isinstance(noise, Noise) else noise
         given = given.detach().cpu()
         if given.ndim == 3:
@@ -208,19 +209,6 @@ class PixelNullspace(v2.Transform):
             raise ValueError("noise must hold at least one noise; it is empty")
         return given.float().contiguous().clone(), residual.float()
 
-    def _checked(self, bounds: tuple[float | Tensor, float | Tensor]) -> tuple[Tensor, Tensor]:
-        low, high = (torch.as_tensor(bound, dtype=torch.float32, device="cpu") for bound in bounds)
-        for bound in (low, high):
-            check_finite("bounds", bound)
-            try:
-                bound.expand(self._space.channels, *self.size)
-            except RuntimeError:
-                shape = [self._space.channels, *self.size]
-                raise ValueError(f"bounds must broadcast to {shape}; got {list(bound.shape)}") from None
-        if bool((low > high).any()):
-            raise ValueError("bounds must be (low, high) with low <= high everywhere")
-        return low, high
-
     def _check_range(self, images: Tensor) -> None:
         if self.bounds is None or not images.numel():
             return
@@ -229,19 +217,18 @@ class PixelNullspace(v2.Transform):
         if outside > RANGE_TOLERANCE:
             raise ValueError(
                 f"images must lie within bounds; they leave them by up to {outside:.4g}. Put PixelNullspace before "
-                "v2.Normalize, or give it the bounds of normalised images"
+                "v2.Normalize, or pass the bounds of normalised images"
             )
 
 
 def _unlike(name: str, given: Any, buffer: Tensor) -> str:
-    """Why a tensor of a state cannot become this buffer; empty where it can, or is not there."""
+    """Why a value of a state cannot become this buffer; empty if it can or is missing."""
     if given is None:
         return ""
     if not isinstance(given, Tensor):
         return f"{name} must be a tensor; got {type(given).__name__}"
     if given.shape != buffer.shape or given.is_floating_point() != buffer.is_floating_point():
-        wanted, seen = f"{buffer.dtype} {list(buffer.shape)}", f"{given.dtype} {list(given.shape)}"
-        return f"{name} must be {wanted}; got {seen}"
+        return f"{name} must be {buffer.dtype} {list(buffer.shape)}; got {given.dtype} {list(given.shape)}"
     if not bool(torch.isfinite(given).all()):
         return f"{name} must be finite"
     return ""

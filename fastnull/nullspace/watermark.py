@@ -1,9 +1,8 @@
-"""Watermarks that a model does not see: a pattern in the exact nullspace of its patch embedding, and finding it again.
+"""Watermarks in the exact nullspace of a patch embedding, which do not change the model's outputs.
 
-The mark of a key is white noise drawn from the key and projected onto the nullspace, so who knows the key and the patch
-embedding can look for it, and the model's own outputs on the picture stay as they were. Finding is a correlation with
+The mark of a key is white noise drawn from the key and projected onto the nullspace. It is detected by correlation with
 the picture's nullspace part (spread spectrum, after Cox et al. 1997). Under a wrong key the mark is a uniformly random
-direction of a space of `dim` dimensions a patch, whatever the picture: the false positive rate is therefore exact.
+direction of a space of `dim` dimensions per patch, whatever the picture, so the false positive rate is exact.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ STRENGTH = 8 / 255
 
 @dataclass(frozen=True)
 class Detection:
-    """What `detect` found in each picture.
+    """Result of `detect` for each picture.
 
     Attributes:
-        score: [B], correlation of the mark with what is found in its place, −1 to 1.
+        score: [B], correlation of the mark with the picture's nullspace part, −1 to 1.
         false_positive_rate: [B], how often a picture without the mark scores as high.
     """
 
@@ -35,32 +34,31 @@ class Detection:
 
 
 def key_mark(ns: PatchNullspace, key: int, size: tuple[int, int]) -> Tensor:
-    """The mark of a key, for pictures of a size: nullspace noise [C, H, W] of rms 1.
+    """The mark of a key for pictures of `size`: nullspace noise [C, H, W] of rms 1.
 
     Raises:
-        ValueError: H or W no multiple of the patch, or no nullspace.
+        ValueError: H or W is no multiple of the patch, or no nullspace.
     """
     return ns.sample(torch.empty(1, ns.channels, *size, dtype=torch.float32), generator=generator(key))[0]
 
 
 def embed(ns: PatchNullspace, images: Tensor, mark: int | Tensor, strength: float = STRENGTH) -> Tensor:
-    """Pictures that carry the mark, within valid pixels, with the tokens (hence logits) of `images`.
+    """Add a mark to pictures without changing their tokens (hence logits) or leaving [0, 1].
 
-    Of all such pictures the one nearest to image + strength · mark, so near black and white less of the mark fits.
+    Returns the nearest such picture to image + strength · mark: near black and white less of the mark fits.
 
     Args:
-        ns: of the model that must not see it. A NormalizedModel takes pixels, as the images are here.
+        ns: the nullspace of a NormalizedModel.
         images: [B, C, H, W] in [0, 1].
-        mark: a key, or a pattern [C, H, W] or [B, C, H, W], of which the part in the nullspace is taken.
-        strength: root mean square of the mark that is added, pixels in [0, 1].
+        mark: a key, or a pattern [C, H, W] or [B, C, H, W], which is projected onto the nullspace.
+        strength: root mean square of the added mark, for pixels in [0, 1].
 
     Returns:
-        [B, C, H, W] in [0, 1] and the dtype of the images. Saving them in 8 bits moves tokens by the rounding, not by
-        the mark.
+        [B, C, H, W] in [0, 1] and the dtype of the images. Saving in 8 bits changes the tokens only by the rounding.
 
     Raises:
-        TypeError, ValueError: as PatchNullspace.maximize; a strength that is not above 0; a mark of another shape, or
-            one without a part in the nullspace.
+        TypeError, ValueError: as PatchNullspace.maximize; strength <= 0; a mark of another shape, or without a part in
+            the nullspace.
     """
     check_images(images)
     check_number("strength", strength, 0, exclusive=True)
@@ -68,18 +66,10 @@ def embed(ns: PatchNullspace, images: Tensor, mark: int | Tensor, strength: floa
 
 
 def read(ns: PatchNullspace, images: Tensor, original: Tensor | None = None) -> Tensor:
-    """What lies in the nullspace, where a mark would be: the mark itself, up to rounding, where the original is given.
-
-    Args:
-        ns: of the model.
-        images: [B, C, H, W] in [0, 1].
-        original: the pictures without the mark, shaped alike; None reads mark and picture together.
-
-    Returns:
-        [B, C, H, W] in float64.
+    """The part of pictures [B, C, H, W] in the nullspace, in float64; with the original, the mark up to rounding.
 
     Raises:
-        TypeError, ValueError: pictures that are no pixels, or an original of another shape.
+        TypeError, ValueError: values outside [0, 1], or an original of another shape.
     """
     check_images(images)
     if original is None:
@@ -98,22 +88,22 @@ def detect(
     *,
     unmarked: Tensor | None = None,
 ) -> Detection:
-    """Look for a mark: correlate it with what `read` gives, or without the original with that of the Laplacian.
+    """Correlate a mark with the pictures' nullspace part; without the original, with that of their Laplacian.
 
     The false positive rate of a key is exact: under a wrong one the score's r·√((n − 1) / (1 − r²)), n = patches · dim,
     has Student's t distribution with n − 1 degrees of freedom. A pattern that was not drawn at random, such as another
-    picture, may be like pictures that do not carry it: give some of those as `unmarked`, and the rate is the share of
-    them that score as high, (1 + how many) / (1 + all).
+    picture, may resemble unmarked pictures. Pass some of them as `unmarked`: the rate is then the fraction of them that
+    score as high, (1 + count) / (1 + total).
 
     Args:
         ns: of the model.
         images: [B, C, H, W] in [0, 1].
-        mark: as it was given to `embed`.
-        original: the pictures without the mark, which raises the score; None looks without them.
-        unmarked: pictures [n, C, H, W] without the mark, for a rate counted instead of computed. Not with `original`.
+        mark: as passed to `embed`.
+        original: the pictures without the mark, which raises the score.
+        unmarked: other pictures [n, C, H, W] without the mark. Not with `original`.
 
     Raises:
-        TypeError, ValueError: as `read` and `embed`; unmarked pictures beside an original, or of another size.
+        TypeError, ValueError: as `read` and `embed`; both `unmarked` and `original`, or another size.
     """
     found = _whitened(ns, images) if original is None else read(ns, images, original)
     score = _correlation(found, _pattern(ns, mark, images))
@@ -143,15 +133,15 @@ def _pattern(ns: PatchNullspace, mark: int | Tensor, images: Tensor) -> Tensor:
     pattern = ns.project(mark.to(images.device, torch.float64).view(-1, *images.shape[1:]))
     rms = pattern.square().mean((1, 2, 3), keepdim=True).sqrt()
     if bool((rms <= 1e-6 * mark.abs().max()).any()):
-        raise ValueError("mark has no part in the nullspace of this patch embedding, so nothing of it can be hidden")
+        raise ValueError("mark has no part in the nullspace of this patch embedding, so it cannot be embedded")
     return pattern / rms
 
 
 def _whitened(ns: PatchNullspace, images: Tensor) -> Tensor:
-    """Where the mark would be, without most of the picture: [B, C, H, W] in float64.
+    """Nullspace part of the pictures' Laplacian: [B, C, H, W] in float64.
 
-    The picture is noise to who looks for the mark. Its power falls as 1/frequency², which the Laplacian undoes; without
-    it a mark of 8/255 in photographs of 32 pixels is found with certainty (1e-6) in one of four, with it in all.
+    The picture is noise for the detector. Its power falls as 1/frequency², which the Laplacian compensates. A mark of
+    8/255 in photographs of 32 pixels is detected (rate below 1e-6) in one of four without it, and in all with it.
     """
     check_images(images)
     x = F.pad(images.double(), (1, 1, 1, 1), mode="replicate")
@@ -160,7 +150,7 @@ def _whitened(ns: PatchNullspace, images: Tensor) -> Tensor:
 
 
 def _correlation(found: Tensor, pattern: Tensor) -> Tensor:
-    """[B]; 0 where there is nothing to correlate with."""
+    """Cosine similarity [B]; 0 if one of the two is 0."""
     products = (found * pattern).flatten(1).sum(1)
     lengths = torch.linalg.vector_norm(found.flatten(1), dim=1) * torch.linalg.vector_norm(pattern.flatten(1), dim=1)
     return torch.where(lengths == 0, 0.0, products / torch.where(lengths == 0, 1.0, lengths))

@@ -1,8 +1,8 @@
-"""The ops: one file each, with the formula, a plain-torch reference, the registration and the public function.
+"""The ops, one per file: formula, plain-torch reference, registration and public function.
 
-The functions below take CPU tensors of float32 or bfloat16 to the C++ kernels where those are built, CUDA tensors of
-float32, bfloat16 or float16 to the Triton kernels where Triton is installed, and everything else to the reference.
-Importing this package loads no native code. `references` switches kernels off, all or by the names in OPS.
+CPU tensors of float32 or bfloat16 use the C++ kernels if they are built, CUDA tensors of float32, bfloat16 or float16
+the Triton kernels if Triton is installed, and all others the reference. Importing this package loads no native code.
+`references` switches kernels off, all or by the names in OPS.
 """
 
 from __future__ import annotations

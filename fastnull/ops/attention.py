@@ -4,8 +4,7 @@
     S = scale q k^T;  P = softmax(S);  o = P v                                           (each image and head)
     dv = P^T do;  dP = do v^T;  dS = P * (dP - rowsum(P * dP));  dq = scale dS k;  dk = scale dS^T q
 
-Saved for the backward: qkv alone. The backward computes S and P again (one more product of five) and needs neither o
-nor the row sums of the forward.
+Only qkv is saved for the backward, which recomputes S and P (one product more than the other four).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from fastnull.ops.common import compute_dtype, define, empty, needs_grad, use_native
 
 WIDEST_HEAD = 128
-"""Head dimension that the Triton kernels serve; wider heads on a GPU take torch's own attention."""
+"""Largest head dimension of the Triton kernels; wider heads on a GPU use torch's attention."""
 
 
 def _heads(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,15 +46,15 @@ def attention_dqkv_ref(qkv: Tensor, grad_o: Tensor, scale: float) -> Tensor:
 
 
 def attention_sdpa(qkv: Tensor, scale: float) -> Tensor:
-    """`attention` by torch's own operator, which picks the fastest of its implementations; [B, N, H, d], a view."""
+    """`attention` by torch's operator; [B, N, H, d], a view."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, d] each
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 def attention_dqkv_sdpa(qkv: Tensor, grad_o: Tensor, scale: float) -> Tensor:
-    """`attention_dqkv` by torch's own operator under autograd: its forward once more, then its backward."""
+    """`attention_dqkv` by torch's operator under autograd: a second forward, then its backward."""
     with torch.inference_mode(False), torch.enable_grad():
-        leaf = qkv.clone().requires_grad_(True)  # copied: an inference tensor cannot ask for a gradient
+        leaf = qkv.clone().requires_grad_(True)  # copied: inference tensors cannot require a gradient
         return torch.autograd.grad(attention_sdpa(leaf, scale), leaf, grad_o)[0]
 
 
@@ -111,10 +110,10 @@ def attention_dqkv(qkv: Tensor, grad_o: Tensor, scale: float | None = None, *, o
     """Gradient of `attention` with respect to the packed qkv; no autograd.
 
     Args:
-        qkv: [B, N, 3, H, d], the forward's input; any strides with a dense last dimension (else copied).
+        qkv: [B, N, 3, H, d], the forward's input; copied unless the last dimension is dense.
         grad_o: [B, N, H, d], gradient of the output, in qkv.dtype; strides likewise.
-        scale: factor of the scores; None: d ** -0.5. Use 1.0 where it is folded into the weights.
-        out: [B, N, 3, H, d] to write into, last dimension dense; not the memory of qkv or grad_o.
+        scale: as for `attention`.
+        out: [B, N, 3, H, d] to write into, last dimension dense; must not share memory with qkv or grad_o.
 
     Returns:
         dqkv [B, N, 3, H, d] in qkv.dtype.
@@ -151,17 +150,17 @@ def attention(qkv: Tensor, scale: float | None = None, *, out: Tensor | None = N
     """softmax(scale q k^T) v for every image and head, differentiable with respect to qkv.
 
     Args:
-        qkv: [B, N, 3, H, d], float32, bfloat16 or float64: the output of timm's qkv linear, viewed. Any strides with a
-            dense last dimension are read in place, others are copied.
-        scale: factor of the scores; None: d ** -0.5. Use 1.0 where it is folded into the weights.
-        out: [B, N, H, d] to write into, last dimension dense (only where no gradient is asked for).
+        qkv: [B, N, 3, H, d], float32, bfloat16 or float64: a view of the output of timm's qkv linear. Copied unless the
+            last dimension is dense.
+        scale: factor of the scores; None: d ** -0.5. Use 1.0 if it is folded into the weights.
+        out: [B, N, H, d] to write into, last dimension dense; only without gradient.
 
     Returns:
-        [B, N, H, d] in qkv.dtype; `.flatten(2)` is what the projection takes.
+        [B, N, H, d] in qkv.dtype; `.flatten(2)` is the input of the projection.
     """
     scale = _check(qkv, scale)
     if needs_grad(qkv):
         if out is not None:
-            raise ValueError("out cannot be given where qkv requires a gradient")
+            raise ValueError("out cannot be given if qkv requires a gradient")
         return _Attention.apply(qkv, scale)
     return _attention_fwd(qkv, scale, out)

@@ -1,11 +1,11 @@
-"""Distance of noisy logits to the clean ones, its gradient, and the influence, in one pass over the two.
+"""Distance of noisy logits to the clean ones, its gradient, and the influence, in one pass.
 
     delta     = noisy - clean                                                                       [B, K]
     l2:         loss = ||delta||,    d loss / d noisy = delta / ||delta||, and 0 where delta = 0
     l2_squared: loss = ||delta||^2,  d loss / d noisy = 2 delta
     influence = sum_k (softmax(clean)_k - softmax(noisy)_k)^2                                       [B]
 
-The gradient needs no graph: it is an output, the cotangent that the encoder's backward starts from.
+The gradient is an output, without a graph: the cotangent of the encoder's backward.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ REDUCTIONS = ("mean", "none")
 
 
 class NoiseObjective(NamedTuple):
-    """What `noise_objective` gives. All in the arithmetic dtype: float64 for float64 logits, else float32."""
+    """Result of `noise_objective`, in float64 for float64 logits and float32 otherwise."""
 
     loss: Tensor
-    """[B], of each image."""
+    """[B], per image."""
     cotangent: Tensor
     """[B, K], gradient with respect to the noisy logits."""
     influence: Tensor
-    """[B], of each image."""
+    """[B], per image."""
     mean_loss: Tensor
-    """[groups], mean over the images of each noise."""
+    """[groups], mean over the images of a noise."""
     mean_influence: Tensor
-    """[groups], the influence of each noise."""
+    """[groups], influence of a noise."""
 
 
 def noise_objective_ref(clean: Tensor, noisy: Tensor, kind: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,14 +73,14 @@ define(
 def means_after(
     rows: Callable[..., None], clean: Tensor, noisy: Tensor, squared: bool, scale: float, *outputs: Tensor
 ) -> None:
-    """The means of `noise_objective_means_out`, which two launches of torch take of what `rows` wrote."""
+    """`noise_objective_means_out` by `rows`, then two launches of torch.mean."""
     loss, cotangent, influence, mean_loss, mean_influence = outputs
     rows(clean, noisy, squared, scale, loss, cotangent, influence)
     for each, mean in ((loss, mean_loss), (influence, mean_influence)):
         torch.mean(each.view(len(mean), -1), 1, out=mean)
 
 
-# Rows and means in one launch, where there is such a kernel (csrc/cuda); elsewhere the rows' own, then the means.
+# Rows and means in one launch if there is such a kernel (csrc/cuda); otherwise rows, then means.
 define(
     "noise_objective_means_out(Tensor clean, Tensor noisy, bool squared, float scale, Tensor(a!) loss, Tensor(b!)"
     " cotangent, Tensor(c!) influence, Tensor(d!) mean_loss, Tensor(e!) mean_influence) -> ()",
@@ -128,16 +128,16 @@ def noise_objective(
     """Loss, its gradient with respect to the noisy logits, and influence; no autograd.
 
     Args:
-        clean_logits: [B, K]; or [B0, K] with B a multiple of B0: noisy row i then belongs to clean row i % B0, as for
-            several noises over the same images.
+        clean_logits: [B, K]; or [B0, K] with B a multiple of B0 for several noises over the same images: noisy row i
+            then belongs to clean row i % B0.
         noisy_logits: [B, K]; either may be float32, bfloat16 or float64.
         kind: "l2" (the norm of the difference) or "l2_squared".
-        reduction: what the cotangent is the gradient of: "mean" of the losses of a group, or "none": each image's own.
-        groups: number of noises; rows are grouped in order, B / groups to a noise.
-        batch: images that the cotangent's mean is over, where these rows are a part of a larger batch; None: these.
+        reduction: the cotangent is the gradient of the "mean" of the losses of a group, or with "none" of each loss.
+        groups: number of noises; each has B / groups consecutive rows.
+        batch: number of images in the cotangent's mean, if these rows are part of a larger batch.
 
     Returns:
-        A `NoiseObjective`. Nothing waits for the device.
+        A `NoiseObjective`, without a host sync.
     """
     _check(clean_logits, noisy_logits, kind, groups)
     check_choice("reduction", reduction, REDUCTIONS)

@@ -1,13 +1,13 @@
-"""One step of many noises at once, in place, each with its own gate; nothing waits for the device.
+"""One step of many noises at once, in place, each with its own gate, without a host sync.
 
-The gate [M] of a noise is 0 (it stays as it is, bit for bit, its optimiser state too), +1 (descend) or -1 (ascend), so
-that a stop rule or the boundary rule is one `torch.where` on the device:
+The gate [M] of a noise is 0 (noise and optimiser state do not change), +1 (descend) or -1 (ascend), so that a stop rule
+or the boundary rule is one `torch.where` on the device:
 
     AdamW (torch.optim.AdamW's formula and order), g = gate * grad:
         v *= 1 - lr * weight_decay;  m += (1 - beta1) (g - m);  s = beta2 s + (1 - beta2) g^2
         v -= lr / (1 - beta1^t) * m / (sqrt(s) / sqrt(1 - beta2^t) + eps)
-    normalised:  v -= gate * lr * grad / ||grad||        (the norm of the whole noise; no step where it is 0)
-                 The norm is taken so that squares neither underflow nor overflow: 1e-40 is as good as 1.
+    normalised:  v -= gate * lr * grad / ||grad||        (the norm over the whole noise; no step if it is 0)
+                 Squares in the norm neither underflow nor overflow: gradients may be as small as 1e-40.
     sign:        v -= gate * lr * sign(grad)
 """
 
@@ -25,7 +25,7 @@ from fastnull.ops.common import define, use_native
 
 @dataclass(frozen=True)
 class AdamWState:
-    """AdamW's memory of M noises: the two moments like the noises, and the steps [M] (int64) that each has done."""
+    """AdamW state of M noises: the two moments, shaped like the noises, and the number of steps [M] (int64)."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -76,7 +76,7 @@ def direct_step_ref(noise: Tensor, grad: Tensor, gate: Tensor, lr: Tensor, sign:
     """`normalized_step` and `sign_step` in plain torch."""
     g = grad.to(noise.dtype)
     if sign:
-        direction = g.sign() + g * 0  # sign(NaN) is 0: let NaN through
+        direction = g.sign() + g * 0  # propagates NaN, whose sign is 0
     else:
         # in float64 the square of a float32 neither underflows nor overflows
         norm = torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64)
@@ -95,7 +95,7 @@ define("direct_step_(Tensor(a!) noise, Tensor grad, Tensor gate, Tensor lr, bool
 
 
 def _per_noise(name: str, value: Tensor | float, noise: Tensor, dtype: torch.dtype) -> Tensor:
-    """A number, a tensor [] or a tensor [M] as a dense [M] on the noise's device."""
+    """A number or a tensor [] or [M] as a dense tensor [M] on the noise's device."""
     M = noise.shape[0]
     if not isinstance(value, Tensor):
         return torch.full((M,), float(value), dtype=dtype, device=noise.device)
@@ -106,7 +106,7 @@ def _per_noise(name: str, value: Tensor | float, noise: Tensor, dtype: torch.dty
 
 def _check(noise: Tensor, grad: Tensor) -> None:
     if noise.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"noise must be float32 or float64 (small steps vanish in narrower ones); got {noise.dtype}")
+        raise TypeError(f"noise must be float32 or float64 (narrower dtypes lose small steps); got {noise.dtype}")
     if any(stride == 0 and size > 1 for stride, size in zip(noise.stride(), noise.shape, strict=True)):
         raise ValueError(f"noise must not be expanded: it is changed in place; its strides are {noise.stride()}")
     if noise.ndim < 2 or grad.shape != noise.shape:
@@ -115,7 +115,7 @@ def _check(noise: Tensor, grad: Tensor) -> None:
 
 @contextmanager
 def _dense(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """The tensors as kernels address them; what those wrote is afterwards in the tensors, whatever their strides."""
+    """Dense versions of the tensors for a kernel; copied back after the block if needed."""
     dense = [tensor.contiguous() for tensor in tensors]
     yield dense
     for tensor, written in zip(tensors, dense, strict=True):
@@ -142,14 +142,12 @@ def adamw_step(
     """One AdamW step of each noise whose gate is not 0, in place.
 
     Args:
-        noise: [M, ...], float32 or float64, any strides (what is not dense costs a copy there and back).
+        noise: [M, ...], float32 or float64, any strides (copied twice if not dense).
         grad: [M, ...], any floating dtype and strides.
-        state: of `AdamWState.zeros(noise)`, updated in place.
+        state: from `AdamWState.zeros(noise)`, updated in place.
         gate: [M], [] or a number: 0 stays, +1 descends, -1 ascends.
         lr: step size, [M], [] or a number.
-        betas: decay of the two moments.
-        eps: added to the denominator.
-        weight_decay: decoupled, as `torch.optim.AdamW` (whose default is 0.01; here 0, the norm is to stay large).
+        betas, eps, weight_decay: as in `torch.optim.AdamW`, whose default weight decay is 0.01.
     """
     _check(noise, grad)
     gates = _per_noise("gate", gate, noise, torch.float32)
@@ -175,21 +173,21 @@ def _direct_step(noise: Tensor, grad: Tensor, gate: Tensor | float, lr: Tensor |
 
 @torch.no_grad()
 def normalized_step(noise: Tensor, grad: Tensor, gate: Tensor | float = 1.0, *, lr: Tensor | float) -> None:
-    """Move each noise [M, ...] by lr along its normalised gradient, in place; arguments as for `adamw_step`."""
+    """Move each noise [M, ...] by lr along its normalised gradient, in place; see `adamw_step`."""
     _direct_step(noise, grad, gate, lr, sign=False)
 
 
 @torch.no_grad()
 def sign_step(noise: Tensor, grad: Tensor, gate: Tensor | float = 1.0, *, lr: Tensor | float) -> None:
-    """Move each element of each noise [M, ...] by lr along the gradient's sign, in place; as for `adamw_step`."""
+    """Move each element of the noises [M, ...] by lr along the gradient's sign, in place; see `adamw_step`."""
     _direct_step(noise, grad, gate, lr, sign=True)
 
 
 def boundary_gate(influence: Tensor, eps: float | Tensor) -> Tensor:
-    """The boundary rule's gate: +1 (descend) where influence [M] >= eps, -1 (ascend) below it."""
+    """Gate of the boundary rule: +1 (descend) where influence [M] >= eps, -1 (ascend) below."""
     return torch.where(influence >= eps, 1.0, -1.0)
 
 
 def descent_gate(influence: Tensor, eps: float | Tensor) -> Tensor:
-    """The stop rule's gate: +1 (descend) where influence [M] >= eps, 0 (stay) below it."""
+    """Gate of the stop rule: +1 (descend) where influence [M] >= eps, 0 (stay) below."""
     return torch.where(influence >= eps, 1.0, 0.0)

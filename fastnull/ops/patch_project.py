@@ -1,12 +1,12 @@
-"""The component of image noise that a patch embedding cannot see, straight from and to NCHW.
+"""Projection of image noise onto the nullspace of a patch embedding, from and to NCHW.
 
     v = the patches of the noise as rows [B * gh * gw, C * p * p], in the order of the embedding's weight [D, C, p, p]
     P v = v Q Q^T           Q [C p^2, k]: orthonormal basis of the nullspace          (complement = False)
     P v = v - v R R^T       R [C p^2, r]: orthonormal basis of the row space          (complement = True)
     result = P v            or images + P v
 
-The caller hands in the smaller of the two bases. P is an orthogonal projector: the backward is the op itself and saves
-nothing. Patches go through a float32 panel of some hundred rows; no unfolded copy of the images exists.
+The caller passes the smaller of the two bases. P is an orthogonal projector, so the backward is the op itself and saves
+no activations. Kernels process patches in float32 panels of some hundred rows, without an unfolded copy of the images.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def patch_project_ref(
     """`patch_project` in plain torch."""
     wide = compute_dtype(noise.dtype)
     v, basis = _unfold(noise.to(wide), patch_size), basis.to(wide)
-    with no_autocast(noise.device):  # 16-bit products would leak
-        seen = (v @ basis) @ basis.t()
-    result = _fold(v - seen if complement else seen, noise.shape, patch_size)
+    with no_autocast(noise.device):  # 16-bit products are too inexact
+        part = (v @ basis) @ basis.t()
+    result = _fold(v - part if complement else part, noise.shape, patch_size)
     return (result if images is None else result + images.to(wide)).to(noise.dtype)
 
 
@@ -95,24 +95,23 @@ def patch_project(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Project image noise on the nullspace of a patch embedding, and add it to images if given; differentiable.
+    """Project image noise onto the nullspace of a patch embedding, and add it to images if given; differentiable.
 
     Args:
-        noise: [B, C, H, W] in pixels, float32, bfloat16 or float64, any strides; H and W multiples of patch_size.
-        basis: [C * p * p, n] with orthonormal columns (rows ordered channel, row, column, as an embedding's weight):
-            of the nullspace, or of the row space if `complement`. The arithmetic is float32 (float64 for float64).
+        noise: [B, C, H, W], float32, bfloat16 or float64, any strides; H and W multiples of patch_size.
+        basis: [C * p * p, n], orthonormal columns (rows in the order channel, row, column, as in the embedding's
+            weight) of the nullspace, or of the row space if `complement`. Computed in float32 (float64 for float64).
         patch_size: p, in pixels.
-        complement: True: noise minus its part in the span of the basis; False: that part.
-        images: [B, C, H, W] to add to the result, or None.
-        out: [B, C, H, W] to write into; may be the memory of noise or images. Only where no gradient is asked for.
+        complement: True returns noise minus its projection on the basis; False returns the projection.
+        images: [B, C, H, W] to add to the result.
+        out: [B, C, H, W] to write into; may be noise or images. Only without gradient.
 
     Returns:
-        [B, C, H, W] in noise.dtype. In bfloat16 the rounding of the result, not the projection, bounds how exactly
-        the embedding maps it to zero.
+        [B, C, H, W] in noise.dtype. In bfloat16 the rounding of the result limits its exactness.
 
     Raises:
-        TypeError: patch_size is no integer.
-        ValueError: shapes that do not fit, or a patch_size below 1; the message holds them.
+        TypeError: patch_size is not an integer.
+        ValueError: wrong shapes, or patch_size < 1.
     """
     check_positive("patch_size", patch_size)
     if not torch.compiler.is_compiling():
@@ -128,6 +127,6 @@ def patch_project(
                 raise ValueError(f"{name} must have the shape of noise, {list(noise.shape)}; got {list(other.shape)}")
     if needs_grad(noise, images):
         if out is not None:
-            raise ValueError("out cannot be given where noise or images require a gradient")
+            raise ValueError("out cannot be given if noise or images require a gradient")
         return _PatchProject.apply(noise, basis, patch_size, complement, images)
     return _project(noise, basis, patch_size, complement, images, out)

@@ -1,4 +1,4 @@
-"""Reports: runs and results become tables, plots and statements, as HTML and Markdown."""
+"""Reports of runs and results in HTML and Markdown, with tables, plots and statements."""
 
 from fastnull.report.page import DEMO, compose, write_report
 

@@ -1,8 +1,8 @@
-"""What a set of runs says about one method against another, with how sure it is.
+"""Statements about one method against another, with confidence intervals.
 
-Runs are paired by seed: both start from the same pretrained weights. A claim holds, or fails, where the 95 % confidence
-interval of the paired difference (Student's t over the seeds) lies on one side of its threshold; with fewer than three
-seeds nothing is claimed.
+Runs are paired by seed: both start from the same pretrained weights. A claim holds, or fails, if the 95 % confidence
+interval of the paired difference (Student's t over the seeds) is on one side of its threshold. Fewer than three seeds
+give no claim.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Scores: TypeAlias = Mapping[str, Mapping[int, Mapping[str, "float | None"]]]
 """Method → seed → measure → value in %."""
 
 MEASURES = {"adversarial_mean": "under attack", "corruption_mean": "under corruption", "clean": "on clean images"}
-"""Measures of a run that are compared, all in % where more is better, and how a sentence calls them."""
+"""Compared measures, in % (more is better) → their words in a sentence."""
 
 SEEDS_NEEDED = 3
 CLEAN_MARGIN = 1.0
-"""Points of clean accuracy that a method may cost."""
+"""Points of clean accuracy that a method may lose."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class Comparison:
     """One method minus another on one measure.
 
     Attributes:
-        method, other, measure: of the comparison.
-        differences: method − other in points of %, one a seed that both have.
+        differences: method − other in percentage points, one per common seed.
     """
 
     method: str
@@ -45,7 +44,7 @@ class Comparison:
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean; None with fewer than three seeds."""
+        """Standard error of the mean; None with fewer than three seeds."""
         count = len(self.differences)
         return statistics.stdev(self.differences) / math.sqrt(count) if count >= SEEDS_NEEDED else None
 
@@ -64,12 +63,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Claim:
-    """That the difference of a comparison lies above a threshold.
+    """The claim that the difference of a comparison is above a threshold in points.
 
     Attributes:
-        comparison: what decides.
-        name, other_name: of the methods, as a sentence calls them.
-        threshold: in points.
+        name, other_name: of the methods, in a sentence.
     """
 
     comparison: Comparison
@@ -79,8 +76,8 @@ class Claim:
 
     @property
     def outcome(self) -> str:
-        """`holds` or `fails` where the 95 % interval lies above or below the threshold, `open` where it holds both,
-        `untested` with fewer than three seeds."""
+        """`holds` or `fails` if the 95 % interval is above or below the threshold, `open` if it contains it, `untested`
+        with fewer than three seeds."""
         margin = self.comparison.margin
         if margin is None:
             return "untested"
@@ -90,7 +87,7 @@ class Claim:
         return "holds" if above > 0 else "fails"
 
     def numbers(self) -> str:
-        """Mean difference, with its standard error where there is one."""
+        """Mean difference, with its standard error if known."""
         error = self.comparison.standard_error
         return signed(self.comparison.mean) + ("" if error is None else f" ± {error:.1f}")
 
@@ -103,10 +100,10 @@ class Claim:
 
 
 _SENTENCES = {
-    # (outcome, whether on clean images) → what is said of a method before its baselines are listed
+    # (outcome, whether on clean images) → sentence
     ("holds", False): "{name} is more accurate {where} than {others}",
     ("fails", False): "{name} is less accurate {where} than {others}",
-    ("open", False): "{name} is neither more nor less accurate {where}, as far as these runs show, than {others}",
+    ("open", False): "{name} is not significantly more or less accurate {where} than {others}",
     ("untested", False): "{name} {where}, against {others}",
     ("holds", True): "{name} loses less than {margin:g} point {where} against {others}",
     ("fails", True): "{name} loses more than {margin:g} point {where} against {others}",
@@ -116,7 +113,7 @@ _SENTENCES = {
 
 
 def sentences(claims: Sequence[Claim], outcome: str) -> list[str]:
-    """What the claims of one outcome say: a sentence a method and measure, which lists the baselines with numbers."""
+    """Sentences for the claims of one outcome, one per method and measure, with the baselines and numbers."""
     found: dict[tuple[str, str], list[Claim]] = {}
     for claim in claims:
         if claim.outcome == outcome:
@@ -132,16 +129,12 @@ def sentences(claims: Sequence[Claim], outcome: str) -> list[str]:
 
 
 def signed(value: float) -> str:
-    """With its sign, a minus and no hyphen."""
+    """A number with its sign, with a real minus instead of a hyphen."""
     return f"{value:+.1f}".replace("-", "−")
 
 
 def compare(scores: Scores, method: str, other: str, measure: str) -> Comparison | None:
-    """Pair two methods by seed; None where they share no seed with that measure.
-
-    Args:
-        scores: method → seed → measure → value in %.
-    """
+    """Pair two methods by seed; None if they have no common seed with that measure."""
     mine, theirs = scores.get(method, {}), scores.get(other, {})
     pairs = [(mine[seed].get(measure), theirs[seed].get(measure)) for seed in sorted(mine.keys() & theirs.keys())]
     differences = tuple(a - b for a, b in pairs if a is not None and b is not None)
@@ -151,12 +144,12 @@ def compare(scores: Scores, method: str, other: str, measure: str) -> Comparison
 def make_claims(
     scores: Scores, methods: Mapping[str, str], baselines: Mapping[str, str], clean_baseline: str | None = None
 ) -> list[Claim]:
-    """Every method against every baseline under attack and under corruption, and its cost on clean images.
+    """Claims of every method against every baseline under attack and corruption, and about its clean accuracy.
 
     Args:
         scores: method → seed → measure → value in %.
-        methods: those that claims are made for, label → name in a sentence; baselines: likewise.
-        clean_baseline: the one of the baselines that clean accuracy is held against.
+        methods, baselines: label → name in a sentence.
+        clean_baseline: the baseline for clean accuracy.
     """
     claims = []
     for measure in ("adversarial_mean", "corruption_mean"):

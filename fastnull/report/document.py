@@ -1,4 +1,4 @@
-"""A report as a list of blocks, written as one HTML file that needs nothing else, and as Markdown with images beside.
+"""A report as a list of blocks, written as one self-contained HTML file and as Markdown with image files.
 
 Text in blocks is Markdown without HTML.
 """
@@ -39,7 +39,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """A table, with its caption below; the first `text_columns` columns are left-aligned, the others right-aligned."""
+    """A table with a caption; the first `text_columns` columns are left-aligned, the others right-aligned."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -49,21 +49,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """Commands, shown as they are."""
+    """A block of commands."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture in two forms: SVG for the HTML (text in `currentColor`), PNG (on white) for the Markdown.
+    """A picture as an <svg> element for HTML (text in `currentColor`) and PNG bytes (on white) for Markdown.
 
     Attributes:
         name: of the PNG file, without suffix.
-        svg: the <svg> element.
-        png: the file's bytes.
-        alt: what the picture shows, for those who do not see it.
-        caption: below it.
+        alt: text alternative.
     """
 
     name: str
@@ -75,7 +72,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks that HTML folds away behind a summary."""
+    """Blocks that are folded behind a summary in HTML."""
 
     summary: str
     blocks: Sequence[Block]
@@ -134,11 +131,7 @@ $content
 
 
 def to_html(blocks: Sequence[Block]) -> str:
-    """The whole document as one page, readable in light and dark; it refers to nothing outside itself.
-
-    Raises:
-        ImportError: markdown-it-py is missing.
-    """
+    """The document as one self-contained page, light and dark. Raises ImportError without markdown-it-py."""
     title = next((block.text for block in blocks if isinstance(block, Heading) and block.level == 1), "Report")
     render = _renderer()
     content = "\n".join(_html(block, render) for block in blocks)
@@ -146,12 +139,12 @@ def to_html(blocks: Sequence[Block]) -> str:
 
 
 def to_markdown(blocks: Sequence[Block], images: str = "figures") -> str:
-    """The whole document as GitHub's Markdown; figures are referred to as PNG files in the folder `images`."""
+    """The document as GitHub's Markdown, with figures as PNG files in the folder `images`."""
     return "\n\n".join(_markdown(block, images) for block in blocks) + "\n"
 
 
 def write_document(blocks: Sequence[Block], folder: Path) -> tuple[Path, Path]:
-    """Write report.html, report.md and figures/*.png, each whole or not at all; returns the first two."""
+    """Write report.html, report.md and figures/*.png, each atomically; return the first two."""
     page, text = folder / "report.html", folder / "report.md"
     contents = {page: to_html(blocks), text: to_markdown(blocks)}
     for figure in _figures(blocks):
@@ -181,7 +174,7 @@ def _html(block: Block, render: Callable[[str], str]) -> str:
 
 
 def _renderer() -> Callable[[str], str]:
-    """Markdown → HTML, in which tags of the text are shown as they are."""
+    """Markdown → HTML, with HTML tags in the text escaped."""
     try:
         from markdown_it import MarkdownIt
     except ImportError as error:
@@ -200,7 +193,7 @@ def _markdown(block: Block, images: str) -> str:
         return f"```\n{block.text}\n```"
     if isinstance(block, Table):
         align = ["---" if column < block.text_columns else "---:" for column in range(len(block.header))]
-        # a bar inside a cell would end it
+        # a bar would end the cell
         rows = [[cell.replace("|", "\\|") for cell in row] for row in (block.header, *block.rows)]
         lines = ["| " + " | ".join(row) + " |" for row in (rows[0], align, *rows[1:])]
         return "\n".join(lines) + (f"\n\n{block.caption}" if block.caption else "")

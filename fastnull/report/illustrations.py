@@ -1,4 +1,4 @@
-"""What a report shows of the noise itself: learned against permuted, as pixels, and from the exact nullspace."""
+"""Figures of noise in a report: learned and permuted noise, its pre-image, and exact nullspace noise."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 PERMUTATIONS = 3
 PICTURES = 5
 CONTRAST = 0.5
-"""Pictures for the exact nullspace are shown at half contrast, so that noise up to 1/4 leaves them within [0, 1]."""
+"""Pictures with exact noise have half contrast, so that noise up to 1/4 keeps them within [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Illustrations:
-    """Pictures and curves, kept in one file from which a report can be written again.
+    """Pictures and curves, saved in one file so that a report can be written again.
 
     Attributes:
         tensors: `tokens` [N, D] the learned noise; `pixels` [C, H, W] its pre-image; `picture` [C, H, W]; `clean`,
             `exact`, `random` [P, C, H, W] pictures without and with noise.
-        facts: numbers and titles beside them; JSON-able.
+        facts: numbers and titles, as JSON values.
     """
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file."""
         write_tensors(path, self.tensors, {"facts": json.dumps(self.facts)})
 
     @classmethod
     def load(cls, path: Path) -> Illustrations:
-        """Read what `save` wrote. Raises ValueError for a file that is not whole or not of this kind."""
+        """Read a file of `save`. Raises ValueError for a damaged or other file."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -112,7 +112,7 @@ class Illustrations:
                 f"equal norm; predictions without noise {', '.join(facts['titles']['clean'])}, with nullspace noise "
                 f"{', '.join(facts['titles']['exact'])}, with random noise {', '.join(facts['titles']['random'])}",
                 f"Noise from the exact kernel of the patch embedding ({facts['dim']} of {facts['values']} dimensions "
-                "a patch) at the largest size that keeps every pixel in [0, 1]: no probability moves by more than "
+                "per patch) at the largest size that keeps every pixel in [0, 1]: no probability moves by more than "
                 f"{moved['exact']:.1e}. Random noise of the same norm below it moves them by up to "
                 f"{moved['random']:.2g}. Above each picture: prediction and its probability.",
             )
@@ -122,7 +122,7 @@ class Illustrations:
 def illustrate(
     model: nn.Module, train: Tensor, test: Tensor, config: SynthesisConfig, batch_size: int = 64
 ) -> Illustrations:
-    """Learn a universal noise on `train` and look at it, and at the exact nullspace, on `test`.
+    """Learn a universal noise on `train` and illustrate it, and exact nullspace noise, on `test`.
 
     Args:
         model: a ViT that takes pixels in [0, 1].

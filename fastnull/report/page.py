@@ -1,10 +1,10 @@
-"""A report from results: what each method reached, what holds and what does not, and how it was obtained.
+"""A report from results: accuracies of the methods, statements about them, and the settings.
 
     from fastnull.report import write_report
     write_report(["runs/demo"], "report")
 
-It reads what `evaluate` wrote (results.json) and, where it lies in the folder of a finetuning run, that run's settings
-and costs. Runs that differ only in their seed are put together as one method: mean ± standard deviation.
+It reads the results of `evaluate` (results.json) and, inside the folder of a finetuning run, that run's settings and
+costs. Runs that differ only in their seed are one method: mean ± standard deviation.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from fastnull.checks import as_type
 from fastnull.finetune.config import ATTACKS
 from fastnull.record import read_json
 from fastnull.report.claims import MEASURES, Claim, make_claims, sentences
+from fastnull.report.comparison import describe
 from fastnull.report.document import Block, Bullets, Code, Details, Figure, Heading, Paragraph, Table, write_document
 from fastnull.report.plots import Series, accuracy_over_eps, corruption_bars
 from fastnull.report.runs import Run, load_runs, phrase
+from fastnull.robustness.measurements import BALL_ATTACKS
+from fastnull.robustness.suites import FOLDER_SUITES
 
-DEMO = "demo.json"
+DEMO, COMPARISON = "demo.json", "comparison.json"
 
 _BASELINES = ("none", "random", "universal", "adversarial", "trades")
 _CLAIMANTS = ("universal", "per_image", "boundary")
@@ -42,40 +45,42 @@ def write_report(
     """Write report.html, report.md and figures/ from the folders and files of results in `sources`.
 
     Args:
-        sources: results of `evaluate` (.json), folders of finetuning runs that hold a results.json, or folders of such
-            folders, a demo's among them.
+        sources: results of `evaluate` (.json), folders of finetuning runs with a results.json, or folders of such
+            folders, such as a demo's.
         out: folder of the report.
-        overwrite: replace a report that is there.
+        overwrite: replace an existing report.
 
     Returns:
         The path of report.html.
 
     Raises:
         FileNotFoundError: a source that does not exist, or a folder without results.
-        ValueError: a file that is no result of `evaluate`, or a report is there already.
+        ValueError: a file that is not a result of `evaluate`, or an existing report.
         ImportError: matplotlib, markdown-it-py or scipy is missing.
     """
     folder = Path(out)
     if (folder / "report.html").exists() and not overwrite:
-        raise ValueError(f"{folder} holds a report already: overwrite=True replaces it")
+        raise ValueError(f"{folder} contains a report already: overwrite=True replaces it")
     runs = load_runs(sources)
-    blocks = compose(runs, demo=_demo_of(sources), figures=_illustrations_of(sources))
+    about = _about_comparison(sources)
+    blocks = compose(runs, demo=_demo_of(sources), figures=_illustrations_of(sources), about=about)
     return write_document(blocks, folder)[0]
 
 
 def compose(
-    runs: Sequence[Run], *, demo: Mapping[str, Any] | None = None, figures: Sequence[Figure] = ()
+    runs: Sequence[Run],
+    *,
+    demo: Mapping[str, Any] | None = None,
+    figures: Sequence[Figure] = (),
+    about: Sequence[str] = (),
 ) -> list[Block]:
-    """The report as blocks.
-
-    Args:
-        runs: at least one.
-        demo: what demo.json holds, where the runs are a demo's.
-        figures: of the noise, for a section of their own.
-    """
+    """The report as blocks, from at least one run, the content of demo.json, figures of the noise, and paragraphs on a
+    comparison."""
     methods = list(dict.fromkeys(run.method for run in runs))
     grouped = {method: [run for run in runs if run.method == method] for method in methods}
-    blocks: list[Block] = [Heading(_title(demo), 1), *_introduction(runs, grouped, demo)]
+    title = "fastnull demo: finetuning with nullspace noise" if demo else "fastnull: robustness report"
+    blocks: list[Block] = [Heading(title, 1), *_introduction(runs, grouped, demo)]
+    blocks += [Paragraph(text) for text in about]
     blocks += [Heading("Result"), _headline(grouped)]
     blocks += [Heading("What holds on this data and what does not"), *_claims_section(grouped)]
     blocks += [Heading("Accuracy under attack"), *_attack_figure(grouped)]
@@ -92,10 +97,6 @@ def scores(grouped: Mapping[str, Sequence[Run]]) -> dict[str, dict[int, Mapping[
     return {method: {run.seed: run.record["summary"] for run in runs} for method, runs in grouped.items()}
 
 
-def _title(demo: Mapping[str, Any] | None) -> str:
-    return "fastnull demo: finetuning with noise that a model hardly sees" if demo else "fastnull: robustness report"
-
-
 def _introduction(
     runs: Sequence[Run], grouped: Mapping[str, Sequence[Run]], demo: Mapping[str, Any] | None
 ) -> Iterator[Block]:
@@ -104,24 +105,33 @@ def _introduction(
         yield Paragraph(
             f"A small Vision Transformer (`vit_digits`, {demo['parameters']:,} parameters) is trained on handwritten "
             f"digits, then finetuned in {len(grouped)} ways, each within a budget of {demo['settings']['budget']:g} "
-            f"forward passes for each training image. All are attacked and corrupted alike, on {_images(runs)} test "
-            f"images. {_count(len(seeds), 'seed')}; each has its own pretrained model, which all methods start from."
+            f"forward passes per training image. All are evaluated under the same attacks and corruptions on "
+            f"{_images(runs)} test images. {_count(len(seeds), 'seed')}; all methods of a seed start from the same "
+            "pretrained model."
         )
         if demo["quick"]:
             yield Paragraph(
-                "**Quick run:** shorter training and fewer attacks. It shows that everything works; its numbers rank "
-                "nothing. `fastnull demo` without `--quick` is the experiment."
+                "**Quick run:** shorter training and fewer attacks. It only shows that everything works: its numbers "
+                "do not rank the methods. The experiment is `fastnull demo` without `--quick`."
             )
     else:
         yield Paragraph(f"{_count(len(grouped), 'model')} on {_images(runs)} images. {_count(len(seeds), 'seed')}.")
     differing = _differing_protocols(runs)
     if differing:
-        yield Paragraph(f"**Not like with like:** the results were measured under different protocols ({differing}).")
+        yield Paragraph(f"**Not comparable:** the results were measured under different protocols ({differing}).")
 
 
 def _images(runs: Sequence[Run]) -> str:
-    counts = sorted({str(run.record["protocol"].get("n")) for run in runs})
-    return " or ".join(counts)
+    return " or ".join(sorted({_image_counts(run.record["protocol"]) for run in runs}))
+
+
+def _image_counts(protocol: Mapping[str, Any]) -> str:
+    """How many images were measured, by suites where they differ."""
+    counts: Mapping[str, Any] = protocol.get("suite_images") or {}
+    if len(set(counts.values())) < 2:
+        return str(protocol.get("n"))
+    each = {count: [suite for suite in counts if counts[suite] == count] for count in counts.values()}
+    return ", ".join(f"{count} ({', '.join(suites)})" for count, suites in each.items())
 
 
 def _differing_protocols(runs: Sequence[Run]) -> str:
@@ -139,16 +149,16 @@ def _headline(grouped: Mapping[str, Sequence[Run]]) -> Table:
     header = ["finetuned with", *columns]
     with_cost = any(run.spent for runs in grouped.values() for run in runs)
     if with_cost:
-        header += ["cost [forward passes per image]", "steps", "time [s]", "of it synthesis"]
+        header += ["cost [forward passes per image]", "steps", "time [s]", "of which synthesis"]
     rows = []
     for method, runs in grouped.items():
-        row = [method, *(_spread([run.record["summary"].get(key) for run in runs]) for key in columns.values())]
+        row = [method, *(_mean_std([run.record["summary"].get(key) for run in runs]) for key in columns.values())]
         if with_cost:
             row += [
-                _spread([run.spent.get("forward_passes") for run in runs], digits=0, deviation=False),
-                _spread([run.spent.get("steps") for run in runs], digits=0, deviation=False),
-                _spread([run.spent.get("seconds") for run in runs], digits=0),
-                _spread([run.spent.get("synthesis_percent") for run in runs], digits=0, deviation=False, unit=" %"),
+                _mean_std([run.spent.get("forward_passes") for run in runs], digits=0, deviation=False),
+                _mean_std([run.spent.get("steps") for run in runs], digits=0, deviation=False),
+                _mean_std([run.spent.get("seconds") for run in runs], digits=0),
+                _mean_std([run.spent.get("synthesis_percent") for run in runs], digits=0, deviation=False, unit=" %"),
             ]
         rows.append(row)
     caption = (
@@ -167,13 +177,13 @@ def _claims_section(grouped: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
     claims = _claims(grouped)
     if not claims:
         yield Paragraph(
-            "Nothing to compare: claims need finetuning runs with a nullspace augmentation beside a baseline (clean "
-            "only, random noise, adversarial training) at the same seed."
+            "Nothing to compare: claims need finetuning runs with a nullspace augmentation and with a baseline (clean "
+            "only, random noise, adversarial training) of the same seed."
         )
         return
     yield Paragraph(
-        "Differences in points of accuracy, paired by seed: mean, and where there are three seeds or more its standard "
-        "error. A statement holds, or does not, where the 95 % confidence interval (Student's t) lies on one side."
+        "Differences in points of accuracy, paired by seed: mean, and with three or more seeds its standard error. A "
+        "statement holds, or does not, if the 95 % confidence interval (Student's t) is on one side."
     )
     for outcome, title, kind in _OUTCOMES:
         found = sentences(claims, outcome)
@@ -184,7 +194,7 @@ def _claims_section(grouped: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
     if tested:
         yield Paragraph(
             "Seeds vary the pretrained weights, the order of the images and the noise; the test images stay the same, "
-            "so the intervals say nothing about other images, models or data. "
+            "so the intervals do not cover other images, models or data. "
             f"With {tested} statements tested at 95 %, about {max(1, round(tested / 20))} may be wrong by chance."
         )
     yield Details("Every difference with its interval", [_differences(claims)])
@@ -244,7 +254,7 @@ def _corruption_figure(grouped: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
     every = [table for of_method in tables.values() for table in of_method]
     names = [name for name in every[0] if all(name in table for table in every)]
     if not names:
-        yield Paragraph("There is no corruption that every model was measured under.")
+        yield Paragraph("No corruption was measured for every model.")
         return
     yield corruption_bars(
         names,
@@ -259,19 +269,27 @@ def _corruption_figure(grouped: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
 def _full_table(grouped: Mapping[str, Sequence[Run]]) -> Table:
     flat = {method: [dict(_flat(run.record["results"])) for run in runs] for method, runs in grouped.items()}
     labels = list(dict.fromkeys(label for tables in flat.values() for table in tables for label in table))
-    rows = [[label, *(_spread([table.get(label) for table in tables]) for tables in flat.values())] for label in labels]
+    rows = [
+        [label, *(_mean_std([table.get(label) for table in tables]) for tables in flat.values())] for label in labels
+    ]
     return Table(["", *grouped], rows, "Mean ± standard deviation over seeds.")
 
 
 def _flat(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     if "clean" in results:
         yield "clean", results["clean"]
-    for suite in ("fgsm", "pgd", "apgd"):
+    for suite in BALL_ATTACKS:
         for key, value in results.get(suite, {}).items():
-            yield f"{suite.upper()} {key}", value
-    for name, table in results.get("corruptions", {}).items():
-        for severity, value in table.items():
-            yield f"{name}, severity {severity}", value
+            yield f"{suite.upper().replace('_', '-')} {key}", value
+    for suite in ("cw", "patch", *FOLDER_SUITES):
+        if isinstance(results.get(suite), float):
+            yield suite, results[suite]
+    for which, value in results.get("noise", {}).items():
+        yield f"with noise, {which}", value
+    for suite, title in (("corruptions", ""), ("imagenet-c", "imagenet-c ")):
+        for name, table in results.get(suite, {}).items():
+            for severity, value in table.items():
+                yield f"{title}{name}, severity {severity}", value
 
 
 def _provenance(
@@ -282,8 +300,8 @@ def _provenance(
     ball = "L∞" if protocol["norm"] == "linf" else "L2"
     yield Bullets(
         [
-            f"Evaluation: {protocol['n']} images ({protocol['subset']}, `{protocol['data']}`), attacks in the {ball} "
-            f"norm, PGD with {protocol['steps']} steps of {protocol['step_size']}, "
+            f"Evaluation: {_image_counts(protocol)} images ({protocol['subset']}, `{protocol['data']}`), attacks in "
+            f"the {ball} norm, PGD with {protocol['steps']} steps of {protocol['step_size']}, "
             f"{_count(protocol['restarts'], 'restart')}, random start; seed {protocol['seed']}.",
             f"Corruptions: {protocol['corruption_source']}; severities {', '.join(map(str, protocol['severities']))}.",
             f"Weights evaluated in {protocol['dtype']} on {origin.get('device_name', 'an unknown device')}.",
@@ -298,10 +316,10 @@ def _provenance(
         yield _settings_table(trained)
     if demo:
         yield Paragraph(
-            "The last weights are evaluated; no test image, and no held-out image, chooses among epochs or settings "
-            "within this run. The settings themselves were chosen beforehand: docs/recipe.md says how."
+            "The last weights are evaluated. Neither test images nor held-out images select epochs or settings in this "
+            "run. How the settings were chosen is described in docs/recipe.md."
         )
-        yield Heading("The same again", 3)
+        yield Heading("Reproduce it", 3)
         yield Code(demo["command"])
 
 
@@ -319,16 +337,16 @@ def _settings_table(trained: Mapping[str, Run]) -> Table:
             how = "none"
         else:
             how = _noise_settings(noise, config["augment"], config["site"])
-        seen = f"{run.spent['influence']:.2g}" if "influence" in run.spent else "–"
+        influence = f"{run.spent['influence']:.2g}" if "influence" in run.spent else "–"
         cost, epochs = str(plan.get("step_cost", "–")), str(plan.get("epochs", config["epochs"]))
         rate = "–" if config["lr"] is None else f"{config['lr']:g}"
         optimiser = f"{config['opt']}, {rate}, batch {plan.get('batch_size', config['batch_size'])}"
-        rows.append([method, how, seen, cost, epochs, optimiser])
+        rows.append([method, how, influence, cost, epochs, optimiser])
     return Table(
         ["finetuned with", "noise", "influence", "cost of a step", "epochs", "optimiser, rate, batch"],
         rows,
-        "Influence: of the noise during the second half of the training, to be held against ε (first seed). Cost of a "
-        "step: in forward passes for each of its images, without what a universal noise takes once an epoch.",
+        "Influence: of the noise in the second half of the training (first seed); its target is ε. Cost of a step: "
+        "forward passes per image, without the synthesis of universal noise once per epoch.",
         text_columns=2,
     )
 
@@ -337,7 +355,7 @@ def _noise_settings(noise: Mapping[str, Any], augment: str, site: str) -> str:
     def length(name: str) -> str:
         return _in_255(noise[name]) if site == "pixels" else f"{noise[name]:g}"
 
-    # a run of an earlier version has no ranges, or calls them spreads, and no smooth field
+    # runs of earlier versions have no ranges, or call them spreads, and no smooth field
     limit_range = noise.get("limit_range") or noise.get("limit_spread")
     step_range = noise.get("step_range") or noise.get("step_spread")
     how = f"start {'up to ' if limit_range else ''}±{length('limit')}"
@@ -365,8 +383,18 @@ def _demo_of(sources: Sequence[str | os.PathLike[str]]) -> dict[str, Any] | None
             as_type(name, demo.get(name), kind)
         as_type("settings['budget']", demo["settings"].get("budget"), float)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no record of a demo: {error}") from error
+        raise ValueError(f"{path} is not a record of a demo: {error}") from error
     return demo
+
+
+def _about_comparison(sources: Sequence[str | os.PathLike[str]]) -> list[str]:
+    path = Path(sources[0]) / COMPARISON
+    if len(sources) != 1 or not path.is_file():
+        return []
+    try:
+        return describe(read_json(path))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no record of a comparison: {error!r}") from error
 
 
 def _illustrations_of(sources: Sequence[str | os.PathLike[str]]) -> list[Figure]:
@@ -382,7 +410,7 @@ def _illustrations_of(sources: Sequence[str | os.PathLike[str]]) -> list[Figure]
 
 
 def _radii(record: Mapping[str, Any], suite: str) -> dict[float, float]:
-    """Radius as it stands on the axis (8 for "8/255", 0.5 for an l2 radius of 0.5) → accuracy; 0 is the clean one."""
+    """Radius on the axis (8 for "8/255", 0.5 for an l2 radius of 0.5) → accuracy; 0 is the clean one."""
     results, in_255 = record["results"], record["protocol"]["norm"] == "linf"
     table = {}
     for key, value in results.get(suite, {}).items():
@@ -396,12 +424,12 @@ def _moments(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _spread(values: Sequence[float | None], *, digits: int = 1, deviation: bool = True, unit: str = "") -> str:
+def _mean_std(values: Sequence[float | None], *, digits: int = 1, deviation: bool = True, unit: str = "") -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"
-    mean, spread = _moments(known)
-    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(known) > 1 and deviation else "") + unit
+    mean, std = _moments(known)
+    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if len(known) > 1 and deviation else "") + unit
 
 
 def _in_255(value: float) -> str:

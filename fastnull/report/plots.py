@@ -1,4 +1,4 @@
-"""The figures of a report, drawn once and kept in two forms: SVG that follows the page's colours, and PNG on white."""
+"""The figures of a report, drawn once as SVG in the page's colours and as PNG on white."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from fastnull.report.document import Figure
 
 INK = "#010203"
-"""Stands for the text colour: black in the PNG, `currentColor` in the SVG."""
+"""Placeholder of the text colour: black in the PNG, `currentColor` in the SVG."""
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes say the same a second time
+# Okabe and Ito's colours for colour-blind readers; markers and dashes differ too
 STYLES = (
     {"color": INK, "marker": "o", "linestyle": "--"},
     {"color": "#E69F00", "marker": "s", "linestyle": "-"},
@@ -32,11 +32,11 @@ STYLES = (
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
 
 Series = Mapping[str, Sequence[tuple[float, float, float]]]
-"""Label → (x, mean, standard deviation) a point."""
+"""Label → points (x, mean, standard deviation)."""
 
 
 def import_pyplot() -> ModuleType:
-    """matplotlib.pyplot drawing to files; raises ImportError that says how to get it."""
+    """matplotlib.pyplot for files; raises ImportError with the way to install it."""
     try:
         import matplotlib
     except ImportError as error:
@@ -48,7 +48,7 @@ def import_pyplot() -> ModuleType:
 
 
 def accuracy_over_eps(panels: Mapping[str, Series], norm: str, caption: str) -> Figure:
-    """One panel an attack: accuracy in % over its radius, a line a method; whiskers are a standard deviation."""
+    """One panel per attack: accuracy in % over its radius, a line per method, with standard deviations."""
     unit = "1/255 of the pixel range" if norm == "linf" else "L2 norm, pixels in [0, 1]"
     with canvas("accuracy_over_eps", 1, len(panels), width=10, height=4.6) as (axes, done):
         for axis, (attack, series) in zip(axes, panels.items(), strict=True):
@@ -70,7 +70,7 @@ def accuracy_over_eps(panels: Mapping[str, Series], norm: str, caption: str) -> 
 
 
 def corruption_bars(names: Sequence[str], values: Mapping[str, Sequence[tuple[float, float]]], caption: str) -> Figure:
-    """A group of bars a corruption and a bar a method: (mean, standard deviation) of the accuracy in %."""
+    """A group of bars per corruption, a bar per method: (mean, standard deviation) of the accuracy in %."""
     width = 0.84 / max(1, len(values))
     with canvas("corruptions", 1, 1, width=10, height=4.6) as (axes, done):
         axis = axes[0]
@@ -92,8 +92,8 @@ def influence_over_norm(curves: Mapping[str, Sequence[tuple[float, float]]], eps
     with canvas("influence", 1, 1, width=7, height=4.2) as (axes, done):
         axis = axes[0]
         for style, (label, points) in zip((STYLES[4], STYLES[5]), curves.items(), strict=False):
-            norms, seen = zip(*points, strict=True)
-            axis.plot(norms, [max(value, 1e-8) for value in seen], label=label, **style)
+            norms, influences = zip(*points, strict=True)
+            axis.plot(norms, [max(value, 1e-8) for value in influences], label=label, **style)
         axis.axhline(eps, color=INK, linewidth=1, linestyle=":")
         axis.annotate(f"ε = {eps:g}", (0.99, eps), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         axis.set(xlabel="L2 norm of the noise [token units]", ylabel="influence on test images", yscale="log")
@@ -103,7 +103,7 @@ def influence_over_norm(curves: Mapping[str, Sequence[tuple[float, float]]], eps
 
 
 def exact_noise(rows: Mapping[str, Tensor], titles: Mapping[str, Sequence[str]], alt: str, caption: str) -> Figure:
-    """Pictures in rows: row label → images [B, C, H, W] in [0, 1], each under its title."""
+    """Rows of pictures: label → images [B, C, H, W] in [0, 1], with titles."""
     columns = max(len(images) for images in rows.values())
     size = {"width": 1.7 * columns + 1.4, "height": 2.0 * len(rows)}
     with canvas("exact_nullspace", len(rows), columns, **size) as (axes, done):
@@ -117,7 +117,7 @@ def exact_noise(rows: Mapping[str, Tensor], titles: Mapping[str, Sequence[str]],
 
 
 def token_noise(norms: Tensor, image: Tensor, noise: Tensor, noisy: Tensor, alt: str, caption: str) -> Figure:
-    """A noise of the token site: its norm a token [rows, columns], and its pre-image on a picture (each [C, H, W])."""
+    """Token noise: its norm per token [rows, columns], and its pre-image on a picture (each [C, H, W])."""
     with canvas("token_noise", 1, 4, width=10, height=2.9) as (axes, done):
         shown = axes[0].imshow(norms.numpy(), cmap="cividis", interpolation="nearest")
         axes[0].set(xticks=[], yticks=[])
@@ -159,7 +159,7 @@ def _legend_below(axis: Any) -> None:
 
 @contextmanager
 def canvas(name: str, rows: int, columns: int, *, width: float, height: float) -> Iterator[tuple[list[Any], Any]]:
-    """Axes to draw on, and a function (alt, caption) → Figure that renders them in both forms."""
+    """Axes, and a function (alt, caption) → Figure that renders them in both formats."""
     plt = import_pyplot()
     settings = {
         "font.size": 10.5,
@@ -171,7 +171,7 @@ def canvas(name: str, rows: int, columns: int, *, width: float, height: float) -
         "grid.color": "#808080",
         "grid.alpha": 0.25,
         "svg.fonttype": "none",
-        # ids must differ between the figures of one page
+        # ids must be unique on the page
         "svg.hashsalt": name,
         "font.family": ["DejaVu Sans"],
         **dict.fromkeys(_INKED, INK),
@@ -195,10 +195,10 @@ def _svg(figure: Any) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # groups are numbered alike in every figure of a page, and nothing refers to them
+    # ids of groups repeat between figures and are not referenced
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = text.replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans', sans-serif").replace(INK, "currentColor")
-    # matplotlib paints text without a colour of its own black
+    # text without a colour is black by default
     return text.replace("<svg", '<svg fill="currentColor"', 1)
 
 

@@ -1,4 +1,4 @@
-"""Evaluated runs as they lie on the disk: results, and where they come from a finetuning, its settings and costs."""
+"""Reading evaluated runs: results, and the settings and costs of their finetuning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastnull.synthesis.config import SynthesisConfig
 RESULTS, SETTINGS, METRICS = "results.json", "config.json", "metrics.jsonl"
 
 _NAMES = {
-    # augmentation, which is its label in tables and legends: name in a sentence
+    # augmentation (the label in tables and legends): name in a sentence
     "none": "finetuning on clean images",
     "random": "random noise",
     "universal": "universal noise",
@@ -38,12 +38,12 @@ _PROTOCOL: dict[str, Any] = {
     "n": int | None, "norm": str, "steps": int, "restarts": int, "severities": tuple[int, ...], "subset": Any,
     "data": Any, "step_size": Any, "seed": Any, "corruption_source": Any, "dtype": Any,
 }  # fmt: skip
-"""What reports read of a protocol, and its type."""
+"""Entries of a protocol that reports read, with types."""
 _SHOWN = (
     "augment", "site", "seed", "epochs", "opt", "lr", "batch_size", "trades_beta", "attack_steps", "attack_eps",
     "attack_step_size",
 )  # fmt: skip
-"""What they read of a run's configuration."""
+"""Settings of a run's configuration that reports read."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,11 @@ class Run:
     """One evaluated model.
 
     Attributes:
-        method: label; runs with the same one differ in their seed alone.
-        seed: of the run.
-        record: what `evaluate` returned.
-        settings: the finetuning's config.json; empty where the result stands alone.
-        spent: of the finetuning: forward_passes (for each training image), steps, seconds, synthesis_percent, and the
-            mean influence of its noise in the second half, where it has one.
+        method: label; runs with the same one differ only in their seed.
+        record: result of `evaluate`.
+        settings: the finetuning's config.json; empty for a result without one.
+        spent: of the finetuning: forward_passes (per training image), steps, seconds, synthesis_percent, and the mean
+            influence of its noise in the second half, if there is noise.
     """
 
     method: str
@@ -67,12 +66,12 @@ class Run:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The finetuning's configuration; empty where the result stands alone."""
+        """The finetuning's configuration; empty for a result without one."""
         return self.settings.get("config", {})
 
 
 def load_runs(sources: Sequence[str | os.PathLike[str]]) -> list[Run]:
-    """The runs in files and folders, in the order of the demo or else of the sources. Raises as `write_report`."""
+    """The runs in files and folders, sorted by augmentation and site. Raises as `write_report`."""
     runs = []
     for source in map(Path, sources):
         if not source.exists():
@@ -109,7 +108,7 @@ def _load_run(path: Path) -> Run:
 
 @contextmanager
 def _about(path: Path) -> Iterator[None]:
-    """Errors inside are of this file."""
+    """Add the file to errors inside the block."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -119,7 +118,7 @@ def _about(path: Path) -> Iterator[None]:
 def _check(
     values: Mapping[str, Any], where: str, kinds: Mapping[str, Any], needed: Collection[str] | None = None
 ) -> None:
-    """Raise TypeError or ValueError unless `values` has all that is `needed` (None: all), each of its type."""
+    """Raise TypeError or ValueError unless `values` has all `needed` names (default: all) with the right types."""
     for name, kind in kinds.items():
         if name in values:
             as_type(f"{where}[{name!r}]", values[name], kind)
@@ -128,11 +127,11 @@ def _check(
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise TypeError or ValueError unless it is a run's config.json, as far as reports read it."""
+    """Raise TypeError or ValueError unless the settings that reports read are valid."""
     _check(settings, "it", {"config": Mapping[str, Any], "data": Mapping[str, Any]})
     _check(settings, "it", {"plan": Mapping[str, Any], "synthesis": Mapping[str, Any] | None}, ())
     config, synthesis = settings["config"], settings.get("synthesis")
-    # a run of another version may have more settings, or less
+    # other versions may have more or fewer settings
     _check(config, "config", {**typing.get_type_hints(FinetuneConfig), "noise": Mapping[str, Any] | None}, _SHOWN)
     check_choice("config['augment']", config["augment"], _NAMES)
     check_choice("config['site']", config["site"], _SITES)
@@ -145,7 +144,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def method_label(config: Mapping[str, Any]) -> str:
-    """What tables and legends call the augmentation of a configuration."""
+    """Label of a configuration's augmentation in tables and legends."""
     if config.get("label"):
         return config["label"]
     label = config["augment"]
@@ -153,7 +152,7 @@ def method_label(config: Mapping[str, Any]) -> str:
 
 
 def phrase(run: Run) -> str:
-    """What a sentence calls the method of a run."""
+    """Name of a run's method in a sentence."""
     if not run.config:
         return run.method
     if run.config.get("label"):
@@ -164,7 +163,7 @@ def phrase(run: Run) -> str:
 
 
 def _spent(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
-    """Cost and time of a run, from the last epoch in metrics.jsonl; empty where there is none."""
+    """Cost and time of a run, from the last epoch in metrics.jsonl; empty without one."""
     records = read_metrics(folder / METRICS)
     epochs = [record for record in records if record.get("kind") == "epoch"]
     if not epochs:
@@ -172,7 +171,8 @@ def _spent(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     last = epochs[-1]
     with _about(folder / METRICS):
         _check(last, "an epoch", {"cost": float, "step": float, "seconds": Mapping[str, Any]})
-        _check(last["seconds"], "an epoch's seconds", {"total": float, "synthesis_share": float})
+        seconds = {name.replace("_share", "_fraction"): value for name, value in last["seconds"].items()}  # 0.1's name
+        _check(seconds, "an epoch's seconds", {"total": float, "synthesis_fraction": float})
         for record in records:
             _check(record, "a record", {"step": float, "influence": float}, ())
     late = [
@@ -181,14 +181,14 @@ def _spent(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     return {
         "forward_passes": last["cost"] / settings["data"]["train"],
         "steps": last["step"],
-        "seconds": last["seconds"]["total"],
-        "synthesis_percent": 100 * last["seconds"]["synthesis_share"],
+        "seconds": seconds["total"],
+        "synthesis_percent": 100 * seconds["synthesis_fraction"],
         **({"influence": statistics.fmean(late)} if late else {}),
     }
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records in a metrics.jsonl; none where there is no such file. Raises ValueError that names file and line."""
+    """The records in a metrics.jsonl, [] if it does not exist. Raises ValueError with file and line."""
     if not path.exists():
         return []
     check_readable("metrics", path)
@@ -201,7 +201,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}, is no JSON: {error}") from error
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}, must hold a record; it holds a {type(record).__name__}")
         records.append(record)
@@ -209,9 +209,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _told_apart(runs: list[Run]) -> list[Run]:
-    """Add to a method's label the settings in which its runs differ: means are taken over seeds alone.
+    """Add to a method's label the settings in which its runs differ: means are over seeds only.
 
-    A label that the run was given stays as it is.
+    Labels from the user do not change.
     """
     named = []
     for run in runs:
@@ -222,9 +222,9 @@ def _told_apart(runs: list[Run]) -> list[Run]:
         differing = [key for key in keys if any(config.get(key) != own[key] for config in same)]
         label = ", ".join([run.method, *(f"{key} {own[key]}" for key in differing)])
         named.append(replace(run, method=label))
-    seen: dict[tuple[str, int], int] = {}
+    counts: dict[tuple[str, int], int] = {}
     unique = []
     for run in named:
-        count = seen[run.method, run.seed] = seen.get((run.method, run.seed), 0) + 1
+        count = counts[run.method, run.seed] = counts.get((run.method, run.seed), 0) + 1
         unique.append(run if count == 1 else replace(run, method=f"{run.method} ({count})"))
     return unique

@@ -40,7 +40,7 @@ class EvaluationData:
             such batches, in a fixed order.
         batch_size: of tensors and data sets; a DataLoader has its own.
         limit: number of images to use, drawn evenly over the classes (`fastnull.data.subset.even_subset`).
-        device: where the batches go.
+        device: of the batches.
         workers: processes that load a data set.
         seed: of that draw.
 

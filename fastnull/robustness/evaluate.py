@@ -342,7 +342,8 @@ class _Run:
                 position += len(batch.labels) + len(batch.bad)
             self.bar.update(position - before)
             ended = done >= rounds if world > 1 else batch is None
-            if ended or (self._due() if world == 1 else done % SYNC_ROUNDS == 0):
+            due = self.out is not None and time.monotonic() - self._saved >= SAVE_SECONDS
+            if ended or (due if world == 1 else done % SYNC_ROUNDS == 0):
                 counts, names = _gathered(mine, skipped)
                 names = started["skipped"] + names
                 if ended:
@@ -373,9 +374,6 @@ class _Run:
                 protocol["n"] = images
         elif before != images:
             raise ValueError(f"data must yield the same images every time; {measurement.name} saw {images} of {before}")
-
-    def _due(self) -> bool:
-        return self.out is not None and time.monotonic() - self._saved >= SAVE_SECONDS
 
     def _write(self) -> None:
         if self.out is not None:

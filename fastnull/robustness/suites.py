@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,12 @@ def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, ski
     folder, _, known = check_layout(name, root)
     files = ImageFolder(folder, known)
     files.files = [(path, places[known[label]]) for path, label in files.files]
-    transform = as_published(view) if layout.as_is else view.evaluation()
+    # images that were cropped before they were corrupted are not cropped again
+    transform = (replace(view, crop=1.0) if layout.as_is else view).evaluation()
     mask = None
     if layout.classes < 1000:
         mask = torch.zeros(count, dtype=torch.bool).index_fill_(0, torch.tensor(sorted(places.values())), True)
-    how = "as it is, resized only where the model takes another size" if layout.as_is else _resized(view)
+    how = "unchanged, resized only if the model has another size" if layout.as_is else _resized(view)
     return FolderSet(ImageFiles(files, transform, view.channels, skip_bad), mask, how)
 
 
@@ -241,13 +242,6 @@ def suite_parts(name: str, severities: Sequence[int] = SEVERITIES) -> list[str]:
     if corruptions is None:
         return [name]
     return [f"{name}/{corruption}/{severity}" for corruption in corruptions for severity in severities]
-
-
-def as_published(view: View) -> Callable[[Any], Tensor]:
-    """The transform of images that were cropped before they were corrupted."""
-    return import_timm().data.create_transform(
-        view.size, normalize=False, interpolation=view.interpolation, crop_pct=1.0
-    )
 
 
 def _layout_of(kind: str) -> str:

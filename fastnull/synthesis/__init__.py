@@ -1,12 +1,12 @@
 """Noise synthesis: universal banks, noise for each image, and noise on the boundary of the approximate nullspace.
 
-- `universal`: one noise is shared by all images: drawn from U(−limit, limit), moved until the outputs are those without
-  it, stopped at influence < ε (paper, Eq. 7 and 9; by AdamW on the logits as its code does it, or faster by
-  Gauss-Newton). Here the influence is judged on held-out images, the cosine decays over the steps that run, and an
-  unmet ε is never silent.
-- `per_image`: every image has its own noise, which stops at its own ε (ours).
-- `boundary`: every image's noise is driven to influence = ε from either side in a few steps (ours; related: virtual
-  adversarial training, friendly adversarial training, level-set methods).
+- `universal`: all images share one noise. It is drawn from U(−limit, limit) and optimised until the outputs are those
+  without noise, up to influence < ε (paper, Eq. 7 and 9; by AdamW on the logits as in its code, or faster by
+  Gauss-Newton). Unlike the published code, the influence is judged on held-out images, the cosine decays over the steps
+  that run, and an unmet ε is always reported.
+- `per_image`: every image has its own noise, which stops when its own influence is below ε (ours).
+- `boundary`: the noise of every image is driven to influence = ε from either side in a few steps (ours; related:
+  virtual adversarial training, friendly adversarial training, level-set methods).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Batches of images as synthesis takes them: checked, embedded, kept where they come again, some held out."""
+"""Batches of images for synthesis: checked, embedded, kept for later rounds, and partly held out."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fastnull.vit.base import NormalizedModel
 
 HELD_OUT = 0.1
 KEPT_FRACTION = 0.5
-"""Most of a GPU's free memory that kept tokens may take."""
+"""Fraction of a GPU's free memory that kept tokens may take."""
 
 Pair = tuple[Tensor, Tensor]
 """Clean tokens at the site [B, ...] and clean logits [B, K]."""
 
 
 class Batches:
-    """Images for universal synthesis, with clean tokens and logits: kept as config.keep says, else made anew."""
+    """Images for universal synthesis, with clean tokens and logits: kept or computed again, by config.keep."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class Batches:
         self.batches = _length(source)
         if not self.batches:
             raise ValueError("batches must hold at least one batch of images; it is empty")
-        # the published int(); but a round has at least one batch
+        # the published code's int(), but at least one batch
         self.per_round = max(1, int(config.image_fraction * self.batches))
-        if held_out is None:  # published: nothing is held out, the training images are judged
+        if held_out is None:  # published: no images are held out, the training images are judged
             self.check = list(self._round())
         else:
             self.check = [embed_batch(encoder, batch, self._size) for batch in held_out]
@@ -53,20 +53,20 @@ class Batches:
         self.shape = tuple(self.like.shape[1:])
 
     def stream(self) -> Iterator[Pair]:
-        """Clean tokens and logits, round after round without end."""
+        """Clean tokens and logits, round after round, without end."""
         while True:
             empty = True
             for pair in self._round():
                 empty = False
                 yield pair
             if empty:
-                raise ValueError("batches gave no images in a later round: give a sequence or a re-iterable loader")
+                raise ValueError("batches gave no images in a later round: pass a sequence or a re-iterable loader")
 
     def _round(self) -> Iterator[Pair]:
         if len(self._kept) == self.per_round:
             yield from self._kept
             return
-        self._kept.clear()  # of a round that was left early
+        self._kept.clear()  # of a round that was not finished
         for index, batch in zip(range(self.per_round), self._source, strict=False):
             pair = embed_batch(self._encoder, batch, self._size)
             if index == 0 and self._keeps:
@@ -76,7 +76,7 @@ class Batches:
             yield pair
 
     def _fit(self, pair: Pair) -> bool:
-        """Whether the batches of a round can stay on the device, all as large as this one."""
+        """Whether the batches of a round can stay on the device, if all are as large as this one."""
         device = pair[0].device
         if device.type != "cuda":
             return True
@@ -86,8 +86,8 @@ class Batches:
             return True
         warnings.warn(
             f"fastnull: the clean tokens of {self.per_round} batches take {needed / 1e9:.1f} GB, {device} has "
-            f"{free / 1e9:.1f} GB free: they are computed anew in every round. Fewer images, a smaller "
-            "image_fraction or a 16-bit encoder lets them stay",
+            f"{free / 1e9:.1f} GB free: they are computed again in every round. Use fewer images, a smaller "
+            "image_fraction or a 16-bit encoder to keep them",
             stacklevel=2,
         )
         return False
@@ -96,7 +96,7 @@ class Batches:
 def hold_out(
     source: Tensor | Iterable[Any], check: Tensor | Iterable[Any] | None, config: SynthesisConfig
 ) -> tuple[Iterable[Any], list[Any] | None, str]:
-    """Training batches, check batches (None: those trained on) and where the latter come from."""
+    """Training batches, check batches (None: the training batches) and where the check batches come from."""
     source = [source] if isinstance(source, Tensor) else source
     if check is not None:
         return source, list(as_batches(check)), "given"
@@ -117,14 +117,15 @@ def hold_out(
 
 def _length(source: Any) -> int:
     if iter(source) is source:
-        raise ValueError("batches is an iterator, which can be read once; give a list, a tensor or a DataLoader")
+        raise ValueError("batches is an iterator, which can be read once; pass a list, a tensor or a DataLoader")
     try:
         return len(source)
     except TypeError as error:
-        raise ValueError("batches has no length; give a list, a tensor or a sized DataLoader") from error
+        raise ValueError("batches has no length; pass a list, a tensor or a sized DataLoader") from error
 
 
 def as_batches(source: Tensor | Iterable[Any]) -> Iterator[Any]:
+    """The batches of a source, which may be a single tensor."""
     yield from (source,) if isinstance(source, Tensor) else source
 
 
@@ -133,10 +134,10 @@ def _images(batch: Any) -> Any:
 
 
 def one_size(batches: Iterable[Any]) -> tuple[int, ...] | None:
-    """(H, W) of the images of all batches; None where there are none, or something else, which `check_batch` names.
+    """(H, W) of the images of all batches; None if there are none. What is not images is reported by `check_batch`.
 
     Raises:
-        ValueError: two sizes: one tensor cannot hold noise for both.
+        ValueError: images of two sizes, since one tensor cannot hold noise for both.
     """
     size: tuple[int, ...] | None = None
     for images in map(_images, batches):
@@ -146,7 +147,7 @@ def one_size(batches: Iterable[Any]) -> tuple[int, ...] | None:
 
 
 def count_images(source: Tensor | Iterable[Any]) -> int | None:
-    """Images of a tensor or sequence of batches; None of a loader, which would have to be read."""
+    """Number of images of a tensor or a sequence of batches; None for a loader, which would have to be read."""
     if isinstance(source, Tensor):
         return len(source)
     if not isinstance(source, Sequence):
@@ -164,8 +165,8 @@ def _same_size(images: Tensor, size: tuple[int, ...] | None) -> tuple[int, ...]:
 
 
 def embed_batch(encoder: FrozenEncoder, batch: Any, size: tuple[int, ...] | None = None) -> Pair:
-    """Check a batch, its images' (H, W) too where `size` is given; return its clean tokens at the site [B, ...] and
-    logits [B, K]."""
+    """Check a batch, and its (H, W) if `size` is given; return its clean tokens at the site [B, ...] and logits
+    [B, K]."""
     images = _images(batch)
     check_batch(encoder, images)
     _same_size(images, size)
@@ -176,7 +177,7 @@ def embed_batch(encoder: FrozenEncoder, batch: Any, size: tuple[int, ...] | None
 
 
 def check_batch(encoder: FrozenEncoder, images: Any) -> None:
-    """Check images against the model: shape, dtype and, where the model takes pixels, the range [0, 1]."""
+    """Check images against the model: shape, dtype and, if the model takes pixels, the range [0, 1]."""
     vit = encoder.vit
     takes_pixels = isinstance(vit.model, NormalizedModel) or encoder.site == "pixels"
     check_images(images, channels=vit.channels, size=vit.image_size, unit_range=takes_pixels)

@@ -1,4 +1,4 @@
-"""SynthesisConfig: how noise is made, what each setting allows, and the recommended settings of every mode and site."""
+"""SynthesisConfig: the settings of a synthesis, what they may be, and the recommended ones of every mode and site."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+
 from fastnull.checks import as_type, check_choice, check_fields, check_number, refuse_renamed
 from fastnull.synthesis.objective import OBJECTIVES, PREDICTION
 from fastnull.vit.base import SITES
 
 MODES = ("universal", "per_image", "boundary")
-"""What is synthesised."""
+"""The modes of a synthesis."""
 ALL_MODES = (*MODES, "random")
-"""With the one of NullspaceAugment that is not: its noise is the random start."""
+"""And `random`, which NullspaceAugment alone has: the noise is the random start."""
 MOST_NOISES = 100_000
-"""In a bank. Each costs a pass over every batch of images in every step."""
+"""Most noises in a bank. Each costs a pass over a batch of images in every step."""
 ON_UNMET = ("keep", "scale", "raise")
 SCHEDULES = ("cosine", "constant", "published")
 SOLVERS = ("gauss_newton", "adamw")
 LR = 0.1
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LEAST_EPS_IN_16_BITS = 0.01
+"""Below it `auto` keeps the model's dtype: rounding to bfloat16 alone has an influence of up to 3e-4."""
 STOPS = ("check", "batch", "never")
 
 RECOMMENDED: dict[tuple[str, bool], dict[str, Any]] = {
@@ -36,80 +41,82 @@ RECOMMENDED: dict[tuple[str, bool], dict[str, Any]] = {
     ("random", False): {"limit": 0.5},
     ("random", True): {"limit": 8 / 255},
 }  # fmt: skip
-"""What settings are where None is given, by mode and site; the only place that holds them. Those of boundary noise in
-pixels come from the search in docs/recipe.md. What is not listed is in _OTHERWISE."""
+"""Values of settings that are None, by mode and site; no other place holds them. Those of boundary noise in pixels come
+from the search in docs/recipe.md. Settings that are not listed are in _OTHERWISE."""
 IN_TRAINING: dict[str, dict[str, Any]] = {"per_image": {"steps": 3}}
-"""By mode: what a noise made anew in every training step can afford, where a synthesis by itself goes on until ε."""
+"""Changes by mode for noise that is made in every training step, which cannot wait until ε is met."""
 _OTHERWISE: dict[str, Any] = {
     "eps": 0.03, "step_range": 0.0, "smooth_limit": 0.0, "contrast": 0.0, "objective": "l2",
 }  # fmt: skip
 _RECOMMENDED: Any = None
-"""Default of the fields that are never None once the object is made."""
+"""Default of the fields that are never None after __init__."""
 FRACTIONS = {("boundary", True): 0.5}
-"""By (augment, in pixels): the recommended fraction of noisy images in a batch; 0 (clean and noisy views) elsewhere."""
+"""Recommended fraction of noisy images in a batch, by (augment, in pixels); otherwise 0 (clean and noisy views)."""
 
 
 def recommended_site(augment: str) -> str:
-    """Where noise is added unless the caller says otherwise: pixels for boundary noise, else the patch embedding."""
+    """The default site: pixels for boundary noise, otherwise the patch embedding."""
     return "pixels" if augment == "boundary" else "patch"
 
 
 def recommended_fraction(augment: str, site: str) -> float:
-    """The fraction of noisy images in a batch unless the caller says otherwise, see FRACTIONS."""
+    """The default fraction of noisy images in a batch, see FRACTIONS."""
     return FRACTIONS.get((augment, site == "pixels"), 0.0)
 
 
 RENAMED = {"image_ratio": "image_fraction", "limit_spread": "limit_range", "step_spread": "step_range"}
-"""Fields of SynthesisConfig by the names of version 0.1."""
+"""Names of SynthesisConfig's fields in version 0.1, and the new ones."""
 
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """How noise is made. Lengths are in the units of the site: token units, or pixels in [0, 1].
+    """Settings of a synthesis. Lengths are in the units of the site: token units, or pixels in [0, 1].
 
-    Fields that are None take the recommended value of mode and site (RECOMMENDED) when the object is made, so that
+    Fields that are None get the recommended value of mode and site (RECOMMENDED) in __init__, so that
     `SynthesisConfig(mode="boundary", site="pixels")` is the recipe of docs/recipe.md.
 
     Attributes:
-        mode: `universal`, `per_image`, `boundary`, or `random` (the start as it is; for NullspaceAugment alone).
+        mode: `universal`, `per_image`, `boundary`, or `random` (the start itself; for NullspaceAugment only).
         site: `patch`, `block0` or `pixels`.
         count: universal: number M of noises in the bank.
         limit: the start is drawn from U(−limit, limit).
-        limit_range: each start has a limit of its own, drawn from U((1 − limit_range)·limit, limit).
+        limit_range: each start has its own limit, drawn from U((1 − limit_range)·limit, limit).
         smooth_limit: in pixels: a smooth field of up to this strength is added to each start, see
             fastnull.synthesis.starts.
-        contrast: in pixels, noise of an image's own: start and step are for images of this contrast (standard deviation
-            of an image's values) and are scaled for others, see fastnull.synthesis.starts.scale_to_contrast; 0: alike
-            for all.
-        eps: the influence that a noise may have.
-        solver: universal: `gauss_newton` takes the change of every image's probabilities for itself, see
+        contrast: in pixels, not universal: start and step are meant for images of this contrast (standard
+            deviation of an image's values) and are scaled for others, see
+            fastnull.synthesis.starts.scale_to_contrast; 0: the same for all.
+        eps: the largest influence allowed; in mode boundary the influence to reach.
+        solver: universal: `gauss_newton` uses the change of every single image's probabilities, see
             fastnull.synthesis.gauss_newton; `adamw` follows the gradient of the mean distance between logits
-            (published). None is adamw where one of its settings is given (lr, weight_decay, another objective than l2),
-            else gauss_newton.
+            (published). None is adamw if one of its settings is given (lr, weight_decay, an objective other than l2),
+            otherwise gauss_newton.
         radius: gauss_newton: longest step, as a fraction of the noise's norm.
         objective: `l2` or `l2_squared` distance between logits (adamw; in the other modes too), or (boundary)
             `prediction`: the cross entropy against the class predicted without noise.
-        log_norm_weight: λ of the objective's −λ·log‖v‖ (paper, Eq. 6); 0 leaves it out.
+        log_norm_weight: λ of the objective's −λ·log‖v‖ (paper, Eq. 6); 0 omits it.
         lr, weight_decay: of AdamW on the noise (universal, per_image); lr None is 0.1 at the token sites.
-        steps: most updates a noise gets; None is rounds × the batches of a round (universal) or 30 (per_image).
-        rounds: universal: how often the batches are gone through.
+        steps: most updates of a noise; None is rounds × the batches of a round (universal) or 30 (per_image).
+        rounds: universal: passes over the batches.
         image_fraction: universal: fraction of the batches that a round uses.
         schedule: of lr or radius. `cosine` decays over the steps that run; `published` has the published code's period,
             rounds × all batches, of which only image_fraction runs (so it barely decays); or `constant`.
-        stop: universal: `check` stops where the influence on the check images is below ε, `batch` where that on the
+        stop: universal: `check` stops when the influence on the check images is below ε, `batch` when that on the
             current minibatch is (published), `never` runs all steps.
         on_unmet: what happens to a noise that never met ε: `keep` reports it, `scale` bisects its scale to ε, `raise`.
-        step_size: boundary: of one step; at the token sites None is 0.1 × the mean norm of the start.
-        step_range: boundary: each noise has a step of its own, drawn from U((1 − range)·step_size, step_size).
-        keep: universal: keep clean tokens and logits of the first round on the device for the later ones, where half of
-            a GPU's free memory holds them (else a warning). None does so for sequences, True for what a loader gave too
-            (the later rounds then see the images of the first, in its order), False never.
-        warm: universal: fraction of the last bank in the start of NullspaceAugment.refresh; the rest is fresh.
+        step_size: boundary: length of a step; at the token sites None is 0.1 × the mean norm of the start.
+        step_range: boundary: each noise has its own step size, drawn from U((1 − range)·step_size, step_size).
+        keep: universal: keep clean tokens and logits of the first round on the device for the later rounds, if half of
+            a GPU's free memory can hold them (otherwise it warns). None keeps them for sequences, True for loaders too
+            (whose later rounds then repeat the first), False never.
+        warm: universal: fraction of the last bank in the start of NullspaceAugment.refresh; the rest is new.
         growing: universal: start with an eighth of each batch, and double it whenever all noises meet ε on theirs.
-        final_scale: universal: afterwards scale each noise, up or down, until its influence on the check images is just
+        final_scale: universal: at the end scale each noise, up or down, until its influence on the check images is just
             below ε.
-        graph: run steps in a CUDA graph; None does so on the cuda backend. The host then learns after 8 to
-            15 steps that a noise met ε; with stop="check" the noise goes on until then.
+        graph: run steps in a CUDA graph; None does so on the cuda backend. The host then learns 8 to 15 steps late that
+            a noise met ε; with stop="check" the noise moves until then.
+        dtype: of the encoder for the noise: `float32`, `bfloat16`, `float16`, or `auto`: a 16-bit dtype where this
+            machine multiplies it faster (see FrozenEncoder) and ε is at least 0.01, otherwise the model's own.
         seed: of the start.
     """
 
@@ -142,6 +149,7 @@ class SynthesisConfig:
     growing: bool = False
     final_scale: bool = False
     graph: bool | None = None
+    dtype: str = "auto"
     seed: int = 0
 
     def __new__(cls, *_: Any, **given: Any) -> SynthesisConfig:
@@ -158,18 +166,19 @@ class SynthesisConfig:
             ("schedule", SCHEDULES),
             ("stop", STOPS),
             ("on_unmet", ON_UNMET),
+            ("dtype", DTYPES),
         ):
             check_choice(name, getattr(self, name), allowed)
         check_number("eps", self.eps, 0, 2, exclusive=True)
         for name in ("limit", "smooth_limit"):
-            # a limit in token units is none in pixels
+            # a limit in token units makes no sense in pixels
             check_number(name, getattr(self, name), 0, 1 if self.site == "pixels" else None)
         check_number("contrast", self.contrast, 0)
         for name in ("smooth_limit", "contrast"):
             if getattr(self, name) and self.site != "pixels":
                 raise ValueError(f"{name} is for site 'pixels'; got site={self.site!r}")
         if self.contrast and self.mode == "universal":
-            raise ValueError("contrast is for noise of an image's own; mode 'universal' has one for all")
+            raise ValueError("contrast is for modes with one noise per image; mode 'universal' has shared noise")
         if self.objective == PREDICTION and self.mode != "boundary":
             raise ValueError(f"objective {PREDICTION!r} is for mode 'boundary'; got mode={self.mode!r}")
         for name in ("limit_range", "step_range"):
@@ -193,7 +202,7 @@ class SynthesisConfig:
             raise ValueError("lr, weight_decay and objective are settings of solver 'adamw'; 'gauss_newton' has radius")
 
     def _resolve(self) -> None:
-        """Replace None by what is recommended for mode and site."""
+        """Replace None by the recommended value for mode and site."""
         values = {**_OTHERWISE, **RECOMMENDED[self.mode, self.site == "pixels"]}
         if self.solver == "gauss_newton":
             values.pop("lr", None)
@@ -214,12 +223,19 @@ class SynthesisConfig:
 
     @property
     def rate(self) -> float:
-        """What the schedule starts from: lr of adamw, radius of gauss_newton."""
+        """Start of the schedule: lr of adamw, radius of gauss_newton."""
         return self.radius if self.rule == "gauss_newton" else self.lr or LR
+
+    @property
+    def encoder_dtype(self) -> torch.dtype | str | None:
+        """`dtype` as FrozenEncoder takes it."""
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        return "auto" if self.eps >= LEAST_EPS_IN_16_BITS else None
 
     @classmethod
     def recommended(cls, augment: str, site: str | None = None, **changes: Any) -> SynthesisConfig:
-        """The recommended recipe of a way of finetuning, as NullspaceAugment and `finetune` use it.
+        """The recommended settings of an augment, as used by NullspaceAugment and `finetune`.
 
         Args:
             augment: one of ALL_MODES.
@@ -231,10 +247,10 @@ class SynthesisConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SynthesisConfig:
-        """From a mapping of fields; `preset` names published constants to start from, see `published`.
+        """From a mapping of fields; `preset` names the published constants to start from, see `published`.
 
         Raises:
-            TypeError: a field by an old name, or of another type.
+            TypeError: an old name of a field, or a value of another type.
             ValueError: an unknown field, or a value that is not allowed.
         """
         refuse_renamed("SynthesisConfig", values, RENAMED)
@@ -247,7 +263,7 @@ class SynthesisConfig:
 
     @classmethod
     def published(cls, name: str = "finetune", **changes: Any) -> SynthesisConfig:
-        """The published constants: limit, ε, AdamW's lr with its default weight decay, rounds, stop rule, schedule.
+        """The published constants: limit, ε, AdamW's lr and default weight decay, rounds, stop rule, schedule.
 
         Args:
             name: `finetune` (the recipe behind the published tables: squared distance, ε 0.03), `first` (the first

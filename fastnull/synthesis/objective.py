@@ -1,10 +1,9 @@
-"""What synthesis judges noise by: distances between the logits of two views, and the influence.
+"""The measures of noise: distances between the logits with and without it, and the influence.
 
-The distances with their gradients are the op `noise_objective`; the paper's two are its kinds `l2`, ‖Δlogits‖₂ (the
-first code release), and `l2_squared`, ‖Δlogits‖₂² (the recipe behind the published tables). Ours is `prediction`, for
-noise of one image: the cross entropy of the noisy logits against the class that the model predicts without noise. The
-distances rise in a direction that a random start decides; the prediction's loss rises straight towards another class,
-and like them it needs no labels.
+The op `noise_objective` computes the paper's two distances with their gradients: `l2`, ‖Δlogits‖₂ (the first code
+release), and `l2_squared`, ‖Δlogits‖₂² (the recipe behind the published tables). `prediction` is ours, for noise of one
+image: the cross entropy of the noisy logits against the class that the model predicts without noise. From a random
+start the distances grow in a random direction; the cross entropy grows towards another class. None needs labels.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ OBJECTIVES = (*KINDS, PREDICTION)
 
 
 def prediction_gradient(clean: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of each image's cross entropy against its class without noise, and the influence.
+    """Gradient of each image's cross entropy against the class predicted without noise, and the influence.
 
     Args:
         clean, noisy: logits [B, K] without and with the noise.
 
     Returns:
-        the gradient with respect to `noisy` [B, K] and the influence [B], both in float32 (float64 for float64 logits).
-        Source: ours; predicted classes in place of labels after Kurakin et al. 2017.
+        The gradient with respect to `noisy` [B, K] and the influence [B], both in float32 (float64 for float64 logits).
+        Source: ours; predicted classes instead of labels as in Kurakin et al. 2017.
     """
     gradient = _wide(noisy).softmax(-1)
     gradient.scatter_add_(-1, clean.argmax(-1, keepdim=True), -torch.ones_like(gradient[..., :1]))
@@ -43,7 +42,7 @@ def prediction_gradient(clean: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def influence(clean: Tensor, noisy: Tensor) -> Tensor:
-    """Sum over classes of (p − p̃)², the softmax outputs without and with the noise; its batch mean is tested against ε.
+    """Sum over classes of (p − p̃)², with p, p̃ the softmax outputs without and with noise. ε limits its batch mean.
 
     Args:
         clean, noisy: logits [..., K].
@@ -55,7 +54,7 @@ def influence(clean: Tensor, noisy: Tensor) -> Tensor:
 
 
 def probability_change(clean: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
-    """‖p̃ − p‖ of each image, whose square is its influence, and the gradient with respect to the noisy logits.
+    """‖p̃ − p‖ of each image, whose square is the influence, and its gradient with respect to the noisy logits.
 
     Args:
         clean, noisy: logits [B, K].

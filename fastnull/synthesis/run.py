@@ -1,4 +1,4 @@
-"""`synthesize`: universal noise, or noise for each image, as a SynthesisConfig says."""
+"""`synthesize`: universal noise or noise for each image, by a SynthesisConfig."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.noise import Noise
 from fastnull.ops.common import no_autocast
 from fastnull.progress import progress_bar
-from fastnull.rng import generator, preserved
+from fastnull.rng import KeyedRandom, preserved
 from fastnull.synthesis.batches import Batches, as_batches, count_images, embed_batch, one_size
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.replay import Replay, use_graph
 from fastnull.synthesis.solvers import expand_as_noise, norms, own_noise, perturb
-from fastnull.synthesis.starts import checked_start, draw_start, noise_one_by_one
+from fastnull.synthesis.starts import bank_start, checked_start, draw_start
 from fastnull.synthesis.universal import Mean, UniversalRun, judge, scaled_to_eps
 from fastnull.vit.base import SplitViT
 
 BANK_COPIES = 6
-"""Tensors as large as the bank that a universal run has at once: noise, change, moments, and a step's own."""
+"""Tensors of the bank's size that a universal run holds at once: noise, change, moments, and those of a step."""
 BISECTIONS = 20
 
 
 class EpsilonNotMetError(RuntimeError):
-    """A noise never met ε and on_unmet is `raise`. The noise so far is in `noise`: no work is lost."""
+    """A noise never met ε and on_unmet is `raise`. `noise` holds the noise so far."""
 
     def __init__(self, message: str, noise: Noise) -> None:
         super().__init__(message)
@@ -41,12 +41,12 @@ class EpsilonNotMetError(RuntimeError):
 
 
 class NoiseNotFiniteError(RuntimeError):
-    """The synthesis left float32: noise of NaN or Inf, or noise under which the model's outputs are NaN."""
+    """The noise, or the model's output under it, is NaN or Inf."""
 
 
 class SynthesisOutOfMemoryError(RuntimeError):
-    """The device ran out of memory. No work is lost: the noise so far is in `noise`, in universal mode with an unknown
-    influence (NaN), else that of the images before; None where there is none yet."""
+    """The device ran out of memory. `noise` holds the noise so far, or None: in universal mode the bank, with unknown
+    influence (NaN), otherwise the noise of the images that were finished."""
 
     def __init__(self, message: str, noise: Noise | None) -> None:
         super().__init__(message)
@@ -54,7 +54,7 @@ class SynthesisOutOfMemoryError(RuntimeError):
 
 
 class SynthesisInterrupted(KeyboardInterrupt):
-    """Ctrl-C during synthesis. The noise so far is in `noise`; give it as `start` to go on."""
+    """Ctrl-C during synthesis. `noise` holds the noise so far; pass it as `start` to continue."""
 
     def __init__(self, noise: Noise) -> None:
         super().__init__("synthesis interrupted")
@@ -71,31 +71,30 @@ def synthesize(
     progress: bool = False,
     mean: Mean | None = None,
 ) -> Noise:
-    """Make noise that the model's outputs do not see (universal, per_image) or just see (boundary).
+    """Make noise that hardly changes the model's outputs (universal, per_image), or changes them by ε (boundary).
 
-    The model's weights get no gradient; its modes, requires_grad flags and the global random generators are afterwards
-    as before. The same seed gives the same noise.
+    The model's weights get no gradient. Its modes and requires_grad flags and the global random generators are the same
+    afterwards. The same seed gives the same noise.
 
     Args:
-        model: a ViT or a FrozenEncoder of it (whose site then has to be the configuration's).
+        model: a ViT, or a FrozenEncoder of it for the site of `config`, whose dtype is then not used.
         batches: one batch [B, C, H, W], a sequence of batches (kept with their clean logits), or a re-iterable such
-            as a DataLoader (read anew each round). A batch is images or a tuple that starts with them.
+            as a DataLoader (read again in each round). A batch is images, or a tuple whose first item is images.
         config: see SynthesisConfig.
-        check: images to judge the universal influence on, as `batches`; the other modes have no use for them. None
-            holds out a tenth of the batches (of the images where there is one batch; of a loader the first batches,
-            which a shuffled later round can hold).
-        start: noise to start from in place of the random one: [M, ...] (universal), or one an image, in the order of
-            all images.
+        check: universal: images to judge the influence on, in the forms of `batches`. None holds out a tenth of the
+            batches: the last ones of a sequence, or the first ones of a loader, which a later round may contain if the
+            loader shuffles. If there is one batch, it holds out a tenth of its images.
+        start: noise to start from instead of random noise: [M, ...] (universal), or one per image, in order.
         progress: show a progress bar.
-        mean: universal: takes a tensor's mean over several processes, each of which gives its own part of every batch
-            and of the check images; all get the same noise. None: this process is alone.
+        mean: universal: takes the mean of a tensor over several processes. Each process passes its own part of every
+            batch and of the check images, and all get the same noise. None is one process.
 
     Returns:
-        Noise: M noises (universal) or one an image, in the order of the images.
+        Noise: M noises (universal), or one per image, in order.
 
     Raises:
-        ValueError, TypeError: bad configuration, empty or bad images or of two sizes, start of another shape or site,
-            an argument that the mode has no use for.
+        ValueError, TypeError: bad configuration; images that are bad, missing or of two sizes; start of another shape
+            or site; an argument that the mode does not use.
         EpsilonNotMetError: with on_unmet="raise".
         NoiseNotFiniteError: the noise, or the model's output under it, is NaN or Inf.
         SynthesisOutOfMemoryError: the device ran out of memory.
@@ -104,7 +103,9 @@ def synthesize(
     config = config or SynthesisConfig()
     if config.mode == "random":
         raise ValueError("config.mode must be universal, per_image or boundary; random noise is not synthesised")
-    encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=config.site)
+    encoder = (
+        model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, config.encoder_dtype, site=config.site)
+    )
     if encoder.site != config.site:
         raise ValueError(f"config.site is {config.site!r} but the encoder was made for site {encoder.site!r}")
     if isinstance(start, Noise):
@@ -123,7 +124,7 @@ def synthesize(
 def measure_influence(
     model: nn.Module | SplitViT | FrozenEncoder, noise: Noise, batches: Tensor | Iterable[Any]
 ) -> Tensor:
-    """Influence of each of M universal noises: mean over all images of the batches; [M] in float32."""
+    """Influence of each of M universal noises, the mean over all images of the batches; [M] in float32."""
     encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=noise.site)
     if encoder.site != noise.site:
         raise ValueError(f"the noise is of site {noise.site!r} but the encoder was made for site {encoder.site!r}")
@@ -162,7 +163,7 @@ def _universal(
         _check_room((config.count, *data.shape), encoder.device)
         shape = (config.count, *data.shape)
         if start is None:
-            bank = noise_one_by_one(shape, config, generator(config.seed, 0), data.like)
+            bank = bank_start(shape, config, data.like)
         else:
             bank = checked_start(start, shape, data.like)
         run = UniversalRun(encoder, data, config, bank, mean)
@@ -179,7 +180,7 @@ def _universal(
 
 @contextmanager
 def _memory_kept(message: Callable[[], str], so_far: Callable[[], Noise | None]) -> Iterator[None]:
-    """Make SynthesisOutOfMemoryError, with the noise so far, of a device's own error: a CPU has no class for it."""
+    """Raise SynthesisOutOfMemoryError, with the noise so far, for the out-of-memory errors of any device."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -189,7 +190,7 @@ def _memory_kept(message: Callable[[], str], so_far: Callable[[], Noise | None])
 
 
 def _check_room(shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise ValueError where a bank of this shape [M, ...] can never fit the device: before it swaps for hours."""
+    """Raise ValueError if a bank of this shape [M, ...] cannot fit the device, before it swaps for hours."""
     needed = BANK_COPIES * 4 * math.prod(shape)
     if device.type == "cuda":
         room = torch.cuda.mem_get_info(device)[1]
@@ -199,8 +200,8 @@ def _check_room(shape: tuple[int, ...], device: torch.device) -> None:
         return
     if needed > room:
         raise ValueError(
-            f"count must be less: {shape[0]} noises of {list(shape[1:])} with their steps need about "
-            f"{needed / 1e9:.3g} GB; {device} has {room / 1e9:.3g} GB"
+            f"count must be smaller: {shape[0]} noises of shape {list(shape[1:])} need about {needed / 1e9:.3g} GB; "
+            f"{device} has {room / 1e9:.3g} GB"
         )
 
 
@@ -247,14 +248,18 @@ def _per_image(
     done = 0
     total = len(batches) if isinstance(batches, Sequence) else None
     graph = use_graph(config.graph, encoder.device, encoder.backend)
-    solve = Replay(lambda tokens, clean, first, *size: own_noise(encoder, tokens, clean, first, config, *size), graph)
+    solve = Replay(
+        lambda tokens, clean, first, *size: own_noise(encoder, tokens, clean, first, config, *size),
+        graph,
+        buffers=encoder.buffers,
+    )
     size = one_size(batches) if isinstance(batches, Sequence) else None
     images = count_images(batches)
     if start is not None and images is not None and len(start) != images:
         raise ValueError(f"start must hold one noise per image ({images}); it holds {len(start)}")
 
     def message() -> str:
-        return f"{encoder.device} ran out of memory after {done} images: give smaller batches, or use a 16-bit encoder."
+        return f"{encoder.device} ran out of memory after {done} images: use smaller batches or a 16-bit encoder."
 
     def so_far() -> Noise | None:
         return _per_image_result(encoder, parts, config) if parts else None
@@ -262,12 +267,12 @@ def _per_image(
     bar = progress_bar(total, show=progress, desc="synthesize", unit=" batch")
     try:
         with _memory_kept(message, so_far):
-            for index, batch in enumerate(as_batches(batches)):
+            for batch in as_batches(batches):
                 tokens, clean = embed_batch(encoder, batch, size)
                 size = size or one_size([batch])
                 given = None if start is None else start[done : done + len(tokens)]
-                sources = generator(config.seed, index), generator(config.seed, index, 1)
-                first = draw_start(tokens, config, *sources, one_by_one=True, given=given)
+                numbers = torch.arange(done, done + len(tokens), device=tokens.device)
+                first = draw_start(tokens, config, KeyedRandom(config.seed, "image", numbers), given=given)
                 noise, _, taken = solve(tokens, clean, *first.tensors)
                 if config.on_unmet == "scale":
                     noise = _each_scaled_to_eps(encoder, noise, tokens, clean, config)
@@ -308,13 +313,13 @@ def _per_image_result(
 
 
 def _met(noise: Noise, config: SynthesisConfig) -> Noise:
-    """Noise that is what it says, or an error: finite, and with on_unmet="raise" converged."""
+    """The noise, or an error if it is not finite or, with on_unmet="raise", did not converge."""
     finite = torch.isfinite(noise.tokens).flatten(1).all(1).cpu() & torch.isfinite(noise.norm)
     broken = ~finite | (noise.influence.isnan() & (noise.norm > 0))
     if broken.any():
         raise NoiseNotFiniteError(
             f"{int(broken.sum())} of {len(noise)} noises, or the model's outputs under them, are not finite: lower "
-            f"config.limit ({config.limit:g}), lr or step_size, or give a model of a wider dtype"
+            f"config.limit ({config.limit:g}), lr or step_size, or use a model of a wider dtype"
         )
     unmet = int((~noise.converged).sum())
     if unmet and config.on_unmet == "raise":
@@ -330,7 +335,7 @@ def _met(noise: Noise, config: SynthesisConfig) -> Noise:
 def _each_scaled_to_eps(
     encoder: FrozenEncoder, noise: Tensor, tokens: Tensor, clean: Tensor, config: SynthesisConfig
 ) -> Tensor:
-    """`scaled_to_eps` for one noise per image, all images at once."""
+    """`scaled_to_eps` for one noise per image, by bisection for all images at once."""
 
     def below(scale: Tensor) -> Tensor:
         return influence(clean, encoder(perturb(encoder, tokens, expand_as_noise(scale, noise) * noise))) < config.eps
@@ -352,11 +357,5 @@ def _metadata(encoder: FrozenEncoder, config: SynthesisConfig, **extra: Any) -> 
         "config": asdict(config),
         **extra,
         "model": type(encoder.vit.network).__name__,
-        **provenance(
-            encoder.device,
-            dtype=str(encoder.dtype),
-            products=str(encoder.products),
-            backend=encoder.backend,
-            seed=config.seed,
-        ),
+        **provenance(encoder.device, **encoder.about(), seed=config.seed),
     }

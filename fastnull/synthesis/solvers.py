@@ -1,11 +1,12 @@
-"""The step rules of noise synthesis, on tensors at the site; no loops over batches, no host sync.
+"""The step rules of noise synthesis, on tensors at the site. They have no loop over batches and no host sync.
 
-Everywhere `tokens` is the site's tensor without noise [B, ...] and `noise` has at least float32.
+`tokens` is always the tensor at the site without noise [B, ...]; `noise` is float32 or float64.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from fastnull.ops.common import no_autocast
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import PREDICTION, prediction_gradient, probability_change
 
+TENTH = 0.1
+"""Of the start's norm: a boundary step at the token sites."""
+
 
 def own_noise(
     encoder: FrozenEncoder,
@@ -33,8 +37,9 @@ def own_noise(
     config: SynthesisConfig,
     step_size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One noise per image by config.mode (`boundary_noise`, `optimized_noise`), and the updates of each image [B]."""
-    tokens, start = tokens.contiguous(), start.contiguous()  # once: the steps want dense memory
+    """One noise per image [B, ...] by config.mode (`boundary_noise`, `optimized_noise`), its influence before the last
+    step [B] and its number of updates [B]."""
+    tokens, start = tokens.contiguous(), start.contiguous()  # once, since the steps need dense memory
     with no_autocast(tokens.device):
         if config.mode != "boundary":
             return optimized_noise(encoder, tokens, clean, start, config)
@@ -43,8 +48,8 @@ def own_noise(
 
 
 def steps_of(config: SynthesisConfig) -> int:
-    """Updates of a noise of one image."""
-    assert config.steps is not None, f"mode {config.mode!r} has no number of steps of its own"
+    """Number of updates of one image's noise."""
+    assert config.steps is not None, f"mode {config.mode!r} has no fixed number of steps"
     return config.steps
 
 
@@ -56,7 +61,7 @@ def boundary_noise(
     config: SynthesisConfig,
     step_size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Drive one noise per image to influence = ε: against the gradient where it is above, along it where below.
+    """Drive one noise per image to influence = ε: a step against the gradient if it is above, along it if below.
 
     Args:
         encoder: at the site.
@@ -64,14 +69,14 @@ def boundary_noise(
         clean: logits without noise [B, K].
         start: noise to start from [B, ...].
         config: eps, objective, steps and step_size are used.
-        step_size: [] or [B], in place of `boundary_step_size` of the start.
+        step_size: [] or [B]; None is `boundary_step_size`.
 
     Returns:
-        the noise [B, ...] and the influence before the last step [B].
+        The noise [B, ...] and the influence before the last step [B].
     """
     pixels = encoder.site == "pixels"
     noise = valid_noise(tokens, start) if pixels else start.clone()
-    size = boundary_step_size(start, config) if step_size is None else step_size
+    size = boundary_step_size(start.shape[1:], config) if step_size is None else step_size
     influence = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
     for _ in range(steps_of(config)):
         influence, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
@@ -82,15 +87,17 @@ def boundary_noise(
     return noise, influence
 
 
-def boundary_step_size(start: Tensor, config: SynthesisConfig) -> float | Tensor:
-    """Length of a step: config.step_size, or a tenth of the mean norm of the start."""
-    return config.step_size or 0.1 * norms(start).mean()
+def boundary_step_size(shape: Sequence[int], config: SynthesisConfig) -> float:
+    """Length of a step: config.step_size, or a tenth of the norm that a start of this shape has in the mean. That norm
+    is not measured, because the images at hand can be a part of the batch."""
+    strength = config.limit * (1 - config.limit_range / 2)
+    return config.step_size or TENTH * strength * math.sqrt(math.prod(shape) / 3)
 
 
 def optimized_noise(
     encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, start: Tensor, config: SynthesisConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Move one noise per image by AdamW until its own influence is below ε.
+    """Move the noise of each image by AdamW until its influence is below ε.
 
     Args:
         encoder: at the site.
@@ -100,7 +107,7 @@ def optimized_noise(
         config: eps, objective, log_norm_weight, lr, weight_decay, steps and schedule are used.
 
     Returns:
-        the noise [B, ...], the influence before the last step [B] and the updates each image got [B].
+        The noise [B, ...], the influence before the last step [B] and the number of updates [B].
     """
     pixels = encoder.site == "pixels"
     noise = valid_noise(tokens, start) if pixels else start.clone()
@@ -118,12 +125,12 @@ def optimized_noise(
 
 
 def perturb(encoder: FrozenEncoder, tokens: Tensor, noise: Tensor) -> Tensor:
-    """Tokens [B, ...] with noise [B, ...] or [M, 1, ...] on them; pixels stay in [0, 1].
+    """Tokens [B, ...] plus noise [B, ...] or [M, 1, ...]; pixels are clamped to [0, 1].
 
     Raises:
         ValueError: noise of another shape than the tensor at the site.
     """
-    if noise.shape[1 - tokens.ndim :] != tokens.shape[1:]:  # one token's noise would go to all
+    if noise.shape[1 - tokens.ndim :] != tokens.shape[1:]:  # the noise of one token would broadcast to all
         raise ValueError(
             f"noise must have shape [..., {', '.join(map(str, tokens.shape[1:]))}], that of the tensor at "
             f"site {encoder.site!r}; got {list(noise.shape)}"
@@ -135,13 +142,13 @@ def perturb(encoder: FrozenEncoder, tokens: Tensor, noise: Tensor) -> Tensor:
 def shared_gradient(
     encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, noise: Tensor, objective: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean distance [M], mean influence [M], and the gradient of the mean distance [M, ...] of noises [M, ...] that the
-    batch [B, ...] shares, all in one pass."""
+    """For noises [M, ...] that all images of a batch [B, ...] share, in one pass: mean distance [M], mean influence
+    [M], and the gradient of the mean distance [M, ...]."""
     M, B = len(noise), len(tokens)
     rows = clean.repeat(M, 1)  # [M·B, K]
 
     def cotangent(logits: Tensor, images: slice) -> tuple[Tensor, Tensor, Tensor]:
-        if len(logits) == M * B:  # all at once, as on a GPU: the objective takes the means of each noise
+        if len(logits) == M * B:  # all images at once, as on a GPU: the objective takes the mean for each noise
             judged = noise_objective(rows[images], logits, objective, groups=M, batch=B)
             return judged.cotangent, judged.mean_loss, judged.mean_influence
         judged = noise_objective(rows[images], logits, objective, batch=B)
@@ -155,14 +162,14 @@ def shared_gradient(
     )
     if pixels:
         gradient = (gradient.view(noisy.shape) * _moves(noisy, tokens, noise)).sum(1, dtype=noise.dtype)
-    if len(loss) > M:  # the images' own, of a batch that went through in parts
+    if len(loss) > M:  # per image, since the batch went through in parts
         loss, influence = loss.view(M, B).mean(1), influence.view(M, B).mean(1)
     return loss, influence, gradient.to(noise.dtype)
 
 
 def shared_rows(encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Change of each image's probabilities [M, B], and the gradient of each [M, B, ...], for noises [M, ...] that the
-    batch [B, ...] shares, all in one pass."""
+    """For noises [M, ...] that all images of a batch [B, ...] share, in one pass: the change of each image's
+    probabilities [M, B] and its gradient [M, B, ...]."""
     rows = clean.repeat(len(noise), 1)  # [M·B, K]
 
     def cotangent(logits: Tensor, images: slice) -> tuple[Tensor, Tensor]:
@@ -178,14 +185,14 @@ def shared_rows(encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, noise: Te
 
 
 def _moves(noisy: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
-    """Where pixels [M, B, ...] move with the noise: not at the border of [0, 1]."""
+    """Mask of the pixels [M, B, ...] that move with the noise: those not clamped to [0, 1]."""
     return noisy == tokens + noise.unsqueeze(1)
 
 
 def own_gradients(
     encoder: FrozenEncoder, tokens: Tensor, noise: Tensor, clean: Tensor, objective: str
 ) -> tuple[Tensor, Tensor]:
-    """Influence [B] and the gradient [B, ...] of each image's objective with respect to its own noise."""
+    """Influence [B], and the gradient [B, ...] of each image's objective with respect to its noise."""
 
     def cotangent(logits: Tensor, images: slice) -> tuple[Tensor, Tensor]:
         if objective == PREDICTION:
@@ -199,14 +206,14 @@ def own_gradients(
 
 
 def learning_rate(config: SynthesisConfig, step: int, period: int) -> float:
-    """lr of AdamW or radius of Gauss-Newton: constant, or a cosine from there to 0 over the period."""
+    """lr of AdamW or radius of Gauss-Newton: constant, or a cosine that falls to 0 over the period."""
     if config.schedule == "constant":
         return config.rate
     return config.rate * (1 + math.cos(math.pi * step / period)) / 2
 
 
 def log_norm_gradient(noise: Tensor, weight: float) -> Tensor | float:
-    """Gradient of weight · log‖v‖ for each noise; v/‖v‖² times the weight."""
+    """Gradient of weight · log‖v‖ for each noise v: weight · v/‖v‖²."""
     if weight == 0:
         return 0.0
     inverse = expand_as_noise(1 / norms(noise).clamp_min(1e-30), noise)
@@ -219,7 +226,7 @@ def valid_noise(images: Tensor, noise: Tensor) -> Tensor:
 
 
 def norms(noise: Tensor) -> Tensor:
-    """L2 norm of each noise; [M]. Summed in float64, in which squares of float32 neither underflow nor overflow."""
+    """L2 norm of each noise [M]; summed in float64, where squares of float32 neither underflow nor overflow."""
     return torch.linalg.vector_norm(noise.flatten(1), dim=1, dtype=torch.float64).to(noise.dtype)
 
 

@@ -1,9 +1,9 @@
-"""Universal synthesis: M noises shared by all images, moved together, each with a stop of its own.
+"""Universal synthesis: M noises shared by all images, moved together; each stops on its own.
 
-A step takes one batch: gradients of all noises in one pass of the encoder, one Gauss-Newton or AdamW step of those that
-move. A noise whose influence on the batch is below ε is marked on the device. The host looks at the marks and ends a
-noise where its stop rule says so: in each step, or in a graph now and then, at the marks of the look before (see
-replay.Report).
+A step takes one batch: one pass of the encoder gives the gradients of all noises, and one Gauss-Newton or AdamW step
+moves those that have not stopped. A noise whose influence on the batch is below ε is marked on the device. The host
+reads the marks and applies the stop rule: after each step, or with a CUDA graph every LOOK_EVERY steps, to the marks of
+the look before (see replay.Report).
 """
 
 from __future__ import annotations
@@ -35,38 +35,38 @@ from fastnull.synthesis.solvers import (
 
 SEARCHES = 20
 CLOSE = 0.985
-"""Least fraction of ε that a noise scaled to ε has."""
+"""A noise scaled to ε has at least this fraction of it as influence, if the search converges."""
 MARGIN = 0.05
 """Fraction of its bracket that a scale keeps from both ends."""
 LARGEST_SCALE = 4.0
 LOOK_EVERY = 8
-"""Steps of a graph from one look to the next."""
+"""Steps between two looks of the host, with a CUDA graph."""
 COLUMNS = ("loss", "influence", "norm")
-"""Of the record of a step."""
+"""Columns of a step's record."""
 FIRST_DIVISOR = 8
-"""A growing batch starts as an eighth of itself."""
+"""`growing` starts with a batch divided by this."""
 MOST_IMAGES = 512
-"""Noisy images in one pass, over all noises of it."""
+"""Noisy images in one pass of the encoder: noises × images."""
 
 Mean = Callable[[Tensor], Tensor]
-"""Takes the mean over processes, the same on all of them."""
+"""Takes the mean of a tensor over processes; all get the same result."""
 
 
 class UniversalRun:
-    """M noises on their way.
+    """A run of the synthesis of M noises.
 
     Args:
         encoder: at the site.
-        data: batches, and the check images.
-        config: of the synthesis.
+        data: batches and check images.
+        config: settings of the synthesis.
         start: [M, ...] in float32 or float64; changed in place.
-        mean: over the processes, each of which has a part of every batch; None is one process. With it there is no
-            CUDA graph, which cannot hold the exchange.
+        mean: takes means over the processes, each of which has a part of every batch; None is one process. With `mean`
+            no CUDA graph is used, since a graph cannot hold the exchange.
 
     Attributes:
-        noise: [M, ...], as far as it has come.
-        taken: updates of each [M], int64.
-        influence: on the check images [M] of the noises that ended for it; NaN of others, which were not judged.
+        noise: the noises so far [M, ...].
+        taken: number of updates of each noise [M], int64.
+        influence: on the check images [M], for the noises that stopped by it; NaN for the others, not yet judged.
         history: a record per step: step, loss, influence, norm; means over the noises that took part.
     """
 
@@ -80,18 +80,18 @@ class UniversalRun:
         self.influence = start.new_full((len(start),), math.nan)
         self._active = torch.ones(len(start), dtype=torch.bool, device=start.device)
         self._marked = torch.zeros_like(self._active)
-        self._left = set(range(len(start)))  # the active ones, as the host knows them
+        self._left = set(range(len(start)))  # the active noises, as far as the host knows
         self._divisor = FIRST_DIVISOR if config.growing else 1
         self._records = torch.full((1, 3), math.nan, device=start.device, dtype=torch.float32)
         self._done = 0
         graph = mean is None and use_graph(config.graph, encoder.device, encoder.backend)
         self._look_every = LOOK_EVERY if graph else 1
         self._report = Report(self._status()) if graph else None
-        # what a graph runs is fixed, so there all noises take part; elsewhere those that still move
+        # a graph is fixed, so all noises take part in its steps; without a graph only those that still move
         self._all = graph
         moments = () if self._adamw is None else (self._adamw.exp_avg, self._adamw.exp_avg_sq, self._adamw.steps)
         changed = (self.noise, self.taken, self._marked, *moments)
-        self._step = Replay(self._one_step, graph, changed, when=lambda: self._moving().any())
+        self._step = Replay(self._one_step, graph, changed, lambda: self._moving().any(), encoder.buffers)
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -100,12 +100,12 @@ class UniversalRun:
         return [{"step": step, **dict(zip(COLUMNS, row, strict=True))} for step, row in enumerate(rows)]
 
     def run(self, total: int, bar: Any) -> None:
-        """Take up to `total` steps; `bar` is a tqdm bar."""
+        """Run up to `total` steps; `bar` is a tqdm bar."""
         config, data = self._config, self._data
         period = config.rounds * data.batches if config.schedule == "published" else total
         self._records = self._records.new_empty(total, 3)
         rates = [learning_rate(config, step, period) for step in range(total)]
-        # all at once: a copy to the device in each step would wait for the step before
+        # copied once, since a copy to the device in each step would wait for the step before
         lr = torch.tensor(rates, dtype=torch.float64).to(self._records.device)
         for step, pair in zip(range(total), data.stream(), strict=False):
             tokens, clean = self._part(pair)
@@ -117,7 +117,7 @@ class UniversalRun:
                 break
 
     def _one_step(self, tokens: Tensor, clean: Tensor, lr: Tensor) -> tuple[Tensor]:
-        """One step of all noises that move; the record of it [3]."""
+        """One step of all noises that move; returns its record [3]."""
         config = self._config
         holds, moving = config.stop == "batch", self._moving()
         rows = torch.arange(len(moving), device=moving.device) if self._all else moving.nonzero().flatten()
@@ -140,14 +140,14 @@ class UniversalRun:
         return (record,)
 
     def _moving(self) -> Tensor:
-        """Which noises [M] a step moves, if they are not below ε on its batch."""
-        # the published rule tests before it updates; by the check images, a noise goes on until the host has looked
+        """Mask of the noises [M] that a step moves, unless they are below ε on its batch."""
+        # the published rule tests before it updates; with check images a noise moves until the host has looked
         return self._active & ~self._marked if self._config.stop == "batch" else self._active.clone()
 
     def _judged_and_moved(
         self, tokens: Tensor, clean: Tensor, noise: Tensor, lr: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean distance [m] and influence [m] of noises [m, ...] on a batch, and the gradient for AdamW or the step."""
+        """Mean distance [m] and influence [m] of noises [m, ...] on a batch, and AdamW's gradient or the whole step."""
         config, mean = self._config, self._mean
         pull = log_norm_gradient(noise, config.log_norm_weight)
         if self._adamw is None:
@@ -162,16 +162,16 @@ class UniversalRun:
         return loss, influences, change
 
     def _part(self, pair: Pair) -> Pair:
-        """What of a batch a step uses."""
+        """The part of a batch that a step uses."""
         count = -(-len(pair[0]) // self._divisor)
         return pair[0][:count], pair[1][:count]
 
     def _status(self) -> Tensor:
-        """What a look is at: the last record, and 1 for each marked noise [3 + M]."""
+        """What the host looks at: the last record, and 1 for each marked noise [3 + M]."""
         return torch.cat([self._records[max(self._done - 1, 0)], (self._marked & self._active).float()])
 
     def _look(self, bar: Any) -> bool:
-        """Show how far it is, and grow the batch or end noises; True where none is left."""
+        """Update the bar, and grow the batch or stop noises; True if no noise is left."""
         status = self._status().tolist() if self._report is None else self._report.read()
         if status is not None:
             columns = zip(COLUMNS, status, strict=False)
@@ -182,7 +182,7 @@ class UniversalRun:
         return not self._left
 
     def _act(self, marked: list[int]) -> None:
-        """Grow the batch where all noises that are left are marked, or end the marked ones."""
+        """Grow the batch if all remaining noises are marked, or apply the stop rule to the marked ones."""
         config = self._config
         if self._divisor > 1:
             if self._left <= set(marked):
@@ -200,17 +200,17 @@ class UniversalRun:
 
 
 def judge(encoder: FrozenEncoder, noise: Tensor, pairs: list[Pair], mean: Mean | None = None) -> Tensor:
-    """Influence [M] of noises [M, ...]: mean over all images, those of other processes included."""
+    """Influence [M] of noises [M, ...], the mean over all images, including those of other processes."""
     influences = torch.cat([_influences(encoder, noise, *pair) for pair in pairs], dim=1)  # [M, images]
     if mean is None:
         return influences.mean(1)
     images = influences.new_full((len(influences),), influences.shape[1])
-    total, images = mean(torch.stack([influences.sum(1), images]))  # not all processes hold as many
+    total, images = mean(torch.stack([influences.sum(1), images]))  # processes may hold different numbers of images
     return total / images
 
 
 def _influences(encoder: FrozenEncoder, noise: Tensor, tokens: Tensor, clean: Tensor) -> Tensor:
-    """Influence [M, B] of each noise [M, ...] on each image [B, ...], as many noises in a pass as a step takes."""
+    """Influence [M, B] of each noise [M, ...] on each image [B, ...], at most MOST_IMAGES in a pass."""
     parts = []
     for part in noise.split(max(1, MOST_IMAGES // len(tokens))):
         logits = encoder(perturb(encoder, tokens, part.unsqueeze(1)).flatten(0, 1))
@@ -228,23 +228,23 @@ def scaled_to_eps(
     larger: bool = False,
     mean: Mean | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Each noise at the largest scale found at which its influence is below ε: at most 1, with `larger` LARGEST_SCALE.
+    """Scale each noise to the largest scale found at which its influence is below ε.
 
-    A search of its own for each, all judged together: in a bracket, by the power law through the last two scales, until
-    the influence is within CLOSE of ε: one to five passes over the images. Where the influence is no monotone function
-    of the scale it finds one of the borders.
+    Each noise has its own search, and all are judged together. A search keeps a bracket and fits a power law through
+    the last two scales, until the influence is between CLOSE · ε and ε: one to five passes over the images. If the
+    influence is not monotone in the scale, the search finds one of the crossings of ε.
 
     Args:
         encoder: at the site.
         noise: [M, ...].
-        influences: influence of each as it is [M], from `judge`.
+        influences: influence of each noise at scale 1 [M], from `judge`.
         pairs: the images to judge on.
         eps: the influence to stay below.
-        larger: whether a noise may grow.
-        mean: over processes that hold other images; None is one process.
+        larger: allow scales up to LARGEST_SCALE instead of 1.
+        mean: takes means over processes that hold other images; None is one process.
 
     Returns:
-        the noises [M, ...] and their influence [M], which is NaN where no scale was found.
+        The noises [M, ...] and their influence [M], NaN if no scale was found.
     """
     searches = [_Search(eps, LARGEST_SCALE if larger else 1.0) for _ in noise]
     left, values = list(range(len(noise))), influences.tolist()
@@ -261,7 +261,7 @@ def scaled_to_eps(
 
 @dataclass
 class _Search:
-    """For the scale of one noise: `scale` is the next to judge, `low` the best so far and `influence` the one there."""
+    """Search for the scale of one noise: `scale` is judged next; `low` is the best so far, with `influence`."""
 
     eps: float
     largest: float
@@ -275,7 +275,7 @@ class _Search:
     _looks: int = 0
 
     def take(self, influence: float) -> None:
-        """Go on from the influence at `scale`."""
+        """Continue from the influence measured at `scale`."""
         scale = self.scale
         if influence < self.eps:
             self.low, self.influence = scale, influence

@@ -1,4 +1,4 @@
-"""Taking a Vision Transformer apart: images → patch embedding → encoder → logits. One adapter a library."""
+"""Vision Transformers split into patch embedding, encoder and head; one adapter per library."""
 
 from fastnull.vit.base import SITES, NormalizedModel, SplitViT, frozen, unwrap
 from fastnull.vit.hooked import HookedViT

@@ -1,4 +1,4 @@
-"""What every adapter offers, the wrapper that owns normalisation, and the frozen state synthesis runs in."""
+"""The adapters' interface, the wrapper that normalises pixels, and the frozen state that synthesis runs in."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ _inside_frozen: ContextVar[bool] = ContextVar("inside_frozen", default=False)
 class NormalizedModel(nn.Module):
     """A model that takes pixels in [0, 1] and normalises them itself, with its own mean and standard deviation.
 
-    Attacks, corruptions and pixel noise live in [0, 1]; with the normalisation inside the model none of them has to
-    know it. `network` is the model inside; its state_dict is what checkpoints hold.
+    Attacks, corruptions and noise can then use pixels in [0, 1]. Checkpoints hold the state_dict of `network`.
 
     Args:
         network: takes normalised images [B, C, H, W], returns logits [B, K].
         mean, std: one value per channel, in units of pixels in [0, 1].
 
     Attributes:
-        classes: names of the classes in the order of the logits; None where nobody gave them.
+        classes: names of the classes in the order of the logits, or None.
+        new_head: whether `create_model` loaded weights but made a new classifier.
     """
 
     mean: Tensor
     std: Tensor
     classes: list[str] | None = None
+    new_head: bool = False
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class NormalizedModel(nn.Module):
         from fastnull.compat import import_timm
 
         config = import_timm().data.resolve_model_data_config(network)
-        # timm's defaults are for three channels, also where a model was built for one
+        # timm's defaults have three channels, even for a model with one
         channels = getattr(network, "in_chans", len(config["mean"]))
         mean, std = config["mean"], config["std"]
         if len(mean) != channels:
@@ -70,7 +71,7 @@ class NormalizedModel(nn.Module):
         """Pixels in [0, 1] → what `network` takes; [B, C, H, W].
 
         Raises:
-            ValueError: another number of channels. One channel would be spread over three without a word.
+            ValueError: wrong number of channels. A single channel would be broadcast silently.
         """
         channels = self.mean.shape[1]
         if channels > 1 and images.shape[1] != channels:
@@ -85,20 +86,20 @@ class NormalizedModel(nn.Module):
 class SplitViT(ABC):
     """A Vision Transformer as the chain patch → prepare → encode → head; together they are the model's own forward.
 
-    Adapters fill in the attributes and the four steps; nothing here copies or changes the model.
+    Adapters define the attributes and the four steps. The model is neither copied nor changed.
 
     Attributes:
-        model: what the user gave, compile and DDP wrappers removed.
+        model: the user's model without compile and DDP wrappers.
         network: the ViT itself, without any wrapper around it (NormalizedModel, PEFT's).
         normalized: the NormalizedModel around it, or None.
         patch_module: the module whose output is the `patch` site.
-        block0_module: the module whose output is the `block0` site. Not the first block's input: activation
-            checkpointing runs blocks twice, and their hooks inside its recording.
+        block0_module: the module whose output is the `block0` site. Hooks on the first block itself would run twice
+            under activation checkpointing.
         projection: the convolution of the patch embedding.
         num_classes, channels: of logits and images.
-        image_size: (H, W) that the model insists on, or None where it takes several.
+        image_size: required (H, W), or None if the model takes several sizes.
         num_prefix_tokens: class, register and distillation tokens before the image tokens.
-        batch_may_grow: whether a hook at a token site may hand on more images than went into the forward.
+        batch_may_grow: whether a hook at a token site may return more images than the forward was given.
     """
 
     patch_module: nn.Module
@@ -115,10 +116,10 @@ class SplitViT(ABC):
         self.network, self.normalized = unwrapped(model)
 
     def parts(self) -> ViTParts:
-        """The model's parts by name, for the encoders that are written out by hand.
+        """The model's parts by name, for the written-out encoder.
 
         Raises:
-            UnsupportedModelError: names the part that has no hand-written form.
+            UnsupportedModelError: names the unsupported part.
         """
         raise UnsupportedModelError(type(self.network).__name__)
 
@@ -127,20 +128,20 @@ class SplitViT(ABC):
         return self.patch_module if site == "patch" else self.block0_module
 
     def tokens_of(self, output: Any) -> Tensor:
-        """What a site's module puts out → the tensor at the site."""
+        """Output of a site's module → the tensor at the site."""
         return output
 
     def with_tokens(self, output: Any, tokens: Tensor) -> Any:
-        """`output` of a site's module with other tokens in it."""
+        """`output` of a site's module with its tokens replaced."""
         return tokens
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Pixels → what the network takes; the identity where the model does not normalise."""
+        """Pixels → the network's input; the identity if the model does not normalise."""
         return images if self.normalized is None else self.normalized.normalize(images)
 
     @abstractmethod
     def patch(self, images: Tensor) -> Tensor:
-        """Images as the model takes them [B, C, H, W] → patch tokens [B, N, D]."""
+        """Images [B, C, H, W] → patch tokens [B, N, D]."""
 
     @abstractmethod
     def prepare(self, patches: Tensor) -> Tensor:
@@ -148,16 +149,16 @@ class SplitViT(ABC):
 
     @abstractmethod
     def encode(self, tokens: Tensor) -> Tensor:
-        """Input of the first block [B, P + N, D] → output of the last one after its norm [B, P + N, D]."""
+        """Input of the first block [B, P + N, D] → normed output of the last block [B, P + N, D]."""
 
     @abstractmethod
     def head(self, features: Tensor) -> Tensor:
         """Encoder output [B, P + N, D] → logits [B, K]."""
 
     def whole(self, images: Tensor) -> Tensor:
-        """The model's own forward, hooks of others included: images [B, C, H, W] → logits [B, K]."""
+        """The model's own forward with the user's hooks: images [B, C, H, W] → logits [B, K]."""
         if wrappers_are_plain(self.model):
-            # not the call: hooks of ours on the model are for the user's forwards
+            # not model(images): our own hooks are for the user's forwards
             return logits_of(class_forward(self.network)(self.normalize(images)))
         return logits_of(self.model._call_impl(images))  # not compiled
 
@@ -179,8 +180,8 @@ class SplitViT(ABC):
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model under torch.compile's, DistributedDataParallel's and PEFT's wrappers."""
-    while isinstance(model, nn.Module):  # anything else is for the caller to refuse
-        # not hasattr: PEFT's wrappers have every attribute of what is inside
+    while isinstance(model, nn.Module):  # the caller rejects anything else
+        # not hasattr: PEFT's wrappers forward every attribute of the model inside
         inside = _under_peft(model)
         if "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")
@@ -194,14 +195,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _under_peft(model: nn.Module) -> nn.Module | None:
-    """What a PeftModel (or its tuner, as LoraModel) wraps; None for other modules. By name, so nothing is imported."""
+    """The model inside a PeftModel or its tuner; None for other modules. Compared by name, without importing peft."""
     if not any(kind.__module__.partition(".")[0] == "peft" for kind in type(model).__mro__):
         return None
     return next((model._modules[name] for name in ("base_model", "model") if name in model._modules), None)
 
 
 def under_adapters(layer: nn.Module) -> Any:
-    """The layer that an adapter's layer is around: PEFT's `base_layer`, loralib's `conv`; another one is itself."""
+    """The layer inside an adapter (PEFT's `base_layer`, loralib's `conv`); other layers are returned as they are."""
     while True:
         libraries = {kind.__module__.partition(".")[0] for kind in type(layer).__mro__}
         if "peft" in libraries and "base_layer" in layer._modules:
@@ -213,20 +214,20 @@ def under_adapters(layer: nn.Module) -> Any:
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, NormalizedModel | None]:
-    """The network under all wrappers, and the NormalizedModel that was among them or None."""
+    """The network without wrappers, and the NormalizedModel among them or None."""
     normalized = None
     while True:
         model = unwrap(model)
         if isinstance(model, NormalizedModel):
             normalized, model = model, model.network
-        elif type(model).__name__ == "TimmWrapperForImageClassification":  # timm's model within a transformers one
+        elif type(model).__name__ == "TimmWrapperForImageClassification":  # a timm model inside transformers
             model = model.timm_model
         else:
             return model, normalized
 
 
 def wrappers_are_plain(model: nn.Module) -> bool:
-    """Whether a model is its network behind the normalisation: nobody's hooks on either, no methods of their own."""
+    """Whether a model only normalises and calls its network: no foreign hooks or replaced methods on either."""
     while True:
         model = unwrap(model)
         changed = isinstance(model, NormalizedModel) and type(model).forward is not NormalizedModel.forward
@@ -239,10 +240,10 @@ def wrappers_are_plain(model: nn.Module) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits [B, K] in what a model returned: a tensor, or an output with `.logits` as of Hugging Face.
+    """The logits [B, K] of a model's output: the tensor itself, or its `.logits` as in Hugging Face.
 
     Raises:
-        TypeError: neither.
+        TypeError: any other output.
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
@@ -256,9 +257,9 @@ def logits_of(output: Any) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside; every module's mode and every requires_grad flag as before after.
+    """Run the block in eval mode without parameter gradients; modes and requires_grad flags are restored after it.
 
-    The flags are set, `eval` is not called: some modules change their weights there (loralib's merge).
+    `eval` is not called, because some modules change their weights there (loralib's merge).
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -278,10 +279,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def inside_frozen() -> bool:
-    """Whether this runs inside `frozen`: hooks that add noise for training keep still there."""
+    """Whether this runs inside `frozen`, where hooks add no training noise."""
     return _inside_frozen.get()
 
 
 def check_site(site: str) -> str:
-    """Return `site` if it is one of SITES, else raise ValueError."""
+    """Return `site` if it is one of SITES; raise ValueError otherwise."""
     return check_choice("site", site, SITES)

@@ -1,8 +1,7 @@
-"""Whether a model is exactly what its classes say, so that reading its weights is as good as calling its modules.
+"""Whether every module of a model computes what its class says, so that reading its weights can replace calling it.
 
-A fast encoder reads weights and never calls the modules. It would pass over whatever a user put around a module's
-`forward`: a hook, a parametrisation, a LoRA layer, a subclass, a function assigned to the instance. `first_difference`
-names the first such place, and `snapshot` tells later whether the model is still the one that was looked at.
+The fast encoder reads weights and never calls the modules. It would miss a user's hook, parametrisation, LoRA layer,
+subclass or replaced method. `first_difference` names the first of these, and `snapshot` detects later changes.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 LIBRARIES = ("torch", "timm", "transformers", "torchvision", "open_clip", "fastnull")
-"""Packages whose classes compute what the adapters know. A class of anyone else may compute anything."""
+"""Packages whose classes the adapters know. Any other class may compute anything."""
 
 WATCHERS = ("torch.distributed.", "torch.nn.parallel.", "torch._dynamo.", "transformers.utils.", "wandb.", "fastnull.")
-"""Modules whose hooks change no result in eval mode: sharding, output recording, logging, and our own."""
+"""Modules whose hooks change no result in eval mode: sharding, output recording, logging and ours."""
 
 WRAPPERS = ("torch.", "accelerate.")
-"""Modules whose wrappers around a `forward` change its precision at most (autocast, casts of the output)."""
+"""Modules whose wrappers of `forward` only change the precision (autocast, casts of the output)."""
 
 _HOOKS = {
     "_forward_hooks": "forward hook",
@@ -34,11 +33,11 @@ _HOOKS = {
 
 
 def first_difference(modules: Iterable[tuple[str, nn.Module]], known_classes: bool = True) -> str | None:
-    """What the first module differs in from its class, as a noun phrase; None where no module does.
+    """Describe the first module that differs from its class, or return None.
 
     Args:
-        modules: (name, module) pairs, as `named_modules` gives them.
-        known_classes: whether a class from outside LIBRARIES is a difference.
+        modules: (name, module) pairs, as from `named_modules`.
+        known_classes: whether a class outside LIBRARIES counts as a difference.
     """
     for name, module in modules:
         where = name or f"the {type(module).__name__}"
@@ -59,7 +58,7 @@ def first_difference(modules: Iterable[tuple[str, nn.Module]], known_classes: bo
 
 
 def foreign_hooks(module: nn.Module) -> list[tuple[Any, str]]:
-    """Hooks on a module that may change what it computes: (hook, kind)."""
+    """Hooks that may change what a module computes: (hook, kind)."""
     return [
         (hook, what)
         for name, what in _HOOKS.items()
@@ -69,12 +68,13 @@ def foreign_hooks(module: nn.Module) -> list[tuple[Any, str]]:
 
 
 def own_methods(module: nn.Module) -> list[str]:
-    """Names of the class's methods that were replaced on this instance. A `forward` under an autocast wrapper, as
-    accelerate puts one around it, is none."""
+    """Names of methods that were replaced on this instance, without a `forward` that accelerate wrapped in autocast."""
     if "_orig_mod" in module._modules:  # torch.compile's wrapper, which calls the module inside
         return []
-    replaced = [name for name, value in vars(module).items() if _is_function(value) and hasattr(type(module), name)]
-    return [name for name in replaced if _is_replaced(module, name)]
+    own = [
+        name for name, value in vars(module).items() if isinstance(value, _FUNCTIONS) and hasattr(type(module), name)
+    ]
+    return [name for name in own if _is_replaced(module, name)]
 
 
 def _is_replaced(module: nn.Module, name: str) -> bool:
@@ -89,34 +89,27 @@ def _is_replaced(module: nn.Module, name: str) -> bool:
     return False
 
 
-def _is_function(value: object) -> bool:
-    return isinstance(value, _FUNCTIONS)
-
-
 def class_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward to call for what the module computes in its own precision: without accelerate's autocast wrapper."""
+    """The module's forward in its own precision, without accelerate's autocast wrapper."""
     if "forward" in own_methods(module):
         return module.forward
     return functools.partial(type(module).forward, module)
 
 
 _OF_TRAINING = ("training", "p", "drop_prob")
-"""Attributes of modules that change while a model is trained, and nothing of what it computes in eval mode."""
+"""Attributes that training changes and that have no effect in eval mode."""
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _COMPARED = frozenset((bool, int, float, str, tuple, type(None), *_FUNCTIONS))
-"""Types of the attributes that decide what a module computes."""
+"""Types of the attributes that determine what a module computes."""
 
 
 def snapshot(model: nn.Module, parameters: bool = True) -> list[Any]:
-    """What makes a model what it is: modules, classes and their forwards, assigned functions, flags, hooks, buffers and
-    parameters.
-
-    Two snapshots that are `same` were taken of one model without a change of its structure between them; values of
-    parameters and buffers are no part of it.
+    """The structure of a model: modules, classes and their forwards, assigned functions, flags, hooks, buffers and
+    parameters, without the values of the last two. Compare snapshots with `same`.
 
     Args:
         model: any.
-        parameters: whether the parameters belong to it (a sharded model exchanges them in every pass).
+        parameters: False leaves the parameters out (a sharded model replaces them in every pass).
     """
     found: list[Any] = []
     for module in model.modules():
@@ -132,21 +125,20 @@ def snapshot(model: nn.Module, parameters: bool = True) -> list[Any]:
 
 
 def same(one: list[Any], other: list[Any]) -> bool:
-    """Whether two snapshots hold the same objects, and flags of the same values."""
-    return len(one) == len(other) and all(a is b or _equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def _equal(one: object, other: object) -> bool:
-    return isinstance(one, (int, float, str)) and type(one) is type(other) and one == other
+    """Whether two snapshots hold the same objects and equal flags."""
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(
+        a is b or (isinstance(a, (int, float, str)) and type(a) is type(b) and a == b) for a, b in pairs
+    )
 
 
 def is_plain_linear(module: object) -> bool:
-    """Whether a module computes x W^T + b and nothing else: nn.Linear itself, no subclass but torch's alias of it."""
+    """Whether a module is nn.Linear itself (or torch's alias of it), no other subclass."""
     return type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def is_plain_convolution(module: nn.Module) -> bool:
-    """Whether a module is nn.Conv2d itself, without padding, dilation and groups."""
+    """Whether a module is nn.Conv2d itself, without padding, dilation or groups."""
     if type(module) is not nn.Conv2d:
         return False
     padded = module.padding != "valid" and (module.padding == "same" or any(module.padding))
@@ -154,7 +146,7 @@ def is_plain_convolution(module: nn.Module) -> bool:
 
 
 def is_plain_norm(module: nn.Module) -> bool:
-    """Whether a module is a LayerNorm of a library over the last dimension."""
+    """Whether a module is a LayerNorm from LIBRARIES over the last dimension."""
     known = _origin(type(module)).partition(".")[0] in LIBRARIES
     return known and isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
 
@@ -164,10 +156,7 @@ def _origin(kind: type) -> str:
 
 
 def _written_in(function: Any, modules: tuple[str, ...]) -> bool:
-    """Whether the code of a hook or wrapper stands in one of these modules.
-
-    `__module__` would not do: functools.wraps copies it from what is wrapped.
-    """
+    """Whether a hook or wrapper is defined in one of these modules. functools.wraps overwrites its `__module__`."""
     while isinstance(function, functools.partial):
         function = function.func
     function = getattr(function, "__func__", function)

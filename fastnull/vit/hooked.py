@@ -1,4 +1,4 @@
-"""Any model by its own forward, entered and left in the middle through hooks."""
+"""Any model, run by its own forward and entered or left in the middle through hooks."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from fastnull.vit.base import SplitViT, under_adapters
 
 
 class HookedViT(SplitViT):
-    """A model whose forward is not known, only the modules whose outputs are the sites.
+    """A model of which only the modules at the sites are known.
 
-    Every step runs the model's own forward: a hook takes the tokens out (the rest is not run), or puts them in, after
-    a blank image went through what lies before. So results are the model's own, bit for bit, whatever its blocks are,
-    and the cost over them is the patch embedding (0.7 % of the products of a ViT-B/16). It has no `block0` site where
-    no module gives that tensor.
+    Every step runs the model's own forward. A hook takes the tokens out and stops the forward, or it replaces the
+    tokens of a blank image. Results are the model's own, bit for bit. The overhead is one patch embedding (0.7 % of the
+    products of a ViT-B/16). Without a module that outputs the first block's input there is no `block0` site.
 
     Args:
         model: takes images [B, C, H, W], returns logits [B, K] or an output with `.logits`; may be a NormalizedModel.
-        patch: dotted name, in the network, of the module that puts out the patch tokens: [B, N, D], [B, h, w, D], a
+        patch: dotted name, in the network, of the module that outputs the patch tokens: [B, N, D], [B, h, w, D], a
             convolution's [B, D, h, w] (its tokens are then [B, N, D]), or a tuple that starts with one of them.
         block0: dotted name of the module whose output enters the first block, or None.
-        image_size: (H, W), or None to read it off the model.
+        image_size: (H, W); None takes it from the model's configuration.
         num_prefix_tokens: class, register and distillation tokens before the image tokens.
 
     Raises:
-        ValueError: no such module, no convolution in the patch embedding, or an image size that cannot be read off.
+        ValueError: no such module, no convolution in the patch embedding, or an unknown image size.
     """
 
-    batch_may_grow = False  # most forwards repeat their class token as often as there are images
+    batch_may_grow = False  # most forwards expand the class token to the batch of the images
 
     def __init__(
         self,
@@ -46,7 +45,8 @@ class HookedViT(SplitViT):
         self.projection = self._projection()
         self.channels = self._first_convolution().in_channels
         self.image_size = image_size or self._image_size()
-        self.num_classes = self._num_classes()
+        labels = getattr(getattr(self.network, "config", None), "num_labels", 0)
+        self.num_classes = int(getattr(self.network, "num_classes", 0) or labels)
         self.num_prefix_tokens = num_prefix_tokens
 
     def site_module(self, site: str) -> nn.Module:
@@ -54,8 +54,8 @@ class HookedViT(SplitViT):
             return self.patch_module
         if self._block0 is None:
             raise ValueError(
-                f"{type(self.network).__name__} has no site 'block0' here: no module of it puts out the input of its "
-                "first block; use 'patch' or 'pixels'"
+                f"{type(self.network).__name__} has no site 'block0' here: none of its modules outputs the input of "
+                "the first block; use 'patch' or 'pixels'"
             )
         return self._block0
 
@@ -73,13 +73,13 @@ class HookedViT(SplitViT):
         return self._run(images, leave=self.patch_module)
 
     def prepare(self, patches: Tensor) -> Tensor:
-        """Patch tokens → input of the first block; where there is no such site, `encode` takes the patch tokens."""
+        """Patch tokens → input of the first block; unchanged if there is no such site."""
         if self._block0 is None:
             return patches
         return self._run(self._blank(patches), enter=self.patch_module, tokens=patches, leave=self._block0)
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Output of `prepare` → logits [B, K]: what follows is one piece."""
+        """Output of `prepare` → logits [B, K]; `head` does nothing."""
         return self._run(self._blank(tokens), enter=self._block0 or self.patch_module, tokens=tokens)
 
     def head(self, features: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class HookedViT(SplitViT):
         tokens: Tensor | None = None,
         leave: nn.Module | None = None,
     ) -> Tensor:
-        """The model's forward, with `tokens` for the output of `enter`, up to the output of `leave` or the logits."""
+        """The model's forward with `tokens` as the output of `enter`, up to the output of `leave` or the logits."""
         entered = enter is None
 
         def put(module: nn.Module, args: Any, output: Any) -> Any:
@@ -162,14 +162,10 @@ class HookedViT(SplitViT):
         ):
             if found:
                 return (found, found) if isinstance(found, int) else (found[0], found[1])
-        raise ValueError(f"{type(self.network).__name__} does not say its image size: pass image_size=(height, width)")
-
-    def _num_classes(self) -> int:
-        config = getattr(self.network, "config", None)
-        return int(getattr(self.network, "num_classes", 0) or getattr(config, "num_labels", 0))
+        raise ValueError(f"{type(self.network).__name__} has no known image size: pass image_size=(height, width)")
 
 
-class _Reached(Exception):  # noqa: N818  no error: it ends a forward
+class _Reached(Exception):  # noqa: N818 (not an error: it ends a forward)
     def __init__(self, tokens: Tensor) -> None:
         super().__init__()
         self.tokens = tokens

@@ -1,4 +1,4 @@
-"""open_clip's vision towers (`model.visual`); their output, the image embedding, takes the place of logits."""
+"""open_clip's vision towers (`model.visual`). Their output, the image embedding, is used as logits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fastnull.vit.timm_hooked import TimmHooked
 from fastnull.vit.timm_vit import TimmViT
 
 TOWERS = ("VisionTransformer", "TimmModel")
-"""Classes of open_clip: its own tower, and timm's model under a projection (SigLIP)."""
+"""Classes of open_clip: its own tower, and a timm model with a projection (SigLIP)."""
 
 
 class OpenClipViT(HookedViT):
-    """The tower `model.visual` of a CLIP model of open_clip.
+    """The tower `model.visual` of a CLIP model.
 
     Raises:
         ValueError: a tower around a timm model without patch embedding, such as a ResNet.

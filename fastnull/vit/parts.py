@@ -1,7 +1,4 @@
-"""The parts of a pre-norm ViT by name, for code that writes its forward and backward out by hand.
-
-An adapter hands out the live modules, so whoever reads their weights reads the current ones.
-"""
+"""The parts of a pre-norm ViT by name, for the written-out encoder. They are the live modules, not copies."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from fastnull.vit.exact import is_plain_convolution, is_plain_linear, is_plain_n
 
 
 class UnsupportedModelError(ValueError):
-    """A part of the model has no hand-written form; the message names it."""
+    """The written-out encoder does not support a part of the model; the message names it."""
 
 
 def need(condition: bool, what: str) -> None:
@@ -25,9 +22,9 @@ def need(condition: bool, what: str) -> None:
 
 
 class LiveLinear:
-    """What an encoder reads of a linear, from models that keep query, key and value apart or in bare parameters.
+    """Weight and bias of a linear layer for models with separate query, key and value or with bare parameters.
 
-    Nothing is copied: every look at `weight` [out, in] and `bias` [out] or None reads the current parameters.
+    Every access to `weight` and `bias` reads the current parameters.
     """
 
     def __init__(self, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None]) -> None:
@@ -35,7 +32,7 @@ class LiveLinear:
 
     @classmethod
     def joined(cls, *linears: nn.Linear) -> LiveLinear:
-        """Several linears of one input as one, outputs in order; a bias that only some have counts as 0.
+        """Several linears with the same input as one; a missing bias counts as 0 if another one has a bias.
 
         Raises:
             UnsupportedModelError: one of them is not nn.Linear itself.
@@ -124,9 +121,7 @@ class ViTParts:
     heads: list[tuple[int, nn.Linear]]
 
     def check(self) -> None:
-        """Raise UnsupportedModelError unless every part computes what torch's own class does: no subclass, nothing
-        around its weights.
-        """
+        """Raise UnsupportedModelError unless every layer is of torch's own class, not a subclass."""
         need(is_plain_convolution(self.projection), f"a patch embedding by {type(self.projection).__name__}")
         linears = [linear for _, linear in self.heads]
         norms = [self.norm_pre, self.norm, self.fc_norm]

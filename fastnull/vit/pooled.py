@@ -1,4 +1,4 @@
-"""A classifier for backbones of transformers that come without one, such as DINOv3."""
+"""A classifier for transformers backbones without one, such as DINOv3."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 
 class PooledClassifier(nn.Module):
-    """A linear layer on the pooled output of a backbone. Ours; for classes that have no `...ForImageClassification`.
+    """A new linear layer on the pooled output of a backbone, for models without a `...ForImageClassification`.
 
     Args:
         backbone: takes images [B, C, H, W], returns an output with `.pooler_output` [B, D], and has a configuration
             with `hidden_size` D: DINOv3ViTModel, Dinov2Model, CLIPVisionModel, SiglipVisionModel and others.
-        num_classes: K; the linear layer starts fresh.
+        num_classes: K.
     """
 
     def __init__(self, backbone: nn.Module, num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""Finding the adapter that takes a model apart."""
+"""Finding the adapter for a model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastnull.vit.whole import WholeModel
 
 
 def split(model: nn.Module) -> SplitViT:
-    """Find the adapter for a model: of timm, transformers, torchvision or open_clip.
+    """Find the adapter for a model of timm, transformers, torchvision or open_clip.
 
     Raises:
         TypeError: not an nn.Module.
-        ValueError: no adapter knows the model, or it has no patch embedding; the message says what is supported.
+        ValueError: unknown model or no patch embedding; the message lists what is supported.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -26,24 +26,21 @@ def split(model: nn.Module) -> SplitViT:
     theirs = type(network).__module__.startswith("timm.") or hasattr(network, "_pos_embed")
     if theirs and TimmViT.supports(network) and wrappers_are_plain(model):
         return TimmViT(model)
-    # these import no library: they know its models by their classes' names
+    # these compare class names and import no library
     for adapter in (TransformersViT, TorchvisionViT, OpenClipViT, TimmHooked):
         if adapter.supports(network):
             return adapter(model)
     raise ValueError(
-        f"no adapter splits {type(network).__name__} into patch embedding, encoder and head. Known are timm's models "
-        "with a patch_embed, transformers' image classifiers with patches, torchvision's vit_* and open_clip's vision "
-        "towers (model.visual). For another one name its modules, fastnull.vit.HookedViT(model, patch='...', "
+        f"no adapter splits {type(network).__name__} into patch embedding, encoder and head. Supported are timm's "
+        "models with a patch_embed, transformers' image classifiers with patches, torchvision's vit_* and open_clip's "
+        "vision towers (model.visual). For another one name its modules, fastnull.vit.HookedViT(model, patch='...', "
         "block0='...'), or implement fastnull.vit.SplitViT (patch, prepare, encode, head), and pass that instead of "
         "the model. Noise in pixels (site='pixels') needs no adapter"
     )
 
 
 def as_split(model: nn.Module | SplitViT, site: str = "patch") -> SplitViT:
-    """`model` itself where it is an adapter already, else the adapter that `split` finds.
-
-    For site `pixels` a model that none knows is taken as one piece.
-    """
+    """`model` if it is an adapter already, else the adapter from `split`. Site `pixels` needs none: WholeModel."""
     if isinstance(model, SplitViT):
         return model
     try:

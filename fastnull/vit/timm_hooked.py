@@ -1,5 +1,5 @@
 """timm's models with a `patch_embed` that are not a plain VisionTransformer: EVA, BEiT, CaiT, Swin, XCiT and others,
-and a VisionTransformer that somebody put hooks or other methods on."""
+and a VisionTransformer with foreign hooks or replaced methods."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from fastnull.vit.base import unwrapped
 from fastnull.vit.hooked import HookedViT
 
 BLOCK0 = {"VisionTransformer": "norm_pre", "Eva": "norm_pre", "Beit": "pos_drop", "Cait": "pos_drop"}
-"""Class, or a base class → the module whose output enters the first block. Hierarchical models have no one place for
-it."""
+"""Class or base class → the module whose output enters the first block. Hierarchical models have none."""
 
 
 class TimmHooked(HookedViT):
-    """Any timm model with a `patch_embed`; tokens keep the shape that it puts out ([B, h, w, D] in Swin)."""
+    """Any timm model with a `patch_embed`; tokens keep its output shape ([B, h, w, D] in Swin)."""
 
     def __init__(self, model: nn.Module) -> None:
         network, _ = unwrapped(model)
         block0 = next((BLOCK0[kind.__name__] for kind in type(network).__mro__ if kind.__name__ in BLOCK0), None)
-        # CaiT's class token joins after its blocks
+        # CaiT adds its class token after its blocks
         prefix = 0 if type(network).__name__ == "Cait" else getattr(network, "num_prefix_tokens", 0)
         super().__init__(model, "patch_embed", block0, num_prefix_tokens=prefix)
 

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer as ViTParts: reads off what is standard and names what is not."""
+"""timm's VisionTransformer as ViTParts."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from fastnull.vit.timm_parts import timm_parts
 
 
 class TimmViT(SplitViT):
-    """Follows `VisionTransformer.forward_features` and `forward_head` step by step, so results are bitwise the same.
+    """Follows `VisionTransformer.forward_features` and `forward_head` step by step; results are bitwise the same.
 
-    With `dynamic_img_size` timm's patch embedding returns [B, H, W, D]; patch tokens then keep that shape.
+    With `dynamic_img_size` patch tokens have the shape [B, H, W, D].
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -22,7 +22,7 @@ class TimmViT(SplitViT):
         self.block0_module = network.norm_pre
         self.projection = under_adapters(network.patch_embed.proj)
         self.num_classes = network.num_classes
-        # the projection of a hybrid sees the features of its CNN, not the image
+        # the input of a hybrid's projection is not the image
         self.channels = getattr(network.patch_embed, "in_chans", self.projection.in_channels)
         fixed = not network.dynamic_img_size and network.patch_embed.img_size is not None
         self.image_size = tuple(network.patch_embed.img_size) if fixed else None
@@ -30,10 +30,10 @@ class TimmViT(SplitViT):
 
     @staticmethod
     def supports(network: nn.Module) -> bool:
-        """Whether the network is a VisionTransformer whose forward is the chain below."""
+        """Whether the network is a VisionTransformer with timm's own forward."""
         from timm.models.vision_transformer import VisionTransformer
 
-        # a subclass with a forward of its own would be split wrongly without a word
+        # a subclass with its own forward would be split wrongly
         kind = type(network)
         return (
             isinstance(network, VisionTransformer)

@@ -1,4 +1,4 @@
-"""torchvision's VisionTransformer (vit_b_16 and the like)."""
+"""torchvision's VisionTransformer (vit_b_16 and others)."""
 
 from __future__ import annotations
 

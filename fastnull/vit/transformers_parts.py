@@ -1,6 +1,6 @@
 """Hugging Face classifiers as ViTParts: ViT, DeiT, DINOv2 with and without registers, SigLIP.
 
-Each module is looked up under its names since the renaming of 2026 (5.9) and before it.
+Module names of transformers 5.9 and of earlier versions are both supported.
 """
 
 from __future__ import annotations
@@ -28,18 +28,12 @@ CLASSIFIERS = (
 def transformers_parts(
     network: nn.Module, base: nn.Module, projection: nn.Conv2d, image_size: tuple[int, int] | None
 ) -> ViTParts:
-    """The parts of a classifier.
-
-    Args:
-        network: the classifier.
-        base: the model without its classifier.
-        projection: of its patch embedding.
-        image_size: (H, W).
+    """The parts of a classifier `network` with the patch embedding `projection`; `base` is it without the classifier.
 
     Raises:
         UnsupportedModelError: names the first part that is not standard.
     """
-    # a subclass may compute anything: the name alone says which forward it is
+    # a subclass may compute anything: only the exact name identifies the forward
     kind = type(network).__name__
     if kind == "PooledClassifier":
         kind = f"{type(network.backbone).__name__} under a {kind}"
@@ -61,7 +55,7 @@ def transformers_parts(
         blocks=[_block(block, config) for block in _first(base, "layers", "encoder.layer", "encoder.layers")],
         norm=_first(base, "layernorm", "post_layernorm"),
         pool="token_avg" if dinov2 else "avg" if siglip else "token",
-        # Dinov2's own mean has its registers left out, where it has any
+        # Dinov2's own mean excludes its registers
         pool_start=prefix,
         fc_norm=None,
         heads=heads,
@@ -69,7 +63,7 @@ def transformers_parts(
 
 
 def _first(module: nn.Module, *names: str) -> Any:
-    """The first of the names that the module has."""
+    """The submodule with the first name that exists."""
     for name in names:
         try:
             return attrgetter(name)(module)

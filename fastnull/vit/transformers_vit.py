@@ -1,8 +1,4 @@
-"""Hugging Face transformers: image classifiers with an `embeddings` module that holds the patch embedding.
-
-Names are those before and after the renaming of 2026 (5.9): there the patch embedding kept its name and the blocks did
-not (fastnull.vit.transformers_parts).
-"""
+"""Hugging Face transformers: image classifiers whose `embeddings` module holds the patch embedding."""
 
 from __future__ import annotations
 
@@ -18,10 +14,9 @@ PATCH_NAMES = ("embeddings.patch_embeddings", "embeddings.patch_embedding")
 
 
 class TransformersViT(HookedViT):
-    """ViT, DeiT, DINOv2 (with registers), BEiT, CLIP, SigLIP, Swin and others `...ForImageClassification`; DINOv3 and
-    others without such a class under a PooledClassifier.
+    """Any `...ForImageClassification` with patches, or a backbone such as DINOv3 in a PooledClassifier.
 
-    `block0` is the output of `embeddings` or, with CLIP, of the norm after it.
+    `block0` is the output of `embeddings`, or with CLIP of the norm after it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,7 +31,7 @@ class TransformersViT(HookedViT):
 
     @staticmethod
     def supports(network: nn.Module) -> bool:
-        """Whether the network is a transformers model with patches, or one of them under a PooledClassifier."""
+        """Whether the network is a transformers model with patches, or a PooledClassifier around one."""
         model = network.backbone if isinstance(network, PooledClassifier) else network
         theirs = any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
         return theirs and _patch_name(network) is not None

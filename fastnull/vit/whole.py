@@ -1,6 +1,8 @@
-"""Models without tokens (ResNet, ConvNeXt, anything that takes images): noise in the pixels is all they can have."""
+"""Models without tokens, such as ResNet and ConvNeXt: they only take noise in pixels."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -8,10 +10,10 @@ from fastnull.vit.base import SplitViT
 
 
 class WholeModel(SplitViT):
-    """A model in one piece, for site `pixels`.
+    """A model that is not split, for site `pixels`.
 
     Raises:
-        ValueError: there is no convolution in it that would tell the channels of its images.
+        ValueError: it has no convolution, so the number of image channels is unknown.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,25 +27,10 @@ class WholeModel(SplitViT):
         self.num_classes = getattr(self.network, "num_classes", 0)
         self.num_prefix_tokens = 0
 
-    def site_module(self, site: str) -> nn.Module:
-        raise ValueError(self._without(site))
+    def _without_tokens(self, *_: Any) -> Any:
+        raise ValueError(f"{type(self.network).__name__} has no tokens: its only site is 'pixels'")
 
-    def patch(self, images: Tensor) -> Tensor:
-        raise ValueError(self._without("patch"))
-
-    def prepare(self, patches: Tensor) -> Tensor:
-        raise ValueError(self._without("block0"))
-
-    def encode(self, tokens: Tensor) -> Tensor:
-        raise ValueError(self._without("block0"))
-
-    def head(self, features: Tensor) -> Tensor:
-        raise ValueError(self._without("block0"))
+    site_module = patch = prepare = encode = head = _without_tokens  # type: ignore[assignment]
 
     def logits(self, tokens: Tensor, site: str) -> Tensor:
-        if site != "pixels":
-            raise ValueError(self._without(site))
-        return self.whole(tokens)
-
-    def _without(self, site: str) -> str:
-        return f"{type(self.network).__name__} has no site {site!r}, only 'pixels': it is not split into tokens"
+        return self.whole(tokens) if site == "pixels" else self._without_tokens()

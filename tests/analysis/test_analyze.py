@@ -1,4 +1,4 @@
-"""`analyze`: its files hold the numbers and their protocol, and bad requests are one line."""
+"""`analyze`: its files contain the numbers and their protocol, and bad requests give one line."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_every_analysis_writes_its_files(
 ) -> None:
     words = ["analyze", *ANALYSES, "--out", str(tmp_path), "--model", str(files[0]), "--others", str(files[1]), *QUICK]
     assert cli.main(words) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ANALYSES:
-        assert f"{name}: " in told
+        assert f"{name}: " in output
         found = json.loads((tmp_path / f"{name}.json").read_text())
         protocol = found["protocol"]
         assert protocol["settings"]["images"] == 24

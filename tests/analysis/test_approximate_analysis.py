@@ -1,4 +1,4 @@
-"""Controls keep the norm, measurements are those of the synthesis, and finetuning leaves the model as it was."""
+"""Controls keep the norm, measurements agree with the synthesis, and finetuning does not change the model."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def test_controls_keep_the_norm() -> None:
 def test_measure_agrees_with_the_model(vit: NormalizedModel, images: Tensor) -> None:
     encoder = FrozenEncoder(vit, site="pixels")
     noises = 0.3 * torch.randn(2, 3, 16, 16)
-    seen, same = measure(encoder, noises, embedded_pairs(encoder, images, 3))
+    found, same = measure(encoder, noises, embedded_pairs(encoder, images, 3))
     with torch.no_grad():
         clean, noisy = vit(images), vit((images + noises[:, None]).clamp(0, 1).flatten(0, 1)).unflatten(0, (2, 8))
-    assert seen == pytest.approx(float((clean.softmax(-1) - noisy.softmax(-1)).square().sum(-1).mean()), rel=1e-4)
+    assert found == pytest.approx(float((clean.softmax(-1) - noisy.softmax(-1)).square().sum(-1).mean()), rel=1e-4)
     assert same == pytest.approx(float((clean.argmax(-1) == noisy.argmax(-1)).float().mean()))
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastnull.analysis.spectrum import LOGITS, along, blocks_of, jacobian_spectra, randomized_svd, spectrum_rows
+from fastnull.analysis.spectrum import LOGITS, along, jacobian_spectra, randomized_svd, spectrum_rows
 from fastnull.encoder import FrozenEncoder
 from fastnull.vit import NormalizedModel, split
+from tests.vit.zoo import find
 
 
 def dense(model: NormalizedModel, images: Tensor, depth: int | str) -> Tensor:
@@ -84,15 +84,11 @@ def test_small_noise_moves_the_logits_as_predicted(vit: NormalizedModel, images:
 
 
 def test_a_model_of_another_library(images: Tensor) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
-    )
-    model = importlib.import_module("transformers").ViTForImageClassification(config).eval()
-    assert len(blocks_of(split(model))) == 2
+    model = find("transformers", "ViT")
+    model = type(model)(model.config).eval()  # with its initial weights
     spectra = jacobian_spectra(model, images[:2], 4)
     assert [found.depth for found in spectra] == [1, 2, LOGITS]
-    # a residual branch of small weights: the identity, nearly
+    # the residual branch has small weights: nearly the identity
     assert float(spectra[0].values[0]) == pytest.approx(1, rel=0.5)
 
 

@@ -1,4 +1,4 @@
-"""Transfer: to itself it is the synthesis' own influence, and what does not fit says so."""
+"""Transfer: to itself it is the influence of the synthesis, and unsuitable pairs have a reason."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_matrix(make_vit: Callable[..., NormalizedModel], images: Tensor) -> Non
         expected = float(measure_influence(FrozenEncoder(models[name]), noise, images)[0])
         cell = cells["token", "first", name]
         assert cell["influence"] == pytest.approx(expected, rel=1e-4)
-        assert cell["share"] == pytest.approx(cell["influence"] / cell["control"])
+        assert cell["ratio"] == pytest.approx(cell["influence"] / cell["control"])
         assert cell["norm"] == pytest.approx(float(noise.norm[0]), rel=1e-5)
-    assert cells["token", "first", "first"]["share"] < 0.5
+    assert cells["token", "first", "first"]["ratio"] < 0.5
 
     own, other = cells["exact", "first", "first"], cells["exact", "first", "second"]
     assert own["influence"] < 1e-9

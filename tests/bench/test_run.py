@@ -218,7 +218,7 @@ def test_a_broken_backend_is_caught_by_the_suites(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_synthesis_without_updates_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthesis_suite, "SHARE", 10.0)  # ε far above the start's influence
+    monkeypatch.setattr(synthesis_suite, "FRACTION", 10.0)  # ε far above the start's influence
     (given,) = synthesis_suite.cases(TINY)
     assert all("met ε already" in text for _, text in common.judged(given).values())
 
@@ -319,6 +319,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.clock, self.waits, self.captured = 0.0, 0, 0
+        self.reached = 0.0  # by the host, which waits for events alone
 
     def synchronize(self) -> None:
         self.waits += 1
@@ -347,6 +348,7 @@ class FakeCuda:
 
             def synchronize(self) -> None:
                 fake.waits += 1
+                fake.reached = self.at
 
             def elapsed_time(self, other: Any) -> float:
                 return other.at - self.at
@@ -367,6 +369,23 @@ def test_the_gpu_timer_reads_events_and_divides_a_replay_by_its_calls(monkeypatc
     columns = common.interleaved([timer.prepare(variant, 4) for variant in (plain, graphed)], 4, 0.0, 2, timer)
     assert columns == [[3.0, 3.0], [2.0, 2.0]]  # one call of 3 ms; a replay of 8 ms holds 4 calls
     assert cuda.captured == 1
+
+
+def test_the_host_is_at_most_two_rounds_ahead_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So `seconds` limits how long the calls run: a call of 1 s is launched in microseconds."""
+    monkeypatch.setattr(common, "WARM_UP", 0.0)
+    cuda = FakeCuda()
+    ahead = []
+
+    def call(index: int) -> None:
+        ahead.append(cuda.clock - cuda.reached)
+        cuda.clock += 1000.0
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: cuda.reached / 1000)
+    timer = common.CudaTimer(cuda)
+    (times,) = common.interleaved([(call, 1)], 1, 10.0, 3, timer)
+    assert times == [1000.0] * 12
+    assert max(ahead) == 2000.0
 
 
 def test_the_counter_of_memory_agrees_with_a_known_pattern() -> None:
@@ -427,7 +446,7 @@ def test_the_baselines_leave_the_model_as_it_was() -> None:
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
-def test_the_share_of_the_products_is_of_those_the_encoder_computes() -> None:
+def test_the_fraction_of_the_products_is_of_those_the_encoder_computes() -> None:
     """A bfloat16 encoder may multiply in float32: held against bfloat16 products its step could take less than they."""
     times = {("fastnull", "bfloat16"): 4.0, (encoder_suite.PRODUCTS, "bfloat16"): 8.0}
     times |= {(encoder_suite.PRODUCTS, "float32"): 2.0, ("frozen", "bfloat16"): 6.0}

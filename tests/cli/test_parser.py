@@ -141,7 +141,7 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
 def test_finetune_evaluate_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((run / "config.json").read_text())["config"]
     assert (config["augment"], config["noise"]["steps"], config["train_fraction"]) == ("boundary", 1, 0.1)
-    assert "--resume goes on with it, --overwrite starts over" in refused(capsys, "finetune", "--out", run)
+    assert "--resume resumes it, --overwrite starts again" in refused(capsys, "finetune", "--out", run)
     results = tmp_path / "results.json"
     words = ["evaluate", "--model", str(run / "last.safetensors"), "--out", str(results), "--limit", "16",
              "--suite", "clean", "fgsm", "corruptions", "--eps", "8/255", "--severities", "3"]  # fmt: skip

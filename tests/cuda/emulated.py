@@ -32,7 +32,7 @@ def include_flags() -> list[str]:
 
 
 def build(name: str, sources: Iterable[Path]) -> Path:
-    """The shared object of these sources, compiled where it is not there yet; by one process at a time."""
+    """The shared object of these sources, compiled if needed, by one process at a time."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -74,7 +74,7 @@ def run(command: list[str]) -> None:
 
 @contextmanager
 def backwards() -> Iterator[None]:
-    """Let the threads of a block take their turns from the last to the first."""
+    """Run the threads of a block from the last to the first."""
     os.environ["FASTNULL_EMULATOR_ORDER"] = "backwards"
     try:
         yield
@@ -86,7 +86,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def guarded(values: Tensor) -> Tensor:
-    """A dense copy that ends at a page which nobody may touch; NaN lies before it."""
+    """A dense copy between NaN and a protected page."""
     size, page = values.numel() * values.element_size(), mmap.PAGESIZE
     pages = (size + page - 1) // page + 1
     memory = mmap.mmap(-1, (pages + 1) * page)
@@ -101,6 +101,11 @@ def guarded(values: Tensor) -> Tensor:
 def guarded_nan(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """An output that is to be overwritten."""
     return guarded(torch.full(shape, float("nan"), dtype=dtype))
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A guarded normal tensor."""
+    return guarded(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
 
 def load_kernels() -> None:

@@ -1,4 +1,4 @@
-"""Who serves a CUDA tensor: Triton, unless the table or FASTNULL_CUDA_OPS names the C++ kernel and it is there."""
+"""Kernel for a CUDA tensor: Triton, unless the table or FASTNULL_CUDA_OPS names the C++ kernel and it exists."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernels_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One error where they are asked for by name; silence where only the table would take them."""
+    """An error if requested by name; silence if only the table names them."""
     monkeypatch.setattr(_C.cuda, "load", lambda: False)
     monkeypatch.setattr(_C.cuda, "error", "not built: no nvcc was found")
     monkeypatch.setenv(choice.VARIABLE, "attention")

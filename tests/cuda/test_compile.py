@@ -1,10 +1,9 @@
-"""The CUDA library as nvcc makes it: no spills on any architecture, and nothing of torch beyond the stable ABI."""
+"""The CUDA library built by nvcc: no spills on any architecture, and only the stable ABI of torch."""
 
 from __future__ import annotations
 
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 import warnings
@@ -17,6 +16,7 @@ import torch
 
 from fastnull import _C
 from tests.cuda.emulated import ROOT
+from tests.test_build import FOREIGN, undefined_symbols
 
 ARCHITECTURES = {"sm_80", "sm_90a", "sm_100"}
 
@@ -49,7 +49,7 @@ def library(setup: dict[str, Any]) -> Path:
 
 
 def reports(library: Path) -> list[tuple[str, str, str]]:
-    """(kernel, architecture, what ptxas says of it) of every kernel."""
+    """(kernel, architecture, report of ptxas) of every kernel."""
     found = []
     for path in sorted((library.parent / "cuda").glob("*.ptxas.txt")):
         for part in path.read_text().split("Compiling entry function ")[1:]:
@@ -67,14 +67,10 @@ def test_no_kernel_spills(library: Path) -> None:
     assert {path.name.removesuffix(".o.ptxas.txt") for path in (library.parent / "cuda").glob("*.txt")} == sources
 
 
-def test_the_library_needs_the_stable_abi_alone(library: Path) -> None:
-    if shutil.which("nm") is None:
-        pytest.skip("no nm")
-    command = ["nm", "-D", "--undefined-only", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    names = [line.split()[-1].split("@")[0] for line in done.stdout.splitlines() if line.strip()]
-    assert not [n for n in names if n.startswith(("Py", "_Py", "_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "cu"))]
-    # In libtorch_cuda, which is not among the libraries this one names: it would not load.
+def test_the_library_needs_only_the_stable_abi(library: Path) -> None:
+    names = undefined_symbols(library)
+    assert not [name for name in names if name.startswith((*FOREIGN, "cu"))]
+    # in libtorch_cuda, which this library does not link
     assert "aoti_torch_get_current_cuda_stream" not in names
 
 
@@ -106,9 +102,9 @@ def test_without_nvcc_one_line_says_so(
     monkeypatch.setitem(build.plan_cuda.__func__.__globals__, "find_nvcc", lambda: None)
     monkeypatch.delenv("FASTNULL_CUDA", raising=False)
     assert build.plan_cuda() is None
-    said = capsys.readouterr().out
-    assert "not built: no nvcc was found (set CUDA_HOME). GPUs run the Triton kernels." in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().out
+    assert "not built: no nvcc was found (set CUDA_HOME). GPUs run the Triton kernels." in output
+    assert output.count("\n") == 1
     assert build.info["cuda"] == {"missing": "no nvcc was found (set CUDA_HOME)"}
     monkeypatch.setenv("FASTNULL_CUDA", "1")
     with pytest.raises(SystemExit, match="FASTNULL_CUDA=1, but no nvcc was found"):

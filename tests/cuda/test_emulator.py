@@ -1,4 +1,4 @@
-"""The emulator itself: that it runs a right kernel, and finds each kind of bug it claims to find."""
+"""The emulator itself: it runs a correct kernel and finds each kind of bug."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_right_kernel_runs_in_both_orders(library: ctypes.CDLL) -> None:
 
 
 def test_a_missing_barrier_shows_in_one_of_the_orders(library: ctypes.CDLL) -> None:
-    """Threads that run first read what is not there yet: shared memory begins as NaN."""
+    """Threads that run first read NaN, the initial value of shared memory."""
     forward = reverse(library, 1)[0]
     with backwards():
         reverse_order = reverse(library, 1)[0]

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 
 from fastnull import testing
 from fastnull.ops.noise_objective import noise_objective_ref
 from fastnull.ops.noise_step import adamw_step_ref, direct_step_ref
-from tests.cuda.emulated import backwards, guarded, guarded_nan
+from tests.cuda.emulated import backwards, guarded, guarded_nan, randn
+from tests.ops import checks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return guarded(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
 
 # K: 1000 = ImageNet, no multiple of 256; 10 = less than a warp; 1; B0 < B: several noises over the same images.
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B0", "B", "K"), [(3, 6, 1000), (5, 5, 10), (1, 3, 1)])
-def test_objective(
-    kernels: torch._ops._OpNamespace, B0: int, B: int, K: int, dtype: torch.dtype, squared: bool
-) -> None:
+def test_objective(kernels: Any, B0: int, B: int, K: int, dtype: torch.dtype, squared: bool) -> None:
     clean, noisy = randn(B0, K, seed=1, dtype=dtype), randn(B, K, seed=2, dtype=torch.float32)
     noisy[0] = clean[0].float()  # no difference: no direction either
     outputs = guarded_nan(B), guarded_nan(B, K), guarded_nan(B)
@@ -37,19 +35,19 @@ def test_objective(
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_means_in_the_same_launch(kernels: torch._ops._OpNamespace, groups: int) -> None:
+def test_means_in_the_same_launch(kernels: Any, groups: int) -> None:
     """In both orders of threads: the same bits."""
     B, K = 6, 40
     clean, noisy = randn(B, K, seed=3), randn(B, K, seed=4)
-    seen = []
-    for order in (backwards, testing.poisoned):
+    results = []
+    for order in (backwards, nullcontext):
         outputs, means = (guarded_nan(B), guarded_nan(B, K), guarded_nan(B)), (guarded_nan(groups), guarded_nan(groups))
         with order():
             kernels.noise_objective_means_out(clean, noisy, False, 1.0, *outputs, *means)
         torch.testing.assert_close(means[0], outputs[0].view(groups, -1).mean(1))
         torch.testing.assert_close(means[1], outputs[2].view(groups, -1).mean(1))
-        seen.append(torch.cat([*means, outputs[1].flatten()]))
-    assert seen[0].equal(seen[1])
+        results.append(torch.cat([*means, outputs[1].flatten()]))
+    assert results[0].equal(results[1])
     with pytest.raises(RuntimeError, match="which must divide the 6 rows"):
         kernels.noise_objective_means_out(clean, noisy, False, 1.0, *outputs, *[guarded_nan(4)] * 2)
     kernels.noise_objective_means_out(clean[:0], noisy[:0], False, 1.0, *(x[:0] for x in outputs), *means)
@@ -62,7 +60,7 @@ NOISES = [(3, 2049, 4), (2, 2051), (1, 5)]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", NOISES)
-def test_adamw(kernels: torch._ops._OpNamespace, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_adamw(kernels: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Three steps; one noise descends, one pauses in the middle, one ascends."""
     M = shape[0]
     noise = randn(*shape, seed=5)
@@ -87,7 +85,7 @@ def test_adamw(kernels: torch._ops._OpNamespace, shape: tuple[int, ...], dtype: 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", NOISES)
 @pytest.mark.parametrize("sign", [False, True])
-def test_direct_steps(kernels: torch._ops._OpNamespace, shape: tuple[int, ...], dtype: torch.dtype, sign: bool) -> None:
+def test_direct_steps(kernels: Any, shape: tuple[int, ...], dtype: torch.dtype, sign: bool) -> None:
     M = shape[0]
     noise, grad = randn(*shape, seed=9), randn(*shape, seed=10, dtype=dtype)
     grad[0].view(-1)[0] = 0
@@ -105,8 +103,8 @@ def test_direct_steps(kernels: torch._ops._OpNamespace, shape: tuple[int, ...], 
 
 
 @pytest.mark.parametrize("sign", [False, True])
-def test_zero_and_nan_gradients(kernels: torch._ops._OpNamespace, sign: bool) -> None:
-    """No step along a gradient of 0; NaN goes through, into its own noise alone."""
+def test_zero_and_nan_gradients(kernels: Any, sign: bool) -> None:
+    """No step along a gradient of 0; NaN goes through, in its own noise only."""
     noise, grad = randn(3, 40, seed=11), randn(3, 40, seed=12)
     grad[0] = 0
     grad[1, 7] = float("nan")
@@ -117,20 +115,15 @@ def test_zero_and_nan_gradients(kernels: torch._ops._OpNamespace, sign: bool) ->
     assert noise[2].isfinite().all()
 
 
-@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-23, 1.0, 1e19, 3e38])
-def test_a_normalised_step_has_its_length_for_gradients_of_any_size(
-    kernels: torch._ops._OpNamespace, size: float
-) -> None:
-    direction = torch.linspace(-1, 1, 2050, dtype=torch.float64)  # more than a chunk
-    grad = guarded((torch.stack([direction, torch.zeros(2050)]) * size).float())
+@pytest.mark.parametrize("size", checks.SIZES)
+def test_a_normalised_step_has_its_length_for_gradients_of_any_size(kernels: Any, size: float) -> None:
+    grad, expected = checks.gradient_of_size(size, 2050)  # more than a chunk
     noise, ones = guarded(torch.zeros(2, 2050)), torch.ones(2)
-    kernels.direct_step_(noise, grad, ones, 0.5 * ones.double(), False)
-    expected = -0.5 * grad[0].double() / grad[0].double().norm()
-    torch.testing.assert_close(noise[0].double(), expected, rtol=1e-6, atol=1e-9)
-    assert not noise[1].any()
+    kernels.direct_step_(noise, guarded(grad), ones, 0.5 * ones.double(), False)
+    checks.normalized_step_of_length(noise, expected)
 
 
-def test_bad_input(kernels: torch._ops._OpNamespace) -> None:
+def test_bad_input(kernels: Any) -> None:
     noise, gate, lr = torch.zeros(2, 8), torch.ones(2), torch.ones(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="grad must be dense with 16 elements, it has 8"):
         kernels.direct_step_(noise, noise[:1], gate, lr, True)

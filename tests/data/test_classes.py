@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,20 +109,14 @@ def test_classes_of_hugging_face_models(labels: dict[int, str], found: Any) -> N
     ],
 )
 def test_a_source_of_attacks_has_the_models_classes(one: Any, two: Any, message: str | None) -> None:
-    """An attack on the label 0 of a model that calls it otherwise would be against another class."""
-    counts = [len(known) if isinstance(known, list) else known or 2 for known in (one, two)]
-    model, source = (create_model("vit_digits", num_classes=count) for count in counts)
+    """Otherwise an attack on a label would be against another class."""
+    model, source = (
+        create_model("vit_digits", num_classes=len(k) if isinstance(k, list) else k or 2) for k in (one, two)
+    )
     model.classes, source.classes = (names if isinstance(names, list) else None for names in (one, two))
-    images, labels = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
-
-    def attack() -> None:
-        evaluate(model, (images, labels), suites=("fgsm",), eps=(0.1,), source=source, progress=False)
-
-    if message is None:
-        attack()
-        return
-    with pytest.raises(ValueError, match=message):
-        attack()
+    data = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        evaluate(model, data, suites=("fgsm",), eps=(0.1,), source=source, progress=False)
 
 
 def test_names_of_data() -> None:

@@ -211,7 +211,7 @@ def test_what_is_no_regular_file_is_named_and_waits_for_nothing(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_image_is_one_line_whoever_reads_it(tmp_path: Path, workers: int) -> None:
+def test_a_bad_image_is_one_line_with_and_without_workers(tmp_path: Path, workers: int) -> None:
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "bad.png").write_bytes(b"")
     batches = DataLoader(ImageFiles(ImageFolder(tmp_path), lambda image: torch.zeros(3, 1, 1), 3), num_workers=workers)

@@ -1,4 +1,4 @@
-"""The photos: always the same, training and test apart, and told apart by a model."""
+"""The photos: deterministic, with separate training and test images, and not separable by mean colour."""
 
 from __future__ import annotations
 

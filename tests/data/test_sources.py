@@ -178,25 +178,6 @@ def test_evaluation_data_is_pixels(pictures, model):
     assert len(evaluation_data("digits", create_model("vit_digits"))) == 500
 
 
-def test_batches_do_not_depend_on_workers_or_on_where_they_start(pictures, model):
-    view = View.of(model)
-    config = FinetuneConfig(auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5)
-    data = Samples(ImageFolder(pictures / "train"), view.training(**image_settings(config)), 3, seed=3)
-
-    def run(workers, start, epoch=1):
-        order = EpochBatches(len(data), 4, 5, seed=3)
-        order.epoch, order.start = epoch, start
-        return [images for images, _ in loader(data, order, workers=workers)]
-
-    whole = run(0, 0)
-    assert len(whole) == 5
-    for images, again in zip(whole, run(2, 0), strict=True):
-        assert torch.equal(images, again)
-    for images, again in zip(whole[3:], run(2, 3), strict=True):
-        assert torch.equal(images, again)
-    assert not torch.equal(whole[0], run(0, 0, epoch=2)[0])
-
-
 def test_order_covers_the_data_and_changes_each_epoch():
     order = EpochBatches(11, 3, 3, seed=0)
     first = [index for batch in order for index, _ in batch]
@@ -287,27 +268,6 @@ def test_labels_of_a_folder_are_the_models(tmp_path, model, known, train, tested
     assert _labels(evaluation_data(str(tmp_path), named)) == labels
 
 
-@pytest.mark.parametrize(
-    ("known", "names", "message"),
-    [
-        (
-            ["cat", "dog", "frog"],
-            ["dog", "bird"],
-            r"does not know: bird\. Its 2 classes are bird, dog; the model's 3 are",
-        ),
-        (None, ["dog", "frog"], "2 classes .dog, frog., the model 3 without names"),
-        (None, ["a", "b", "c", "d"], "4 classes .a, b, c, d., the model 3 without names"),
-    ],
-)
-def test_a_folder_of_other_classes_is_refused(tmp_path, model, known, names, message):
-    _write(tmp_path, train=names, val=names)
-    named = copy.copy(model)
-    named.classes = known
-    with pytest.raises(ValueError, match=message):
-        evaluation_data(str(tmp_path), named)
-    assert len(evaluation_data(str(tmp_path), named, labelled=False)) == len(names)  # images alone have no labels
-
-
 def test_labels_of_embedded_data_are_the_models():
     model = create_model("vit_digits")
     plain = evaluation_data("digits", model).tensors[1]
@@ -318,13 +278,6 @@ def test_labels_of_embedded_data_are_the_models():
         evaluation_data("digits", model)
     with pytest.raises(ValueError, match=r"digits has 10 classes .*, the model 13 without names"):
         evaluation_data("digits", create_model("vit_photos"))
-
-
-def test_wordnet_folders_meet_imagenet_models(tmp_path):
-    names = ("n01443537", "n15075141")
-    _write(tmp_path, train=names, val=names)
-    model = create_model("vit_digits", num_classes=1000)
-    assert _labels(evaluation_data(str(tmp_path), model)) == [1, 999]
 
 
 def test_samples_take_the_models_labels():

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastnull.experiments.compare
-from fastnull.experiments.compare import RECIPES
 from fastnull.experiments.demo import DemoSettings, run_demo
+from fastnull.experiments.settings import RECIPES
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.plan import step_cost
 
@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 
 TINY = DemoSettings(
     # two methods, one with synthesis; a budget of 13 is one epoch of boundary noise
-    seeds=1, methods=("none", "boundary-tokens"), pretrain_epochs=1, budget=13, eps=(8,), pgd_steps=1,
+    seeds=1, methods=("none", "boundary-tokens"), start_epochs=1, budget=13, eps=(8,), pgd_steps=1,
     severities=(1,), images=24, quick=True,
 )  # fmt: skip
 
@@ -40,7 +40,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_report_has_every_section(done: Path) -> None:
     text = (done / "report" / "report.md").read_text(encoding="utf-8")
     titles = ("Result", "What holds on this data and what does not", "Accuracy under attack", "The noise",
-              "Accuracy under corruption", "All numbers", "How it was obtained", "The same again")  # fmt: skip
+              "Accuracy under corruption", "All numbers", "How it was obtained", "Reproduce it")  # fmt: skip
     for title in titles:
         assert f"# {title}" in text
     assert "Quick run" in text
@@ -55,7 +55,7 @@ def test_methods_start_alike_and_cost_alike(done: Path) -> None:
     plans = {}
     for method in TINY.methods:
         about = json.loads((done / "seed-0" / method / "config.json").read_text())
-        assert about["config"]["checkpoint"].endswith("seed-0/pretrained/last.safetensors")
+        assert about["config"]["checkpoint"].endswith("seed-0/start/last.safetensors")
         plans[method] = about["plan"]
     costs = [plan["total_cost"] for plan in plans.values()]
     assert max(costs) <= 13 * 1297

@@ -66,7 +66,7 @@ def test_damaged_state_is_recognised_and_the_one_before_used(tmp_path, damage):
 
 
 def test_state_with_code_is_refused(tmp_path):
-    """A state with a right checksum is still read with weights_only: a checksum is no signature."""
+    """A state with a correct checksum is still read with weights_only: a checksum is not a signature."""
 
     class Harmful:
         def __reduce__(self):
@@ -75,21 +75,6 @@ def test_state_with_code_is_refused(tmp_path):
     write_state(tmp_path / "state-000000001.pt", {"step": Harmful()})
     with pytest.raises(ValueError, match="cannot be read"):
         read_state(tmp_path / "state-000000001.pt")
-
-
-def test_a_failed_write_leaves_the_state_before(tmp_path, monkeypatch):
-    run = folder(tmp_path)
-    run.save_state(state(1), 1, keep=2)
-
-    def full_disk(*_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        run.save_state(state(2), 2, keep=2)
-    monkeypatch.undo()
-    assert same(run.load_state(), state(1))
-    assert not list(tmp_path.glob(".state*"))
 
 
 def test_the_newest_states_are_kept(tmp_path):
@@ -121,10 +106,10 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
 def test_resume_with_other_settings_names_them(tmp_path):
     folder(tmp_path)
     RunFolder(tmp_path, {**CONFIG, "workers": 2}, resume=True)  # how it runs, not what it computes
-    with pytest.raises(ValueError, match=r"epochs \(was 2, now 3\), lr \(was 0.1, now 0.2\). force=True goes on"):
+    with pytest.raises(ValueError, match=r"epochs \(was 2, now 3\), lr \(was 0.1, now 0.2\). force=True uses"):
         RunFolder(tmp_path, {**CONFIG, "lr": 0.2, "epochs": 3}, resume=True)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="no configuration of a run"):
+    with pytest.raises(ValueError, match="not the configuration of a run"):
         RunFolder(tmp_path, CONFIG, resume=True)
 
 
@@ -152,13 +137,11 @@ def test_what_a_state_is_tied_to_cannot_be_forced(tmp_path, was, now):
     run = RunFolder(tmp_path, was)
     run.open()
     run.describe(was, "cpu")
-    with pytest.raises(
-        ValueError, match=f"states are tied to {next(iter(was))} .*a new run can start from its weights"
-    ):
+    with pytest.raises(ValueError, match=f"with another value of {next(iter(was))} .*start a new run from its weights"):
         RunFolder(tmp_path, now, resume=True, force=True)
 
 
-def test_resume_on_other_data_is_told(tmp_path):
+def test_resume_on_other_data_is_refused(tmp_path):
     run = RunFolder(tmp_path, CONFIG)
     run.open()
     run.describe(CONFIG, "cpu", data={"train": 43})
@@ -182,7 +165,7 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
         run.log({"step": 5, "loss": float("nan")})
 
 
-def test_metrics_that_are_lost_are_told_and_epochs_come_back(tmp_path):
+def test_lost_metrics_give_a_warning_and_epochs_are_restored(tmp_path):
     run = folder(tmp_path)
     epochs = [{"kind": "epoch", "step": step, "loss": step / 10} for step in (2, 4)]
     logged = [{"step": 1}, {"step": 2}, epochs[0], {"step": 3}, {"step": 4}, epochs[1]]
@@ -204,8 +187,8 @@ def test_metrics_that_are_lost_are_told_and_epochs_come_back(tmp_path):
         assert resumed(whole, None) == logged
         assert resumed(whole + '{"step": 5}\n{"step": 6, "lo', None) == logged
     lines = whole.splitlines(keepends=True)
-    assert resumed("".join(lines[:2]), "lacks 4 records up to step 4, those of 2 epochs") == [*logged[:2], *epochs]
-    assert resumed("".join(lines[:4]), "lacks 2 records up to step 4, those of 1 epochs") == [*logged[:4], epochs[1]]
+    assert resumed("".join(lines[:2]), "lacks 4 records up to step 4; those of 2 epochs") == [*logged[:2], *epochs]
+    assert resumed("".join(lines[:4]), "lacks 2 records up to step 4; those of 1 epochs") == [*logged[:4], epochs[1]]
     assert resumed("".join(lines[1:]), r"lacks 1 records up to step 4; the others") == logged[1:]
     assert resumed("", "lacks 6 records") == epochs
     run.metrics.unlink()
@@ -226,7 +209,7 @@ BAD_LINES = {
 def test_a_bad_line_of_the_metrics_is_named_and_does_not_block(tmp_path, case):
     run = folder(tmp_path)
     run.metrics.write_bytes(b'{"step": 1}\n' + BAD_LINES[case] + b'\n{"step": 2}\n')
-    with pytest.warns(UserWarning, match=r"metrics.jsonl, line 2, is no record with a step and is left out"):
+    with pytest.warns(UserWarning, match=r"metrics.jsonl, line 2, is not a record with a step and is ignored"):
         run.rewind(2)
     assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
@@ -258,19 +241,6 @@ def test_an_overwritten_folder_holds_another_run(tmp_path):
     assert folder(tmp_path, overwrite=True).run not in (None, first)
 
 
-def test_runs_from_before_runs_had_names_go_on(tmp_path):
-    run = folder(tmp_path)
-    write_state(tmp_path / "state-000000001.pt", state(1))
-    written = json.loads((tmp_path / "config.json").read_text())
-    del written["run"]
-    (tmp_path / "config.json").write_text(json.dumps(written))
-    again = folder(tmp_path, resume=True)
-    assert same(again.load_state(), state(1))
-    again.save_state(state(2), 2, keep=2)
-    assert same(folder(tmp_path, resume=True).load_state(), state(2))
-    assert run.run is not None
-
-
 def test_a_later_state_that_cannot_be_read_does_not_push_others_out(tmp_path):
     run = folder(tmp_path)
     for step in (1, 9):
@@ -286,7 +256,7 @@ def test_a_later_state_that_cannot_be_read_does_not_push_others_out(tmp_path):
 def test_a_state_without_a_step_is_none(tmp_path, content):
     run = folder(tmp_path)
     write_state(tmp_path / "state-000000001.pt", content)
-    with pytest.warns(UserWarning, match="holds no state with a step"), pytest.raises(ValueError, match="can be read"):
+    with pytest.warns(UserWarning, match="has no step"), pytest.raises(ValueError, match="can be read"):
         run.load_state()
 
 
@@ -294,5 +264,5 @@ def test_a_state_without_a_step_is_none(tmp_path, content):
 def test_broken_settings_are_named(tmp_path, text):
     folder(tmp_path)
     (tmp_path / "config.json").write_bytes(text)
-    with pytest.raises(ValueError, match=r"config.json is no configuration of a run"):
+    with pytest.raises(ValueError, match=r"config.json is not the configuration of a run"):
         RunFolder(tmp_path, CONFIG, resume=True)

@@ -21,20 +21,7 @@ pytest.importorskip("sklearn")
 
 def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    words = [
-        "--augment",
-        "boundary",
-        "--site",
-        "patch",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "32",
-        "--accumulate",
-        "2",
-        "--out",
-        str(out),
-    ]
+    words = f"--augment boundary --site patch --epochs 2 --batch-size 32 --accumulate 2 --out {out}".split()
     assert main(["finetune", "--dry-run", *words]) == 0
     text = capsys.readouterr().out
     # 1167 images: 36 batches an epoch; an image costs 6 for two views, 3 x 2 for the noise
@@ -63,7 +50,7 @@ def test_dry_run_looks_at_the_model_that_would_be_trained(tmp_path: Path) -> Non
     assert " random |" in dry_run(FinetuneConfig())
 
 
-def test_a_model_without_a_nullspace_to_measure_is_told() -> None:
+def test_a_model_without_a_nullspace_to_measure_is_named() -> None:
     assert "resnet18: " in dry_run(FinetuneConfig(model="resnet18", augment="none")).splitlines()[-1]
 
 
@@ -79,7 +66,7 @@ def test_the_encoder_of_the_synthesis_counts() -> None:
     assert 2 * weights < written_out < 12 * weights  # folded and packed
 
 
-def test_a_sharded_run_needs_a_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sharded_run_needs_a_shard_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastnull.distributed.processes.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("fastnull.distributed.processes.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("fastnull.distributed.processes.distributed.get_world_size", lambda: 4)
@@ -89,7 +76,7 @@ def test_a_sharded_run_needs_a_share_of_the_memory(monkeypatch: pytest.MonkeyPat
 
 
 def test_dry_run_refuses_what_the_run_would() -> None:
-    with pytest.raises(ValueError, match="batch_size must divide"):
+    with pytest.raises(ValueError, match="batch_size must be divisible"):
         dry_run(FinetuneConfig(batch_size=10, accumulate=3))
 
 

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
-from fastnull.data import digits
-from fastnull.finetune import FinetuneConfig, finetune
+from fastnull.finetune import finetune
 from fastnull.finetune.logs import LOGS
+from tests.finetune.runs import SMALL
 
-pytest.importorskip("sklearn")
-
-CONFIG = FinetuneConfig(augment="none", epochs=1, batch_size=16, num_classes=10, log_every=1, progress=False)
+CONFIG = replace(SMALL, epochs=1, num_classes=10)
+Data = tuple[Tensor, Tensor]
 Sent = list[tuple[int, str, float]]
 
 
@@ -48,13 +48,12 @@ def stand_in(sent: Sent, ended: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("kind", LOGS)
-def test_every_record_is_sent(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_record_is_sent(kind: str, few: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: Sent = []
     ended: list[str] = []
     module = "torch.utils.tensorboard" if kind == "tensorboard" else kind
     monkeypatch.setitem(sys.modules, module, stand_in(sent, ended))
-    images, labels = digits()[0].tensors
-    finetune(replace(CONFIG, log=kind, out=str(tmp_path)), train_data=(images[:48], labels[:48]))
+    finetune(replace(CONFIG, log=kind, out=str(tmp_path)), train_data=few)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     expected = {(line["step"], f"{line['kind']}/loss", line["loss"]) for line in lines}
     assert expected == {entry for entry in sent if entry[1].endswith("/loss")}
@@ -62,11 +61,10 @@ def test_every_record_is_sent(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert len(ended) == 1
 
 
-def test_a_missing_library_is_told_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(few: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    images, labels = digits()[0].tensors
     with pytest.raises(ImportError, match=r"log='wandb' needs wandb \(pip install wandb\)"):
-        finetune(replace(CONFIG, log="wandb", out=str(tmp_path)), train_data=(images[:48], labels[:48]))
+        finetune(replace(CONFIG, log="wandb", out=str(tmp_path)), train_data=few)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

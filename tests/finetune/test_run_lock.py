@@ -45,9 +45,9 @@ def holder(folder: Path, how: str = "alone") -> Iterator[subprocess.Popen[str]]:
                 os.killpg(process.pid, 9)
 
 
-def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_by_name_of_the_first(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
-        message = f"^out {re.escape(str(tmp_path))} is in use by process {process.pid} on .*, which writes there"
+        message = f"^out {re.escape(str(tmp_path))} is in use by process {process.pid} on .*: wait until it ends"
         for _ in range(2):
             with pytest.raises(ValueError, match=message), locked(tmp_path):
                 pass
@@ -110,13 +110,13 @@ def test_who_waits_for_a_file_that_is_removed_locks_the_new_one(
             check_unlocked(tmp_path)
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(handle: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with (
-        pytest.warns(UserWarning, match="cannot be locked .*No locks available.*start no second run"),
+        pytest.warns(UserWarning, match="cannot be locked .*No locks available.*do not start a second run"),
         locked(tmp_path),
     ):
         pass

@@ -106,6 +106,20 @@ def test_a_run_in_a_graph_is_the_eager_run(
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs")
+def test_graphs_of_several_batch_sizes_are_the_eager_run_and_leave_no_memory(make_vit: Factory) -> None:
+    encoder = FrozenEncoder(make_vit(depth=3).to(DEVICE), dtype=torch.bfloat16)
+    batches = list(torch.rand(104, 3, 16, 16, device=DEVICE).split([10, 64, 10, 10, 10]))
+    config = SynthesisConfig(mode="per_image", steps=3, graph=True)
+    eager = synthesize(encoder, batches, replace(config, graph=False))
+    held = []
+    for _ in range(4):
+        with pytest.warns(UserWarning, match="another shape"):
+            assert synthesize(encoder, batches, config).tokens.equal(eager.tokens)
+        held.append(torch.cuda.memory_allocated())
+    assert held[3] <= held[1], "a workspace of cuBLAS stays for every capture"
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs")
 def test_memory_is_fixed_after_the_first_steps(make_vit: Factory) -> None:
     encoder = FrozenEncoder(make_vit().to(DEVICE), dtype=torch.bfloat16)
     images = [torch.rand(8, 3, 16, 16, device=DEVICE)]

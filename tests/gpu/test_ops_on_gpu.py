@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from fastnull import ops, testing
-from fastnull.ops.attention import attention_dqkv_ref, attention_dqkv_sdpa, attention_ref, attention_sdpa
 from fastnull.ops.linear_gelu import decode_derivative, encode_derivative, gelu_ref
 from fastnull.ops.patch_project import patch_project_ref
 from tests.gpu.place import DEVICE, DTYPES, needs_gpu, randn
+from tests.ops import checks
 
 pytestmark = needs_gpu
 
@@ -27,31 +27,17 @@ def test_attention(tokens: int, heads: int, width: int, dtype: torch.dtype) -> N
     """From the tokens on; 3 images, odd on purpose."""
     qkv = randn(3, tokens, 3, heads, width, dtype=dtype)
     grad_o = randn(3, tokens, heads, width, dtype=dtype, seed=1)
-    with testing.poisoned():
-        o, dqkv = ops.attention(qkv, 0.2), ops.attention_dqkv(qkv, grad_o, 0.2)
-    testing.assert_within_budget(o, attention_ref(qkv.double(), 0.2), attention_sdpa(qkv, 0.2), "o")
-    exact, torchs = attention_dqkv_ref(qkv.double(), grad_o.double(), 0.2), attention_dqkv_sdpa(qkv, grad_o, 0.2)
-    for part, name in enumerate(("dq", "dk", "dv")):
-        testing.assert_gradient_close(dqkv[:, :, part], exact[:, :, part], torchs[:, :, part], name)
-    assert ops.attention_dqkv(qkv, grad_o, 0.2).equal(dqkv), "runs repeat bit for bit"
+    checks.attention(qkv, grad_o, 0.2)
+    once, again = (ops.attention_dqkv(qkv, grad_o, 0.2) for _ in range(2))
+    assert once.equal(again), "runs repeat bit for bit"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [384, 768, 1024, 1280])
 def test_layer_norm(width: int, dtype: torch.dtype) -> None:
     x, dxhat, dres = (randn(3, 197, width, dtype=dtype, seed=seed) for seed in range(3))
-
-    def gradient(dt: torch.dtype) -> torch.Tensor:
-        leaf = x.to(dt).clone().requires_grad_()
-        (dx,) = torch.autograd.grad(F.layer_norm(leaf, (width,), eps=1e-6), leaf, dxhat.to(dt))
-        return dx + dres.to(dt)
-
-    with testing.poisoned():
-        y, mean, rstd = ops.layer_norm_stats(x)
-        dx = ops.layer_norm_dx(dxhat, x, mean, rstd, dres)
-    exact = F.layer_norm(x.double(), (width,), eps=1e-6)
-    testing.assert_within_budget(y, exact, F.layer_norm(x, (width,), eps=1e-6), "y")
-    testing.assert_gradient_close(dx, gradient(torch.float64), gradient(dtype), "dx")
+    checks.layer_norm_gradient(x, dxhat, dres)
+    checks.layer_norm(x, None, None)
 
 
 @pytest.mark.parametrize("kind", ["none", "tanh"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,18 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastnull.augment import NullspaceAugment
-from fastnull.compat import import_timm
 from fastnull.vit import NormalizedModel
-
-NAMES = {"lightning.pytorch": "lightning", "pytorch_lightning": "pytorch_lightning"}
-
-
-@pytest.fixture(params=NAMES)
-def library(request: pytest.FixtureRequest) -> Any:
-    """(the library, our callback for it)."""
-    import_timm()
-    ours = importlib.import_module(f"fastnull.integrations.{NAMES[request.param]}")
-    return importlib.import_module(request.param), ours.NullspaceCallback
+from tests.integrations.models import QUIET
 
 
 def module_of(library: Any, vit: NormalizedModel) -> Any:
@@ -58,8 +47,7 @@ def module_of(library: Any, vit: NormalizedModel) -> Any:
 
 
 def trainer_of(library: Any, callback: Any, epochs: int, **settings: Any) -> Any:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    settings = {"enable_checkpointing": False, "max_epochs": epochs, **quiet, **settings}
+    settings = {"enable_checkpointing": False, "max_epochs": epochs, **QUIET, **settings}
     return library.Trainer(callbacks=[callback], **settings)
 
 
@@ -74,12 +62,12 @@ def loader(images: Tensor) -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 def test_training_forwards_see_noise_and_validation_none(
-    library: Any, vit: NormalizedModel, images: Tensor, loader: Any
+    lightning: Any, vit: NormalizedModel, images: Tensor, loader: Any
 ) -> None:
-    lightning, make = library
-    module = module_of(lightning, vit)
+    library, make = lightning
+    module = module_of(library, vit)
     callback = module.callback = make(lambda module: NullspaceAugment(module.vit, "random"))
-    trainer_of(lightning, callback, 2).fit(module, loader, loader)
+    trainer_of(library, callback, 2).fit(module, loader, loader)
     assert len(module.training_logits) == 8
     assert not any(torch.allclose(noisy, clean) for noisy, clean in module.training_logits)
     assert set(module.validation_steps) == {0}
@@ -90,15 +78,15 @@ def test_training_forwards_see_noise_and_validation_none(
 
 @pytest.mark.filterwarnings("ignore")
 def test_resumed_run_ends_bit_for_bit_the_same(
-    library: Any, make_vit: Any, images: Tensor, loader: Any, tmp_path: Path
+    lightning: Any, make_vit: Any, images: Tensor, loader: Any, tmp_path: Path
 ) -> None:
-    lightning, make = library
+    library, make = lightning
 
     def fit(epochs: int, path: Path | None = None) -> tuple[Any, Any, Any]:
         torch.manual_seed(0)
-        module = module_of(lightning, make_vit())
+        module = module_of(library, make_vit())
         callback = module.callback = make(universal, [images])
-        trainer = trainer_of(lightning, callback, epochs)
+        trainer = trainer_of(library, callback, epochs)
         trainer.fit(module, loader, ckpt_path=path)
         return trainer, module, callback
 
@@ -112,7 +100,7 @@ def test_resumed_run_ends_bit_for_bit_the_same(
     assert torch.equal(again.augment.bank.tokens, noise.augment.bank.tokens)
     for mine, theirs in zip(resumed.vit.parameters(), whole.vit.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    # a state from within an epoch: the bank comes from it, and is not learnt again
+    # a state from within an epoch: its bank is used, and not learned again
     state = half.state_dict()
     late = make(universal, [images])
     late.load_state_dict(state)
@@ -124,16 +112,16 @@ def test_resumed_run_ends_bit_for_bit_the_same(
 
 
 @pytest.mark.filterwarnings("ignore:Found .* module")
-def test_model_in_eval_mode_is_told(library: Any, vit: NormalizedModel, loader: Any) -> None:
-    lightning, make = library
-    module = module_of(lightning, vit)
+def test_model_in_eval_mode_is_warned_of(lightning: Any, vit: NormalizedModel, loader: Any) -> None:
+    library, make = lightning
+    module = module_of(library, vit)
     callback = module.callback = make(lambda module: NullspaceAugment(module.vit.eval(), "random"))
-    with pytest.warns(UserWarning, match=r"the model is in eval mode when training begins .* call its train\(\)"):
-        trainer_of(lightning, callback, 1, limit_train_batches=1).fit(module, loader)
+    with pytest.warns(UserWarning, match=r"the model is in eval mode when training starts .* call its train\(\)"):
+        trainer_of(library, callback, 1, limit_train_batches=1).fit(module, loader)
 
 
-def test_processes_have_noise_of_their_own(library: Any, vit: NormalizedModel) -> None:
-    _, make = library
+def test_processes_have_noise_of_their_own(lightning: Any, vit: NormalizedModel) -> None:
+    _, make = lightning
     callback = make(lambda module: NullspaceAugment(module.vit, "random"))
     callback.on_fit_start(None, SimpleNamespace(vit=vit))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0))

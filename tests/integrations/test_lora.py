@@ -12,27 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnull.augment import NullspaceAugment
-from fastnull.compat import import_timm
 from fastnull.encoder import FrozenEncoder
 from fastnull.nullspace import patch_projection
 from fastnull.vit import NormalizedModel
 from fastnull.vit.base import logits_of
+from tests.integrations.models import hf_model
 
-import_timm()
 peft = pytest.importorskip("peft")
 loralib = pytest.importorskip("loralib")
-from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
-
 LABELS = torch.arange(8)
 TIMM = ["qkv", "proj", "fc1"]  # `proj` is also the patch embedding's
 HF = ["q_proj", "v_proj", "o_proj", "fc1", "fc2"]
-
-
-def hf_model() -> ViTForImageClassification:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return ViTForImageClassification(
-        ViTConfig(image_size=16, patch_size=4, num_labels=10, initializer_range=0.2, **sizes)
-    )
 
 
 def loud(model: nn.Module) -> nn.Module:

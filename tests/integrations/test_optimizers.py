@@ -1,4 +1,4 @@
-"""Noise is made with the model's current weights, whoever wrote them and however."""
+"""Noise is computed with the model's current weights, however they were written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,35 +139,14 @@ def test_every_optimizer_of_timm(
     check_fresh(vit, step, watch, images, create_graph=second_order)
 
 
-def by_data(model: nn.Module, other: nn.Module) -> None:
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        mine.data.copy_(theirs)
+def for_each(write: Callable[[Any, Tensor], Any]) -> Callable[[nn.Module, nn.Module], None]:
+    """A function of (parameter, new value), for all parameters of a model."""
 
-
-def by_new_data(model: nn.Module, other: nn.Module) -> None:
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        mine.data = theirs.detach().clone()
-
-
-def by_storage(model: nn.Module, other: nn.Module) -> None:
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        mine.untyped_storage().copy_(theirs.detach().clone().untyped_storage())
-
-
-def by_numpy(model: nn.Module, other: nn.Module) -> None:
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        mine.detach().numpy()[...] = theirs.detach().numpy()
-
-
-def by_set(model: nn.Module, other: nn.Module) -> None:
-    with torch.no_grad():
+    def written(model: nn.Module, other: nn.Module) -> None:
         for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-            mine.set_(theirs.detach().clone())
+            write(mine, theirs.detach().clone())
 
-
-def by_swap_tensors(model: nn.Module, other: nn.Module) -> None:
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        torch.utils.swap_tensors(mine, theirs)
+    return written
 
 
 def by_vector(model: nn.Module, other: nn.Module) -> None:
@@ -221,23 +201,13 @@ def by_swapping_ema(model: nn.Module, other: nn.Module) -> None:
 
 
 WRITES = {
-    function.__name__: function
-    for function in (
-        by_data,
-        by_new_data,
-        by_storage,
-        by_numpy,
-        by_set,
-        by_swap_tensors,
-        by_vector,
-        by_foreach,
-        by_loading,
-        by_assigning,
-        by_new_parameters,
-        by_new_modules,
-        by_optimizer_state,
-        by_swapping_ema,
-    )
+    "by_data": for_each(lambda mine, new: mine.data.copy_(new)),
+    "by_new_data": for_each(lambda mine, new: setattr(mine, "data", new)),
+    "by_storage": for_each(lambda mine, new: mine.untyped_storage().copy_(new.untyped_storage())),
+    "by_numpy": for_each(lambda mine, new: numpy.copyto(mine.detach().numpy(), new.numpy())),
+    "by_set": for_each(torch.no_grad()(lambda mine, new: mine.set_(new))),
+    "by_swap_tensors": for_each(lambda mine, new: torch.utils.swap_tensors(mine, nn.Parameter(new))),
+    **{name: function for name, function in globals().items() if name.startswith("by_")},
 }
 
 
@@ -254,7 +224,7 @@ def test_every_way_to_write_weights(
     loss, _ = aug.loss(images, LABELS, F.cross_entropy)
     assert (seen[1] - seen[0]).abs().max() > MOVED
     assert max(gaps) < SMALL
-    # a copy of the new model, with an augmentation of its own, makes the same noise
+    # a copy of the new model with a new augmentation gives the same noise
     fresh = NullspaceAugment(copy.deepcopy(model), "boundary", steps=1, backend=backend)
     fresh.step = 1
     torch.testing.assert_close(loss, fresh.loss(images, LABELS, F.cross_entropy)[0], rtol=1e-5, atol=1e-5)

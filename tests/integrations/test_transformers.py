@@ -15,24 +15,17 @@ from torch import Tensor, nn
 from fastnull.augment import NullspaceAugment
 from fastnull.integrations.transformers import FILE, NullspaceCallback, NullspaceTrainer, Trainer
 from fastnull.vit import NormalizedModel
+from tests.integrations.models import hf_model, hf_trainer
 
-from transformers import (  # isort: skip  (after fastnull: see fastnull.compat)
-    PrinterCallback,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import ViTForImageClassification  # isort: skip  (after fastnull: see fastnull.compat)
 from transformers.modeling_outputs import ImageClassifierOutput  # isort: skip
 
 COUNT = 24
 
 
-def model(
-    kind: type[ViTForImageClassification] = ViTForImageClassification, *, num_labels: int = 10, **changes: Any
-) -> ViTForImageClassification:
+def model(*kind: type[ViTForImageClassification], **changes: Any) -> ViTForImageClassification:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, **changes}
-    return kind(ViTConfig(image_size=16, patch_size=4, num_labels=num_labels, initializer_range=0.2, **sizes))
+    return hf_model(*kind, **changes)
 
 
 def samples() -> list[dict[str, Any]]:
@@ -45,20 +38,8 @@ def images() -> Tensor:
 
 
 def build(kind: type[Trainer], folder: Path, network: nn.Module, **extra: Any) -> Trainer:
-    arguments = {
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 8,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **extra.pop("arguments", {}),
-    }
-    data = samples()
-    trainer = kind(network, TrainingArguments(str(folder), **arguments), train_dataset=data, eval_dataset=data, **extra)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 8, **extra.pop("arguments", {})}
+    return hf_trainer(kind, folder, network, samples(), arguments, **extra)
 
 
 def universal(network: nn.Module) -> NullspaceAugment:
@@ -72,7 +53,7 @@ def weights(trainer: Trainer) -> list[Tensor]:
 def test_training_has_both_views_and_evaluation_one(tmp_path: Path) -> None:
     network = model()
     trainer = build(NullspaceTrainer, tmp_path, network, arguments={"label_smoothing_factor": 0.1})
-    with pytest.raises(RuntimeError, match="it has not begun"):
+    with pytest.raises(RuntimeError, match="has not happened yet"):
         _ = trainer.augment
     mean = trainer.train().training_loss
     assert trainer.augment.step == 6, "one draw a batch"
@@ -155,32 +136,6 @@ def test_universal_mode_without_batches_says_so(tmp_path: Path) -> None:
         build(NullspaceTrainer, tmp_path, model(), augment=universal).train()
 
 
-def test_accumulated_gradients_are_the_mean_over_the_batch(tmp_path: Path) -> None:
-    def trained(batch: int, parts: int) -> list[Tensor]:
-        arguments = {
-            "per_device_train_batch_size": batch,
-            "gradient_accumulation_steps": parts,
-            "max_steps": 1,
-            "optim": "sgd",
-            "learning_rate": 1.0,
-            "max_grad_norm": 0.0,
-        }
-        # noise of length 0: what is drawn for an image depends on its place in the batch
-        trainer = build(
-            NullspaceTrainer,
-            tmp_path,
-            model(),
-            arguments=arguments,
-            augment=lambda network: NullspaceAugment(network, "random", limit=0.0),
-        )
-        trainer.train()
-        return weights(trainer)
-
-    start = list(model().parameters())
-    for whole, parts, before in zip(trained(8, 1), trained(4, 2), start, strict=True):
-        torch.testing.assert_close(parts - before, whole - before, rtol=1e-4, atol=1e-6)
-
-
 def silent(network: nn.Module) -> NullspaceAugment:
     """Noise of length 0: both views are the clean one."""
     return NullspaceAugment(network, "random", limit=0.0)
@@ -192,7 +147,7 @@ def focal(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tenso
 
 
 class Weighted(ViTForImageClassification):
-    """A user's model with a loss of its own in its forward."""
+    """A user's model that computes another loss in its forward."""
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         logits = super().forward(pixel_values).logits

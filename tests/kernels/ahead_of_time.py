@@ -1,4 +1,4 @@
-"""Compile what a launcher launches, for GPUs that are not there, and read what the compiler made of it.
+"""Compile what a launcher launches for GPUs that are not present, and read the resources of the result.
 
 The launcher runs on meta tensors of real sizes while the launch is caught; the caught arguments give the signature and
 the specialisation (divisible by 16, equal to 1, None) by Triton's own rules, so what is compiled is what a GPU runs.
@@ -10,8 +10,7 @@ import inspect
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,8 @@ class Compiled:
     ptx: str
 
 
-@contextmanager
-def caught_launches() -> Iterator[list[Launch]]:
-    """Launches inside the block run nothing and end up in the list."""
+def launches_of(call: Callable[[], None]) -> list[Launch]:
+    """What `call` launches; nothing is run."""
     launches: list[Launch] = []
 
     def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -63,12 +61,6 @@ def caught_launches() -> Iterator[list[Launch]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", catch)
-        yield launches
-
-
-def launches_of(call: Callable[[], None]) -> list[Launch]:
-    """What `call` launches."""
-    with caught_launches() as launches:
         call()
     return launches
 

@@ -116,7 +116,7 @@ REGISTERS: dict[str, tuple[tuple[int, int, int], ...]] = {
 
 
 def launches_for(case: str, capability: int) -> list[Launch]:
-    """What is launched on a GPU of this capability: the tables hold entries for some alone."""
+    """Launches on a GPU of this capability; some table entries are only for some capabilities."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_kernels, "capability_of", lambda x: capability)
         return launches_of(CASES[case])
@@ -176,7 +176,7 @@ def test_every_tile_of_the_tables_is_compiled(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_sizes_of_one_compile() -> None:
-    """Triton makes an integer argument of 1 a constant: other code, which the interpreter never sees."""
+    """Triton makes an integer argument of 1 a constant: other code, which the interpreter does not run."""
     x, per_row, code = meta(1, 1, 1), meta(1, dtype=F32), meta(1, 1, dtype=U8)
     v, lr = meta(1, 1, dtype=F32), meta(1, dtype=torch.float64)
 
@@ -198,7 +198,7 @@ def test_sizes_of_one_compile() -> None:
         compile_for(launch, 90)
 
 
-def test_the_gate_sees_spills() -> None:
+def test_spills_are_found() -> None:
     """The resource reader against a kernel that must spill: 64 x 256 scores and their gradient, with 4 warps."""
     launch = launches_for("attention, 197 tokens", 90)[1]
     too_large = {**launch.arguments, "KEYS": 256, "WHOLE": True}

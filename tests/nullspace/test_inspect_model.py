@@ -1,4 +1,4 @@
-"""`inspect_model`: models that timm's names do not reach."""
+"""`inspect_model`: models of other libraries."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastnull.compat import import_timm
 from fastnull.models import create_model
 from fastnull.nullspace.inspection import format_table, inspect_model, inspect_models
 from fastnull.vit import HookedViT, NormalizedModel
+from tests.vit.zoo import find
 
 
 def test_same_row_as_by_name() -> None:
@@ -24,41 +25,25 @@ def test_same_row_as_by_name() -> None:
     assert given["weights"] == "given"
 
 
-def test_other_libraries() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
-    )
-    model = transformers.ViTForImageClassification(config)
+def test_transformers_by_folder_and_as_a_model(tmp_path: Path) -> None:
+    model = find("transformers", "ViT")
     with torch.no_grad():
         model.vit.embeddings.patch_embeddings.projection.weight[10:] = 0
-    wrapped = NormalizedModel(model, [0.5] * 3, [0.25] * 3)
-    row = inspect_model(wrapped)
+    model.save_pretrained(tmp_path / "vit")
+    name, weights = f"transformers:{tmp_path / 'vit'}", tmp_path / "vit" / "model.safetensors"
+    (row,) = inspect_models([name])
+    assert (row["model"], row["rank"], row["nullity"], row["tokens"]) == (name, 32, 16, 16)
+    assert row["weights"] == "random"
+    (row,) = inspect_models([name], checkpoint=weights)
+    assert (row["rank"], row["nullity"], row["weights"]) == (10, 38, str(weights))
+    row = inspect_model(NormalizedModel(model, [0.5] * 3, [0.25] * 3))
     assert (row["model"], row["rank"], row["nullity"], row["tokens"]) == ("ViTForImageClassification", 10, 38, 16)
     assert (row["mean"], row["std"]) == ([0.5] * 3, [0.25] * 3)
     assert "ViTForImageClassification" in format_table([row])
 
-
-def test_transformers_by_folder(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    import_timm()
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.ViTConfig(**size, image_size=16, patch_size=4)
-    model = transformers.ViTForImageClassification(config)
-    with torch.no_grad():
-        model.vit.embeddings.patch_embeddings.projection.weight[10:] = 0
-    model.save_pretrained(tmp_path / "vit")
-    name = f"transformers:{tmp_path / 'vit'}"
-    (row,) = inspect_models([name])
-    assert (row["model"], row["rank"], row["nullity"], row["tokens"]) == (name, 16, 32, 16)
-    assert row["weights"] == "random"
-    weights = tmp_path / "vit" / "model.safetensors"
-    (row,) = inspect_models([name], checkpoint=weights)
-    assert (row["rank"], row["nullity"], row["weights"]) == (10, 38, str(weights))
-
-    transformers.DINOv3ViTConfig(**size, image_size=16, patch_size=4).save_pretrained(tmp_path / "dinov3")
+    find("transformers", "DINOv3").backbone.config.save_pretrained(tmp_path / "dinov3")
     (row,) = inspect_models([f"transformers:{tmp_path / 'dinov3'}"])
-    assert (row["rank"], row["nullity"], row["tokens"]) == (16, 32, 16)
+    assert (row["rank"], row["nullity"], row["tokens"]) == (32, 16, 16)
 
 
 def test_torchvision_and_open_clip_by_name() -> None:

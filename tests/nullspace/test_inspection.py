@@ -1,4 +1,4 @@
-"""`inspect`: rows from shapes alone, from weights, and reasons where there is nothing to measure."""
+"""`inspect`: rows from shapes, from weights, and reasons why nothing can be measured."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def test_rows_of_known_models() -> None:
     assert [row["model"] for row in (digits, base, eva, swin)] == names
     assert {row["reason"] for row in (digits, base, eva, swin)} == {None}
     assert (base["values"], base["width"], base["rank"], base["nullity"]) == (3072, 768, 768, 2304)
-    assert (base["share"], base["per_channel_nullity"], base["patch"], base["tokens"]) == (0.75, 768, (32, 32), 49)
+    assert (base["fraction"], base["per_channel_nullity"], base["patch"], base["tokens"]) == (0.75, 768, (32, 32), 49)
     assert (eva["nullity"], eva["per_channel_nullity"], eva["tokens"], eva["image_size"]) == (396, 12, 256, (224, 224))
-    assert (swin["nullity"], swin["share"], swin["tokens"]) == (0, 0, 3136)
+    assert (swin["nullity"], swin["fraction"], swin["tokens"]) == (0, 0, 3136)
     assert (digits["nullity"], digits["values"], digits["channels"], digits["tokens"]) == (16, 48, 3, 16)
     assert swin["mean"] == [0.485, 0.456, 0.406]
     assert base["tolerance"] == 2**-23

@@ -1,4 +1,4 @@
-"""PixelNullspace: noise that no token shows, images that stay valid, and workers that see the bank."""
+"""PixelNullspace: noise that changes no token, valid images, and workers that share the bank."""
 
 from __future__ import annotations
 
@@ -36,14 +36,16 @@ def tokens(model: NormalizedModel, images: Tensor) -> Tensor:
 
 
 def leak(model: NormalizedModel, images: Tensor, noisy: Tensor) -> float:
-    """How far tokens move, as a share of how far they could for a change of that length."""
+    """Change of the tokens relative to the largest possible one for this change of the images."""
     weight = model.network.patch_embed.proj.weight.detach().flatten(1) / 0.5
     moved = (tokens(model, noisy) - tokens(model, images)).norm()
     return float(moved / (torch.linalg.matrix_norm(weight, 2) * (noisy - images).norm()))
 
 
 @pytest.mark.parametrize("valid", ["shrink", "shrink_image"])
-def test_shrunk_noise_is_unseen_and_images_stay_valid(vit: NormalizedModel, images: Tensor, valid: str) -> None:
+def test_shrunk_noise_is_in_the_nullspace_and_images_stay_valid(
+    vit: NormalizedModel, images: Tensor, valid: str
+) -> None:
     images = 0.1 + 0.8 * images
     before, labels = images.clone(), torch.arange(8)
     noise = PixelNullspace(vit, 16, scale=0.2, valid=valid)
@@ -54,7 +56,7 @@ def test_shrunk_noise_is_unseen_and_images_stay_valid(vit: NormalizedModel, imag
     assert noisy.min() >= 0
     assert noisy.max() <= 1
     assert leak(vit, images, noisy) < 1e-6
-    # as far as it goes: every image, or patch, has a pixel on a bound or all of its noise
+    # the largest factor: every image has a pixel on a bound
     assert bool(((noisy < 1e-6) | (noisy > 1 - 1e-6)).flatten(1).any(1).all())
 
 
@@ -96,14 +98,14 @@ def test_normalised_images_have_bounds_of_their_own(vit: NormalizedModel, images
         PixelNullspace(vit, 16)(torch.full((1, 3, 16, 16), 2.0))
 
 
-def test_only_the_chosen_share_of_images_is_changed(vit: NormalizedModel, images: Tensor) -> None:
+def test_only_a_fraction_of_images_is_changed(vit: NormalizedModel, images: Tensor) -> None:
     assert torch.equal(PixelNullspace(vit, 16, p=0.0)(images), images)
     many = images.repeat(25, 1, 1, 1)
     changed = (PixelNullspace(vit, 16, p=0.25)(many) != many).flatten(1).any(1).float().mean()
     assert 0.15 < changed < 0.35
 
 
-def test_preimages_of_token_noise_move_the_tokens_by_it(vit: NormalizedModel, images: Tensor) -> None:
+def test_banks_of_token_noise_and_of_pixel_noise(vit: NormalizedModel, images: Tensor) -> None:
     made = synthesize(vit, images, SynthesisConfig(count=3, limit=0.1, steps=2))
     noise = PixelNullspace(vit, 16, noise=made, bounds=None)
     assert noise.bank.shape == (3, 3, 16, 16)
@@ -111,9 +113,6 @@ def test_preimages_of_token_noise_move_the_tokens_by_it(vit: NormalizedModel, im
     moved = tokens(vit, noise(images)) - tokens(vit, images)  # [8, 16, 32]
     gap = (moved[:, None] - made.tokens[None]).flatten(2).norm(dim=2).amin(dim=1)  # to the nearest noise [8]
     assert gap.max() < 1e-4 * made.norm.min()
-
-
-def test_noise_in_pixels_is_the_bank(vit: NormalizedModel, images: Tensor) -> None:
     made = synthesize(vit, images, SynthesisConfig(site="pixels", count=2, limit=0.1, steps=2))
     noise = PixelNullspace(vit, 16, noise=made, valid="clamp")
     assert torch.equal(noise.bank, made.tokens)
@@ -164,7 +163,7 @@ def test_tv_tensors_keep_their_kind_and_share_the_noise(vit: NormalizedModel, im
 
 
 @pytest.mark.parametrize(("context", "workers"), [("fork", 2), ("spawn", 1)])
-def test_running_workers_see_the_bank_and_repeat_with_the_seed(
+def test_running_workers_share_the_bank_and_repeat_with_the_seed(
     vit: NormalizedModel, images: Tensor, context: str, workers: int
 ) -> None:
     space = PatchNullspace.from_model(vit)
@@ -220,7 +219,7 @@ def test_bad_images_and_noise_are_named(vit: NormalizedModel, images: Tensor) ->
         noise(images[:, :, :12])
     with pytest.raises(ValueError, match=r"shape \[B, C, H, W\]"):
         noise(images[0])
-    with pytest.raises(ValueError, match="site 'block0' has no pixels"):
+    with pytest.raises(ValueError, match="site 'block0' has no pre-image"):
         noise.refresh(synthesize(vit, images, SynthesisConfig(site="block0", steps=1)))
 
 

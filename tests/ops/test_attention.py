@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastnull import ops, testing
 from fastnull.ops.attention import attention_dqkv_ref, attention_dqkv_sdpa, attention_ref, attention_sdpa
+from tests.ops import checks
 
-BACKENDS = testing.cpu_backends()
 DTYPES = [torch.float32, torch.bfloat16]
 # N: 1 = CLS alone; 7 = less than a vector of AVX2; 50 = B/32, one query block, tail of 2 in a vector; 64 = whole
 # vectors; 73 = one more than a query block holds, so two blocks that add into dk and dv; 197 = B/16, three
@@ -31,124 +30,62 @@ def inputs(B: int, N: int, H: int, d: int, dtype: torch.dtype, seed: int = 0) ->
     return testing.randn((B, N, 3, H, d), dtype, g), testing.randn((B, N, H, d), dtype, g)
 
 
-def torch_attention(qkv: torch.Tensor, scale: float) -> torch.Tensor:
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-
-def torch_gradient(qkv: torch.Tensor, grad_o: torch.Tensor, scale: float) -> torch.Tensor:
-    leaf = qkv.clone().requires_grad_()
-    return torch.autograd.grad(torch_attention(leaf, scale), leaf, grad_o)[0]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_gradient(backend: str, case: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    qkv, grad_o = inputs(*case, dtype)
-    scale = case[3] ** -0.5
-    with testing.use_backend(backend), testing.poisoned():
-        o = ops.attention(qkv)
-        dqkv = ops.attention_dqkv(qkv, grad_o)
-    testing.assert_within_budget(o, torch_attention(qkv.double(), scale), torch_attention(qkv, scale), "o")
-    reference, baseline = torch_gradient(qkv.double(), grad_o.double(), scale), torch_gradient(qkv, grad_o, scale)
-    for part, name in enumerate(("dq", "dk", "dv")):
-        if case[1] == 1 and name != "dv":  # one token: the softmax is constant
-            assert dqkv[:, :, part].abs().max() <= 1e-6
-            continue
-        testing.assert_gradient_close(dqkv[:, :, part], reference[:, :, part], baseline[:, :, part], name)
+    checks.attention(*inputs(*case, dtype), case[3] ** -0.5)
 
 
 @pytest.mark.parametrize("N", [257, 577])
 def test_long_sequences_on_the_level_in_use(N: int) -> None:
     """/14 and 384-pixel models; four and nine query blocks."""
-    qkv, grad_o = inputs(1, N, 1, 64, torch.float32)
-    o, dqkv = ops.attention(qkv), ops.attention_dqkv(qkv, grad_o)
-    testing.assert_within_budget(o, attention_ref(qkv.double(), 0.125), torch_attention(qkv, 0.125))
-    reference = attention_dqkv_ref(qkv.double(), grad_o.double(), 0.125)
-    testing.assert_gradient_close(dqkv, reference, torch_gradient(qkv, grad_o, 0.125))
+    checks.attention(*inputs(1, N, 1, 64, torch.float32), 0.125)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.03, -0.4])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_scale_is_an_argument(backend: str, scale: float) -> None:
     """1.0 = folded into the weights: large scores, nearly one-hot rows; negative: the maximum moves."""
-    qkv, grad_o = inputs(1, 19, 2, 32, torch.float32, seed=1)
-    with testing.use_backend(backend):
-        o, dqkv = ops.attention(qkv, scale), ops.attention_dqkv(qkv, grad_o, scale)
-    testing.assert_within_budget(o, attention_ref(qkv.double(), scale), torch_attention(qkv, scale))
-    reference = attention_dqkv_ref(qkv.double(), grad_o.double(), scale)
-    testing.assert_gradient_close(dqkv, reference, torch_gradient(qkv, grad_o, scale))
+    checks.attention(*inputs(1, 19, 2, 32, torch.float32, seed=1), scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_sum_to_one(backend: str) -> None:
-    """With v = 1 the output is the row sum of the softmax, and nothing flows back into q and k."""
-    qkv, grad_o = inputs(2, 50, 2, 64, torch.float32, seed=2)
-    qkv[:, :, 2] = 1
-    with testing.use_backend(backend):
-        o, dqkv = ops.attention(qkv), ops.attention_dqkv(qkv, grad_o)
-    torch.testing.assert_close(o, torch.ones_like(o), rtol=0, atol=1e-6)
-    torch.testing.assert_close(dqkv[:, :, :2], torch.zeros_like(dqkv[:, :, :2]), rtol=0, atol=1e-5)
+    checks.attention_rows_sum_to_one(*inputs(2, 50, 2, 64, torch.float32, seed=2))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_shift_of_the_scores_and_large_scores(backend: str) -> None:
     """A constant added to every key moves no softmax; scores of a thousand do not overflow."""
     qkv, _ = inputs(1, 33, 1, 32, torch.float32, seed=3)
     shifted = qkv.clone()
     shifted[:, :, 1] += 1.5
-    with testing.use_backend(backend):
-        torch.testing.assert_close(ops.attention(shifted), ops.attention(qkv), rtol=0, atol=2e-6)
-        assert ops.attention(qkv, 100.0).isfinite().all()
+    torch.testing.assert_close(ops.attention(shifted), ops.attention(qkv), rtol=0, atol=2e-6)
+    assert ops.attention(qkv, 100.0).isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_batch_order_does_not_matter_and_heads_are_apart(backend: str) -> None:
-    qkv, _ = inputs(3, 50, 2, 32, torch.bfloat16, seed=4)
-    with testing.use_backend(backend):
-        o = ops.attention(qkv)
-        assert ops.attention(qkv.flip(0)).equal(o.flip(0))
-        assert ops.attention(qkv[:, :, :, 1:]).equal(o[:, :, 1:])
+def test_images_and_heads_are_apart(backend: str) -> None:
+    checks.attention_of_images_and_heads_alone(*inputs(3, 50, 2, 32, torch.bfloat16, seed=4))
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_propagates_within_its_head(backend: str, part: int) -> None:
-    qkv, grad_o = inputs(1, 50, 2, 64, torch.float32, seed=5)
-    qkv[0, 49, part, 1, 63] = float("nan")
-    with testing.use_backend(backend):
-        o, dqkv = ops.attention(qkv), ops.attention_dqkv(qkv, grad_o)
-    assert o[0, :, 0].isfinite().all()
-    assert dqkv[0, :, :, 0].isfinite().all()
-    # A NaN in q reaches its own row alone, in k every row, in v one column of every row.
-    expected = attention_ref(qkv, 0.125)
-    assert o.isnan().equal(expected.isnan())
-    assert dqkv[0, :, :, 1].isnan().any()
+    checks.attention_of_nan(*inputs(1, 50, 2, 64, torch.float32, seed=5), part)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_autograd_and_given_outputs(backend: str) -> None:
     qkv, grad_o = inputs(2, 10, 2, 16, torch.float32, seed=6)
     out, dout = torch.full((2, 10, 2, 16), float("nan")), torch.full((2, 10, 3, 2, 16), float("nan"))
     leaf = qkv.clone().requires_grad_()
-    with testing.use_backend(backend):
-        (grad,) = torch.autograd.grad(ops.attention(leaf), leaf, grad_o)
-        assert ops.attention(qkv, out=out) is out
-        assert ops.attention_dqkv(qkv, grad_o, out=dout) is dout
-        assert out.equal(ops.attention(qkv))
-        assert dout.equal(grad)
-        with pytest.raises(ValueError, match="out cannot be given"):
-            ops.attention(leaf, out=out)
+    (grad,) = torch.autograd.grad(ops.attention(leaf), leaf, grad_o)
+    assert ops.attention(qkv, out=out) is out
+    assert ops.attention_dqkv(qkv, grad_o, out=dout) is dout
+    assert out.equal(ops.attention(qkv))
+    assert dout.equal(grad)
+    with pytest.raises(ValueError, match="out cannot be given"):
+        ops.attention(leaf, out=out)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2, 8), (2, 0, 3, 2, 8), (2, 5, 3, 0, 8)])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend: str, shape: tuple[int, ...]) -> None:
-    B, N, _, H, d = shape
-    with testing.use_backend(backend):
-        assert ops.attention(torch.empty(shape)).shape == (B, N, H, d)
-        assert ops.attention_dqkv(torch.empty(shape), torch.empty(B, N, H, d)).shape == shape
+    checks.attention_of_nothing(torch.empty(shape))
 
 
 def test_transposed_heads_are_copied_and_right() -> None:
@@ -167,14 +104,12 @@ def test_bad_arguments_are_named() -> None:
         ops.attention(qkv, out=torch.zeros(2, 4, 16))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     qkv, grad_o = inputs(2, 5, 2, 8, torch.float32, seed=8)
-    with testing.use_backend(backend):
-        testing.opcheck("attention_out", (qkv, 0.3, torch.empty(2, 5, 2, 8)))
-        testing.opcheck("attention_dqkv_out", (qkv, grad_o, 0.3, torch.empty(2, 5, 3, 2, 8)))
-        # A dense permuted output: what a fake that invents strides would get wrong.
-        testing.opcheck("attention_out", (qkv, 0.3, torch.empty(2, 2, 5, 8).transpose(1, 2)))
+    testing.opcheck("attention_out", (qkv, 0.3, torch.empty(2, 5, 2, 8)))
+    testing.opcheck("attention_dqkv_out", (qkv, grad_o, 0.3, torch.empty(2, 5, 3, 2, 8)))
+    # A dense permuted output: what a fake that invents strides would get wrong.
+    testing.opcheck("attention_out", (qkv, 0.3, torch.empty(2, 2, 5, 8).transpose(1, 2)))
 
 
 @pytest.mark.parametrize("shape", [(2, 50, 3, 2, 64), (1, 5, 3, 1, 130)])
@@ -182,8 +117,7 @@ def test_opcheck(backend: str) -> None:
 def test_torchs_attention_is_the_fallback_of_wide_heads(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """The fallback of a GPU, on CPU tensors: the same forward and packed gradient, also without grad mode."""
     source = torch.Generator().manual_seed(0)
-    qkv = testing.randn(shape, dtype, source)
-    grad_o = testing.randn((*shape[:2], *shape[3:]), dtype, source)
+    qkv, grad_o = testing.randn(shape, dtype, source), testing.randn((*shape[:2], *shape[3:]), dtype, source)
     with torch.no_grad():
         o, dqkv = attention_sdpa(qkv, 0.2), attention_dqkv_sdpa(qkv, grad_o, 0.2)
     with torch.inference_mode():

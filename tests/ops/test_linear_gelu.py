@@ -8,56 +8,27 @@ import torch.nn.functional as F
 
 from fastnull import ops, testing
 from fastnull.ops.linear_gelu import decode_derivative, encode_derivative, gelu_ref
+from tests.ops import checks
 
-BACKENDS = testing.cpu_backends()
 DTYPES = [torch.float32, torch.bfloat16]
 KINDS = ["none", "tanh"]
 # 3072 = ViT-B's hidden width; 197 = a tail at every level; 5 = less than a vector.
 SHAPES = [(2, 50, 3072), (3, 197), (4, 5)]
 
 
-def torch_derivative(z: torch.Tensor, kind: str) -> torch.Tensor:
-    leaf = z.clone().requires_grad_()
-    return torch.autograd.grad(F.gelu(leaf, approximate=kind).sum(), leaf)[0]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_value_and_derivative(backend: str, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
     g = torch.Generator().manual_seed(0)
     z, bias = 2 * testing.randn(shape, dtype, g), torch.randn(shape[-1], generator=g).to(dtype)
-    z64 = z.double() + bias.double()
     derivative = torch.full(shape, float("nan")) if dtype == torch.float32 else torch.zeros(shape, dtype=torch.uint8)
-    h = z.clone()
-    with testing.use_backend(backend):
-        assert ops.gelu_(h, bias, kind, derivative=derivative) is h
-    testing.assert_within_budget(h, F.gelu(z64, approximate=kind), F.gelu(z + bias, approximate=kind), "h")
-    reference = torch_derivative(z64, kind)
-    if dtype == torch.float32:
-        testing.assert_within_budget(derivative, reference, torch_derivative(z + bias, kind), "derivative")
-    else:
-        # Half a step of 0.005, and the rounding of z + bias in float32.
-        assert (decode_derivative(derivative).double() - reference).abs().max() <= 0.0025 + 1e-5
+    checks.gelu(z, bias, kind, derivative)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_far_tails_are_exact(backend: str, kind: str) -> None:
-    """Saturated ends: h = 0 or z, derivative 0 or 1, in both storages; the tail keeps relative accuracy (erf)."""
-    z = torch.tensor([-1e30, -100.0, -40.0, -20.0, 20.0, 40.0, 1e10])
-    with testing.use_backend(backend):
-        derivative, code = torch.empty(7), torch.empty(7, dtype=torch.uint8)
-        h = ops.gelu_(z.clone(), None, kind, derivative=derivative)
-        h16 = ops.gelu_(z.to(torch.bfloat16), None, kind, derivative=code)
-        torch.testing.assert_close(h, z.clamp(min=0), rtol=0, atol=1e-30)
-        torch.testing.assert_close(derivative, (z > 0).float(), rtol=0, atol=1e-30)
-        torch.testing.assert_close(h16, z.to(torch.bfloat16).clamp(min=0), rtol=0, atol=1e-30)
-        assert decode_derivative(code).equal((z > 0).float())
-        tail = torch.linspace(-12, -3, 50)
-        if kind == "none":
-            torch.testing.assert_close(ops.gelu_(tail.clone()).double(), gelu_ref(tail.double())[0], rtol=2e-5, atol=0)
+    checks.gelu_tails(kind, "cpu", torch.bfloat16)
 
 
 def test_code_round_trip() -> None:
@@ -79,7 +50,6 @@ def mlp(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, k
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_mlp_input_gradient(backend: str, dtype: torch.dtype, kind: str) -> None:
     """linear_gelu_derivative and linear_dgelu, as the encoder chains them."""
     g = torch.Generator().manual_seed(1)
@@ -91,7 +61,7 @@ def test_mlp_input_gradient(backend: str, dtype: torch.dtype, kind: str) -> None
         leaf = x.to(dt).requires_grad_()
         return torch.autograd.grad(mlp(leaf, w1.to(dt), b1.to(dt), w2.to(dt), kind), leaf, dy.to(dt))[0]
 
-    with testing.use_backend(backend), testing.poisoned():
+    with testing.poisoned():
         h, derivative = ops.linear_gelu_derivative(x, w1, b1, kind)
         dx = ops.linear_dgelu(dy, w2, derivative) @ w1
     forward64 = F.gelu(F.linear(x.double(), w1.double(), b1.double()), approximate=kind)
@@ -100,46 +70,25 @@ def test_mlp_input_gradient(backend: str, dtype: torch.dtype, kind: str) -> None
     assert derivative.dtype == ops.derivative_dtype(dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_autograd_of_all_inputs(backend: str) -> None:
     g = torch.Generator().manual_seed(2)
     inputs = [torch.randn(s, generator=g) for s in ((2, 5, 12), (20, 12), (20,))]
-    dy = torch.randn(2, 5, 20, generator=g)
-
-    def gradients(dt: torch.dtype) -> tuple[torch.Tensor, ...]:
-        leaves = [t.to(dt).requires_grad_() for t in inputs]
-        return torch.autograd.grad(F.gelu(F.linear(*leaves)), leaves, dy.to(dt))
-
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    with testing.use_backend(backend):
-        actual = torch.autograd.grad(ops.linear_gelu(*leaves), leaves, dy)
-    pairs = zip(("dx", "dweight", "dbias"), actual, gradients(torch.float64), gradients(torch.float32), strict=True)
-    for name, a, reference, baseline in pairs:
-        testing.assert_gradient_close(a, reference, baseline, name)
+    checks.gradients(ops.linear_gelu, lambda *x: F.gelu(F.linear(*x)), inputs, torch.randn(2, 5, 20, generator=g))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_propagates(backend: str, dtype: torch.dtype) -> None:
-    z = torch.zeros(2, 19, dtype=dtype)
-    z[1, 18] = float("nan")
-    for kind in KINDS:
-        derivative = torch.empty(2, 19, dtype=ops.derivative_dtype(dtype))
-        with testing.use_backend(backend):
-            h = ops.gelu_(z.clone(), None, kind, derivative=derivative)
-        assert int(h.isnan().sum()) == 1
-        assert h[1, 18].isnan()
+def test_nan_propagates(backend: str, dtype: torch.dtype, kind: str) -> None:
+    checks.gelu_of_nan(torch.zeros(2, 19, dtype=dtype), kind, torch.empty(2, 19, dtype=ops.derivative_dtype(dtype)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_and_given_outputs(backend: str) -> None:
-    with testing.use_backend(backend):
-        h, derivative = ops.linear_gelu_derivative(torch.empty(0, 6), torch.ones(4, 6))
-        assert h.shape == derivative.shape == (0, 4)
-        out, kept = torch.empty(3, 4), torch.empty(3, 4)
-        h, derivative = ops.linear_gelu_derivative(torch.ones(3, 6), torch.ones(4, 6), out=out, derivative=kept)
-        assert h is out
-        assert derivative is kept
+    h, derivative = ops.linear_gelu_derivative(torch.empty(0, 6), torch.ones(4, 6))
+    assert h.shape == derivative.shape == (0, 4)
+    out, kept = torch.empty(3, 4), torch.empty(3, 4)
+    h, derivative = ops.linear_gelu_derivative(torch.ones(3, 6), torch.ones(4, 6), out=out, derivative=kept)
+    assert h is out
+    assert derivative is kept
 
 
 def test_bad_arguments_are_named() -> None:
@@ -151,10 +100,8 @@ def test_bad_arguments_are_named() -> None:
         ops.linear_gelu_derivative(torch.ones(3, 6), torch.ones(4, 6), out=torch.empty(3, 5))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     z = testing.randn((1, 3, 8), torch.float32, torch.Generator().manual_seed(3))
-    with testing.use_backend(backend):
-        testing.opcheck("gelu_out", (z, torch.ones(8), False, torch.empty(1, 3, 8), torch.empty(1, 3, 8)))
-        testing.opcheck("gelu_out", (z, None, True, torch.empty(1, 3, 8), None))
-        testing.opcheck("dgelu_", (z.clone(), torch.ones(1, 3, 8)))
+    testing.opcheck("gelu_out", (z, torch.ones(8), False, torch.empty(1, 3, 8), torch.empty(1, 3, 8)))
+    testing.opcheck("gelu_out", (z, None, True, torch.empty(1, 3, 8), None))
+    testing.opcheck("dgelu_", (z.clone(), torch.ones(1, 3, 8)))

@@ -1,4 +1,4 @@
-"""Reports from made-up numbers: what they say must follow the numbers, and the files must stand alone."""
+"""Reports from made-up numbers: statements follow the numbers, and the files are self-contained."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write_run(folder: Path, settings: dict, seed: int, values: dict) -> None:
         "data": {"train": 100},
     }
     steps = [{"kind": "step", "step": step, "influence": value} for step, value in ((10, 9.0), (20, 0.2), (30, 0.4))]
-    epoch = {"kind": "epoch", "step": 30, "cost": 26000, "seconds": {"total": 12.0, "synthesis_share": 0.25}}
+    epoch = {"kind": "epoch", "step": 30, "cost": 26000, "seconds": {"total": 12.0, "synthesis_fraction": 0.25}}
     (folder / "config.json").write_text(json.dumps(about))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*steps, epoch)))
     (folder / "results.json").write_text(json.dumps(values))
@@ -81,7 +81,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def section(text: str, title: str) -> str:
-    """What stands below a heading of the Markdown, up to the next of its kind."""
+    """The text below a heading of the Markdown, up to the next heading."""
     return re.split(rf"^#+ {re.escape(title)}$", text, flags=re.MULTILINE)[1].split("\n#")[0]
 
 
@@ -99,10 +99,14 @@ class Links(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.handle_starttag("img", attrs)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def markdown_of(sources: list[Path], folder: Path) -> str:
+    return write_report(sources, folder).with_name("report.md").read_text(encoding="utf-8")
 
 
 def test_page_stands_alone_and_text_has_its_pictures(runs: Path, tmp_path: Path) -> None:
@@ -127,7 +131,7 @@ def test_page_stands_alone_and_text_has_its_pictures(runs: Path, tmp_path: Path)
 
 
 def test_sections_and_headline(runs: Path, tmp_path: Path) -> None:
-    text = write_report([runs], tmp_path / "report").with_name("report.md").read_text(encoding="utf-8")
+    text = markdown_of([runs], tmp_path / "report")
     for title in ("Result", "What holds", "What does not hold", "Accuracy under attack", "Accuracy under corruption",
                   "All numbers", "How it was obtained", "Settings of the methods"):  # fmt: skip
         assert section(text, title).strip() or title == "All numbers"
@@ -143,7 +147,7 @@ def test_sections_and_headline(runs: Path, tmp_path: Path) -> None:
 
 def test_claims_follow_the_numbers(runs: Path, tmp_path: Path) -> None:
     def holds_and_fails(folder: str) -> tuple[str, str]:
-        text = write_report([runs], tmp_path / folder).with_name("report.md").read_text(encoding="utf-8")
+        text = markdown_of([runs], tmp_path / folder)
         return section(text, "What holds"), section(text, "What does not hold")
 
     holds, fails = holds_and_fails("as it is")
@@ -221,10 +225,9 @@ def test_results_alone_and_partial_ones(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps(alone))
     other = record(90, 50, 50, steps=20)
     (tmp_path / "theirs.json").write_text(json.dumps(other))
-    sources = [tmp_path / "mine.json", tmp_path / "theirs.json"]
-    text = write_report(sources, tmp_path / "r").with_name("report.md").read_text(encoding="utf-8")
+    text = markdown_of([tmp_path / "mine.json", tmp_path / "theirs.json"], tmp_path / "r")
     assert "| mine | 90.0 | 50.0 | – |" in text
-    assert "Not like with like" in text
+    assert "Not comparable" in text
     assert "(steps)" in text
     assert "Nothing to compare" in text
     only_clean = {**alone, "results": {"clean": 90.0}}
@@ -243,7 +246,7 @@ def test_errors(runs: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             write_report([tmp_path / "broken.json"], tmp_path / "r")
     write_report([runs / "clean-0"], tmp_path / "r")
-    with pytest.raises(ValueError, match="holds a report already"):
+    with pytest.raises(ValueError, match="contains a report already"):
         write_report([runs / "clean-0"], tmp_path / "r")
     write_report([runs / "clean-0"], tmp_path / "r", overwrite=True)
 
@@ -287,10 +290,10 @@ def test_svg_is_well_formed_and_follows_the_page(runs: Path) -> None:
         assert figure.png.startswith(b"\x89PNG")
 
 
-def test_settings_of_boundary_noise_are_told() -> None:
+def test_settings_of_boundary_noise_are_shown() -> None:
     noise = {"limit": 64 / 255, "eps": 0.6, "steps": 1, "step_size": 16 / 255, "step_range": 1.0, "limit_range": 1.0}
-    told = _noise_settings({**noise, "smooth_limit": 32 / 255}, "boundary", "pixels")
-    assert told == "start up to ±64/255, smooth field up to ±32/255, ε 0.6, 1 step of up to 16/255"
+    found = _noise_settings({**noise, "smooth_limit": 32 / 255}, "boundary", "pixels")
+    assert found == "start up to ±64/255, smooth field up to ±32/255, ε 0.6, 1 step of up to 16/255"
     assert _noise_settings(noise, "random", "pixels") == "start up to ±64/255"
     assert _noise_settings({**noise, "contrast": 0.2}, "random", "pixels") == "start up to ±64/255 at contrast 0.2"
     plain = {"limit": 0.25, "eps": 0.6, "steps": 3, "step_size": None, "step_range": 0.0, "limit_range": 0.0}
@@ -298,8 +301,8 @@ def test_settings_of_boundary_noise_are_told() -> None:
 
 
 @pytest.mark.parametrize("name", ["results.json", "config.json", "metrics.jsonl", "demo.json"])
-def test_damaged_files_are_told_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each entry of each file in turn has a wrong type or is gone: there is a report all the same, or one error."""
+def test_errors_name_damaged_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any entry of a file removed or of a wrong type there is a report or one error."""
     monkeypatch.setattr(page, "accuracy_over_eps", lambda *given: Paragraph(str(given)))  # pictures take their time
     monkeypatch.setattr(page, "corruption_bars", lambda *given: Paragraph(str(given)))
     write_run(tmp_path / "boundary", {"augment": "boundary"}, 0, record(90.0, 50.0, 40.0))
@@ -307,21 +310,21 @@ def test_damaged_files_are_told_by_name(name: str, tmp_path: Path, monkeypatch: 
     (tmp_path / "demo.json").write_text(json.dumps(demo))
     (path,) = tmp_path.rglob(name)
     lines = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
-    told = []
+    errors = []
     for number, line in enumerate(lines):
         for what, wrong in damaged(json.loads(line)):
             path.write_text("\n".join([*lines[:number], json.dumps(wrong), *lines[number + 1 :]]))
             try:
                 to_html(compose(load_runs([tmp_path]), demo=page._demo_of([tmp_path])))
             except ValueError as error:
-                told.append((what, str(error)))
-    assert len(told) > 20
-    assert [entry for entry in told if str(path) not in entry[1] or "\n" in entry[1]] == []
+                errors.append((what, str(error)))
+    assert len(errors) > 20
+    assert [entry for entry in errors if str(path) not in entry[1] or "\n" in entry[1]] == []
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"x"', "null", "[" * 100_000, "\xff"])
 @pytest.mark.parametrize("name", ["results.json", "config.json", "metrics.jsonl", "demo.json"])
-def test_what_is_no_record_is_told_by_name(name: str, text: str, tmp_path: Path) -> None:
+def test_errors_name_files_without_a_record(name: str, text: str, tmp_path: Path) -> None:
     write_run(tmp_path / "run", {"augment": "none"}, 0, record(90.0, 50.0, 40.0))
     (tmp_path / "demo.json").write_text("{}")
     (path,) = tmp_path.rglob(name)
@@ -333,7 +336,7 @@ def test_what_is_no_record_is_told_by_name(name: str, text: str, tmp_path: Path)
         compose(load_runs([tmp_path]), demo=page._demo_of([tmp_path]))
 
 
-def test_damaged_illustrations_are_told(tmp_path: Path, runs: Path) -> None:
+def test_damaged_illustrations_are_an_error(tmp_path: Path, runs: Path) -> None:
     for facts in ({}, [], {"learned": 3}):
         Illustrations({"tokens": torch.zeros(2, 2)}, facts).save(runs / "noise.safetensors")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"noise\.safetensors holds no illustrations"):

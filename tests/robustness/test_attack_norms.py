@@ -82,7 +82,7 @@ def test_sure_models_do_not_drive_attacks_out_of_the_ball(images: Tensor, name: 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("size", SIZES)
-def test_the_size_of_the_gradient_has_no_say(images: Tensor, name: str, norm: str, size: float) -> None:
+def test_the_size_of_the_gradient_has_no_effect(images: Tensor, name: str, norm: str, size: float) -> None:
     found = ATTACKS[name](Linear(size=size), images, LABELS, EPS[norm], norm=norm)
     expected = ATTACKS[name](Linear(), images, LABELS, EPS[norm], norm=norm)
     if size > 1e-35:

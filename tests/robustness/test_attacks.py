@@ -54,12 +54,6 @@ def reference_step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return images.grad
 
 
-def test_fgsm_is_the_formula(model: NormalizedModel, batch: tuple[Tensor, Tensor]) -> None:
-    images, labels = batch
-    expected = (images + EPS * reference_step(model, images, labels).sign()).clamp(0, 1)
-    assert torch.equal(fgsm(model, images, labels, EPS), expected)
-
-
 @pytest.mark.parametrize("step_size", [None, 1 / 255])
 def test_pgd_is_the_formula(model: NormalizedModel, batch: tuple[Tensor, Tensor], step_size: float | None) -> None:
     images, labels = batch
@@ -70,28 +64,11 @@ def test_pgd_is_the_formula(model: NormalizedModel, batch: tuple[Tensor, Tensor]
     assert torch.equal(pgd(model, images, labels, EPS, step_size=step_size, random_start=False), point)
 
 
-def test_l2_pgd_is_the_formula(model: NormalizedModel, batch: tuple[Tensor, Tensor]) -> None:
-    images, labels = batch
-    point, eps = images, 0.5
-    for _ in range(10):
-        gradient = reference_step(model, point, labels)
-        point = point + eps / 4 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        change = point - images
-        size = change.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        point = (images + torch.where(size > eps, change * eps / size, change)).clamp(0, 1)
-    result = pgd(model, images, labels, eps, norm="l2", random_start=False)
-    torch.testing.assert_close(result, point, atol=1e-6, rtol=0)
-
-
-def test_fgsm_and_pgd_equal_torchattack(model: NormalizedModel, batch: tuple[Tensor, Tensor]) -> None:
+def test_mi_fgsm_equals_torchattack(model: NormalizedModel, batch: tuple[Tensor, Tensor]) -> None:
     import_timm()  # makes torchvision importable beside any torch; torchattack imports it
     library = pytest.importorskip("torchattack")
     images, labels = batch
-    theirs = library.FGSM(model, device="cpu", eps=EPS)(images, labels)
-    assert torch.equal(fgsm(model, images, labels, EPS), theirs)
-    theirs = library.PGD(model, device="cpu", eps=EPS, steps=10, alpha=EPS / 4, random_start=False)(images, labels)
-    assert torch.equal(pgd(model, images, labels, EPS, random_start=False), theirs)
-    # it keeps the change instead of the image, which rounds differently where eps / 10 is no sum of few bits
+    # it keeps the change instead of the image, which rounds differently where eps / 10 is not exact
     theirs = library.MIFGSM(model, device="cpu", eps=EPS, steps=10, decay=1.0)(images, labels)
     torch.testing.assert_close(mi_fgsm(model, images, labels, EPS), theirs, atol=1e-6, rtol=0)
 
@@ -276,28 +253,6 @@ def test_cw_leaves_what_is_misled_already(model: NormalizedModel, batch: tuple[T
     assert torch.equal(cw_l2(model, images, wrong, steps=2, search_steps=1), images)
 
 
-def test_patch_attack_changes_the_patch_that_matters() -> None:
-    class OnePatch(nn.Module):
-        """Sees nothing but the 4 x 4 pixels at row 8, column 4."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(48, 3)
-
-        def forward(self, images: Tensor) -> Tensor:
-            return self.head(images[:, :, 8:12, 4:8].flatten(1) * 4)
-
-    torch.manual_seed(0)
-    model = OnePatch()
-    images = torch.rand(4, 3, 16, 16)
-    labels = model(images).argmax(1)
-    found = patch_attack(model, images, labels, patch_size=4, steps=30)
-    changed = (found != images).any(1).any(0)  # [H, W]
-    assert changed[8:12, 4:8].all()
-    assert changed.sum() == 16
-    assert (loss_of(model, found, labels) > loss_of(model, images, labels)).all()
-
-
 # --- reproducibility
 
 
@@ -322,7 +277,7 @@ def test_generator_and_seed_choose_the_starts(model: NormalizedModel, batch: tup
     torch.manual_seed(1)
     first = run()
     torch.manual_seed(2)
-    assert torch.equal(run(), first), "the global seed has no say"
+    assert torch.equal(run(), first), "the global seed has no effect"
     assert not torch.equal(run(seed=1), first)
     generator = torch.Generator().manual_seed(5)
     drawn = run(generator=generator)

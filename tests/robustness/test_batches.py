@@ -83,7 +83,7 @@ DATA = TensorDataset(IMAGES, SORTED)
 
 
 def stacked(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
-    """A collate function of the user's."""
+    """A user's collate function."""
     return tuple(torch.stack(part) for part in zip(*items, strict=True))
 
 
@@ -258,7 +258,7 @@ def test_a_limit_is_even_over_the_classes_whatever_the_data(kind: str, limit: in
     torch.testing.assert_close(images, IMAGES[expected], atol=1 / 255, rtol=0)
     counts = labels.long().bincount(minlength=4)
     assert counts.max() - counts.min() <= 1
-    # from the middle on, as a killed run goes on
+    # from the middle, as in a resumed run
     rest = torch.cat([batch.indices for batch in data.batches(3)])
     assert torch.equal(rest, expected[3:])
     other = EvaluationData(KINDS[kind](tmp_path), 8, limit, CPU, seed=4)
@@ -273,10 +273,10 @@ def test_a_limit_beyond_the_data_is_all_of_it(kind: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_what_a_limit_chose(world: int) -> None:
+def test_processes_split_what_a_limit_chose(world: int) -> None:
     data = EvaluationData(Pairs(), 4, 22, CPU)
-    shared = [batch.indices for rank in range(world) for batch in data.batches(0, rank, world)]
-    assert torch.equal(torch.cat(shared).sort().values, even_subset(SORTED, 22, 0))
+    parts = [batch.indices for rank in range(world) for batch in data.batches(0, rank, world)]
+    assert torch.equal(torch.cat(parts).sort().values, even_subset(SORTED, 22, 0))
 
 
 def test_a_stream_has_no_limit() -> None:

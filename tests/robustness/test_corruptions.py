@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from pathlib import Path
@@ -13,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnull.rng import KeyedRandom
 from fastnull.robustness import CORRUPTIONS, DEMO_CORRUPTIONS, corrupt
 from fastnull.robustness.corruptions import SEVERITIES, frost_source
 from fastnull.robustness.corruptions.base import border, zoom
-from fastnull.robustness.corruptions.blur import _copies, disk
+from fastnull.robustness.corruptions.blur import _copies
 from fastnull.robustness.corruptions.frost import made_pictures
 from fastnull.robustness.corruptions.noise import poisson
 from fastnull.robustness.corruptions.weather import plasma
-from fastnull.robustness.keyed import KeyedRandom
 
 ndimage = pytest.importorskip("scipy.ndimage")
 pytest.importorskip("cv2")  # spatter
@@ -125,7 +124,7 @@ def test_pixels_just_outside_count_as_black_and_white(photos: Tensor) -> None:
         assert torch.equal(corrupt(near, name, 2), corrupt(near.clamp(0, 1), name, 2))
 
 
-def test_caller_autocast_has_no_say(photos: Tensor) -> None:
+def test_autocast_of_the_caller_has_no_effect(photos: Tensor) -> None:
     expected = corrupt(photos, "gaussian_blur", 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(corrupt(photos, "gaussian_blur", 3), expected)
@@ -216,53 +215,6 @@ def test_impulse_noise_counts(severity: int) -> None:
 
 
 # --- blurs
-
-
-@pytest.mark.parametrize("severity", SEVERITIES)
-def test_gaussian_blur_is_scikit_images(photos: Tensor, severity: int) -> None:
-    filters = pytest.importorskip("skimage.filters")
-    # also 16 px, where a radius of 24 px reaches over both borders
-    for images in (photos, photos[:, :, :16, :16]):
-        expected = filters.gaussian(image_of(images[0]), sigma=(1, 2, 3, 4, 6)[severity - 1], channel_axis=-1)
-        assert_same(corrupt(images, "gaussian_blur", severity)[0], expected)
-
-
-def reference_disk(radius: int, sigma: float) -> np.ndarray:
-    reach, soft = (8, 1) if radius <= 8 else (radius, 2)
-    x, y = np.meshgrid(np.arange(-reach, reach + 1), np.arange(-reach, reach + 1))
-    flat = ((x**2 + y**2) <= radius**2).astype(np.float64)
-    taps = np.exp(-(np.arange(-soft, soft + 1) ** 2) / (2 * sigma**2))
-    taps /= taps.sum()
-    return ndimage.convolve(flat / flat.sum(), np.outer(taps, taps), mode="mirror")
-
-
-@pytest.mark.parametrize("severity", SEVERITIES)
-def test_defocus_blur_is_a_mirrored_convolution(photos: Tensor, severity: int) -> None:
-    settings = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[severity - 1]
-    kernel = reference_disk(*settings)
-    np.testing.assert_allclose(disk(*settings).numpy(), kernel, atol=1e-8)
-    picture = image_of(photos[0])
-    expected = np.stack([ndimage.correlate(picture[..., c], kernel, mode="mirror") for c in range(3)], -1)
-    assert_same(corrupt(photos, "defocus_blur", severity)[0], expected)
-
-
-@pytest.mark.parametrize("severity", SEVERITIES)
-def test_zoom_blur_is_scipys_zoom(photos: Tensor, severity: int) -> None:
-    factors = [
-        np.arange(1, 1.11, 0.01), np.arange(1, 1.16, 0.01), np.arange(1, 1.21, 0.02), np.arange(1, 1.26, 0.02),
-        np.arange(1, 1.31, 0.03),
-    ][severity - 1]  # fmt: skip
-    picture = image_of(photos[0])
-    total = picture.copy()
-    for factor in factors:
-        crops, trims = [], []
-        for size in picture.shape[:2]:
-            crop = math.ceil(size / round(factor, 10))
-            crops.append(slice((size - crop) // 2, (size - crop) // 2 + crop))
-            trim = (round(crop * factor) - size) // 2
-            trims.append(slice(trim, trim + size))
-        total += ndimage.zoom(picture[tuple(crops)], (factor, factor, 1), order=1)[tuple(trims)]
-    assert_same(corrupt(photos, "zoom_blur", severity)[0], total / (len(factors) + 1), atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "factor"), [(48, 4.5), (17, 4.0), (48, 1.03)])  # trimmed by 1, by 1, not at all
@@ -369,20 +321,6 @@ def test_snow_by_its_parts(photos: Tensor) -> None:
     assert_same(corrupt(images, "snow", 2)[0], white + flakes + np.rot90(flakes, 2), atol=1e-5)
 
 
-@pytest.mark.parametrize("severity", SEVERITIES)
-def test_brightness_and_saturate_are_hsv(photos: Tensor, severity: int) -> None:
-    color = pytest.importorskip("skimage.color")
-    images = photos.clone()
-    images[0, :, 0, :4] = torch.tensor([[0, 1, 0.5, 0.3]] * 3)  # black, white, gray: no hue
-    hsv = color.rgb2hsv(image_of(images[0]))
-    brighter, coloured = hsv.copy(), hsv.copy()
-    brighter[..., 2] = (hsv[..., 2] + (0.1, 0.2, 0.3, 0.4, 0.5)[severity - 1]).clip(0, 1)
-    factor, offset = ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))[severity - 1]
-    coloured[..., 1] = (hsv[..., 1] * factor + offset).clip(0, 1)
-    assert_same(corrupt(images, "brightness", severity)[0], color.hsv2rgb(brighter))
-    assert_same(corrupt(images, "saturate", severity)[0], color.hsv2rgb(coloured), atol=1e-5)
-
-
 def test_made_frost_is_always_the_same_and_varied() -> None:
     pictures = made_pictures()
     assert len(pictures) == 5
@@ -457,10 +395,12 @@ def test_deterministic_ones_equal_imagecorruptions(
     photos: Tensor, oracle: Any, name: str, atol: float, severity: int
 ) -> None:
     image = pytest.importorskip("PIL.Image")
-    pixels = photos[2].mul(255).round().byte().permute(1, 2, 0).numpy()
-    expected = np.asarray(getattr(oracle, name)(image.fromarray(pixels), severity), dtype=np.float64) / 255
-    bytes_ = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
-    assert_same(corrupt(bytes_, name, severity)[0], expected, atol=atol)
+    whole = photos[2].mul(255).round().byte().permute(1, 2, 0).numpy()
+    whole[0, :4] = np.array([[0], [255], [128], [77]])  # black, white, gray: no hue
+    for pixels in (whole, whole[:16, :16]):  # 16: kernels reach over both borders
+        expected = np.asarray(getattr(oracle, name)(image.fromarray(pixels), severity), dtype=np.float64) / 255
+        bytes_ = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+        assert_same(corrupt(bytes_, name, severity)[0], expected, atol=atol)
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
@@ -481,29 +421,6 @@ def test_spatter_equals_imagecorruptions(
 
 
 # --- digital
-
-
-@pytest.mark.parametrize("severity", SEVERITIES)
-def test_contrast_is_the_formula(photos: Tensor, severity: int) -> None:
-    c = (0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1]
-    picture = image_of(photos[1])
-    mean = picture.mean((0, 1), keepdims=True)
-    assert_same(corrupt(photos, "contrast", severity)[1], (picture - mean) * c + mean)
-
-
-@pytest.mark.parametrize("severity", SEVERITIES)
-def test_pixelate_is_pillows_box(photos: Tensor, severity: int) -> None:
-    image = pytest.importorskip("PIL.Image")
-    fraction = (0.6, 0.5, 0.4, 0.3, 0.25)[severity - 1]
-    for images in (photos, photos[:, :, :16, :16]):
-        height, width = images.shape[2:]
-        for channel in range(3):
-            # mode F: Pillow's resampling without its rounding to 8 bits
-            picture = image.fromarray(images[0, channel].numpy(), mode="F")
-            small = picture.resize((int(width * fraction), int(height * fraction)), image.Resampling.BOX)
-            expected = np.asarray(small.resize((width, height), image.Resampling.BOX))
-            result = corrupt(images, "pixelate", severity)[0, channel].numpy()
-            np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("severity", [1, 2, 5])  # the three regimes: affine, strong waves, fine waves
@@ -529,14 +446,6 @@ def test_elastic_transform_is_scipys_sampling(photos: Tensor, severity: int) -> 
         result = corrupt(photos[:1], "elastic_transform", severity)[0, channel].numpy()
         # float32 positions of some hundred pixels; a few land on the other side of a pixel's edge
         np.testing.assert_allclose(result, expected.clip(0, 1), atol=2e-3)
-
-
-def test_jpeg_is_pillows(photos: Tensor) -> None:
-    image = pytest.importorskip("PIL.Image")
-    file = io.BytesIO()
-    image.fromarray((image_of(photos[2]) * 255).round().astype(np.uint8)).save(file, "JPEG", quality=18)
-    expected = np.asarray(image.open(file)) / 255
-    assert_same(corrupt(photos, "jpeg_compression", 2)[2], expected)
 
 
 @pytest.mark.parametrize(("rule", "mode"), [("nearest", "edge"), ("reflect", "symmetric"), ("reflect101", "reflect")])

@@ -19,6 +19,7 @@ from fastnull.robustness import evaluate
 from fastnull.vit import NormalizedModel
 from tests.robustness.small_model import make_model
 from tests.robustness.test_evaluate import QUICK, Counting, make_data
+from tests.test_paths import OBSTACLES
 
 CPU_MESSAGES = (
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8",
@@ -29,7 +30,7 @@ CPU_MESSAGES = (
 class Failing(nn.Module):
     """Raises an error once, after some calls."""
 
-    def __init__(self, error: Exception, after: int) -> None:
+    def __init__(self, error: BaseException, after: int) -> None:
         super().__init__()
         self.inner = make_model(dtype=torch.float64)
         self.error, self.left = error, after
@@ -52,7 +53,7 @@ class Failing(nn.Module):
 def test_finished_batches_stay_when_memory_runs_out(error: Exception, tmp_path: Path) -> None:
     data, out = make_data(), tmp_path / "result.json"
     expected = evaluate(Counting(), data, batch_size=8, **QUICK)
-    # clean takes 7 calls, FGSM 2 a batch: this is its fourth
+    # clean takes 7 calls, FGSM 2 per batch: this is its fourth
     message = r"^fgsm/1/255: cpu has no memory left; smaller batches .*resuming"
     with pytest.raises(torch.OutOfMemoryError, match=message):
         evaluate(Failing(error, 7 + 2 * 3), data, batch_size=8, out=out, **QUICK)
@@ -74,18 +75,15 @@ def test_an_allocation_that_truly_fails() -> None:
         evaluate(Greedy(ValueError(), 9), make_data(), suites=("clean",), progress=False)
 
 
-def test_other_runtime_errors_keep_batches_and_stay_themselves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt("boom")], ids=repr)
+def test_other_errors_and_interrupts_keep_batches_and_stay_themselves(error: BaseException, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    with pytest.raises(RuntimeError, match=r"^boom$"):
-        evaluate(Failing(RuntimeError("boom"), 3), make_data(), batch_size=8, out=out, **QUICK)
+    with pytest.raises(type(error), match=r"^boom$"):
+        evaluate(Failing(error, 3), make_data(), batch_size=8, out=out, **QUICK)
     assert json.loads(out.read_text())["partial"]["position"] == 24
 
 
-def test_interrupts_keep_batches_and_bad_input_leaves_no_file(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(Counting(fail_after=3), make_data(), batch_size=8, out=out, **QUICK)
-    assert json.loads(out.read_text())["partial"]["position"] == 24
+def test_bad_input_leaves_no_file(tmp_path: Path) -> None:
     images, labels = make_data()
     labels[-1] = 99
     with pytest.raises(ValueError, match="labels must lie in"):
@@ -116,29 +114,19 @@ def test_a_file_that_is_no_result_is_refused_by_name(text: str, tmp_path: Path) 
     assert out.read_text() == text
 
 
-def make_place(kind: str, folder: Path) -> Path:
-    place = folder / "result.json"
-    if kind == "pipe":
-        os.mkfifo(place)
-    elif kind == "folder":
-        place.mkdir()
-    elif kind == "link":
-        (folder / "elsewhere.json").write_text("{}")
-        place.symlink_to(folder / "elsewhere.json")
-    else:
-        return Path("/dev/null")
-    return place
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
 @pytest.mark.parametrize("resume", [True, False])
-@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "device"])
-def test_what_is_no_regular_file_is_neither_read_nor_replaced(kind: str, resume: bool, tmp_path: Path) -> None:
-    place = make_place(kind, tmp_path)
-    before = os.lstat(place).st_mode
-    with pytest.raises(ValueError, match=str(place)):
+@pytest.mark.parametrize("kind", OBSTACLES)
+def test_what_is_not_a_regular_file_is_neither_read_nor_replaced(
+    kind: str, resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    place = Path("result.json")
+    OBSTACLES[kind](place)
+    before = os.lstat(place)
+    with pytest.raises(ValueError, match=r"result\.json"):
         evaluate(make_model(dtype=torch.float64), make_data(), out=place, resume=resume, **QUICK)
-    assert os.lstat(place).st_mode == before
+    assert os.lstat(place) == before
 
 
 def left_by(path: Path, process: int) -> Path:
@@ -211,7 +199,7 @@ def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
     )  # fmt: skip
     expected = evaluate(make_model(dtype=torch.float64), make_data(), limit=20, **QUICK)
     assert record["results"] == expected["results"]
-    # and a run without NumPy's goes on with its file
+    # and a run without NumPy's numbers resumes from its file
     again = evaluate(make_model(dtype=torch.float64), make_data(), limit=20, out=tmp_path / "a.json", **QUICK)
     assert again["results"] == expected["results"]
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnull.encoder import FrozenEncoder
 from fastnull.models import create_model
-from fastnull.synthesis import SynthesisConfig, synthesize
+from fastnull.synthesis import SynthesisConfig, gauss_newton, synthesize
 from fastnull.synthesis.gauss_newton import DAMPING, gauss_newton_step
 from fastnull.synthesis.objective import influence, probability_change
 from fastnull.synthesis.solvers import shared_rows
@@ -36,11 +37,17 @@ def one_of_one(value: Tensor) -> Tensor:
     return value
 
 
-WAYS = pytest.mark.parametrize("mean", [None, one_of_one], ids=["factorised", "conjugate gradients"])
 Mean = Callable[[Tensor], Tensor] | None
 
 
-@WAYS
+@pytest.fixture(params=["one process", "one process on a GPU", "several processes"])
+def mean(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mean:
+    """The argument that makes the step take one of its ways."""
+    if request.param == "one process on a GPU":
+        monkeypatch.setattr(gauss_newton, "_by_cholesky", gauss_newton._by_conjugate_gradients)
+    return one_of_one if request.param == "several processes" else None
+
+
 @pytest.mark.parametrize("radius", [100.0, 0.01])
 def test_step_is_the_dense_solve(radius: float, mean: Mean) -> None:
     noise, changes, rows = problem()
@@ -52,7 +59,6 @@ def test_step_is_the_dense_solve(radius: float, mean: Mean) -> None:
         torch.testing.assert_close(step.flatten(1).norm(dim=1), radius * noise.flatten(1).norm(dim=1))
 
 
-@WAYS
 def test_a_push_is_solved_for_with_the_changes(mean: Mean) -> None:
     noise, changes, rows = problem()
     push = torch.randn_like(noise)
@@ -65,7 +71,6 @@ def test_a_push_is_solved_for_with_the_changes(mean: Mean) -> None:
         torch.testing.assert_close(step[m], expected, rtol=1e-9, atol=1e-10)
 
 
-@WAYS
 def test_push_moves_along_itself_where_no_image_objects(mean: Mean) -> None:
     noise, changes, rows = problem()
     rows[:, :, 0] = 0  # the first token is seen by no image
@@ -76,14 +81,12 @@ def test_push_moves_along_itself_where_no_image_objects(mean: Mean) -> None:
     torch.testing.assert_close(pushed - plain, push / (DAMPING * trace)[:, None, None])
 
 
-@WAYS
 def test_nothing_to_solve_is_no_step(mean: Mean) -> None:
     noise, changes, rows = problem()
     assert not gauss_newton_step(noise, changes, rows * 0, 0.1, mean=mean).any()
     assert not gauss_newton_step(noise, changes * 0, rows, 0.1, mean=mean).any()
 
 
-@WAYS
 def test_a_broken_noise_is_seen_and_leaves_the_others(mean: Mean) -> None:
     noise, changes, rows = problem()
     expected = gauss_newton_step(noise, changes, rows, 9.0, mean=mean)[0]
@@ -93,15 +96,36 @@ def test_a_broken_noise_is_seen_and_leaves_the_others(mean: Mean) -> None:
     assert step[1].isnan().any()
 
 
-def test_conjugate_gradients_are_as_exact_in_float32() -> None:
-    """At the size of a real step, whose system has a condition number of 200."""
-    noise, changes, rows = (value.float() for value in problem(M=2, B=64))
-    rows *= torch.linspace(0.1, 3, 64).view(1, 64, 1, 1)
-    steps = [gauss_newton_step(noise, changes, rows, 1e9, mean=mean) for mean in (None, one_of_one)]
-    torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=1e-4 * float(steps[0].abs().max()))
+@pytest.mark.parametrize("B", [16, 64, 256])
+@pytest.mark.parametrize("spectrum", ["even", "steep"])
+def test_every_way_is_the_direct_solve_of_float64(B: int, spectrum: str, mean: Mean) -> None:
+    """At the size of a real step, whose system has a condition number of 200, in float32."""
+    scales = torch.linspace(0.1, 3, B) if spectrum == "even" else torch.arange(1, B + 1) ** -1.0
+    noise, changes, rows = torch.randn(1, 8, 64), torch.rand(1, B), torch.randn(1, B, 8, 64) * scales.view(B, 1, 1)
+    expected = dense_step(noise[0].double().flatten(), changes[0].double(), rows[0].double().flatten(1), 1e9)
+    step = gauss_newton_step(noise, changes, rows, 1e9, mean=mean).flatten().double()
+    assert (step - expected).norm() < 1e-5 * expected.norm()
 
 
-@WAYS
+@pytest.mark.parametrize("push", [0.0, torch.ones(1, 5, 8, dtype=torch.float64)], ids=["no push", "push"])
+def test_passes_over_the_rows(push: Tensor | float, mean: Mean) -> None:
+    """What the module's docstring says, by the operations that read all rows."""
+    _, changes, rows = problem(M=1)
+    passes: list[Any] = []
+
+    class Counts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            reads = any(isinstance(value, Tensor) and value.numel() == rows.numel() for value in args)
+            if reads and not func.is_view:
+                passes.append(func)
+            return result
+
+    with Counts():
+        gauss_newton_step(torch.ones(1, 5, 8, dtype=torch.float64), changes, rows, 1.0, push, mean)
+    assert len(passes) == (50 if mean is one_of_one else 2 + isinstance(push, Tensor))
+
+
 def test_the_order_of_images_does_not_matter(mean: Mean) -> None:
     noise, changes, rows = problem(M=1, B=16)
     order = torch.randperm(16)

@@ -1,5 +1,6 @@
-"""Models of every library: entered in the middle they are still themselves, noise reaches them, and errors say what
-to do. Small models with random weights; a library that is not installed skips its own."""
+"""Models of every library: split models give the same results, noise reaches them, and errors say what to do.
+
+Models are small, with random weights. Tests of libraries that are not installed are skipped."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from fastnull.vit import HookedViT, NormalizedModel, split
 from fastnull.vit.base import logits_of
 from fastnull.vit.parts import LiveLinear, UnsupportedModelError
 from fastnull.vit.split import as_split
-from tests.vit.support_table import PAGE, images_for, missing, page, row, sites
-from tests.vit.zoo import KINDS, Kind
+from tests.vit.support_table import PAGE, images_for, page, row, sites
+from tests.vit.zoo import KINDS, Kind, find
 
 WRITTEN_OUT = {
     ("timm", "ViT"), ("timm", "DeiT, distilled"), ("timm", "DINOv2, registers"), ("timm", "SigLIP, average pooling"),
@@ -33,23 +34,12 @@ WRITTEN_OUT = {
 
 @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind.library}, {kind.name}")
 def kind(request: pytest.FixtureRequest) -> Kind:
-    reason = missing(request.param)
-    if reason:
-        pytest.skip(reason)
-    return request.param
-
-
-def find(library: str, name: str) -> nn.Module:
-    kind = next(kind for kind in KINDS if (kind.library, kind.name) == (library, name))
-    if missing(kind):
-        pytest.skip(missing(kind))
-    return kind.model()
+    return request.param.or_skip()
 
 
 def test_the_table_in_the_docs_is_what_was_found() -> None:
-    absent = {reason for kind in KINDS if (reason := missing(kind))}
-    if absent:
-        pytest.skip(", ".join(sorted(absent)))
+    for kind in KINDS:
+        kind.or_skip()
     assert PAGE.read_text(encoding="utf-8") == page([row(kind) for kind in KINDS]), (
         "docs/models.md is out of date: python tests/vit/support_table.py"
     )
@@ -72,7 +62,7 @@ def test_steps_are_the_forward(kind: Kind) -> None:
             assert expected.shape == (2, vit.num_classes or 5)
             if "block0" in found and "Swin" not in kind.name:
                 assert vit.embed(images, "block0").shape[1] == vit.num_prefix_tokens + patches[0, ..., 0].numel()
-    assert not any(module._forward_hooks for module in model.modules())  # nothing stays behind
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_noise_at_the_site_changes_the_logits_and_has_a_gradient(kind: Kind) -> None:
@@ -274,7 +264,7 @@ def test_bad_models_say_what_to_do() -> None:
     assert FrozenEncoder(model, site="pixels").backend == "reference"
     with pytest.raises(ValueError, match=r"Strange has no module named 'patches'"):
         HookedViT(model, "patches")
-    with pytest.raises(ValueError, match=r"Strange does not say its image size: pass image_size"):
+    with pytest.raises(ValueError, match=r"Strange has no known image size: pass image_size"):
         HookedViT(Strange(nn.Sequential(nn.Conv2d(3, 2, 4))), "inner")
     with pytest.raises(ValueError, match="a LayerNorm, has no convolution"):
         HookedViT(model, "inner.norm", image_size=(32, 32))
@@ -284,10 +274,7 @@ def test_bad_models_say_what_to_do() -> None:
         FrozenEncoder(find("timm", "ResNet"))
     with pytest.raises(ValueError, match="Linear has no convolution"):
         FrozenEncoder(nn.Linear(2, 2), site="pixels")
-
-
-def test_a_module_that_the_forward_never_calls() -> None:
-    model = Strange(find("timm", "ViT"))
+    # a module that the forward never calls
     model.spare = nn.Conv2d(3, 4, 4)
     vit = HookedViT(model, "spare", image_size=(32, 32))
     with pytest.raises(RuntimeError, match="does not call the module of a site"):

@@ -1,4 +1,4 @@
-"""The fast encoder is taken only where reading weights is as good as calling modules, whenever that ends."""
+"""The written-out encoder is used only while reading weights is equivalent to calling modules."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def gap(model: nn.Module, encoder: FrozenEncoder, images: Tensor) -> float:
 
 @pytest.mark.parametrize("site", ["patch", "block0", "pixels"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_weights_do_not_tell_is_seen(
+def test_changes_that_weights_do_not_show_are_found(
     make_vit: Callable[..., NormalizedModel], images: Tensor, change: str, site: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastnull.encoder.frozen._warned", set())
@@ -178,7 +178,7 @@ def test_a_hook_that_goes_makes_it_fast_again(vit: NormalizedModel, images: Tens
     assert encoder.generation == 1, "nothing changed"
 
 
-def test_a_global_hook_is_seen(vit: NormalizedModel) -> None:
+def test_a_global_hook_is_found(vit: NormalizedModel) -> None:
     handle = torch_module.register_module_forward_hook(lambda *a: None)
     try:
         assert FrozenEncoder(vit).backend == "reference"
@@ -187,7 +187,9 @@ def test_a_global_hook_is_seen(vit: NormalizedModel) -> None:
     assert FrozenEncoder(vit).backend == "cpu"
 
 
-def test_a_forward_of_a_class_is_seen(vit: NormalizedModel, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_forward_of_a_class_is_found(
+    vit: NormalizedModel, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     live = FrozenEncoder(vit)
     kind = type(attention(vit))
     before = kind.forward
@@ -198,7 +200,7 @@ def test_a_forward_of_a_class_is_seen(vit: NormalizedModel, images: Tensor, monk
     assert gap(vit, live, images) < 1e-5
 
 
-def test_what_training_changes_is_no_change_of_the_model(vit: NormalizedModel) -> None:
+def test_attributes_of_training_do_not_change_a_snapshot(vit: NormalizedModel) -> None:
     before = snapshot(vit)
     vit.train()
     attention(vit).proj_drop.p = 0.3
@@ -214,10 +216,10 @@ def test_a_subclass_of_the_wrapper_is_the_model(vit: NormalizedModel, images: Te
         assert gap(model, encoder, images) < 1e-5
 
 
-def test_accelerates_wrapper_changes_precision_alone(vit: NormalizedModel, images: Tensor) -> None:
+def test_accelerates_wrapper_only_changes_precision(vit: NormalizedModel, images: Tensor) -> None:
     accelerate = pytest.importorskip("accelerate")
     plain = FrozenEncoder(vit)(FrozenEncoder(vit).embed(images))
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # another test's precision stays else
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # the precision of another test
     model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(vit)
     assert "forward" in model.__dict__
     assert own_methods(model) == []
@@ -238,7 +240,7 @@ def test_our_own_hooks_are_no_change(vit: NormalizedModel) -> None:
     assert [aug.encoder.backend for aug in augs] == ["cpu", "cpu"]
 
 
-def test_parts_that_are_read_wrongly_are_found_by_their_values(vit: NormalizedModel, images: Tensor) -> None:
+def test_wrong_parts_are_found_by_their_values(vit: NormalizedModel, images: Tensor) -> None:
     class Misread(TimmViT):
         def parts(self) -> Any:
             parts = super().parts()
@@ -255,18 +257,18 @@ def test_parts_that_are_read_wrongly_are_found_by_their_values(vit: NormalizedMo
 
 
 def test_construction_costs_one_pass_of_two_images(vit: NormalizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    vit.network.patch_drop.register_forward_hook(lambda m, a, o: seen.append(len(o)))
+    batches: list[int] = []
+    vit.network.patch_drop.register_forward_hook(lambda m, a, o: batches.append(len(o)))
     monkeypatch.setattr("fastnull.vit.exact.WATCHERS", ("tests.", __name__))
     encoder = FrozenEncoder(vit)
     assert encoder.backend == "cpu"
-    assert seen == [2]
+    assert batches == [2]
     encoder.sync()
-    assert seen == [2]
+    assert batches == [2]
 
 
-def test_no_module_sees_a_call_of_eval(vit: NormalizedModel, images: Tensor) -> None:
-    """loralib's layers merge their weights in `eval` and would stay merged."""
+def test_eval_is_not_called(vit: NormalizedModel, images: Tensor) -> None:
+    """loralib's layers merge their weights in `eval`."""
 
     class Merging(nn.Linear):
         def train(self, mode: bool = True) -> Merging:

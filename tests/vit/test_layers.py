@@ -1,4 +1,4 @@
-"""Depths of parameters: as timm has them for its own models, and alike for everybody else's."""
+"""Depths of parameters: equal to timm's for its own models, and analogous for others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_blocks_are_found() -> None:
         "Block", "SwinTransformerBlock", "ConvNeXtBlock", "BasicBlock",
     ]  # fmt: skip
     assert [len(blocks) for blocks in found] == [4, 12, 12, 8]
-    with pytest.raises(ValueError, match="Linear has no list of several modules of one class"):
+    with pytest.raises(ValueError, match="Linear has no list of modules of one class"):
         blocks_of(nn.Linear(2, 2))
 
 
@@ -66,7 +66,7 @@ def test_depths_go_from_the_patches_to_the_classes(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", [OTHERS[0], OTHERS[-1]], ids=name_of)
 def test_layer_decay_of_a_model_that_timm_does_not_know(kind: Kind) -> None:
-    """Its parameters move at the rates that a timm model's at the same depth do."""
+    """Parameters have the learning rates of a timm model's parameters at the same depth."""
     rates: list[dict[tuple[int, bool], float]] = []
     for size, one in ((32, TIMM[0]), (16, kind)):
         model = one.model()

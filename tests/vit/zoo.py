@@ -1,4 +1,4 @@
-"""One small model with random weights of every kind that fastnull knows; what the support table is made from."""
+"""One small model with random weights of every supported kind, for the support table and tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -25,8 +26,24 @@ class Kind:
     name: str
     build: Callable[[], nn.Module]
 
+    def missing(self) -> str:
+        """Why the kind cannot be built here, or an empty string."""
+        try:
+            importlib.import_module(self.library)
+        except ImportError:
+            return f"{self.library} is not installed"
+        except RuntimeError:  # a torchvision of another torch, which fastnull.compat handles when the model is built
+            pass
+        return ""
+
+    def or_skip(self) -> Kind:
+        """The kind itself; skips the test if its library is missing."""
+        if self.missing():
+            pytest.skip(self.missing())
+        return self
+
     def model(self) -> nn.Module:
-        """The model in eval mode, every parameter away from its start: zeros and ones hide a branch left out."""
+        """The model in eval mode with every parameter changed: initial zeros and ones would hide a missing branch."""
         import_timm()  # where torchvision does not match torch, transformers fails too without this
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -35,6 +52,11 @@ class Kind:
                 for parameter in model.parameters():
                     parameter.add_(0.05 * torch.randn_like(parameter))
         return model.eval()
+
+
+def find(library: str, name: str) -> nn.Module:
+    """A model by its library and name, or skip."""
+    return next(kind for kind in KINDS if (kind.library, kind.name) == (library, name)).or_skip().model()
 
 
 def _timm(name: str, **changes: Any) -> Callable[[], nn.Module]:
@@ -50,24 +72,16 @@ def _transformers(kind: str, size: dict[str, Any] = SIZE, **changes: Any) -> Cal
     return build
 
 
-def _transformers_vision(kind: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        transformers = importlib.import_module("transformers")
-        config = getattr(transformers, f"{kind}Config")
-        # a text half that nobody builds; its defaults would only be logged about
-        text = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-        return getattr(transformers, f"{kind}ForImageClassification")(
-            config(vision_config=SIZE, text_config=text, num_labels=5)
-        )
-
-    return build
+# CLIP and SigLIP: the text half is not built, but its defaults would be logged
+_TWO_TOWERS: dict[str, Any] = {
+    "vision_config": SIZE, "text_config": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
+}  # fmt: skip
 
 
 def _dinov3() -> nn.Module:
     transformers = importlib.import_module("transformers")
-    config = transformers.DINOv3ViTConfig(
-        **SIZE, num_register_tokens=3, pos_embed_rescale=None
-    )  # random while it trains
+    # pos_embed_rescale is random in training
+    config = transformers.DINOv3ViTConfig(**SIZE, num_register_tokens=3, pos_embed_rescale=None)
     return PooledClassifier(transformers.DINOv3ViTModel(config), 5)
 
 
@@ -115,8 +129,8 @@ KINDS = [
     Kind("transformers", "DINOv2, registers",
          _transformers("Dinov2WithRegistersForImageClassification", num_register_tokens=3)),
     Kind("transformers", "DINOv3", _dinov3),
-    Kind("transformers", "CLIP", _transformers_vision("CLIP")),
-    Kind("transformers", "SigLIP", _transformers_vision("Siglip")),
+    Kind("transformers", "CLIP", _transformers("CLIPForImageClassification", _TWO_TOWERS)),
+    Kind("transformers", "SigLIP", _transformers("SiglipForImageClassification", _TWO_TOWERS)),
     Kind("transformers", "BEiT", _transformers("BeitForImageClassification", drop_path_rate=0.0)),
     Kind("transformers", "Swin",
          _transformers("SwinForImageClassification", {"image_size": 16, "patch_size": 2}, embed_dim=16, depths=[1, 1],

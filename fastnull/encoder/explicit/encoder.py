@@ -1,12 +1,12 @@
-"""The encoder with forward and input gradient written out over preallocated buffers: what the fast backends run.
+"""The encoder of the fast backends: forward and input gradient written out over preallocated buffers.
 
-It knows no device: the ops it calls (fastnull.ops) choose their implementation by the tensors they get.
+Its code is the same for all devices: the ops it calls (fastnull.ops) choose their implementation by their tensors.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,8 +24,41 @@ from fastnull.vit.parts import ViTParts
 
 CPU_BYTES = 2_500_000
 CPU_IMAGES = 8
-"""Images that pass through at once on the CPU: as many as CPU_BYTES of a block's widest buffer, its MLP's, take, and at
-least CPU_IMAGES. Their number bounds the memory. The products want many rows: half of it costs a ViT-S/16 step 2 %."""
+"""Images in a block at once on the CPU: as many as fill CPU_BYTES of its widest buffer, the MLP's, and at least
+CPU_IMAGES. Fewer take less memory, but products want many rows: with half as many a ViT-S/16 step takes 2 % longer."""
+
+
+class Buffers:
+    """The memory that a pass writes. Its size is fixed, since CUDA graphs hold the addresses.
+
+    Args:
+        images: most images of a pass.
+        part: most images of it in one block at once.
+        blocks: those that keep something for the backward.
+        new: (shape, dtype) → a tensor; dtype None is that of what is kept.
+        tokens, width: of an image.
+        compute: dtype of products and gradients.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        part: int,
+        blocks: Sequence[Block],
+        new: Callable[..., Tensor],
+        tokens: int,
+        width: int,
+        compute: torch.dtype,
+    ) -> None:
+        self.images = images
+        self.saved = [Saved(images * tokens, block, new) for block in blocks]
+        self.final = new(images, tokens, width)  # output of the last block
+        # its last read is where its gradient is written
+        shared = compute == self.final.dtype
+        self.gradient = self.final if shared else new(images, tokens, width, dtype=compute)
+        self.scratch: Scratch
+        if blocks:
+            self.scratch = Scratch(part * tokens, blocks[0], new)
 
 
 class ExplicitEncoder:
@@ -34,9 +67,9 @@ class ExplicitEncoder:
     Args:
         vit: adapter of the live model.
         parts: what the adapter's `parts()` gave.
-        dtype: of what is kept and handed out; norms' statistics, the last block of a class-token model and the head
-            have at least float32.
-        compute: of weights and products, see block.py; None is `dtype`.
+        dtype: of what is kept and returned; norms' statistics, the last block of a class-token model and the head have
+            at least float32.
+        compute: dtype of weights and products, see block.py; None is `dtype`.
     """
 
     def __init__(
@@ -60,22 +93,19 @@ class ExplicitEncoder:
         self.width = parts.projection.out_channels
         image = self.stem.tokens * parts.blocks[0].fc1.out_features * self.compute.itemsize
         self._part = max(CPU_IMAGES, round(CPU_BYTES / image)) if self.device.type == "cpu" else None
-        self._capacity = 0
-        self._saved: list[Saved] = []
-        self._scratch: Scratch
-        self._final: Tensor  # of the last block
-        self._gradient: Tensor
+        self._for_gradients: Buffers | None = None
+        self._for_logits: Buffers | None = None  # of one block, if those for gradients are too small
         self.sync()
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers are."""
+        """Device of the buffers."""
         return self.stem.weight.device
 
     @torch.no_grad()
     def sync(self, units: Units | None = None) -> None:
-        """Cast and fold the model's current weights into the buffers, in place. The model may be sharded in units."""
-        # what it takes to read the weights of a module: of the model for all that lies around its blocks
+        """Cast and fold the model's current weights, in place. The model may be sharded in units."""
+        # a unit is gathered to read its weights; those outside the blocks belong to the model's own unit
         gathered = nullcontext if units is None else units.gathered
         with gathered(self._model):
             self.stem.sync()
@@ -85,7 +115,7 @@ class ExplicitEncoder:
                 block.sync()
 
     def embed(self, images: Tensor, site: str) -> Tensor:
-        """Images [B, C, H, W] → the tensor at the site, in memory of its own."""
+        """Images [B, C, H, W] → the tensor at the site, in new memory."""
         if site == "pixels":
             return images.to(self.dtype)
         patches = self.stem.patches(images)
@@ -96,7 +126,7 @@ class ExplicitEncoder:
         return out
 
     def logits(self, tokens: Tensor, site: str) -> Tensor:
-        """The tensor at the site → logits [B, K] in float32 or better. Uses one block's buffers for all."""
+        """The tensor at the site → logits [B, K] in float32 or float64. All blocks use the buffers of one."""
         logits = [self._forward(tokens[part], site, forward_only=True) for part in self._parts(len(tokens))]
         return torch.cat(logits) if logits else self._no_logits()
 
@@ -108,14 +138,14 @@ class ExplicitEncoder:
         by_image: bool,
         sum_every: int | None = None,
     ) -> tuple[Tensor, ...]:
-        """Logits, the gradient of Σ logits · cotangent at the site, in memory of their own, and the results beside it.
+        """Logits, the gradient of Σ logits · cotangent at the site, both in new memory, and the other results.
 
         Args:
             tokens: the tensor at the site.
-            site: which.
-            cotangent: called with logits and the images they belong to; returns the cotangent, and results beside it.
-            by_image: the images may come in several calls; what is kept for the backward is kept for those of one.
-            sum_every: sum the gradient over so many images each time, in float32 or better.
+            site: its name.
+            cotangent: called with logits and the slice of their images; returns the cotangent and other results.
+            by_image: the cotangent may be called for parts of the batch; the backward then keeps one part only.
+            sum_every: sum the gradient over every so many images in a row, in float32 or float64.
         """
         B = len(tokens)
         if sum_every is None:
@@ -127,7 +157,7 @@ class ExplicitEncoder:
             _, *aux = cotangent(logits, slice(0, 0))
             return logits, gradient, *aux
         parts = self._parts(B) if by_image else [slice(0, B)]
-        results = []  # of each part: logits, and what came beside the cotangent
+        results = []  # of each part: logits, and the other results
         for images in parts:
             logits = self._forward(tokens[images], site)
             weights, *aux = cotangent(logits, images)
@@ -141,35 +171,36 @@ class ExplicitEncoder:
         return logits, gradient, *aux
 
     def _forward(self, tokens: Tensor, site: str, forward_only: bool = False) -> Tensor:
-        """Tokens at the site → logits, for as many images as are kept at once."""
+        """Tokens at the site → logits, in one pass."""
         B = len(tokens)
-        self._reserve(B, forward_only)
-        saved = self._saved
+        buffers = self._reserve(B, forward_only)
+        saved = buffers.saved
         if forward_only and saved:
             saved = [saved[0]] * len(self.blocks)
-        inputs = [self._view(one.x, B) for one in saved] + [self._final[:B]]  # of each block, and the last output
+        inputs = [self._view(one.x, B) for one in saved] + [buffers.final[:B]]  # of each block, and the last output
         self._enter(tokens, site, inputs[0])
         for block, one, out in zip(self.blocks, saved, inputs[1:], strict=True):
             for part in self._parts(B):
                 rows = out.view(-1, self.width)
-                block.forward(one, self._scratch, self._rows(part), part.stop - part.start, rows)
+                block.forward(one, buffers.scratch, self._rows(part), part.stop - part.start, rows)
         x = inputs[-1]
         return self.head.forward(x if self.last is None else self.last.forward(x).unsqueeze(1))
 
     def _backward(self, cotangent: Tensor, tokens: Tensor, site: str) -> Tensor:
-        """Gradient of the logits [B, K] → of the tokens at the site, in memory that the next pass overwrites."""
-        B = len(cotangent)
-        gradient = self._gradient[:B]  # [B, P + N, D]
+        """Gradient of the logits [B, K] → of the tokens at the site, in buffers that the next pass overwrites."""
+        B, buffers = len(cotangent), self._for_gradients
+        assert buffers is not None, "backward without forward"
+        gradient = buffers.gradient[:B]  # [B, P + N, D]
         if self.last is not None:
             row = torch.empty(B, 1, self.width, dtype=self.last.dtype, device=self.device)
             self.head.backward(cotangent, row)
             gradient.copy_(self.last.backward(row[:, 0]))
         else:
             self.head.backward(cotangent, gradient)
-        for block, saved in zip(reversed(self.blocks), reversed(self._saved), strict=True):
+        for block, saved in zip(reversed(self.blocks), reversed(buffers.saved), strict=True):
             for part in self._parts(B):
                 rows = gradient[part].view(-1, self.width)
-                block.backward(saved, self._scratch, self._rows(part), part.stop - part.start, rows)
+                block.backward(saved, buffers.scratch, self._rows(part), part.stop - part.start, rows)
         if site == "block0":
             return gradient
         patches = self.stem.prepare_gradient(gradient.to(self.dtype))
@@ -189,7 +220,7 @@ class ExplicitEncoder:
         return torch.empty(0, len(self.head.linears[0].bias), dtype=self.head.dtype, device=self.device)
 
     def _parts(self, B: int) -> list[slice]:
-        """The images of a batch in parts of equal size, as near as can be."""
+        """The images of a batch in parts of nearly equal size."""
         count = -(-B // self._part) if self._part else 1
         ends = [round(B * index / count) for index in range(count + 1)] if B else []
         return [slice(start, end) for start, end in itertools.pairwise(ends)]
@@ -200,30 +231,34 @@ class ExplicitEncoder:
     def _view(self, rows: Tensor, B: int) -> Tensor:
         return rows[: B * self.stem.tokens].view(B, self.stem.tokens, self.width)
 
-    def _reserve(self, B: int, forward_only: bool) -> None:
-        """Make room for B images; buffers only ever grow."""
-        wanted = min(1, len(self.blocks)) if forward_only else len(self.blocks)
-        if self._capacity < B or len(self._saved) < wanted:
-            self._capacity = max(B, self._capacity)
-            N = self.stem.tokens
+    def _reserve(self, B: int, forward_only: bool) -> Buffers:
+        """Buffers for B images, new ones if those in use are too small."""
+        if self._for_gradients is not None and self._for_gradients.images >= B:
+            return self._for_gradients
+        if forward_only:
+            if self._for_logits is None or self._for_logits.images < B:
+                self._for_logits = None  # give the memory back before asking for more
+                self._for_logits = self._new_buffers(B, self.blocks[:1])
+            return self._for_logits
+        if self._for_logits is not None and self._for_logits.images <= B:
+            self._for_logits = None
+        self._for_gradients = None
+        self._for_gradients = self._new_buffers(B, self.blocks)
+        return self._for_gradients
 
-            def new(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
-                return empty(shape, dtype=dtype or self.dtype, device=self.device)
+    def _new_buffers(self, images: int, blocks: Sequence[Block]) -> Buffers:
+        def new(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+            return empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-            count = max(wanted, len(self._saved))
-            if self._saved:  # give the memory back before asking for more
-                del self._saved, self._final, self._gradient, self._scratch
-            self._saved = [Saved(self._capacity * N, block, new) for block in self.blocks[:count]]
-            self._final = new(self._capacity, N, self.width)
-            # the output of the last block is read for the last time where its gradient is written
-            shared = self.compute == self.dtype
-            self._gradient = self._final if shared else new(self._capacity, N, self.width, dtype=self.compute)
-            if self.blocks:
-                images = min(self._capacity, self._part or self._capacity)
-                self._scratch = Scratch(images * N, self.blocks[0], new)
+        part = min(images, self._part or images)
+        return Buffers(images, part, blocks, new, self.stem.tokens, self.width, self.compute)
+
+    def buffers(self) -> list[Buffers]:
+        """Those in use."""
+        return [held for held in (self._for_gradients, self._for_logits) if held is not None]
 
     def token_shape(self, site: str) -> tuple[int, int] | None:
-        """Of an image's tokens at the site; None in pixels."""
+        """Shape of an image's tokens at the site; None in pixels."""
         if site == "pixels":
             return None
         return self.stem.tokens if site == "block0" else len(self.stem.positions), self.width
@@ -235,9 +270,9 @@ class ExplicitEncoder:
             linears += block.linears()
         weights = [self.stem.weight, self.stem.bias, self.stem.prefix, self.stem.positions]
         weights += [tensor for linear in linears for tensor in linear.tensors()]
-        scratch = [self._final, *_tensors(self._scratch)] if self._saved else []
-        scratch += [self._gradient] if self._saved and self._gradient is not self._final else []
-        kept = [tensor for saved in self._saved for tensor in _tensors(saved)]
+        kept = [tensor for held in self.buffers() for saved in held.saved for tensor in _tensors(saved)]
+        scratch = [tensor for held in self.buffers() for tensor in _tensors(held)]
+        scratch += [tensor for held in self.buffers() if held.saved for tensor in _tensors(held.scratch)]
         return {"weights": _bytes(weights), "kept": _bytes(kept), "scratch": _bytes(scratch)}
 
 
@@ -256,4 +291,5 @@ def _tensors(holder: Any) -> list[Tensor]:
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    distinct = {id(tensor): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())

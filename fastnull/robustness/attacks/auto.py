@@ -115,7 +115,8 @@ def _check_size(square: Any, images: Tensor) -> None:
         ValueError: the size is not supported.
     """
     blank = torch.zeros_like(images[:1], dtype=torch.float32)
-    model, square.predict = square.predict, _changed
+    # logits [B, 2] of class 0 for a blank image and 1 for any other
+    model, square.predict = square.predict, lambda x: F.one_hot((x != 0).flatten(1).any(1).long(), 2).float()
     try:
         square.seed = 0
         square.perturb(blank, torch.zeros(1, dtype=torch.long, device=images.device))
@@ -127,8 +128,3 @@ def _check_size(square: Any, images: Tensor) -> None:
         ) from error
     finally:
         square.predict = model
-
-
-def _changed(images: Tensor) -> Tensor:
-    """Logits [B, 2] of class 0 for a blank image and 1 for any other."""
-    return F.one_hot((images != 0).flatten(1).any(1).long(), 2).float()

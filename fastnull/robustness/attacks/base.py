@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnull.checks import check_choice, check_images, check_labels, check_number, values_are_trusted
-from fastnull.rng import carried
-from fastnull.robustness.keyed import KeyedRandom
+from fastnull.rng import KeyedRandom, carried
 from fastnull.vit import frozen
 
 if TYPE_CHECKING:
@@ -284,12 +283,10 @@ class Starts:
         generator: torch.Generator | None,
         seed: int,
         indices: Tensor | None,
-        total: int | None = None,
     ) -> None:
         self.victim = victim
         self.shape = victim.clean.shape
         self.generator = generator
-        self.total = total
         count = len(victim.clean)
         if indices is None:
             indices = torch.arange(count)
@@ -303,9 +300,6 @@ class Starts:
         """[B, C, H, W] within (-1, 1)."""
         if self.generator is None:
             values = self.keyed.uniform(*self.shape[1:])
-        elif self.total is not None:
-            shape = (self.total, *self.shape[1:])
-            values = torch.rand(shape, generator=self.generator, device=self.generator.device)[self.indices]
         else:
             values = torch.rand(self.shape, generator=self.generator, device=self.generator.device)
         clean, rows = self.victim.clean, self.victim.rows

@@ -79,7 +79,6 @@ def pgd(
     generator: torch.Generator | None = None,
     seed: int = 0,
     indices: Tensor | None = None,
-    total: int | None = None,
     leave: bool = False,
     encoder: FrozenEncoder | None = None,
 ) -> Tensor:
@@ -93,10 +92,8 @@ def pgd(
         steps: gradient steps per restart.
         random_start: start at a uniform point of the ball, else (first restart only) at the images.
         generator: of the random starts. Without one they depend only on (seed, index of the image, restart), so an
-            image has the same start in every batch; in a training loop give a generator or a new seed every step.
+            image has the same start in every batch; in a training loop give a new seed every step.
         indices: [B] integers that identify the images; None: 0 .. B-1.
-        total: with a generator, size of the larger batch whose rows `indices` are; the images get their starts in
-            that batch. None: the images are the whole batch.
         leave: an image is attacked until the first point that succeeds, the random start included, and that point is
             returned (the worst iterate); of the others the last one.
 
@@ -116,7 +113,7 @@ def pgd(
         return images.clone()
     with under_attack(model, images.device):
         victim = Victim(model, images, labels, targeted=targeted, criterion=criterion, encoder=encoder)
-        starts = Starts(victim, generator, seed, indices, total)
+        starts = Starts(victim, generator, seed, indices)
         if eps == 0:
             victim.score(victim.clean)
             return images.clone()

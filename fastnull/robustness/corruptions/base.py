@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnull.robustness.keyed import KeyedRandom
+from fastnull.rng import KeyedRandom
 
 Corruption = Callable[[Tensor, Any, KeyedRandom], Tensor]
 """(images [B, C, H, W] float32 in [0, 1], constant of the severity, source of random numbers) → images; the caller

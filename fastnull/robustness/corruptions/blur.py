@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnull.rng import KeyedRandom
 from fastnull.robustness.corruptions.base import border, gaussian_filter, gaussian_matrix, motion_filter, zoom
-from fastnull.robustness.keyed import KeyedRandom
 
 
 def gaussian_blur(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnull.rng import KeyedRandom
 from fastnull.robustness.corruptions.base import (
     BLACK,
     check_rgb,
@@ -16,7 +17,6 @@ from fastnull.robustness.corruptions.base import (
     sample_linear,
     separable,
 )
-from fastnull.robustness.keyed import KeyedRandom
 
 
 def contrast(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnull.robustness.keyed import KeyedRandom
+from fastnull.rng import KeyedRandom
 
 
 def gaussian_noise(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
@@ -44,14 +44,10 @@ def poisson(rate: Tensor, uniform: Tensor, largest_rate: float) -> Tensor:
     term = torch.exp(-rate)  # P(count = k), k = 0, 1, …
     total = term.clone()
     count = torch.zeros_like(rate)
-    for k in range(1, math.ceil(_highest(largest_rate)) + 1):
+    # 23 random bits cannot exceed this count: their quantile 1 - 2^-24 is 5.3 standard deviations above the mean
+    for k in range(1, math.ceil(largest_rate + 5.5 * math.sqrt(largest_rate) + 6) + 1):
         count += uniform > total
         term *= rate / k
         total += term
     # float32 sums can end just below 1, and the largest uniform numbers would never stop counting
     return torch.minimum(count, (rate + 5.5 * rate.sqrt() + 6).floor()).to(uniform.dtype)
-
-
-def _highest(rate: float) -> float:
-    """Above the largest count of 23 random bits at this rate: their quantile 1 - 2^-24 is 5.3 deviations up."""
-    return rate + 5.5 * math.sqrt(rate) + 6

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnull.rng import KeyedRandom
 from fastnull.robustness.corruptions.base import BLACK, LUMINANCE, check_rgb, gaussian_filter, motion_filter, zoom
-from fastnull.robustness.keyed import KeyedRandom
 
 
 def snow(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:

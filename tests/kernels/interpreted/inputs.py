@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 
 
 def randn(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
-    """`testing.randn` on the device: a slice of a bigger tensor that holds NaN everywhere else."""
+    """`testing.randn` on the device: a slice of a larger tensor that is NaN elsewhere."""
     x = testing.randn(shape, dtype, torch.Generator().manual_seed(seed))
     whole = torch.empty(0, dtype=dtype).set_(x.untyped_storage())
     return whole.to(DEVICE).as_strided(x.shape, x.stride(), x.storage_offset())

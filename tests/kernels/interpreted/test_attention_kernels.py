@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from fastnull import ops, testing
+from fastnull import ops
 from fastnull.kernels import attention as attention_kernels
-from fastnull.ops.attention import attention_dqkv_ref, attention_ref
 from tests.kernels.interpreted.inputs import DEVICE, DTYPES, nan, randn
+from tests.ops import checks
 
 # N: 1 = CLS alone; 50 = B/32, one tile of keys; 65 = one key over a tile of 64, in a second one of 16; 197 = /16, whole
 # rows of 256 keys or four blocks with a tail of 5; 257 = /14, 256 + 16 keys.
@@ -29,32 +28,10 @@ def inputs(B: int, N: int, H: int, d: int, dtype: torch.dtype, seed: int = 0) ->
     return randn((B, N, 3, H, d), dtype, seed), randn((B, N, H, d), dtype, seed + 1)
 
 
-def torch_attention(qkv: torch.Tensor, scale: float) -> torch.Tensor:
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-
-def torch_gradient(qkv: torch.Tensor, grad_o: torch.Tensor, scale: float) -> torch.Tensor:
-    leaf = qkv.clone().requires_grad_()
-    return torch.autograd.grad(torch_attention(leaf, scale), leaf, grad_o)[0]
-
-
-def assert_right(qkv: torch.Tensor, grad_o: torch.Tensor, scale: float) -> None:
-    with testing.poisoned():
-        o, dqkv = ops.attention(qkv, scale), ops.attention_dqkv(qkv, grad_o, scale)
-    testing.assert_within_budget(o, torch_attention(qkv.double(), scale), torch_attention(qkv, scale), "o")
-    reference, baseline = torch_gradient(qkv.double(), grad_o.double(), scale), torch_gradient(qkv, grad_o, scale)
-    for part, name in enumerate(("dq", "dk", "dv")):
-        if qkv.shape[1] == 1 and name != "dv":  # one token: the softmax is constant
-            assert dqkv[:, :, part].abs().max() <= 1e-6
-            continue
-        testing.assert_gradient_close(dqkv[:, :, part], reference[:, :, part], baseline[:, :, part], name)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_gradient(case: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    assert_right(*inputs(*case, dtype), case[3] ** -0.5)
+    checks.attention(*inputs(*case, dtype), case[3] ** -0.5)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has its own tiles alone")
@@ -63,7 +40,7 @@ def test_forward_and_gradient(case: tuple[int, int, int, int], dtype: torch.dtyp
 def test_tiles_of_newer_gpus(tokens: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole rows of 64 queries in the forward, and on sm_100 in dq; the cases above run sm_80's tiles."""
     monkeypatch.setattr(attention_kernels, "capability_of", lambda x: capability)
-    assert_right(*inputs(1, tokens, 1, 32, torch.float16, seed=3), 0.2)
+    checks.attention(*inputs(1, tokens, 1, 32, torch.float16, seed=3), 0.2)
 
 
 def test_every_tile_of_the_tables_is_reached() -> None:
@@ -80,22 +57,17 @@ def test_every_tile_of_the_tables_is_reached() -> None:
 
 def test_many_tokens() -> None:
     """577 = /16 at 384 pixels: tiles of 128 in the forward, ten blocks in the backward."""
-    assert_right(*inputs(1, 577, 1, 64, torch.float16, seed=2), 0.125)
+    checks.attention(*inputs(1, 577, 1, 64, torch.float16, seed=2), 0.125)
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.4])
 def test_scale_is_an_argument(scale: float) -> None:
     """1.0 = folded into the weights: large scores, nearly one-hot rows; negative: the maximum moves."""
-    assert_right(*inputs(1, 70, 1, 32, torch.float32, seed=4), scale)
+    checks.attention(*inputs(1, 70, 1, 32, torch.float32, seed=4), scale)
 
 
 def test_rows_sum_to_one() -> None:
-    """With v = 1 the output is the row sum of the softmax, and nothing flows back into q and k."""
-    qkv, grad_o = inputs(1, 70, 1, 32, torch.float32, seed=6)
-    qkv[:, :, 2] = 1
-    o, dqkv = ops.attention(qkv), ops.attention_dqkv(qkv, grad_o)
-    torch.testing.assert_close(o, torch.ones_like(o), rtol=0, atol=1e-6)
-    torch.testing.assert_close(dqkv[:, :, :2], torch.zeros_like(dqkv[:, :, :2]), rtol=0, atol=1e-5)
+    checks.attention_rows_sum_to_one(*inputs(1, 70, 1, 32, torch.float32, seed=6))
 
 
 def test_large_scores() -> None:
@@ -105,27 +77,17 @@ def test_large_scores() -> None:
 
 
 def test_images_and_heads_are_apart_and_runs_repeat() -> None:
-    qkv, grad_o = inputs(2, 50, 2, 32, torch.float16, seed=10)
-    o, dqkv = ops.attention(qkv), ops.attention_dqkv(qkv, grad_o)
-    assert ops.attention(qkv.flip(0)).equal(o.flip(0))
-    assert ops.attention(qkv[:, :, :, 1:]).equal(o[:, :, 1:])
-    assert ops.attention_dqkv(qkv[:, :, :, 1:], grad_o[:, :, 1:]).equal(dqkv[:, :, :, 1:])
-    assert ops.attention_dqkv(qkv, grad_o).equal(dqkv)
+    checks.attention_of_images_and_heads_alone(*inputs(2, 50, 2, 32, torch.float16, seed=10))
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN", "ignore:invalid value")
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_nan_propagates_within_its_head(part: int) -> None:
-    qkv, grad_o = inputs(1, 70, 2, 32, torch.float32, seed=12)
-    qkv[0, 69, part, 1, 31] = float("nan")
-    o, dqkv = ops.attention(qkv), ops.attention_dqkv(qkv, grad_o)
-    # A NaN in q reaches its own row alone, in k every row, in v one column of every row.
-    assert o.isnan().equal(attention_ref(qkv, 32**-0.5).isnan())
-    assert dqkv.isnan().equal(attention_dqkv_ref(qkv, grad_o, 32**-0.5).isnan())
+    checks.attention_of_nan(*inputs(1, 70, 2, 32, torch.float32, seed=12), part)
 
 
 def test_nothing_is_written_beside_the_outputs() -> None:
-    """Outputs are slices of bigger tensors, as the buffers of an encoder are; their last dimension alone is dense."""
+    """Outputs are slices of larger tensors, as the buffers of an encoder; only their last dimension is dense."""
     qkv, grad_o = inputs(1, 5, 2, 20, torch.float32, seed=14)
     whole_o, whole_dqkv = nan(3, 7, 4, 28), nan(3, 7, 5, 4, 28)
     ops.attention(qkv, out=whole_o[1:2, 1:6, 1:3, 4:24])
@@ -147,7 +109,4 @@ def test_wide_heads_are_refused_by_the_launcher() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2, 8), (2, 0, 3, 2, 8), (2, 5, 3, 0, 8)])
 def test_empty(shape: tuple[int, ...]) -> None:
-    B, N, _, H, d = shape
-    assert ops.attention(torch.empty(shape, device=DEVICE)).shape == (B, N, H, d)
-    grad_o = torch.empty(B, N, H, d, device=DEVICE)
-    assert ops.attention_dqkv(torch.empty(shape, device=DEVICE), grad_o).shape == shape
+    checks.attention_of_nothing(torch.empty(shape, device=DEVICE))

@@ -7,25 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from fastnull import ops, testing
-from fastnull.ops.linear_gelu import decode_derivative, gelu_ref
+from fastnull.ops.linear_gelu import decode_derivative
 from tests.kernels.interpreted.inputs import DEVICE, DTYPES, nan, randn
+from tests.ops import checks
 
 KINDS = ["none", "tanh"]
 # 600 = a tile of 512 and a tail; 5 = less than a tile; 9 and 6 rows = tails of the four rows of a tile.
 SHAPES = [(2, 3, 600), (9, 5)]
-
-
-def torch_derivative(z: torch.Tensor, kind: str) -> torch.Tensor:
-    leaf = z.clone().requires_grad_()
-    return torch.autograd.grad(F.gelu(leaf, approximate=kind).sum(), leaf)[0]
-
-
-def assert_derivative(derivative: torch.Tensor, reference: torch.Tensor, baseline: torch.Tensor) -> None:
-    if derivative.dtype == torch.uint8:
-        # Half a step of 0.005, and the rounding of z in float32.
-        assert (decode_derivative(derivative).double() - reference).abs().max() <= 0.0025 + 1e-5
-    else:
-        testing.assert_within_budget(derivative, reference, baseline, "derivative")
 
 
 @pytest.mark.parametrize("coded", [True, False])
@@ -34,14 +22,9 @@ def assert_derivative(derivative: torch.Tensor, reference: torch.Tensor, baselin
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_derivative(shape: tuple[int, ...], dtype: torch.dtype, kind: str, coded: bool) -> None:
     z, bias = 2 * randn(shape, dtype, 0), randn(shape[-1:], dtype, 1)
-    z64, wide = z.double() + bias.double(), z.float() + bias.float()
     derivative = nan(*shape, dtype=torch.uint8 if coded else torch.float32)
     h = randn(shape, dtype, 2)  # strided
-    h.copy_(z)
-    assert ops.gelu_(h, bias, kind, derivative=derivative) is h
-    testing.assert_within_budget(h, F.gelu(z64, approximate=kind), F.gelu(z + bias, approximate=kind), "h")
-    assert_derivative(derivative, torch_derivative(z64, kind), torch_derivative(wide, kind))
-
+    checks.gelu(h.copy_(z), bias, kind, derivative)
     g = randn(shape, dtype, 3)
     slope = decode_derivative(derivative)
     expected, baseline = g.double() * slope.double(), g * slope.to(dtype)
@@ -61,28 +44,12 @@ def test_bias_of_any_dtype() -> None:
 @pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_far_tails_are_exact(kind: str) -> None:
-    """Saturated ends: h = 0 or z, derivative 0 or 1, in both storages; the tail keeps relative accuracy (erf)."""
-    z = torch.tensor([[-1e30, -100.0, -40.0, -20.0, 20.0, 40.0, 1e10]], device=DEVICE)
-    derivative, code = nan(1, 7), nan(1, 7, dtype=torch.uint8)
-    h = ops.gelu_(z.clone(), None, kind, derivative=derivative)
-    ops.gelu_(z.clone(), None, kind, derivative=code)
-    torch.testing.assert_close(h, z.clamp(min=0), rtol=0, atol=1e-30)
-    torch.testing.assert_close(derivative, (z > 0).float(), rtol=0, atol=1e-30)
-    assert decode_derivative(code).equal((z > 0).float())
-    tail = torch.linspace(-12, -3, 50, device=DEVICE)[None]
-    if kind == "none":
-        torch.testing.assert_close(ops.gelu_(tail.clone()).double(), gelu_ref(tail.double())[0], rtol=2e-5, atol=0)
+    checks.gelu_tails(kind, DEVICE, torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_propagates(kind: str) -> None:
-    z = torch.zeros(2, 19, device=DEVICE)
-    z[1, 18] = float("nan")
-    derivative = nan(2, 19)
-    h = ops.gelu_(z, None, kind, derivative=derivative)
-    for result in (h, derivative):
-        assert int(result.isnan().sum()) == 1
-        assert result[1, 18].isnan()
+    checks.gelu_of_nan(torch.zeros(2, 19, device=DEVICE), kind, nan(2, 19))
 
 
 def test_empty() -> None:
@@ -111,8 +78,8 @@ def test_fused_products(sizes: tuple[int, int, int], transposed: bool, dtype: to
     z64 = F.linear(x.double(), w1.double(), bias.double())
     z = F.linear(x, w1, bias.to(dtype))
     testing.assert_within_budget(h, F.gelu(z64, approximate=kind), F.gelu(z, approximate=kind), "h")
-    slope64 = torch_derivative(z64, kind)
-    assert_derivative(derivative, slope64, slope64)
+    slope64 = checks.gelu_slope(z64, kind)
+    checks.gelu_derivative(derivative, slope64, slope64)
 
     torch.ops.fastnull.linear_dgelu_out(dy, w2, derivative, dz)
     slope = decode_derivative(derivative)
