@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.attention import attention_by, sdpa, usable
+from benchmarks.attention import sdpa
 from benchmarks.baselines import LR
 from benchmarks.common import Case, Variant, copies_for, dtypes
 from benchmarks.models import make_model
 from benchmarks.work import ViTShape, Work
 from fastnull import ops
 from fastnull.bench import BenchSettings
+from fastnull.selftest import prove
+from fastnull.selftest.problems import Problem, traced
 from fastnull.vit import split
 
 
 def cases(settings: BenchSettings) -> Iterator[Case]:
-    """Every op at the shapes of every model."""
+    """Every op at the shapes of every model; on a GPU by the implementation that the self-test chose."""
+    if torch.device(settings.device).type == "cuda":
+        prove(problems(settings), torch.empty(0, device=settings.device).device)
+    yield from _cases(settings)
+
+
+def problems(settings: BenchSettings) -> set[Problem]:
+    """What the cases ask of the ops."""
+    with traced() as found:
+        for case in _cases(replace(settings, batch=1)):
+            for variant in case.variants:
+                if variant.backend == "fastnull":
+                    variant.call(0)
+    return found
+
+
+def _cases(settings: BenchSettings) -> Iterator[Case]:
     for name in settings.models:
         shape = ViTShape.of(split(make_model(name, settings)))
         for build in (
@@ -57,12 +76,6 @@ class _Inputs:
 
 Make = Callable[[dict[str, Tensor]], Callable[[], Tensor]]
 """Takes a set of inputs and returns the call."""
-FUSED = "fastnull, fused"
-
-
-def fused_kernels(device: str, dtype: torch.dtype) -> bool:
-    """Whether there are kernels that do a product and the pass after it at once."""
-    return torch.device(device).type == "cuda" and dtype.itemsize == 2
 
 
 def _case(
@@ -73,24 +86,14 @@ def _case(
     ours: Make,
     torchs: Make,
     work: Callable[[int], Work],
-    *,
-    fused: Make | None = None,
-    others: Callable[[dict[str, Tensor]], dict[str, Make]] = lambda one: {},
 ) -> Case:
-    """Torch's call in float64 is the reference. `fused` is ours in one kernel; `others` are more ways of torch's, by
-    name, of those that take these inputs."""
+    """Torch's call in float64 is the reference."""
     variants = []
     for dtype in dtypes(settings):
         sets = inputs(dtype)
         mine, theirs = [ours(one) for one in sets], [torchs(one) for one in sets]
         variants.append(Variant("torch", dtype, lambda i, calls=theirs: calls[i](), library=True))
-        for name, other in others(sets[0]).items():
-            calls = [other(one) for one in sets]
-            variants.append(Variant(f"torch, {name}", dtype, lambda i, calls=calls: calls[i]()))
         variants.append(Variant("fastnull", dtype, lambda i, calls=mine: calls[i](), graph=True, twice=True))
-        if fused is not None and fused_kernels(settings.device, dtype):
-            calls = [fused(one) for one in sets]
-            variants.append(Variant(FUSED, dtype, lambda i, calls=calls: calls[i](), graph=True))
     sizes = ", ".join(f"{name} {list(t.shape)}" for name, t in inputs.sets[0].items())
     return Case(
         "ops", f"{op} {model}", "call", sizes.replace(" [", "["), variants, ("torch", dtypes(settings)[0]),
@@ -183,16 +186,6 @@ def _gelu(model: str, s: ViTShape, settings: BenchSettings) -> Case:
         w = t["w"] / D**0.5
         return lambda: ops.linear_gelu_derivative(t["x"], w, t["b"])[0]
 
-    def fused(t: dict[str, Tensor]) -> Callable[[], Tensor]:
-        w, h = t["w"] / D**0.5, t["x"].new_empty(M, 4 * D)
-        derivative = torch.empty_like(h, dtype=ops.derivative_dtype(h.dtype))
-
-        def call() -> Tensor:
-            torch.ops.fastnull.linear_gelu_out(t["x"], w, t["b"], False, h, derivative)
-            return h
-
-        return call
-
     def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
         w = t["w"] / D**0.5
         return lambda: F.gelu(F.linear(t["x"], w, t["b"]))
@@ -201,7 +194,7 @@ def _gelu(model: str, s: ViTShape, settings: BenchSettings) -> Case:
     moved = 5 * M * D + 4 * D * D
     return _case(
         "linear_gelu_derivative", model, settings, inputs, ours, torchs,
-        lambda b: Work(8 * M * D * D, moved * b + 4 * M * D * (1 if b == 2 else b)), fused=fused,
+        lambda b: Work(8 * M * D * D, moved * b + 4 * M * D * (1 if b == 2 else b)),
     )  # fmt: skip
 
 
@@ -212,15 +205,6 @@ def _dgelu(model: str, s: ViTShape, settings: BenchSettings) -> Case:
         w, derivative = t["w"] / D**0.5, _derivative(t["z"])
         return lambda: ops.linear_dgelu(t["dy"], w, derivative)
 
-    def fused(t: dict[str, Tensor]) -> Callable[[], Tensor]:
-        w, derivative, dz = t["w"] / D**0.5, _derivative(t["z"]), torch.empty_like(t["z"])
-
-        def call() -> Tensor:
-            torch.ops.fastnull.linear_dgelu_out(t["dy"], w, derivative, dz)
-            return dz
-
-        return call
-
     def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
         w = t["w"] / D**0.5
         return lambda: torch.ops.aten.gelu_backward(t["dy"] @ w, t["z"])
@@ -229,7 +213,7 @@ def _dgelu(model: str, s: ViTShape, settings: BenchSettings) -> Case:
     moved = 5 * M * D + 4 * D * D
     return _case(
         "linear_dgelu", model, settings, inputs, ours, torchs,
-        lambda b: Work(8 * M * D * D, moved * b + 4 * M * D * (1 if b == 2 else b)), fused=fused,
+        lambda b: Work(8 * M * D * D, moved * b + 4 * M * D * (1 if b == 2 else b)),
     )  # fmt: skip
 
 
@@ -246,17 +230,12 @@ def _attention(model: str, s: ViTShape, settings: BenchSettings) -> Case:
     def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
         return lambda: ops.attention(t["qkv"])
 
-    def torchs(t: dict[str, Tensor], name: str = "") -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            with attention_by(name):
-                return sdpa(t["qkv"]).contiguous()
-
-        return call
+    def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
+        return lambda: sdpa(t["qkv"]).contiguous()
 
     inputs = _Inputs(settings, qkv=(B, N, 3, s.H, D // s.H))
     return _case(
         "attention", model, settings, inputs, ours, torchs, lambda b: Work(4 * B * N * N * D, 4 * B * N * D * b),
-        others=lambda one: _implementations(one["qkv"], torchs),
     )  # fmt: skip
 
 
@@ -266,23 +245,15 @@ def _attention_dqkv(model: str, s: ViTShape, settings: BenchSettings) -> Case:
     def ours(t: dict[str, Tensor]) -> Callable[[], Tensor]:
         return lambda: ops.attention_dqkv(t["qkv"], t["do"])
 
-    def torchs(t: dict[str, Tensor], name: str = "") -> Callable[[], Tensor]:
+    def torchs(t: dict[str, Tensor]) -> Callable[[], Tensor]:
         leaf = t["qkv"].clone().requires_grad_(True)
-        with attention_by(name):
-            out = sdpa(leaf)
+        out = sdpa(leaf)
         return lambda: torch.autograd.grad(out, leaf, t["do"], retain_graph=True)[0]
 
     inputs = _Inputs(settings, qkv=(B, N, 3, s.H, D // s.H), do=(B, N, s.H, D // s.H))
     return _case(
         "attention_dqkv", model, settings, inputs, ours, torchs, lambda b: Work(10 * B * N * N * D, 7 * B * N * D * b),
-        others=lambda one: _implementations(one["qkv"], torchs),
     )  # fmt: skip
-
-
-def _implementations(qkv: Tensor, make: Callable[..., Callable[[], Tensor]]) -> dict[str, Make]:
-    """torch's implementations of attention on a GPU, each by name; on a CPU there is one worth timing."""
-    names = usable(qkv) if qkv.is_cuda else []
-    return {name: lambda t, name=name: make(t, name) for name in names if name != "math"}
 
 
 def _objective(model: str, s: ViTShape, settings: BenchSettings) -> Case:

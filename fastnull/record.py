@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fastnull import __version__
+from fastnull import __version__, choices
 from fastnull.paths import check_readable, check_replaceable
 
 
@@ -43,7 +43,8 @@ def _git(root: Path, *args: str) -> str:
     return run.stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -65,14 +66,15 @@ def _code() -> dict[str, Any]:
         "fastnull": __version__,
         "commit": commit(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "timm": _version("timm"),
+        "triton": version_of("triton"),
+        "timm": version_of("timm"),
         "python": platform.python_version(),
     }
 
 
 def provenance(device: torch.device | str = "cpu", **extra: Any) -> dict[str, Any]:
-    """Provenance of a result: commit, versions, device, time, and the caller's `extra`.
+    """Provenance of a result: commit, versions, device, time, the caller's `extra`, and on a GPU the implementation of
+    each op.
 
     Commit and versions are read once per process: calling git takes as long as three passes of a small model.
     """
@@ -81,6 +83,7 @@ def provenance(device: torch.device | str = "cpu", **extra: Any) -> dict[str, An
         "device": str(device),
         "device_name": device_name(device),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **choices.in_records(),
         **extra,
     }
 

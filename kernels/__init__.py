@@ -1,24 +1,24 @@
-"""The Triton kernels of the ops; importing this package registers them, or those of csrc/cuda, for CUDA tensors.
+"""The Triton kernels of the ops.
 
 One file an op: table of tiles, kernels, launchers. A launcher has the arguments of its `torch.ops.fastnull` op and
-writes into the tensors it is given. fastnull.ops imports this package at the first CUDA tensor, and not before.
+writes into the tensors it is given. fastnull.ops imports this package at the first CUDA tensor, and not before; which
+implementation such a tensor gets is decided in fastnull/ops/dispatch.py.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastnull.kernels import (
     attention,
-    choice,
     gelu,
     layer_norm,
     linear_gelu,
     noise,
     patch_project,
 )
-from fastnull.ops.common import LIBRARY
+from fastnull.kernels.tiles import Change
 from fastnull.ops.noise_objective import means_after
 
 LAUNCHERS: dict[str, Callable[..., None]] = {
@@ -37,5 +37,15 @@ LAUNCHERS: dict[str, Callable[..., None]] = {
     "direct_step_": noise.direct_step_,
 }
 
-for _name, _launcher in LAUNCHERS.items():
-    LIBRARY.impl(_name, choice.launcher(_name, _launcher), "CUDA")
+CANDIDATES: dict[str, Sequence[Change]] = {
+    "layer_norm_out": layer_norm.CANDIDATES,
+    "layer_norm_dx_out": layer_norm.CANDIDATES,
+    "gelu_out": gelu.CANDIDATES,
+    "dgelu_": gelu.CANDIDATES,
+    "linear_gelu_out": linear_gelu.CANDIDATES,
+    "linear_dgelu_out": linear_gelu.CANDIDATES,
+    "attention_out": attention.CANDIDATES,
+    "attention_dqkv_out": attention.CANDIDATES,
+    "patch_project_out": patch_project.CANDIDATES,
+}
+"""Changes to the tiles of an op's kernels."""

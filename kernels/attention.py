@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnull.kernels.common import COMPILE, capability_of, check_dtypes, on_device_of
-from fastnull.kernels.tiles import table
+from fastnull.kernels.common import COMPILE, check_dtypes, generation_of, on_device_of
+from fastnull.kernels.tiles import changed
 from fastnull.ops.attention import WIDEST_HEAD
 from fastnull.ops.common import empty
 
@@ -32,7 +32,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # a kernel reads globals of this type
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Block of queries and of keys, for heads up to `head` wide, up to `tokens` tokens, and GPUs from sm_`since` on.
+    """Block of queries and of keys, for heads up to `head` wide, up to `tokens` tokens, and generations of GPUs (see
+    `generation`) from `since` on.
 
     Where keys + tail hold all tokens, a program has whole rows of scores, as two tiles: powers of two are all that
     Triton has, and 257 keys as 256 + 16 are half of 512.
@@ -52,52 +53,40 @@ ANY = 1 << 30
 
 # The first entry that fits is taken. Untuned on a GPU; chosen by compiling without spills under Triton 3.6 and 3.9
 # (docs/kernels.md).
-FORWARD = table(
-    "attention.FORWARD",
-    (
-        AttentionTile(64, 64, 64, 64, 4),  # B/32: 50 tokens, one block
-        AttentionTile(64, 80, 64, 64, 4, tail=16),  # 65 tokens
-        AttentionTile(64, 256, 64, 256, 4, since=90),  # /16 at 224: 197 tokens; a warpgroup has 64 rows
-        AttentionTile(64, 272, 64, 256, 4, tail=16, since=90),  # /14 at 224: 257 tokens
-        AttentionTile(32, 256, 64, 64, 4),  # of heads of 32, even 32 whole rows spill on sm_80
-        AttentionTile(64, 256, 32, 256, 4),  # 64 whole rows spill on sm_80
-        AttentionTile(64, 272, 32, 256, 4, tail=16),
-        AttentionTile(64, ANY, 128, 128, 8),  # 577 = 4.5 blocks: each key is read half as often as with 64 queries
-        AttentionTile(128, ANY, 64, 64, 4, since=90),
-        AttentionTile(128, ANY, 64, 32, 4),  # 64 x 64 spills on sm_80: under 3.6 with 4 warps, under 3.9 with 8
-    ),
+FORWARD = (
+    AttentionTile(64, 64, 64, 64, 4),  # B/32: 50 tokens, one block
+    AttentionTile(64, 80, 64, 64, 4, tail=16),  # 65 tokens
+    AttentionTile(64, 256, 64, 256, 4, since=90),  # /16 at 224: 197 tokens; a warpgroup has 64 rows
+    AttentionTile(64, 272, 64, 256, 4, tail=16, since=90),  # /14 at 224: 257 tokens
+    AttentionTile(32, 256, 64, 64, 4),  # of heads of 32, even 32 whole rows spill on sm_80
+    AttentionTile(64, 256, 32, 256, 4),  # 64 whole rows spill on sm_80
+    AttentionTile(64, 272, 32, 256, 4, tail=16),
+    AttentionTile(64, ANY, 128, 128, 8),  # 577 = 4.5 blocks: each key is read half as often as with 64 queries
+    AttentionTile(128, ANY, 64, 64, 4, since=90),
+    AttentionTile(128, ANY, 64, 32, 4),  # 64 x 64 spills on sm_80: under 3.6 with 4 warps, under 3.9 with 8
 )
-QUERY_GRADIENT = table(
-    "attention.QUERY_GRADIENT",
-    (
-        AttentionTile(64, 64, 64, 64, 4),
-        AttentionTile(64, 80, 64, 64, 4, tail=16),
-        AttentionTile(64, 256, 64, 256, 8, since=100),
-        AttentionTile(64, 272, 64, 256, 8, tail=16, since=100),
-        # On sm_90, 64 whole rows of S and dP spill, and 32 are too few for wgmma. 197 tokens have an entry of their own
-        # for the tuner.
-        AttentionTile(64, 256, 64, 64, 4, since=90),
-        AttentionTile(64, ANY, 64, 64, 4, since=90),
-        AttentionTile(32, 272, 64, 64, 4),  # whole rows of heads of 32 spill on sm_80, and blocks of 128 keys
-        AttentionTile(64, 256, 32, 256, 8),
-        AttentionTile(64, 272, 32, 256, 8, tail=16),
-        AttentionTile(64, ANY, 64, 64, 4),  # 64 x 128 with 4 warps spills
-        AttentionTile(128, ANY, 64, 32, 8, since=100),  # 64 x 64 spills under 3.6
-        AttentionTile(128, ANY, 64, 64, 8),
-    ),
+QUERY_GRADIENT = (
+    AttentionTile(64, 64, 64, 64, 4),
+    AttentionTile(64, 80, 64, 64, 4, tail=16),
+    AttentionTile(64, 256, 64, 256, 8, since=100),
+    AttentionTile(64, 272, 64, 256, 8, tail=16, since=100),
+    # On sm_90, 64 whole rows of S and dP spill, and 32 are too few for wgmma.
+    AttentionTile(64, ANY, 64, 64, 4, since=90),
+    AttentionTile(32, 272, 64, 64, 4),  # whole rows of heads of 32 spill on sm_80, and blocks of 128 keys
+    AttentionTile(64, 256, 32, 256, 8),
+    AttentionTile(64, 272, 32, 256, 8, tail=16),
+    AttentionTile(64, ANY, 64, 64, 4),  # 64 x 128 with 4 warps spills
+    AttentionTile(128, ANY, 64, 32, 8, since=100),  # 64 x 64 spills under 3.6
+    AttentionTile(128, ANY, 64, 64, 8),
 )
-KEY_GRADIENT = table(
-    "attention.KEY_GRADIENT",
-    (
-        AttentionTile(64, 256, 64, 64, 4, since=90),  # as below, for the tuner
-        AttentionTile(64, ANY, 64, 64, 4, since=90),  # 64 x 128 with 4 warps and 128 x 128 with 8 spill
-        AttentionTile(64, ANY, 32, 64, 4),  # 64 x 64 spills under 3.6
-        AttentionTile(128, ANY, 64, 64, 8),
-    ),
+KEY_GRADIENT = (
+    AttentionTile(64, ANY, 64, 64, 4, since=90),  # 64 x 128 with 4 warps and 128 x 128 with 8 spill
+    AttentionTile(64, ANY, 32, 64, 4),  # 64 x 64 spills under 3.6
+    AttentionTile(128, ANY, 64, 64, 8),
 )
 # float32 products are exact ("ieee"), thus on the plain cores; with 4 warps the operands of a tile spill.
 FLOAT32 = (AttentionTile(64, ANY, 32, 32, 8), AttentionTile(128, ANY, 16, 16, 8))
-# What `fastnull bench --tune` tries in place of an entry; a tile that does not hold the row walks over the keys.
+# What `fastnull selftest --tiles` tries in place of an entry; a tile that does not hold the row walks over the keys.
 CANDIDATES = (
     {"queries": 64, "keys": 64, "warps": 4, "tail": 0},
     {"queries": 64, "keys": 64, "warps": 4, "stages": 3, "tail": 0},
@@ -346,8 +335,8 @@ def _check(qkv: Tensor) -> None:
 
 def _tile(entries: tuple[AttentionTile, ...], qkv: Tensor) -> AttentionTile:
     entries = FLOAT32 if qkv.dtype == torch.float32 else entries
-    N, d, capability = qkv.shape[1], qkv.shape[4], capability_of(qkv)
-    return next(t for t in entries if d <= t.head and t.tokens >= N and t.since <= capability)
+    N, d, generation = qkv.shape[1], qkv.shape[4], generation_of(qkv)
+    return changed(next(t for t in entries if d <= t.head and t.tokens >= N and t.since <= generation))
 
 
 def _row(tile: AttentionTile, N: int) -> dict[str, int | bool]:

@@ -1,4 +1,4 @@
-"""What every launcher needs: the device to launch on, the check of dtypes, and how kernels are compiled."""
+"""What every launcher needs: the device to launch on, checks of dtypes, and compile options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Stated at every launch: Triton announces another default, which would change numbers and speed.
+# Set at every launch: Triton announced another default, which would change numbers and speed.
 COMPILE = {"enable_fp_fusion": True}
 
 
@@ -19,19 +19,23 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def capability_of(x: Tensor) -> int:
-    """80, 90, 100: of the tensor's GPU; 80 where it is on none, as in the interpreter."""
-    return _capability(x.device) if x.is_cuda else 80
+def generation_of(x: Tensor) -> int:
+    """`generation` of the tensor's GPU; 80 where it is on none, as in the interpreter."""
+    return _generation(x.device) if x.is_cuda else 80
+
+
+def generation(major: int) -> int:
+    """80, 90 or 100: whose tensor-core instructions a GPU of compute capability `major` has. sm_120 has sm_80's."""
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
 @functools.cache
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _generation(device: torch.device) -> int:
+    return generation(torch.cuda.get_device_capability(device)[0])
 
 
 def check_dtypes(**tensors: Tensor | None) -> None:
-    """The kernels compute in float32: float64 would lose its digits without a word.
+    """The kernels compute in float32: float64 would silently lose precision.
 
     Raises:
         TypeError: a tensor is neither float32 nor bfloat16 nor float16.

@@ -1,6 +1,6 @@
 """Bias and GELU with its derivative in one pass, and the product with that derivative (formulas: ops/linear_gelu).
 
-Bytes a bfloat16 element: forward 5 (z read, h written, code written), backward 5 (g read and written, code read).
+Bytes per bfloat16 element: forward 5 (z read, h written, code written), backward 5 (g read and written, code read).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnull.kernels.common import COMPILE, check_dense, check_dtypes, on_device_of
-from fastnull.kernels.tiles import table
+from fastnull.kernels.tiles import changed
 from fastnull.ops.linear_gelu import CODE_OF_ZERO as ZERO
 from fastnull.ops.linear_gelu import CODES_PER_UNIT as UNIT
 
@@ -31,8 +31,8 @@ class PointwiseTile:
     warps: int
 
 
-# Untuned. 8 elements a lane are one 16-byte load in bfloat16; with twice as many, 108 registers instead of 45.
-TILES = table("gelu.TILES", (PointwiseTile(2, 512, 4),))
+# Untuned. 8 elements per lane are one 16-byte load in bfloat16; with twice as many, 108 registers instead of 45.
+TILES = (PointwiseTile(2, 512, 4),)
 CANDIDATES = tuple(
     {"rows": r, "columns": c, "warps": w} for r, c in ((1, 512), (1, 1024), (2, 512), (4, 512)) for w in (2, 4, 8)
 )
@@ -167,7 +167,7 @@ def gelu_out(z: Tensor, bias: Tensor | None, tanh: bool, h: Tensor, derivative: 
         check_derivative(derivative, z.shape)
     if not z.numel():
         return
-    M, tile = outer * inner, TILES[0]
+    M, tile = outer * inner, changed(TILES[0])
     grid = (triton.cdiv(M, tile.rows) * triton.cdiv(D, tile.columns),)
     with on_device_of(z):
         gelu_kernel[grid](
@@ -183,7 +183,7 @@ def dgelu_(g: Tensor, derivative: Tensor) -> None:
     check_derivative(derivative, g.shape)
     if not g.numel():
         return
-    M, tile = outer * inner, TILES[0]
+    M, tile = outer * inner, changed(TILES[0])
     grid = (triton.cdiv(M, tile.rows) * triton.cdiv(D, tile.columns),)
     with on_device_of(g):
         dgelu_kernel[grid](

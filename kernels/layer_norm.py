@@ -1,6 +1,6 @@
 """LayerNorm with its statistics, and its input gradient fused with the residual's gradient (formulas: ops/layer_norm).
 
-A program holds some whole rows in registers, so each input is read once: forward 2 T, backward 4 T with dres, 3 T
+A program holds a few whole rows in registers, so each input is read once: forward 2 T, backward 4 T with dres, 3 T
 without (T = bytes of x).
 """
 
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnull.kernels.common import COMPILE, check_dense, check_dtypes, on_device_of
-from fastnull.kernels.tiles import table
+from fastnull.kernels.tiles import changed
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,9 @@ class RowTile:
 
 
 # Untuned. A lane holds 16 values of a tensor, up to 32 in the widest rows; with 32 the backward, three tensors at once,
-# spills on sm_80 at width 1024. Several rows a program keep enough loads in flight where rows are short.
-TILES = table(
-    "layer_norm.TILES",
-    (RowTile(512, 4, 4), RowTile(1024, 2, 4), RowTile(2048, 1, 4), RowTile(4096, 1, 8), RowTile(16384, 1, 16)),
-)
-# What `fastnull bench --tune` tries in place of an entry.
+# spills on sm_80 at width 1024. Several rows per program keep enough loads in flight where rows are short.
+TILES = (RowTile(512, 4, 4), RowTile(1024, 2, 4), RowTile(2048, 1, 4), RowTile(4096, 1, 8), RowTile(16384, 1, 16))
+# What `fastnull selftest --tiles` tries in place of an entry.
 CANDIDATES = tuple({"rows": rows, "warps": warps} for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8))
 
 
@@ -46,8 +43,9 @@ def layer_norm_kernel(
     x,  # [outer, inner, D], last dimension dense
     weight,  # [D] float32, or None
     bias,  # [D] float32, or None
+    shift,  # [D] float32, or None
     y,  # [outer, inner, D], may be x
-    mean,  # [outer * inner] float32
+    mean,  # [outer * inner] float32, or None
     rstd,  # [outer * inner] float32
     M,
     inner,
@@ -65,6 +63,8 @@ def layer_norm_kernel(
     valid_row, valid_column = row < M, column < D
     valid = valid_row[:, None] & valid_column
     values = tl.load(_row_pointers(x, row // inner, row % inner, x_outer, x_inner) + column, valid, 0.0).to(tl.float32)
+    if shift is not None:
+        values += tl.load(shift + column, valid_column, 0.0)
     row_mean = tl.sum(values, 1) / D
     centred = tl.where(valid, values - row_mean[:, None], 0.0)
     row_rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1) / D + eps)
@@ -74,7 +74,8 @@ def layer_norm_kernel(
     if bias is not None:
         result += tl.load(bias + column, valid_column, 0.0)
     tl.store(_row_pointers(y, row // inner, row % inner, y_outer, y_inner) + column, result, valid)
-    tl.store(mean + row, row_mean, valid_row)
+    if mean is not None:
+        tl.store(mean + row, row_mean, valid_row)
     tl.store(rstd + row, row_rstd, valid_row)
 
 
@@ -82,7 +83,7 @@ def layer_norm_kernel(
 def layer_norm_dx_kernel(
     dxhat,  # [outer, inner, D], like x, dres and dx
     x,
-    mean,  # [outer * inner] float32
+    mean,  # [outer * inner] float32; None: x is normalised
     rstd,  # [outer * inner] float32
     dres,  # or None
     dx,  # may be dxhat or dres
@@ -107,11 +108,12 @@ def layer_norm_dx_kernel(
     outer, within = row // inner, row % inner
     g = tl.load(_row_pointers(dxhat, outer, within, dxhat_outer, dxhat_inner) + column, valid, 0.0).to(tl.float32)
     values = tl.load(_row_pointers(x, outer, within, x_outer, x_inner) + column, valid, 0.0).to(tl.float32)
-    row_mean, row_rstd = tl.load(mean + row, valid_row, 0.0), tl.load(rstd + row, valid_row, 0.0)
-    xhat = (values - row_mean[:, None]) * row_rstd[:, None]
+    row_rstd = tl.load(rstd + row, valid_row, 0.0)
+    if mean is not None:
+        values = (values - tl.load(mean + row, valid_row, 0.0)[:, None]) * row_rstd[:, None]
     # g is 0 outside the row, so neither sum needs a mask.
-    c1, c2 = tl.sum(g, 1) / D, tl.sum(g * xhat, 1) / D
-    result = row_rstd[:, None] * (g - c1[:, None] - xhat * c2[:, None])
+    c1, c2 = tl.sum(g, 1) / D, tl.sum(g * values, 1) / D
+    result = row_rstd[:, None] * (g - c1[:, None] - values * c2[:, None])
     if dres is not None:
         residual = _row_pointers(dres, outer, within, dres_outer, dres_inner) + column
         result += tl.load(residual, valid, 0.0).to(tl.float32)
@@ -127,12 +129,19 @@ def row_tile(D: int) -> tuple[dict[str, int], RowTile]:
     tile = next((t for t in TILES if t.width >= D), None)
     if tile is None:
         raise ValueError(f"the last dimension of x must be at most {TILES[-1].width} for the kernel; got {D}")
-    width = max(triton.next_power_of_2(D), 16)
+    tile, width = changed(tile), max(triton.next_power_of_2(D), 16)
     return {"ROWS": tile.rows, "WIDTH": width, "num_warps": tile.warps}, tile
 
 
 def layer_norm_out(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, y: Tensor, mean: Tensor, rstd: Tensor
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    y: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
 ) -> None:
     """Launcher of `torch.ops.fastnull.layer_norm_out`: x, y [outer, inner, D], dense in D; mean, rstd dense."""
     outer, inner, D = x.shape
@@ -144,11 +153,14 @@ def layer_norm_out(
     constants, tile = row_tile(D)
     with on_device_of(x):
         layer_norm_kernel[(triton.cdiv(M, tile.rows),)](
-            x, weight, bias, y, mean, rstd, M, inner, D, *x.stride()[:2], *y.stride()[:2], eps, **constants, **COMPILE
-        )
+            x, weight, bias, shift, y, mean, rstd, M, inner, D, *x.stride()[:2], *y.stride()[:2], eps,
+            **constants, **COMPILE,
+        )  # fmt: skip
 
 
-def layer_norm_dx_out(dxhat: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dres: Tensor | None, dx: Tensor) -> None:
+def layer_norm_dx_out(
+    dxhat: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, dres: Tensor | None, dx: Tensor
+) -> None:
     """Launcher of `torch.ops.fastnull.layer_norm_dx_out`: all but mean and rstd [outer, inner, D], dense in D."""
     outer, inner, D = x.shape
     check_dtypes(dxhat=dxhat, x=x, dres=dres, dx=dx)

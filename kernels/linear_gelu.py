@@ -1,11 +1,10 @@
 """The two products of an MLP with GELU in their epilogues (formulas: ops/linear_gelu).
 
-    h = gelu(x W^T + b), and gelu' of it        z is never written: two of its three passes through memory are saved
-    dz = (dy W) * gelu'                          likewise
+    h = gelu(x W^T + b), and gelu' of it        z is never written: two of its three passes over memory are saved
+    dz = (dy W) * gelu'                          the same
 
 bfloat16 and float16. Whether this beats the library's product followed by kernels/gelu.py is unmeasured, and the
-library is hard to beat at these sizes: `torch.ops.fastnull.linear_gelu_out` and `linear_dgelu_out` run these kernels,
-while the public functions keep to the library's product.
+library is hard to beat at these sizes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from fastnull.kernels.common import COMPILE, check_dense, on_device_of
 from fastnull.kernels.gelu import check_derivative, decode, encode, erf_gelu, tanh_gelu
-from fastnull.kernels.tiles import table
+from fastnull.kernels.tiles import changed
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class GemmTile:
 
 
 # Untuned on a GPU; chosen by compiling: 128x256 with 8 warps and 128x128 with 4 spill some 750 bytes in the epilogue.
-TILES = table("linear_gelu.TILES", (GemmTile(128, 128, 64, warps=8, stages=3, band=8),))
+TILES = (GemmTile(128, 128, 64, warps=8, stages=3, band=8),)
 CANDIDATES = tuple(
     {"m": m, "n": n, "k": k, "warps": 8, "stages": stages}
     for m, n, k in ((128, 128, 64), (128, 256, 64), (256, 128, 64), (64, 256, 64), (128, 128, 32))
@@ -58,20 +57,25 @@ def output_tile(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BAND: tl.const
 
 
 @triton.jit
-def product(a, b, row, column, M, N, K, a_row, b_k, b_column, TILE_K: tl.constexpr, WHOLE: tl.constexpr):
+def product(
+    a, b, row, column, M, N, K, a_row, b_k, b_column, TILE_K: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr
+):
     """float32 [rows, columns] of A [M, K] (dense in K) times B [K, N] (any strides)."""
     k = tl.arange(0, TILE_K)
-    # Out-of-range rows read the last one: no mask in the loop, and what they give is not stored.
+    # Rows beyond the last one read it again, and the result is not stored. For columns, that would hide from the
+    # compiler that neighbours in memory are read: B would be loaded value by value, without a pipeline.
     a_pointers = a + (tl.minimum(row, M - 1).to(tl.int64) * a_row)[:, None] + k[None, :]
-    b_pointers = b + k.to(tl.int64)[:, None] * b_k + tl.minimum(column, N - 1).to(tl.int64)[None, :] * b_column
+    b_pointers = b + k.to(tl.int64)[:, None] * b_k + column.to(tl.int64)[None, :] * b_column
+    valid = (column < N)[None, :]
     sums = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     for start in range(0, K, TILE_K):
-        if WHOLE:
-            a_tile, b_tile = tl.load(a_pointers), tl.load(b_pointers)
+        if WHOLE_K:
+            a_tile = tl.load(a_pointers)
+            b_tile = tl.load(b_pointers) if WHOLE_N else tl.load(b_pointers, valid, 0.0)
         else:
             left = K - start
             a_tile = tl.load(a_pointers, (k < left)[None, :], 0.0)
-            b_tile = tl.load(b_pointers, (k < left)[:, None], 0.0)
+            b_tile = tl.load(b_pointers, (k < left)[:, None] & valid, 0.0)
         sums = tl.dot(a_tile, b_tile, sums)
         a_pointers += TILE_K
         b_pointers += TILE_K * b_k
@@ -96,10 +100,11 @@ def linear_gelu_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     BAND: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    WHOLE_N: tl.constexpr,
 ):
     row, column = output_tile(M, N, TILE_M, TILE_N, BAND)
-    z = product(x, weight, row, column, M, N, K, x_row, weight_k, weight_column, TILE_K, WHOLE)
+    z = product(x, weight, row, column, M, N, K, x_row, weight_k, weight_column, TILE_K, WHOLE_K, WHOLE_N)
     if bias is not None:
         z += tl.load(bias + column, column < N, 0.0).to(tl.float32)[None, :]
     value, slope = tanh_gelu(z) if TANH else erf_gelu(z)
@@ -126,10 +131,11 @@ def linear_dgelu_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     BAND: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    WHOLE_N: tl.constexpr,
 ):
     row, column = output_tile(M, N, TILE_M, TILE_N, BAND)
-    g = product(dy, weight, row, column, M, N, K, dy_row, weight_k, weight_column, TILE_K, WHOLE)
+    g = product(dy, weight, row, column, M, N, K, dy_row, weight_k, weight_column, TILE_K, WHOLE_K, WHOLE_N)
     place = row.to(tl.int64)[:, None] * N + column[None, :]
     valid = (row < M)[:, None] & (column < N)[None, :]
     tl.store(dz + place, g * decode(tl.load(derivative + place, valid, 0)), valid)
@@ -151,10 +157,11 @@ def _check(x: Tensor, weight: Tensor, out: Tensor, derivative: Tensor | None) ->
 
 
 def _tile(M: int, N: int, K: int) -> tuple[tuple[int], dict[str, int | bool]]:
-    tile = TILES[0]
+    tile = changed(TILES[0])
     grid = (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
-    constants: dict[str, int | bool] = {"TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "BAND": tile.band}
-    return grid, {**constants, "WHOLE": K % tile.k == 0, "num_warps": tile.warps, "num_stages": tile.stages}
+    sizes = {"TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "BAND": tile.band}
+    whole = {"WHOLE_K": K % tile.k == 0, "WHOLE_N": N % tile.n == 0}
+    return grid, {**sizes, **whole, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def linear_gelu_out(

@@ -5,7 +5,7 @@ Two products with the basis between images and coefficients, both in exact float
     coefficients = v Q            v gathered from the image       [B gh gw, C p^2] x [C p^2, n]
     result = coefficients Q^T     scattered into the image; v minus it where Q spans the row space; plus images
 
-An element of patch row m and column k lies at rows_at[m] + columns_at[k], so neither product unfolds anything. Kept
+An element of patch row m and column k is at rows_at[m] + columns_at[k], so neither product unfolds anything. Kept
 between the two: the coefficients, n / (C p^2) of the noise in float32, at most half of it with the smaller basis.
 """
 
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnull.kernels.common import COMPILE, check_dense, check_dtypes, on_device_of
-from fastnull.kernels.tiles import table
+from fastnull.kernels.tiles import changed
 from fastnull.ops.common import check_positive, empty
 
 
@@ -33,8 +33,8 @@ class ProjectTile:
     warps: int
 
 
-# Untuned on a GPU; chosen by compiling: exact float32 runs on the plain cores, 32 sums a lane, at most 130 registers.
-TILES = table("patch_project.TILES", (ProjectTile(128, 64, 16, 8),))
+# Untuned on a GPU; chosen by compiling: exact float32 runs on the plain cores, 32 sums per lane, at most 130 registers.
+TILES = (ProjectTile(128, 64, 16, 8),)
 CANDIDATES = tuple(
     {"patches": m, "columns": n, "step": k, "warps": w}
     for m, n in ((64, 64), (128, 64), (128, 128), (256, 64))
@@ -45,7 +45,7 @@ CANDIDATES = tuple(
 
 @triton.jit
 def _rows_at(row, patches_down, patches_across, P: tl.constexpr, stride_b, stride_h, stride_w):
-    """Where the patch of each row begins in an image tensor, 64-bit."""
+    """Offset of the patch of each row in an image tensor, 64-bit."""
     row = row.to(tl.int64)
     image, within = row // (patches_down * patches_across), row % (patches_down * patches_across)
     return image * stride_b + (within // patches_across * stride_h + within % patches_across * stride_w) * P
@@ -53,7 +53,7 @@ def _rows_at(row, patches_down, patches_across, P: tl.constexpr, stride_b, strid
 
 @triton.jit
 def _columns_at(column, P: tl.constexpr, stride_c, stride_h, stride_w):
-    """Where each value of a patch lies from its beginning: channel, row, column, as in the embedding's weight."""
+    """Offset of each value in its patch: channel, row, column, as in the embedding's weight."""
     column = column.to(tl.int64)
     return column // (P * P) * stride_c + column // P % P * stride_h + column % P * stride_w
 
@@ -160,7 +160,7 @@ def patch_project_out(
     B, _, H, W = noise.shape
     K, R = basis.shape
     down, across = H // patch_size, W // patch_size
-    M, tile = B * down * across, TILES[0]
+    M, tile = B * down * across, changed(TILES[0])
     coefficients = empty((M, R), dtype=torch.float32, device=noise.device)
     sizes = (M, K, R, down, across)
     constants = {"P": patch_size, "PATCHES": tile.patches, "COLUMNS": tile.columns, "STEP": tile.step}

@@ -1,54 +1,37 @@
-"""Where launchers take their tiles from: the table in the kernel's file, or what `fastnull bench --tune` measured.
-
-FASTNULL_TILES names a JSON file that the tuner wrote: {"device": name of the GPU, "tables": {"attention.FORWARD":
-[{"head": 64, ...}, ...], ...}}. It is read when the kernels are imported; a table it names replaces the one in the
-file, on the GPU it was measured on. Nothing is ever tuned at run time.
-"""
+"""Tiles: each kernel's file has a table of them, and CANDIDATES, changes that `fastnull selftest --tiles` tries."""
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import warnings
-from pathlib import Path
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
-
 Tile = TypeVar("Tile")
+Change = Mapping[str, int]
+
+_launch = threading.local()
 
 
-def table(name: str, default: tuple[Tile, ...]) -> tuple[Tile, ...]:
-    """The table of this name, `<file>.<TABLE>`: the measured one where FASTNULL_TILES has it, else `default`.
-
-    Raises:
-        ValueError: FASTNULL_TILES is no file of the tuner; the message says what is wrong.
-    """
-    entries = _measured().get(name)
-    if entries is None:
-        return default
-    try:
-        tiles = tuple(type(default[0])(**entry) for entry in entries)
-    except TypeError as error:
-        raise ValueError(f"FASTNULL_TILES: table {name} does not fit {type(default[0]).__name__}: {error}") from None
-    if not tiles:
-        raise ValueError(f"FASTNULL_TILES: table {name} is empty")
-    return tiles
+def changed(tile: Tile) -> Tile:
+    """A table's tile as the launch that is being made has it."""
+    change: Change = getattr(_launch, "change", {})
+    return replace(tile, **change) if change else tile  # type: ignore[type-var]
 
 
-@functools.cache
-def _measured() -> dict[str, list[dict[str, Any]]]:
-    path = os.environ.get("FASTNULL_TILES")
-    if not path:
-        return {}
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        device, tables = found["device"], dict(found["tables"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"FASTNULL_TILES={path} is no file of `fastnull bench --tune`: {error!r}") from None
-    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    if device != here:
-        warnings.warn(f"FASTNULL_TILES was measured on {device}, not on {here}: it is not used", stacklevel=2)
-        return {}
-    return tables
+def with_change(launcher: Callable[..., None], change: Change) -> Callable[..., None]:
+    """The launcher with this change to its tiles: all kernels that it launches have it."""
+
+    def launch(*args: Any) -> None:
+        _launch.change = change
+        try:
+            launcher(*args)
+        finally:
+            _launch.change = {}
+
+    return launch
+
+
+def change_name(change: Change) -> str:
+    """As results name it: "queries=64,keys=128,warps=8"."""
+    return ",".join(f"{field}={value}" for field, value in change.items())

@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 99
 
-PARTS="build tests steps ops noise sanitizer kernels cpp finetune" # the most wanted first; `tune` on request
+PARTS="build selftest tests steps ops noise sanitizer kernels cpp finetune" # the most wanted first
 TOTAL=${TOTAL:-525}                                   # seconds for all parts
 PYTHON=${PYTHON:-python3}
 DRY=0 OUT=
@@ -41,13 +41,19 @@ build() { # in place, against the torch that is there
 
 install() { FASTNULL_CUDA=$1 "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --no-index -e .; }
 
+selftest() { # every implementation of every op at the sizes of a ViT-B/16: right or wrong, and how fast
+  local options=(vit_base_patch16_224 --batch 256)
+  [ $DRY = 1 ] && options=(vit_digits --batch 2 --device cpu)
+  "$PYTHON" -m fastnull selftest "${options[@]}" --json "$OUT/selftest.json"
+}
+
 tests() { # every op and the encoder on the GPU, against float64
   if [ $DRY = 1 ]; then "${PYTEST[@]}" tests/gpu -k "objective or auto_takes"; else "${PYTEST[@]}" tests/gpu -m gpu; fi
 }
 
 cpp() { # the same tests on the CUDA C++ kernels, and their times beside Triton's in ops.json
-  if [ $DRY = 1 ]; then "${PYTEST[@]}" tests/cuda/test_choice.py -k "variable or default"; return; fi
-  export FASTNULL_CUDA_OPS=all
+  if [ $DRY = 1 ]; then "${PYTEST[@]}" tests/ops/test_dispatch.py -k "csrc"; return; fi
+  export FASTNULL_KERNELS=cuda
   local status=0
   "${PYTEST[@]}" tests/gpu -m gpu || status=1
   bench cpp --only ops projection --dtypes bfloat16 --batch 256 --projected 256 --seconds 0.3 \
@@ -111,12 +117,8 @@ finetune() { # what augmentation costs a training step, and where its time goes
 
 noise() { "$PYTHON" scripts/gpu_noise.py "$WORK/noise.json"; }
 
-tune() {
-  if [ $DRY = 1 ]; then ! "$PYTHON" -m fastnull bench --tune; else "$PYTHON" -m fastnull bench --tune --out "$OUT"; fi
-}
-
 limit_of() {
-  case $1 in build | tests | sanitizer) echo 120 ;; steps) echo 230 ;; kernels | cpp) echo 90 ;; *) echo 75 ;; esac
+  case $1 in build | selftest | tests | sanitizer) echo 120 ;; steps) echo 230 ;; kernels | cpp) echo 90 ;; *) echo 75 ;; esac
 }
 
 for part in $PARTS; do
@@ -138,7 +140,7 @@ fi
 
 failed=0
 : >"$OUT/log.txt" && : >"$WORK/parts"
-export -f build install tests kernels cpp sanitizer bench steps ops noise finetune tune
+export -f build selftest install tests kernels cpp sanitizer bench steps ops noise finetune
 export DRY OUT WORK PYTHON
 for part in $PARTS; do
   left=$((TOTAL - SECONDS)) limit=$(limit_of "$part") begin=$SECONDS

@@ -38,9 +38,9 @@ def launches() -> list[tuple[str, tuple[object, ...], list[Tensor]]]:
     f32 = torch.float32
     for width in (7, 192):
         x, y, mean, rstd = randn(1, 9, width), nan(1, 9, width), nan(9, dtype=f32), nan(9, dtype=f32)
-        add("layer_norm_out", x, None, None, 1e-6, y, mean, rstd, fills=[y, mean, rstd])
+        add("layer_norm_out", x, None, None, randn(width, dtype=f32), 1e-6, y, mean, rstd, fills=[y, mean, rstd])
         dx = nan(1, 9, width)
-        add("layer_norm_dx_out", randn(1, 9, width), x, mean, rstd, x, dx, fills=[dx])
+        add("layer_norm_dx_out", randn(1, 9, width), y, None, rstd, x, dx, fills=[dx])
     z, h, code = randn(1, 5, 600), nan(1, 5, 600), torch.zeros(5, 600, dtype=torch.uint8, device=DEVICE)
     add("gelu_out", z, randn(600, dtype=f32), False, h, code, fills=[h])
     add("dgelu_", z, code, fills=[z])

@@ -39,11 +39,11 @@ def test_the_dry_run_does_every_part(tmp_path: Path) -> None:
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["log.txt", "ops.json", "steps.json", "summary.json", "table.txt"]
+    assert files == ["log.txt", "ops.json", "selftest.json", "steps.json", "summary.json", "table.txt"]
 
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {part["part"]: part["status"] for part in summary["parts"]} == dict.fromkeys(
-        ("build", "tests", "steps", "ops", "noise", "finetune", "kernels", "cpp", "sanitizer"), 0
+        ("build", "selftest", "tests", "steps", "ops", "noise", "finetune", "kernels", "cpp", "sanitizer"), 0
     )
     assert all(seconds > 0 for seconds in summary["profile"]["phases"].values())
     assert summary["build"]["torch"] == torch.__version__
@@ -95,7 +95,7 @@ for last; do :; done
 case "$*" in
   *get_device_capability*) echo 9.0a ;;
   *gpu_summary*) exec "{python}" "$@" ;;
-  *--tune*) echo '{{}}' >"$last/tiles-nvidia-h200.json" ;;
+  *"fastnull selftest"*) echo '{{}}' >"$last" ;;
   *"fastnull bench"*) mkdir -p "$last" && echo '{{"rows": []}}' >"$last/20260101T000000Z-x.json" ;;
   *gpu_noise*) echo '{{"relative": {{"norm": 0.001}}}}' >"$last" ;;
   *profile_step*) echo '{{"phases": {{}}}}' >"$last" ;;
@@ -112,12 +112,13 @@ def test_what_a_gpu_is_asked_for(tmp_path: Path) -> None:
         (tools / name).write_text(PRETENDED.format(calls=calls, python=sys.executable))
         (tools / name).chmod(0o755)
     environment = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHON": str(tools / "python3")}
-    done = check("--only", "build tests steps ops noise sanitizer kernels cpp finetune tune", str(out), **environment)
+    done = check(
+        "--only", "build selftest tests steps ops noise sanitizer kernels cpp finetune", str(out), **environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in out.iterdir())
     assert files == [
-        "cpp.json", "finetune.json", "log.txt", "ops.json", "steps.json", "summary.json", "table.txt",
-        "tiles-nvidia-h200.json",
+        "cpp.json", "finetune.json", "log.txt", "ops.json", "selftest.json", "steps.json", "summary.json", "table.txt",
     ]  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["build"] == {"archs": "9.0a"}, "nvcc compiles for the GPU that is there"
@@ -127,7 +128,7 @@ def test_what_a_gpu_is_asked_for(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     add_bench_options(parser)
     benches = [line.split("fastnull bench ")[1] for line in lines if "fastnull bench" in line]
-    assert len(benches) == 5
+    assert len(benches) == 4
     for words in benches:
         asked = parser.parse_args(words.split())
         assert set(asked.only or ()) <= set(SUITES)

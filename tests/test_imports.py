@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"fastnull": ROOT / "fastnull", "fastnull.kernels": ROOT / "kernels"}
 
 ROWS = (
-    ("__init__", "_C", "checks", "compat", "lazy", "paths", "progress", "record", "rng", "tensor_files"),
+    ("__init__", "_C", "checks", "choices", "compat", "folder_lock", "lazy", "paths", "progress", "record", "rng")
+    + ("tensor_files",),
     ("vit",),
     ("distributed",),
     ("data",),
     ("ops", "kernels"),
     ("build_info", "models", "noise", "testing"),
+    ("selftest",),
     ("encoder",),
     ("nullspace",),
     ("synthesis",),
@@ -34,8 +36,8 @@ ROWS = (
 """Rooms, and the modules that stand alone. What a row holds may import from its own row and the rows above."""
 ROW = {room: index for index, row in enumerate(ROWS) for room in row}
 
-LATE = {("fastnull.ops.common", "fastnull.kernels")}
-"""Imports that close a circle on purpose: the kernels register themselves at the first CUDA tensor."""
+LATE = {("fastnull.ops.common", "fastnull.kernels"), ("fastnull.ops.common", "fastnull.ops.dispatch")}
+"""Imports that close a circle on purpose: what chooses among kernels is registered at the first CUDA tensor."""
 
 
 def modules() -> dict[str, Path]:

@@ -28,8 +28,8 @@ def test_provenance_is_json_and_names_what_ran() -> None:
 
 
 def test_absent_packages_are_none() -> None:
-    assert record._version("no-such-package-at-all") is None
-    assert record._version("torch") is not None
+    assert record.version_of("no-such-package-at-all") is None
+    assert record.version_of("torch") is not None
 
 
 def test_git_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:

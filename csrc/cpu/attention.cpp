@@ -7,7 +7,7 @@
 namespace fastnull {
 namespace {
 
-// A 64-byte aligned buffer of this thread that only grows: a fresh one a call would be paid in page faults.
+// A 64-byte aligned buffer per thread that only grows: a new one per call would cost page faults.
 void* workspace(int64_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }

@@ -2,7 +2,7 @@
 // multiply-adds; formulas and blocking as in attention_kernel.cpp. Statistics, sums and accumulators are float32.
 //
 // A dot product takes two neighbours of the contraction as one 32-bit word. Over the head dimension (S, dP') the rows of
-// q and do are such words as they lie in memory, and k and v are transposed word by word. Over the tokens (o, dq) rows
+// q and do already are such words in memory, and k and v are transposed word by word. Over the tokens (o, dq) rows
 // 2 j and 2 j + 1 of v and k are interleaved, and P and dS are rounded to bfloat16 rows; over the queries (dk, dv) q, do,
 // P and dS are interleaved. In the backward P is normalised, since every element passes through registers there anyway.
 #if defined(__AVX512BF16__)
@@ -28,7 +28,7 @@ struct Workspace {
   float *inv;                      // [block]
 };
 
-// Queries in a block: an even number, so that no pair of rows is torn.
+// Queries in a block: an even number, so that pairs of rows stay together.
 int64_t even_block(int64_t tokens) { return (query_block(tokens) + 1) / 2 * 2; }
 
 // Lays the buffers out from `base` (null: only counts); returns the number of 32-bit words.
@@ -65,7 +65,7 @@ int64_t lay_out(int64_t N, int64_t d, bool backward, float* base, Workspace* w) 
 // Rows of bfloat16 pairs as the words that gemm reads.
 const Word* words(const bf16* p) { return reinterpret_cast<const Word*>(p); }
 
-// out, words [d / 2, np] = in [N, d] transposed word by word, zero behind N up to whole vectors.
+// out, words [d / 2, np] = in [N, d] transposed word by word, zero after N up to whole vectors.
 void transpose_words(const bf16* in, int64_t stride, int64_t N, int64_t d, int64_t np, float* out) {
   for (int64_t j = 0; j < N; j += W) {
     for (int64_t c = 0; c < d / 2; c += W) {
@@ -90,7 +90,7 @@ FASTNULL_INLINE __m256i load_bits(const bf16* p, int64_t n) {
   return n >= W ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(Vec::lanes(int(n)), p);
 }
 
-// out, words [rows / 2, dp] = rows 2 r and 2 r + 1 of in [rows, d] side by side; zero behind d and behind an odd last row.
+// out, words [rows / 2, dp] = rows 2 r and 2 r + 1 of in [rows, d] side by side; zero after d and after an odd last row.
 void interleave_rows(const bf16* in, int64_t stride, int64_t rows, int64_t d, float* out) {
   const int64_t dp = vectors(d) * W;
   for (int64_t r = 0; r < rows; r += 2) {

@@ -4,7 +4,7 @@
 //   dv = P^T do;  dP = do v^T;  dS = P * (dP - rowsum(P * dP));  dq = scale dS k;  dk = scale dS^T q
 //
 // k and v of a head are packed once as float32 into a workspace that stays in L2 (50 KB each at N = 197, d = 64), then
-// the queries pass through in blocks: a block of whole softmax rows, no rescaling, nothing of size N^2 in memory.
+// the queries are processed in blocks of whole softmax rows: no rescaling, nothing of size N^2 in memory.
 // The softmax stays unnormalised: with E = exp(S - max) and inv = 1 / rowsum(E), inv is multiplied into the rows of o
 // in the forward and of do in the backward (N d products instead of N^2):
 //   do' = inv do;  dP' = do' v^T;  dS = E * (dP' - inv rowsum(E * dP'));  dv = E^T do'
@@ -53,7 +53,7 @@ int64_t lay_out(int64_t N, int64_t d, bool backward, float* base, Workspace* w) 
   return used;
 }
 
-// out [rows, dp] = factor * in, zero behind d. `factors` (one a row) or one `factor` for all.
+// out [rows, dp] = factor * in, zero after d. `factors` (one per row) or one `factor` for all.
 template <typename T>
 void pack_rows(const T* in, int64_t stride, int64_t rows, int64_t d, float factor, const float* factors, float* out) {
   const int64_t dp = vectors(d) * W;
@@ -63,7 +63,7 @@ void pack_rows(const T* in, int64_t stride, int64_t rows, int64_t d, float facto
   }
 }
 
-// out [d, np] = in [N, d] transposed, zero behind N up to whole vectors.
+// out [d, np] = in [N, d] transposed, zero after N up to whole vectors.
 template <typename T>
 void pack_transposed(const T* in, int64_t stride, int64_t N, int64_t d, int64_t np, float* out) {
   for (int64_t j = 0; j < N; j += W) {

@@ -14,7 +14,7 @@ void attention_dqkv(const AttentionArgs& a, int64_t begin, int64_t end);
 namespace {
 
 constexpr int64_t W = Vec::size;
-// Queries in a block at most. Blocks of 36 to 200 rows take the same time at N = 197 (2 %, Emerald Rapids); at N = 50
+// Most queries in a block. Blocks of 36 to 200 rows take the same time at N = 197 (2 %, Emerald Rapids); at N = 50
 // the scores of one block should fit into L1.
 constexpr int64_t QUERIES = 72;
 
@@ -33,7 +33,7 @@ FASTNULL_INLINE Vec load_part(const T* p, int64_t n) {
   return n >= W ? Vec::load(p) : Vec::load(p, int(n));
 }
 
-// out [rows, d] = factor * in [rows, dp], one factor a row if `factors` is given.
+// out [rows, d] = factor * in [rows, dp], one factor per row if `factors` is given.
 template <typename T>
 void unpack_rows(const float* in, int64_t rows, int64_t d, float factor, const float* factors, T* out, int64_t stride) {
   const int64_t dp = vectors(d) * W;
@@ -45,7 +45,7 @@ void unpack_rows(const float* in, int64_t rows, int64_t d, float factor, const f
   }
 }
 
-// Scores [rows, N] → exp(score - row maximum) in `out`, below 1e-37 behind N up to whole vectors; inv = 1 / row sum.
+// Scores [rows, N] → exp(score - row maximum) in `out`, below 1e-37 after N up to whole vectors; inv = 1 / row sum.
 // `out` may be the scores.
 template <typename T>
 void softmax_rows(float* scores, int64_t rows, int64_t N, int64_t np, float* inv, T* out, int64_t out_pitch) {
@@ -84,8 +84,8 @@ FASTNULL_INLINE T* head_of(const Heads& x, int64_t b, int64_t h) {
   return static_cast<T*>(x.data) + b * x.batch_stride + h * x.head_stride;
 }
 
-// Asks for the lines of `rows` rows that will be read (or written) soon. Rows of a head lie 3 H d elements apart, too
-// far for the processor to see a stream in them, and come from L3 or memory.
+// Prefetches `rows` rows that will be read (or written) soon. Rows of a head are 3 H d elements apart, too far for the
+// hardware prefetcher.
 template <bool WRITE, typename T>
 FASTNULL_INLINE void prefetch_rows(const T* p, int64_t stride, int64_t rows, int64_t d) {
   constexpr int64_t line = 64 / int64_t(sizeof(T));

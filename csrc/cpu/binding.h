@@ -54,7 +54,7 @@ inline void check_same_shape(const Tensor& a, const Tensor& b, const char* name)
   STD_TORCH_CHECK(same, "fastnull: ", name, " has another shape than the input");
 }
 
-// Units of work that make about 32k elements: below that, waking a thread costs more than it gives.
+// Units of work that make about 32k elements: below that, starting a thread costs more than it saves.
 inline int64_t grain(int64_t elements_per_unit) {
   return elements_per_unit >= 32768 ? 1 : 32768 / (elements_per_unit > 0 ? elements_per_unit : 1);
 }

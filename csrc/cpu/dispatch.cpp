@@ -74,7 +74,7 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-// Plainest first.
+// Most portable first.
 const Level* levels(int* count) {
   static const Level all[] = {
       {&portable::table, true},

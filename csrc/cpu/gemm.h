@@ -5,7 +5,7 @@
 // registers, 6 x 2 takes 12 + 2 + 1 of the 16 of AVX2.
 //
 // The elements of A and B are 32-bit words: floats (Fma), or pairs of bfloat16 that are neighbours in the contraction
-// (Dot, which halves K). Which of them is faster for bfloat16 data is the processor's choice: see dispatch.cpp.
+// (Dot, which halves K). Which is faster for bfloat16 data depends on the processor: see dispatch.cpp.
 #pragma once
 
 #include "cpu/vec.h"
@@ -27,7 +27,7 @@ struct Dot {
 };
 #endif
 
-// A word of A: pairs of bfloat16 are read where they lie, which need not be at a multiple of four bytes.
+// A word of A: pairs of bfloat16 are read in place, and may start at any even address.
 typedef float Word __attribute__((aligned(2), may_alias));
 
 // A is [rows, K] with A(r, k) at a[r * lda + k] (A_ROWS) or at a[k * lda + r] (the transpose of a dense [K, rows]).
@@ -107,7 +107,7 @@ void gemm(int64_t rows, int64_t vectors, int64_t K, const Word* a, int64_t lda, 
   }
 }
 
-// dst [columns, ld] = the transpose of W rows of src, of which `rows` exist (zero behind them), W columns at a time.
+// dst [columns, ld] = the transpose of W rows of src, of which `rows` exist (zero after them), W columns at a time.
 #if defined(__AVX512F__)
 FASTNULL_INLINE void transpose(Vec (&x)[16]) {
   __m512 t[16];

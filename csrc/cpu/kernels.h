@@ -1,8 +1,8 @@
-// What the kernels are given, and the table through which they are called.
+// The arguments of the kernels, and the table through which they are called.
 //
-// A kernel is compiled once for each processor level (namespace FASTNULL_LEVEL) and knows nothing of torch: plain
-// pointers, sizes and strides in elements come in through one struct. `begin, end` is the range of its units of work
-// (rows, heads, ...) that one thread does. This header holds no function bodies: an inline function shared by the
+// A kernel is compiled once for each processor level (namespace FASTNULL_LEVEL) and does not depend on torch: it
+// gets plain pointers, and sizes and strides in elements, in one struct. `begin, end` is the range of its units of work
+// (rows, heads, ...) for one thread. This header holds no function bodies: an inline function shared by the
 // levels would be merged by the linker, and the merged one could be the AVX-512 one on a machine without it.
 #pragma once
 
@@ -25,7 +25,8 @@ struct LayerNormArgs {
   Rows x, y;
   const float* weight;  // [width] or null
   const float* bias;    // [width] or null
-  float* mean;          // [rows]
+  const float* shift;   // [width] or null: added to x
+  float* mean;          // [rows] or null
   float* rstd;          // [rows]
   int64_t width;
   float eps;
@@ -34,7 +35,7 @@ struct LayerNormArgs {
 struct LayerNormDxArgs {
   Dtype dtype;
   Rows dxhat, x, dres, dx;  // dres.data may be null; dx may be the memory of dres or of dxhat
-  const float* mean;
+  const float* mean;        // null: x is normalised
   const float* rstd;
   int64_t width;
 };
@@ -145,9 +146,9 @@ struct Kernels {
   void (*direct_step)(const DirectStepArgs&, int64_t begin, int64_t end);      // noises
 };
 
-// The table in use: the best level that this processor has, or the one that set_level named.
+// The table in use: the best level that this processor has, or the one that set_level chose.
 const Kernels& kernels();
-// Names of the levels that were built and that this processor has, plainest first, as "portable,avx2".
+// Names of the levels that were built and that this processor has, most portable first, as "portable,avx2".
 const char* available_levels();
 // False if there is no such level here.
 bool set_level(const char* name);

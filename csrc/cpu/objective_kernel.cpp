@@ -20,7 +20,7 @@ FASTNULL_INLINE void each(int64_t K, const F& f) {
   for (int64_t i = 0; i < K; i += W) f(i, K - i < W ? int(K - i) : W);
 }
 
-// A sum in two levels: a single float32 chain over a thousand classes would lose a digit more.
+// A sum in two levels: a single float32 chain over a thousand classes would lose one more digit.
 struct Sum {
   Vec total = Vec::set(0.0f), part = Vec::set(0.0f);
   int held = 0;

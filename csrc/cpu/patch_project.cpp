@@ -1,7 +1,7 @@
 // Binding of patch_project_out (fastnull/ops/patch_project.py): gather patches, two library products, scatter.
 //
-// The products are torch's (MKL's sgemm); what is ours is that patches go from NCHW to a panel and back without an
-// unfolded copy of the batch.
+// The products are torch's (MKL's sgemm); this code moves patches from NCHW to a panel and back, without a copy
+// of the unfolded batch.
 #include <algorithm>
 
 #include "cpu/binding.h"
@@ -13,7 +13,7 @@
 namespace fastnull {
 namespace {
 
-// Rows of a panel. Each product packs the whole basis anew, so a panel must be tall enough to pay for that:
+// Rows of a panel. Each product packs the whole basis again, so a panel must be tall enough to pay for that:
 // [64, 3, 224, 224] in two panels took 1.2 times the products alone, in four 1.4, in seven 1.35 (2 cores, noisy).
 constexpr int64_t PANEL_ROWS = 1568;
 

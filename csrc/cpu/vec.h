@@ -1,7 +1,7 @@
 // Vec: as many floats as the processor level holds in one register, and the few functions the kernels need.
 //
 // Everything lives in namespace fastnull::FASTNULL_LEVEL, so that no two levels share a symbol. bfloat16 is storage
-// only: it is widened on load and rounded to nearest even on store. Comparisons are arranged so that NaN goes through.
+// only: it is widened on load and rounded to nearest even on store. Comparisons are arranged so that NaN propagates.
 #pragma once
 
 #include <cmath>
@@ -95,7 +95,7 @@ FASTNULL_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.
 FASTNULL_INLINE Vec fnmadd(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
 FASTNULL_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 FASTNULL_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
-// NaN in `a` comes out as NaN, NaN in `b` as `a`: hand the bound in as b.
+// NaN in `a` comes out as NaN, NaN in `b` as `a`: pass the bound as b.
 FASTNULL_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(b.v, a.v)}; }
 FASTNULL_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(b.v, a.v)}; }
 FASTNULL_INLINE Vec where_negative(Vec x, Vec yes, Vec no) {
@@ -240,7 +240,7 @@ FASTNULL_INLINE Vec max(Vec a, Vec b) { return {a.v < b.v ? b.v : a.v}; }
 FASTNULL_INLINE Vec min(Vec a, Vec b) { return {a.v > b.v ? b.v : a.v}; }
 FASTNULL_INLINE Vec where_negative(Vec x, Vec yes, Vec no) { return {x.v < 0.0f ? yes.v : no.v}; }
 FASTNULL_INLINE Vec round(Vec a) {
-  // Adding 1.5 * 2^23 drops the fraction; exact to nearest even for |a| < 2^22, far beyond what exp hands in.
+  // Adding 1.5 * 2^23 drops the fraction; exact to nearest even for |a| < 2^22, far beyond what exp passes.
   const Vec magic = Vec::set(12582912.0f);
   return (a + magic) - magic;
 }

@@ -1,7 +1,7 @@
 // o = softmax(scale q k^T) v for every image and head, from packed qkv (fastnull/ops/attention.py).
 //
-// One block a head. q, k and v are read once, into shared memory; a warp holds the scores of 16 queries against all
-// keys in registers, packed to 16 bits, and o is written once. 4 B N H d values go to and from memory: the floor.
+// One block per head. q, k and v are read once, into shared memory; a warp holds the scores of 16 queries against all
+// keys in registers, packed to 16 bits, and o is written once. It moves 4 B N H d values, the least possible.
 #include "cuda/attention.cuh"
 
 namespace fastnull::cuda {
@@ -38,7 +38,7 @@ cudaError_t attention(const AttentionArgs& args, cudaStream_t stream) {
   return for_dtype_and_width(args, [&](auto element, auto width) {
     using T = decltype(element);
     constexpr int WIDTH = decltype(width)::value;
-    // Warps so that tiles come out even; blocks as many as registers and the shared memory of sm_90 allow.
+    // As many warps as divide the tiles evenly, and as many blocks as registers and shared memory of sm_90 allow.
     if (args.tokens <= 64) return launch_attention<T, WIDTH, 4, 4, 4>(args, stream);    // 50: 4 tiles, 24 KB
     if (args.tokens <= 80) return launch_attention<T, WIDTH, 5, 5, 3>(args, stream);    // 65: 5, 30 KB
     if (args.tokens <= 208) return launch_attention<T, WIDTH, 13, 5, 2>(args, stream);  // 197: 5 + 5 + 3, 78 KB

@@ -97,12 +97,12 @@ __device__ __forceinline__ float largest_of_row(float x) {
   return fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
 }
 
-// Every __syncwarp() in these kernels is there for the compiler: without it, it fetches the operands of several turns
-// of an unrolled loop ahead and runs out of registers.
+// Every __syncwarp() in these kernels is for the compiler: without it, operands of several iterations of an unrolled
+// loop are loaded ahead and registers run out.
 
 // The scores of 16 queries against all keys, as powers of two packed as the A of a product with keys or values. They
-// are made in two groups of key tiles where one would not fit in registers: those of the first group are relative to
-// its largest score, those of the second to the largest of all, and `first_factor` makes up for that.
+// are computed in two groups of key tiles where one would not fit in registers: the first group is relative to its own
+// largest score, the second to the largest of all, and `first_factor` corrects for that.
 template <int KEY_TILES>
 struct Powers {
   static constexpr int GROUP = KEY_TILES <= 8 ? KEY_TILES : (KEY_TILES + 1) / 2;
@@ -115,7 +115,7 @@ template <typename T, int WIDTH, int KEY_TILES, int FIRST, int COUNT>
 __device__ __forceinline__ void powers_of_group(Powers<KEY_TILES>& row, SharedRows<WIDTH> q, SharedRows<WIDTH> k,
                                                 int tile, int tokens, float scale_log2) {
   float s[COUNT][2][4] = {};  // [16, 16] a tile
-#pragma unroll 1  // unrolled, fragments are fetched so early that registers run out
+#pragma unroll 1  // unrolled, fragments are loaded so early that registers run out
   for (int c = 0; c < WIDTH / 16; ++c) {
     uint32_t a[4];
     fragment_a(a, q, tile, c);

@@ -1,8 +1,8 @@
 // Gradient of attention into packed dqkv (fastnull/ops/attention.py), from qkv and the gradient of o alone.
 //
-// One block a head, q, k, v and do in shared memory, read once. First each warp takes 16 queries against all keys:
+// One block per head, q, k, v and do in shared memory, read once. First each warp takes 16 queries against all keys:
 //     P = softmax(S);  delta = rowsum(P dP);  dS = P (dP - delta);  dq = scale dS k
-// and keeps of each row log2 of its sum of powers and delta; then 16 keys against all queries, transposed:
+// and keeps log2 of the sum of powers and delta of each row; then 16 keys against all queries, transposed:
 //     P^T, dP^T, dS^T again;  dv = P^T do;  dk = scale dS^T q
 // Every sum stays in one warp: no atomics, results repeat bit for bit. That costs 8 products against the 5 of a kernel
 // that adds up across warps; 5 would need dS of all queries in shared memory, or the 3 sums over keys across warps.
@@ -18,7 +18,7 @@ __device__ __forceinline__ void query_gradient(const AttentionArgs& args, T* dq_
   powers_of_scores<T>(row, q, k, tile, args.tokens, args.scale * LOG2_E);
   const float per_sum[2] = {reciprocal_approx(row.sum[0]), reciprocal_approx(row.sum[1])};
 
-  // rowsum(P dP) = do . o: o is made again in place of all of dP, which does not fit in registers beside P.
+  // rowsum(P dP) = do . o: o is computed again instead of all of dP, which does not fit in registers beside P.
   float o[WIDTH / 8][4] = {};
   product_with_values<T>(o, row, v);
   uint32_t grad[WIDTH / 16][4];
@@ -75,7 +75,7 @@ __device__ __forceinline__ void key_and_value_gradients(const AttentionArgs& arg
 #pragma unroll
   for (int c = 0; c < WIDTH / 16; ++c) fragment_a(keys[c], k, tile, c), fragment_a(values[c], v, tile, c);
   float dk[WIDTH / 8][4] = {}, dv[WIDTH / 8][4] = {};
-  // Rows beyond `tokens`: those of q and do are zero and add nothing; what comes of those of k and v is not stored.
+  // Rows beyond `tokens`: those of q and do are zero and add nothing; results for those of k and v are not stored.
 #pragma unroll 1
   for (int i = 0; i * TILE < args.tokens; ++i) {
     float s[2][4] = {}, dp[2][4] = {};  // transposed: 16 keys, 16 queries

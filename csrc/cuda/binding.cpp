@@ -1,6 +1,5 @@
 // The ops torch.ops.fastnull_cuda.*, with the arguments of torch.ops.fastnull.*: checks, and translation into the plain
-// structs of kernels.h. The CUDA key of fastnull::* is registered by kernels/__init__.py, which chooses between these
-// and Triton.
+// structs of kernels.h. Python chooses between these and Triton for the CUDA key of fastnull::*.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -204,7 +203,7 @@ void noise_objective_means_out(const Tensor& clean, const Tensor& noisy, bool sq
   run_objective(clean, noisy, squared, scale, loss, cotangent, influence, args);
 }
 
-// Noise [M, ...] as M rows, each of which takes blocks of its own.
+// Noise [M, ...] as M rows, each with blocks of its own.
 void check_noises(const Tensor& noise, const char* op) {
   STD_TORCH_CHECK(noise.size(0) <= MOST_BLOCKS_Y, "fastnull: ", op, " takes at most ", MOST_BLOCKS_Y,
                   " noises at once, not ", noise.size(0));

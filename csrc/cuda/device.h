@@ -1,4 +1,4 @@
-// The device and the stream of an op's tensors. Tests put an emulator in the place of this header.
+// The device and the stream of an op's tensors. Tests replace this header by an emulator.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,9 +13,9 @@
 
 namespace fastnull::cuda {
 
-// torch's current stream on a device. The function is in libtorch_cuda, which a library built beside a CPU torch cannot
-// name among those it needs, and whose symbols Python's torch keeps to itself: it is looked up in the one that is
-// loaded. torch::stable's own way to a stream's handle needs torch 2.13.
+// torch's current stream on a device. The function is in libtorch_cuda, which a library built with a CPU torch cannot
+// link, and whose symbols Python's torch does not export globally: it is looked up in the loaded library. The function
+// of torch::stable for a stream's handle needs torch 2.13.
 inline cudaStream_t current_stream(int32_t device) {
   using Shim = int32_t (*)(int32_t device, void** stream);
   static const Shim shim = [] {

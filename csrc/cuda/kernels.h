@@ -1,7 +1,7 @@
-// What the launchers are given: plain pointers, sizes and strides in elements. Nothing here knows of torch.
+// Arguments of the launchers: plain pointers, sizes and strides in elements. Nothing here depends on torch.
 //
-// A launcher puts its kernels on a stream and returns; it neither waits nor allocates. What it is given has been
-// checked by binding.cpp.
+// A launcher puts its kernels on a stream and returns; it neither waits nor allocates. binding.cpp
+// checks the arguments.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -76,7 +76,7 @@ struct AdamWArgs {
   const void* grad;
   float* exp_avg;
   float* exp_avg_sq;
-  int64_t* steps;     // [noises], counted up by the launch
+  int64_t* steps;     // [noises], incremented by the launch
   const float* gate;  // [noises]: 0 stays as it is, +1 descends, -1 ascends
   const double* lr;   // [noises]
   int64_t width;
@@ -85,7 +85,7 @@ struct AdamWArgs {
 };
 cudaError_t adamw_step(const AdamWArgs&, cudaStream_t);
 
-// Elements of a noise to a block of the steps.
+// Elements of a noise per block of the steps.
 constexpr int CHUNK = 2048;
 
 struct DirectStepArgs {

@@ -1,11 +1,11 @@
-// Launching a kernel, and its dynamic shared memory. Tests put an emulator in the place of this header.
+// Launching a kernel, and its dynamic shared memory. Tests replace this header by an emulator.
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace fastnull::cuda {
 
-// The shared memory that the launch asked for, 16-byte aligned.
+// The shared memory that the launch requested, 16-byte aligned.
 __device__ __forceinline__ void* dynamic_shared() {
   extern __shared__ uint4 memory[];
   return memory;

@@ -1,7 +1,7 @@
-// The instructions that CUDA C++ has no names for, one thin function each, and the 16-bit formats.
+// Instructions that CUDA C++ has no functions for, one thin function each, and the 16-bit formats.
 //
 // mma.sync and ldmatrix run on everything from sm_80 on. wgmma (sm_90a) and tcgen05 (sm_100a) would each need a kernel
-// of their own; they wait until a measurement says what they bring at 50 to 257 tokens.
+// of their own; whether they help at 50 to 257 tokens is not measured.
 //
 // Fragments of a warp's product D[16, 8] += A[16, k] B[k, 8], with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix
 // Fragments for mma.m16n8k16" and "...m16n8k8"):
@@ -12,7 +12,7 @@
 //   D, float:           d[0], d[1] = D[g][2t, 2t+1]   d[2], d[3] = D[g+8][2t, 2t+1]
 // so that two neighbouring D, packed, are the A of a next product.
 //
-// Tests put an emulator in the place of this header.
+// Tests replace this header by an emulator.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -76,7 +76,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// A place in dynamic shared memory, as the instructions below take it: half the registers of a pointer.
+// An address in dynamic shared memory, as the instructions below take it: half the registers of a pointer.
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* shared) {
   return SharedAddress(__cvta_generic_to_shared(shared));
@@ -152,7 +152,7 @@ __device__ __forceinline__ void copy16_async(SharedAddress shared, const void* g
                : "memory");
 }
 
-// This thread's copies are there; other threads see them after a barrier.
+// Waits for this thread's copies; other threads see them after a barrier.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace fastnull::cuda

@@ -1,6 +1,6 @@
 // Distance of noisy logits to clean ones, its gradient and the influence (fastnull/ops/noise_objective.py).
 //
-// One block a row; a row of logits is some kilobytes and is read again from the cache. Where means are asked for, the
+// One block per row; a row of logits is a few kilobytes and is read again from the cache. If means are requested, the
 // block of a group that ends last adds up its rows in their order: whichever block that is, the sum is the same, bit
 // for bit.
 #include <cmath>
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(THREADS) objective_kernel(const ObjectiveArgs 
   const int rows = args.rows / args.groups, group = int(row) / rows;
   __shared__ bool last;
   if (threadIdx.x == 0) {
-    __threadfence();  // the row's results are there before the ticket says so
+    __threadfence();  // the row's results are visible before the ticket is
     last = atomicInc(args.tickets + group, rows - 1) == unsigned(rows - 1);
   }
   __syncthreads();

@@ -1,9 +1,8 @@
 // One gated step of many noises at once, in place (fastnull/ops/noise_step.py). The gate of a noise is read on the
 // device: 0 leaves the noise and its state as they are, +1 descends, -1 ascends.
 //
-// A block has CHUNK elements of one noise (blockIdx.y). AdamW moves 28 bytes an element, a normalised step 16, a sign
-// step 12. What belongs to a whole noise (step size, corrections, norm) is worked out anew in every block: no launch
-// between.
+// A block has CHUNK elements of one noise (blockIdx.y). AdamW moves 28 bytes per element, a normalised step 16, a sign
+// step 12. Every block computes the values of its noise (step size, corrections, norm) itself, which saves a launch.
 #include <cmath>
 #include <initializer_list>
 
@@ -13,7 +12,7 @@
 
 namespace fastnull::cuda {
 
-// All blocks of a noise read its count: it moves on in a launch of its own, before them.
+// All blocks of a noise read its count, so it is incremented in a launch before theirs.
 __global__ void __launch_bounds__(THREADS) count_steps_kernel(const AdamWArgs args) {
   const int noise = blockIdx.x * THREADS + threadIdx.x;
   if (noise < args.noises && args.gate[noise] != 0) ++args.steps[noise];
@@ -26,7 +25,7 @@ __global__ void __launch_bounds__(THREADS) adamw_kernel(const AdamWArgs args) {
   if (gate == 0) return;
   __shared__ float decay, step_size, correction;
   if (threadIdx.x == 0) {
-    // double: 1 - beta^t loses its digits in float while t is small
+    // double: 1 - beta^t loses precision in float while t is small
     const double lr = args.lr[which], count = double(args.steps[which]);
     decay = float(1 - lr * args.weight_decay);
     step_size = float(lr / (1 - pow(args.beta1, count)));
@@ -108,7 +107,7 @@ cudaError_t for_dtype(const Args& args, Run run) {
   return args.grad_dtype == Dtype::bf16 ? run(Bf16{}) : run(Fp16{});
 }
 
-// Four values at a time: rows of a multiple of 4, from addresses that suit.
+// Four values at a time: rows of a multiple of 4 at aligned addresses.
 template <typename Args>
 bool in_fours(const Args& args, std::initializer_list<const void*> floats) {
   bool yes = args.width % 4 == 0 && uintptr_t(args.grad) % (args.grad_dtype == Dtype::f32 ? 16 : 8) == 0;

@@ -8,7 +8,7 @@
 // The embedding must not see the result: ||W P v|| <= 1e-6 ||W|| ||v||, so products are as exact as float. Each operand
 // is split into two tf32 numbers, x = high + low up to 2^-22 x, and three products are added: low high, high low, high
 // high. The tensor cores cut their sums off instead of rounding, always towards 0, which over a whole row adds up:
-// they add 8 terms at a time, the rest is added by ordinary float instructions. Leak at patches of 16 and rank 384,
+// they add 8 terms at a time, and ordinary float instructions add the rest. Leak at patches of 16 and rank 384,
 // emulated: 1e-7; with all sums in the tensor cores 2e-6.
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
@@ -19,12 +19,13 @@ namespace {
 
 // A block makes PATCHES x COLUMNS values in steps of STEP terms; its 8 warps stand 4 x 2 and make 32 x 32 each.
 constexpr int PATCHES = 128, COLUMNS = 64, STEP = 32, BLOCK = 256;
-constexpr int LEFT_ROW = STEP + 4;       // [PATCHES][STEP] in shared memory; 4 more: rows of a fragment in other banks
-constexpr int RIGHT_ROW = COLUMNS + 8;   // [STEP][COLUMNS]
-constexpr int RESULT_ROW = COLUMNS + 8;  // [PATCHES][COLUMNS], after the product, in the memory of both
+// Rows in shared memory, padded so that the 32 lanes of a warp address 32 banks.
+constexpr int TERMS_ROW = STEP + 4;      // of [PATCHES][STEP] and of [COLUMNS][STEP]
+constexpr int RIGHT_ROW = COLUMNS + 8;   // of [STEP][COLUMNS]
+constexpr int RESULT_ROW = COLUMNS + 8;  // of [PATCHES][COLUMNS], after the product, in the memory of both
 constexpr int LEFTS = PATCHES * STEP / BLOCK, RIGHTS = STEP * COLUMNS / BLOCK;  // values that a thread loads
 
-// Where the patch of a row begins in an image tensor.
+// Offset of the patch of a row in an image tensor.
 __device__ __forceinline__ int64_t patch_at(const PatchProjectArgs& args, const Image& image, int64_t row) {
   const int64_t in_batch = row / (args.grid_h * args.grid_w);
   const int within = int(row % (args.grid_h * args.grid_w));
@@ -32,7 +33,7 @@ __device__ __forceinline__ int64_t patch_at(const PatchProjectArgs& args, const 
          within % args.grid_w * args.patch * image.strides[3];
 }
 
-// Where a value of a patch lies from its beginning: channel, row, column, as in the embedding's weight.
+// Offset of a value in its patch: channel, row, column, as in the embedding's weight.
 __device__ __forceinline__ int64_t column_at(const PatchProjectArgs& args, const Image& image, int column) {
   const int p = args.patch;
   return column / (p * p) * image.strides[1] + column / p % p * image.strides[2] + column % p * image.strides[3];
@@ -46,11 +47,11 @@ __device__ __forceinline__ Split split(float x) {
   return {high, to_tf32(x - __uint_as_float(high))};
 }
 
-// sums += left[PATCHES, inner] right[inner, COLUMNS], both given by functions; those know what lies outside and say 0.
+// sums += left[PATCHES, inner] right[inner, COLUMNS], both given by functions that return 0 outside.
 template <typename Left, typename Right>
 __device__ __forceinline__ void add_product(float (&sums)[2][4][4], int inner, Left left_value, Right right_value) {
   float* left = static_cast<float*>(dynamic_shared());
-  float* right = left + PATCHES * LEFT_ROW;
+  float* right = left + PATCHES * TERMS_ROW;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int row0 = warp / 2 * 32, column0 = warp % 2 * 32;
   float next_left[LEFTS], next_right[RIGHTS];
@@ -60,16 +61,16 @@ __device__ __forceinline__ void add_product(float (&sums)[2][4][4], int inner, L
   };
   fetch(0);
   for (int start = 0; start < inner; start += STEP) {
-    __syncthreads();  // the step before has been read
+    __syncthreads();  // the previous step has been read
 #pragma unroll
-    for (int i = 0; i < LEFTS; ++i) left[(threadIdx.x / STEP + i * (BLOCK / STEP)) * LEFT_ROW + lane] = next_left[i];
+    for (int i = 0; i < LEFTS; ++i) left[(threadIdx.x / STEP + i * (BLOCK / STEP)) * TERMS_ROW + lane] = next_left[i];
 #pragma unroll
     for (int i = 0; i < RIGHTS; ++i) {
       const int at = threadIdx.x + i * BLOCK;
-      right[Right::inner_of(at) * RIGHT_ROW + Right::column_of(at)] = next_right[i];
+      right[Right::place(Right::inner_of(at), Right::column_of(at))] = next_right[i];
     }
     __syncthreads();
-    if (start + STEP < inner) fetch(start + STEP);  // under way while this step is computed
+    if (start + STEP < inner) fetch(start + STEP);  // loads run while this step is computed
 #pragma unroll 1  // unrolled, registers run out
     for (int k = 0; k < STEP; k += 8) {
       uint32_t a_high[2][4], a_low[2][4];
@@ -77,7 +78,7 @@ __device__ __forceinline__ void add_product(float (&sums)[2][4][4], int inner, L
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const Split x = split(left[(row0 + m * 16 + g + i % 2 * 8) * LEFT_ROW + k + t + i / 2 * 4]);
+          const Split x = split(left[(row0 + m * 16 + g + i % 2 * 8) * TERMS_ROW + k + t + i / 2 * 4]);
           a_high[m][i] = x.high, a_low[m][i] = x.low;
         }
 #pragma unroll
@@ -85,7 +86,7 @@ __device__ __forceinline__ void add_product(float (&sums)[2][4][4], int inner, L
         uint32_t b_high[2], b_low[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const Split x = split(right[(k + t + i * 4) * RIGHT_ROW + column0 + n * 8 + g]);
+          const Split x = split(right[Right::place(k + t + i * 4, column0 + n * 8 + g)]);
           b_high[i] = x.high, b_low[i] = x.low;
         }
 #pragma unroll
@@ -112,9 +113,11 @@ __device__ __forceinline__ const float* through_shared(const float (&sums)[2][4]
 #pragma unroll
     for (int n = 0; n < 4; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        result[(warp / 2 * 32 + m * 16 + i / 2 * 8 + lane / 4) * RESULT_ROW + warp % 2 * 32 + n * 8 + lane % 4 * 2 +
-               i % 2] = sums[m][n][i];
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp / 2 * 32 + m * 16 + half * 8 + lane / 4, column = warp % 2 * 32 + n * 8 + lane % 4 * 2;
+        *reinterpret_cast<float2*>(result + row * RESULT_ROW + column) =
+            make_float2(sums[m][n][2 * half], sums[m][n][2 * half + 1]);
+      }
   __syncthreads();
   return result;
 }
@@ -164,8 +167,9 @@ struct Coefficients {
 struct Basis {
   const PatchProjectArgs& args;
   int first;
-  static __device__ __forceinline__ int inner_of(int at) { return at / COLUMNS; }
-  static __device__ __forceinline__ int column_of(int at) { return at % COLUMNS; }
+  static __host__ __device__ constexpr int inner_of(int at) { return at / COLUMNS; }
+  static __host__ __device__ constexpr int column_of(int at) { return at % COLUMNS; }
+  static __host__ __device__ constexpr int place(int inner, int column) { return inner * RIGHT_ROW + column; }
 
   __device__ __forceinline__ void operator()(int start, float (&values)[RIGHTS]) const {
 #pragma unroll
@@ -180,8 +184,9 @@ struct Basis {
 struct BasisTransposed {
   const PatchProjectArgs& args;
   int first;
-  static __device__ __forceinline__ int inner_of(int at) { return at % STEP; }
-  static __device__ __forceinline__ int column_of(int at) { return at / STEP; }
+  static __host__ __device__ constexpr int inner_of(int at) { return at % STEP; }
+  static __host__ __device__ constexpr int column_of(int at) { return at / STEP; }
+  static __host__ __device__ constexpr int place(int inner, int column) { return column * TERMS_ROW + inner; }
 
   __device__ __forceinline__ void operator()(int start, float (&values)[RIGHTS]) const {
 #pragma unroll
@@ -191,6 +196,26 @@ struct BasisTransposed {
     }
   }
 };
+
+// Lanes of a warp that address the fullest bank of shared memory, where lane i addresses the word word_of(i).
+template <typename WordOf>
+constexpr int lanes_in_fullest_bank(WordOf word_of) {
+  int lanes[32] = {}, most = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const int count = ++lanes[word_of(lane) % 32];
+    most = count > most ? count : most;
+  }
+  return most;
+}
+// The loads and stores of `right` in add_product. `left` has the pattern of BasisTransposed.
+template <typename Right>
+constexpr bool no_bank_conflicts() {
+  return lanes_in_fullest_bank([](int lane) { return Right::place(Right::inner_of(lane), Right::column_of(lane)); }) ==
+             1 &&
+         lanes_in_fullest_bank([](int lane) { return Right::place(lane % 4, lane / 4); }) == 1;
+}
+static_assert(no_bank_conflicts<Basis>() && no_bank_conflicts<BasisTransposed>());
+static_assert(lanes_in_fullest_bank([](int lane) { return Basis::place(lane, 0); }) == 8, "as BasisTransposed would");
 
 __device__ __forceinline__ int patches_of_block(const PatchProjectArgs& args, int64_t row0) {
   return args.patches - row0 < PATCHES ? int(args.patches - row0) : PATCHES;
@@ -245,7 +270,8 @@ __global__ void __launch_bounds__(BLOCK, 2) result_kernel(const PatchProjectArgs
 
 template <typename T>
 cudaError_t launch_both(const PatchProjectArgs& args, cudaStream_t stream) {
-  const size_t product = PATCHES * LEFT_ROW + STEP * RIGHT_ROW, result = PATCHES * RESULT_ROW;
+  static_assert(COLUMNS * TERMS_ROW == STEP * RIGHT_ROW);
+  const size_t product = PATCHES * TERMS_ROW + STEP * RIGHT_ROW, result = PATCHES * RESULT_ROW;
   const size_t shared = (product > result ? product : result) * sizeof(float);
   const auto blocks = [&](int columns) {
     return unsigned((args.patches + PATCHES - 1) / PATCHES * ((columns + COLUMNS - 1) / COLUMNS));

@@ -13,7 +13,7 @@ __device__ __forceinline__ T of_block(T x, Combine combine) {
   constexpr int WARPS = THREADS / 32;
   __shared__ T of_warp[WARPS];
   for (int distance = 16; distance > 0; distance /= 2) x = combine(x, __shfl_xor_sync(0xFFFFFFFF, x, distance));
-  __syncthreads();  // the values of the call before have been read
+  __syncthreads();  // the values of the previous call have been read
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
   __syncthreads();
   x = of_warp[0];
@@ -29,7 +29,7 @@ __device__ __forceinline__ float largest_of_block(float x) {
   return of_block(x, [](float a, float b) { return fmaxf(a, b); });
 }
 
-// COUNT neighbouring values: one access where COUNT is 4, which asks for their alignment.
+// COUNT neighbouring values: one aligned access where COUNT is 4.
 template <typename T, int COUNT>
 struct alignas(sizeof(T) * COUNT) Values {
   T v[COUNT];

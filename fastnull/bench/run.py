@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fastnull import choices
 from fastnull.bench.rows import Row, append_rows, read_rows
 from fastnull.checks import check_choice, check_device, check_fields, check_number
 from fastnull.paths import check_output
@@ -90,8 +92,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     option("--seconds", type=float, metavar="S", help="measuring time per case (default: 1)")
     option("--no-compile", action="store_true", help="do not measure torch.compile")
     option("--compile-mode", metavar="MODE", help=f"any of {', '.join(COMPILE_MODES)}")
-    what = "measure the tiles of the Triton kernels on this GPU; see FASTNULL_TILES"
-    option("--tune", action="store_true", help=what)
+    option("--selftest", metavar="MODE", help="self-test of the kernels on a GPU: auto (default), off or force")
     option("--out", metavar="FOLDER", help="folder for results (default: benchmarks/results of the checkout)")
     what = "print ratios between two results (.json or .csv) and run nothing"
     option("--compare", nargs=2, metavar=("A", "B"), help=what)
@@ -100,7 +101,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """The command: run, compare, draw, or tune."""
+    """The command: run, compare or draw."""
     if args.compare is not None:
         print(compare(*(read_rows(path) for path in args.compare)))
         return
@@ -112,11 +113,8 @@ def bench(args: argparse.Namespace) -> None:
         plot([row for row in read_rows(args.plot[0]) if row.suite in suites], args.plot[1])
         print(f"figure: {args.plot[1]}")
         return
-    if args.tune:
-        if not torch.cuda.is_available():
-            raise ValueError("--tune needs a CUDA device: torch sees none")
-        print(f"tiles: {_suite('tune').tune(args.out or RESULTS)}")
-        return
+    if args.selftest is not None:
+        os.environ[choices.SWITCH] = choices.mode(args.selftest)  # of all encoders that the suites make
     check_output(args.out or RESULTS, {}, files=("*.json", "rows.csv"))
     base = BenchSettings.quickly() if args.quick else BenchSettings()
     asked = {

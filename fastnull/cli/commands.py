@@ -375,6 +375,40 @@ def bench(args: argparse.Namespace) -> None:
     run(args)
 
 
+def selftest(args: argparse.Namespace) -> None:
+    """Check and time every implementation of every op on this machine, at the sizes of a model.
+
+    Run the kernels of this package and torch's own calls in a child process, compare them with float64, and print which
+    are right and how fast. On a GPU the fastest right one of each op serves from then on. An encoder does the same by
+    itself where nothing is stored.
+
+    example:
+      fastnull selftest vit_small_patch16_224 --json selftest.json
+    """
+    from fastnull.bench.run import format_table
+    from fastnull.encoder import FrozenEncoder
+    from fastnull.models import create_model
+    from fastnull.record import provenance, write_json
+    from fastnull.selftest import table
+
+    device = _device(args)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be a CPU or a CUDA device; got {device}, which has no kernels to check")
+    if args.batch is not None:
+        check_number("batch", args.batch, 1)
+    if args.json is not None:
+        check_output(args.json, {}, name="--json")
+    dtype = "auto" if args.dtype is None else getattr(torch, args.dtype)
+    model = create_model(args.model).to(device)
+    encoder = FrozenEncoder(model, dtype, backend=device.type, selftest="off")
+    found = encoder.check_kernels(args.batch, args.tiles)
+    print(format_table(table(found)))
+    if args.json is not None:
+        plain = {problem: {name: asdict(outcome) for name, outcome in of.items()} for problem, of in found.items()}
+        write_json(args.json, {"results": plain, "provenance": provenance(device)})
+        print(f"written: {args.json}")
+
+
 def open_model(args: argparse.Namespace, name: str | None = None) -> nn.Module:
     """The model that a name, or a file of `save_checkpoint`, and --checkpoint give, on --device.
 

@@ -247,6 +247,16 @@ def _bench(parser: _Parser) -> None:
     add_bench_options(parser)
 
 
+def _selftest(parser: _Parser) -> None:
+    option = parser.add_argument
+    option("model", nargs="?", default="vit_base_patch16_224", metavar="MODEL", help="timm model")
+    option("--batch", type=int, metavar="N", help="images in the batch (default: 64, on a CPU 2)")
+    option("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of a synthesis")
+    option("--device", metavar="DEVICE", help="torch device (default: cuda if there is one, else cpu)")
+    option("--tiles", action="store_true", help="try the Triton kernels with other tiles too, which takes minutes")
+    option("--json", metavar="FILE", help="file for the results")
+
+
 def _model_and_data(parser: _Parser, *, required: bool = True) -> None:
     """Options of a command that opens a model and images."""
     option = parser.add_argument_group("the model").add_argument
@@ -265,5 +275,6 @@ def _model_and_data(parser: _Parser, *, required: bool = True) -> None:
 COMMANDS: dict[str, Callable[[_Parser], None]] = {
     "demo": _demo, "compare": _compare, "inspect": _inspect, "analyze": _analyze, "tune": _tune,
     "synthesize": _synthesize, "finetune": _finetune, "evaluate": _evaluate, "report": _report, "bench": _bench,
+    "selftest": _selftest,
 }  # fmt: skip
 """The function that adds the options of each command; what it does is the function of that name in `commands`."""

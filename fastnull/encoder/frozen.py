@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from fastnull import _C
+from fastnull import _C, choices
 from fastnull.checks import check_choice
+from fastnull.choices import Found
 from fastnull.distributed.sharded import Held, Units, is_sharded
 from fastnull.encoder.autograd import AutogradEncoder
 from fastnull.encoder.explicit.encoder import ExplicitEncoder
 from fastnull.encoder.explicit.products import automatic_dtype, products_dtype
-from fastnull.encoder.proof import check_structure, check_values
+from fastnull.encoder.proof import check_structure, check_values, problems_of
 from fastnull.ops.attention import WIDEST_HEAD
 from fastnull.ops.common import NATIVE_DTYPES, switched_off, told, triton_problem
+from fastnull.selftest import prove
 from fastnull.vit.base import SplitViT, check_site
 from fastnull.vit.exact import same, snapshot
 from fastnull.vit.parts import UnsupportedModelError, ViTParts
@@ -57,6 +59,9 @@ class FrozenEncoder:
         backend: `auto` takes the fastest backend for model, device and dtype, and warns once if that is not the
             device's own; `reference`, `cpu` and `cuda` force one.
         site: `patch`, `block0` or `pixels`; see fastnull.vit.SITES.
+        selftest: on a GPU, whether kernels are checked before the first encoder of these sizes runs on this machine:
+            `auto`; `force` (again); or `off`, library calls alone, with which backend `auto` is `reference`. None:
+            what FASTNULL_SELFTEST says, else `auto`. See fastnull.selftest.
 
     Attributes:
         backend: the backend in use, never `auto`.
@@ -77,8 +82,10 @@ class FrozenEncoder:
         dtype: torch.dtype | str | None = None,
         backend: str = "auto",
         site: str = "patch",
+        selftest: str | None = None,
     ) -> None:
         self._asked = check_choice("backend", backend, BACKENDS)
+        self._selftest = choices.mode(selftest)
         self.site = check_site(site)
         self.vit = as_split(model, site)
         self._model = model
@@ -103,9 +110,9 @@ class FrozenEncoder:
     def _choose(self) -> None:
         """Take the fast encoder if it is allowed and proven, otherwise the model's own modules."""
         for dtype in self._dtypes:
-            with _own_modes(self._device):
+            with self._own_modes():
                 last = dtype == self._dtypes[-1]
-                explicit = _explicit(self.vit, dtype, self._asked, self.site, refuse=last)
+                explicit = _explicit(self.vit, dtype, self._asked, self.site, self._selftest, refuse=last)
             if explicit is not None:
                 break
         self._encoder: ExplicitEncoder | AutogradEncoder
@@ -149,7 +156,7 @@ class FrozenEncoder:
             UnsupportedModelError: a forced backend cannot run what the model became.
         """
         self._check_device()
-        with _own_modes(self._device):
+        with self._own_modes():
             if not self.follow():
                 self._encoder.sync(self._units)
 
@@ -186,7 +193,7 @@ class FrozenEncoder:
             RuntimeError: the model was moved to another device.
         """
         self._check_images(images)
-        with _own_modes(self._device):
+        with self._own_modes():
             return self._encoder.embed(images, self.site)
 
     @torch.no_grad()
@@ -198,7 +205,7 @@ class FrozenEncoder:
             RuntimeError: the model was moved to another device.
         """
         self._check_tokens(tokens)
-        with _own_modes(self._device):
+        with self._own_modes():
             return self._encoder.logits(tokens, self.site)
 
     def input_gradient(
@@ -252,9 +259,29 @@ class FrozenEncoder:
 
         parts = by_image or isinstance(cotangent, Tensor)
         tokens = tokens.detach()
-        with _own_modes(self._device):
+        with self._own_modes():
             tokens = tokens.clone() if tokens.is_inference() else tokens  # which autograd refuses
             return self._encoder.input_gradient(tokens, self.site, weights, parts, sum_every)
+
+    def check_kernels(self, images: int | None = None, tiles: bool = False) -> dict[str, Found]:
+        """Check and time every implementation of the ops at this encoder's sizes, whatever earlier processes found.
+
+        Args:
+            images: in a batch; None: 64 on a GPU, 2 on a CPU.
+            tiles: try the Triton kernels with other tiles than their tables' too, which takes some minutes.
+
+        Returns:
+            Problem → implementation → outcome.
+
+        Raises:
+            ValueError: on the reference backend, which runs no ops, or where FASTNULL_SELFTEST=off.
+        """
+        if isinstance(self._encoder, AutogradEncoder):
+            raise ValueError(f"backend 'reference' runs the model's own modules on {self._device}: no op to check")
+        if choices.mode() == "off":
+            raise ValueError(f"{choices.SWITCH}=off keeps kernels from being checked: unset it")
+        with self._own_modes():
+            return prove(problems_of(self._encoder), self._device, asked="force", images=images, tiles=tiles)
 
     def about(self) -> dict[str, str]:
         """What a record says of it: dtype, dtype of the products, backend."""
@@ -272,6 +299,14 @@ class FrozenEncoder:
         needs larger buffers, or a change of the model's structure.
         """
         return self._encoder, *self._encoder.buffers()
+
+    @contextmanager
+    def _own_modes(self) -> Iterator[None]:
+        """Makes the encoder independent of the caller's autocast region and inference mode."""
+        library = choices.library_calls() if self._selftest == "off" else nullcontext()
+        # buffers allocated in inference mode could not be written outside it
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False), library:
+            yield
 
     def _check_device(self) -> None:
         now = self.vit.projection.weight.device
@@ -308,7 +343,13 @@ class FrozenEncoder:
 
 
 def _explicit(
-    vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch", *, refuse: bool = True
+    vit: SplitViT,
+    dtype: torch.dtype,
+    backend: str,
+    site: str = "patch",
+    selftest: str = "auto",
+    *,
+    refuse: bool = True,
 ) -> ExplicitEncoder | None:
     """The written-out encoder if backend, model, device and dtype allow it and it is proven, otherwise None.
 
@@ -318,13 +359,15 @@ def _explicit(
     if backend == "reference" or (backend == "auto" and device.type not in NATIVE_DTYPES):
         return None
     if backend == "auto":
-        if switched_off() or (device.type == "cpu" and not _cpu_is_fast(dtype)):
+        if switched_off() or (not _cpu_is_fast(dtype) if device.type == "cpu" else selftest == "off"):
             return None
     elif device.type != backend:
         raise ValueError(f"backend {backend!r} needs a model on a device of type {backend!r}; it is on {device}")
     try:
         parts = _checked_parts(vit, dtype, device, backend)
         made = ExplicitEncoder(vit, parts, dtype, products_dtype(dtype, device))
+        if device.type == "cuda" and not switched_off():
+            prove(problems_of(made), device, asked=selftest)
         check_values(vit, made, site)
         return made
     except UnsupportedModelError as reason:
@@ -378,11 +421,3 @@ def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(f"fastnull: {message}", stacklevel=5)
-
-
-@contextmanager
-def _own_modes(device: torch.device) -> Iterator[None]:
-    """Makes the encoder independent of the caller's autocast region and inference mode."""
-    # buffers allocated in inference mode could not be written outside it
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from fastnull.encoder.autograd import AutogradEncoder
 from fastnull.encoder.explicit.encoder import ExplicitEncoder
+from fastnull.ops import AdamWState, adamw_step, noise_objective, normalized_step, patch_project, sign_step
 from fastnull.rng import generator
+from fastnull.selftest.problems import Problem, traced
 from fastnull.vit.base import SplitViT
 from fastnull.vit.exact import first_difference
 from fastnull.vit.parts import ViTParts, need
@@ -34,6 +36,29 @@ def check_structure(vit: SplitViT, parts: ViTParts) -> None:
     difference = first_difference(vit.model.named_modules(), known_classes=ours)
     need(difference is None, str(difference))
     parts.check()
+
+
+def problems_of(encoder: ExplicitEncoder) -> set[Problem]:
+    """What the ops are asked in a step of synthesis with this encoder, and where its images are projected."""
+    device, (p, across) = encoder.device, encoder.stem.patch
+    tokens = torch.ones(PROBES, *(encoder.token_shape("block0") or ()), dtype=encoder.dtype, device=device)
+    pixels = encoder.stem.weight.shape[1]  # C·p·p
+    basis = torch.ones(pixels, 1, device=device)
+    noise = torch.ones(PROBES, pixels // p**2, p, p, device=device)
+    with traced() as problems:
+
+        def cotangent(logits: Tensor, images: slice) -> tuple[Tensor]:
+            return (noise_objective(logits, logits + 1).cotangent,)
+
+        _, gradient = encoder.input_gradient(tokens, "block0", cotangent, True)
+        for grad in (gradient, gradient.float()):
+            moved = torch.zeros_like(grad, dtype=torch.float32)
+            adamw_step(moved, grad, AdamWState.zeros(moved), lr=0.1)
+            normalized_step(moved, grad, lr=0.1)
+            sign_step(moved, grad, lr=0.1)
+        for complement in (False, True) if p == across else ():
+            patch_project(noise, basis, p, complement)
+    return problems
 
 
 def check_values(vit: SplitViT, encoder: ExplicitEncoder, site: str) -> None:

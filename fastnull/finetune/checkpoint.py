@@ -30,7 +30,7 @@ from fastnull.distributed.sharded import whole_state_dict
 from fastnull.distributed.sharded_state import check_shards
 from fastnull.finetune.config import RENAMED
 from fastnull.finetune.logs import Log
-from fastnull.finetune.run_lock import check_unlocked, locked
+from fastnull.folder_lock import check_unlocked, locked
 from fastnull.record import provenance, replacing, write_json
 from fastnull.tensor_files import write_tensors
 from fastnull.vit import NormalizedModel, unwrap

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastnull import choices
 from fastnull.checks import check_choice, trusted_values
 from fastnull.compat import import_timm
 from fastnull.data.image_files import to_pixels
@@ -25,6 +26,7 @@ from fastnull.distributed.sharded_state import load_state_of, load_whole_state, 
 from fastnull.finetune.config import ATTACKS, FinetuneConfig
 from fastnull.finetune.controls import AdversarialTraining, CleanOnly, Stopwatch, TimedAugment, Trades
 from fastnull.finetune.plan import REFRESH_COST, Plan
+from fastnull.record import device_name
 from fastnull.rng import Place, generator
 from fastnull.vit import NormalizedModel, unwrap
 from fastnull.vit.layers import Layered
@@ -344,6 +346,7 @@ class Training:
             "best": (self.best_epoch, self.best_accuracy),
             "spent": self._spent,
             "seconds": self.seconds(),
+            **choices.in_records(),
         }
 
     def shards(self) -> dict[str, Tensor]:
@@ -389,6 +392,7 @@ class Training:
         if state["scaler"]:  # empty without scaling
             self.scaler.load_state_dict(state["scaler"])
         self._load_augment(state["augment"])
+        self._take_implementations(state.get("implementations", {}))
         self.step, self.history = state["step"], state["history"]
         self.best_epoch, self.best_accuracy = state["best"]
         self._loss_sum = state["loss_sum"].to(self.device)
@@ -398,6 +402,18 @@ class Training:
             for group, settings in zip(self.optimizer.param_groups, fresh, strict=True):
                 group.update(settings)
             self.scheduler.step_update(self.step)
+
+    def _take_implementations(self, before: dict[str, str]) -> None:
+        """Run the ops on a GPU as the run did so far; warn where that cannot be."""
+        refused = choices.pin(before, device_name(self.device))
+        if refused:
+            more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+            warnings.warn(
+                "the run goes on, but not bit for bit: other implementations of its ops serve here, because "
+                f"{'; '.join(refused[:3])}{more}",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _load_augment(self, state: dict[str, Any]) -> None:
         if self.config.force:

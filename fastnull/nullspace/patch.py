@@ -8,6 +8,7 @@ by a float64 SVD W = U S Rᵀ of the stored weights.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from fastnull.checks import RANGE_TOLERANCE, check_finite, check_number
 from fastnull.nullspace.box_least_squares import box_least_squares
 from fastnull.nullspace.box_projection import box_projection
-from fastnull.ops.common import no_autocast
+from fastnull.ops.common import NATIVE_DTYPES, no_autocast, switched_off, triton_problem
 from fastnull.ops.patch_project import patch_project
+from fastnull.selftest import prove
+from fastnull.selftest.problems import Problem
 from fastnull.vit.base import NormalizedModel, SplitViT, under_adapters, unwrap
 from fastnull.vit.split import split
 
@@ -152,6 +155,8 @@ class PatchNullspace:
         basis = self._cast(images.device, dtype)
         with no_autocast(images.device):  # 16-bit products would leak
             if self.patch_size[0] == self.patch_size[1]:
+                if images.is_cuda:
+                    _prove(images.device, dtype, self.patch_size[0], len(basis), self._complement)
                 noise = patch_project(images.to(dtype), basis, self.patch_size[0], self._complement)
             else:
                 patches = self._to_patches(images.to(dtype))  # [B, h, w, K]
@@ -373,6 +378,13 @@ class PatchNullspace:
         (rows, columns), (ph, pw) = grid, self.patch_size
         cut = patches.view(-1, rows, columns, self.channels, ph, pw).permute(0, 3, 1, 4, 2, 5)
         return cut.reshape(-1, self.channels, rows * ph, columns * pw)
+
+
+@functools.cache
+def _prove(device: torch.device, dtype: torch.dtype, patch_size: int, pixels: int, complement: bool) -> None:
+    """Have the kernels of the projection checked, unless this machine knows them."""
+    if dtype in NATIVE_DTYPES["cuda"] and not switched_off() and not triton_problem(device):
+        prove([Problem("patch_project_out", (dtype, (patch_size, pixels, int(complement))))], device)
 
 
 def patch_projection(model: nn.Module | SplitViT) -> nn.Conv2d:

@@ -52,10 +52,27 @@ def attention_sdpa(qkv: Tensor, scale: float) -> Tensor:
 
 
 def attention_dqkv_sdpa(qkv: Tensor, grad_o: Tensor, scale: float) -> Tensor:
-    """`attention_dqkv` by torch's operator under autograd: a second forward, then its backward."""
+    """`attention_dqkv` by torch's own operator under autograd: its forward once more, then its backward."""
+    dqkv = torch.empty_like(qkv)
+    attention_dqkv_sdpa_out(qkv, grad_o, scale, dqkv)
+    return dqkv
+
+
+def attention_out_sdpa(qkv: Tensor, scale: float, o: Tensor) -> None:
+    """`attention_sdpa` into o [B, N, H, d]: torch gives its result in an order of its own."""
+    o.copy_(attention_sdpa(qkv, scale))
+
+
+def attention_dqkv_sdpa_out(qkv: Tensor, grad_o: Tensor, scale: float, dqkv: Tensor) -> None:
+    """`attention_dqkv_sdpa` into dqkv [B, N, 3, H, d], each part by a copy."""
     with torch.inference_mode(False), torch.enable_grad():
-        leaf = qkv.clone().requires_grad_(True)  # copied: inference tensors cannot require a gradient
-        return torch.autograd.grad(attention_sdpa(leaf, scale), leaf, grad_o)[0]
+        qkv = qkv.clone() if qkv.is_inference() else qkv.detach()  # the former cannot ask for a gradient
+        leaves = [part.requires_grad_(True) for part in qkv.permute(2, 0, 3, 1, 4).unbind(0)]  # [B, H, N, d] each
+        q, k, v = leaves
+        o = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        parts = torch.autograd.grad(o, leaves, grad_o.transpose(1, 2))
+    for written, part in zip(dqkv.permute(2, 0, 3, 1, 4), parts, strict=True):
+        written.copy_(part)
 
 
 def _attention_out_ref(qkv: Tensor, scale: float, o: Tensor) -> None:
@@ -90,17 +107,11 @@ def _output(out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return out
 
 
-def _too_wide(qkv: Tensor) -> bool:
-    return qkv.is_cuda and qkv.shape[-1] > WIDEST_HEAD
-
-
 def _attention_fwd(qkv: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     B, N, _, H, d = qkv.shape
     o = _output(out, (B, N, H, d), qkv)
     if not use_native("attention", qkv):
         _attention_out_ref(qkv, scale, o)
-    elif _too_wide(qkv):
-        o.copy_(attention_sdpa(qkv, scale))
     else:
         torch.ops.fastnull.attention_out(_dense_last(qkv), scale, o)
     return o
@@ -125,8 +136,6 @@ def attention_dqkv(qkv: Tensor, grad_o: Tensor, scale: float | None = None, *, o
     dqkv = _output(out, tuple(qkv.shape), qkv)
     if not use_native("attention", qkv):
         _attention_dqkv_out_ref(qkv, grad_o, scale, dqkv)
-    elif _too_wide(qkv):
-        dqkv.copy_(attention_dqkv_sdpa(qkv, grad_o, scale))
     else:
         torch.ops.fastnull.attention_dqkv_out(_dense_last(qkv), _dense_last(grad_o), scale, dqkv)
     return dqkv

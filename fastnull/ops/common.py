@@ -30,6 +30,8 @@ OPS = (
 """Names of the ops: of their files."""
 
 LIBRARY = torch.library.Library("fastnull", "FRAGMENT")
+REFERENCES: dict[str, Callable[..., None]] = {}
+"""Of every op of `define`, by its name in `torch.ops.fastnull`."""
 # of the C++ ops on the CPU, and of the Triton kernels
 NATIVE_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -54,6 +56,7 @@ def define(schema: str, reference: Callable[..., None]) -> None:
     `reference` takes the schema's arguments and writes into the mutable ones.
     """
     name = schema.split("(", 1)[0]
+    REFERENCES[name] = reference
     LIBRARY.define(schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
 
@@ -125,7 +128,8 @@ def switched_off() -> bool:
 
 @functools.cache
 def triton_problem(device: torch.device) -> str:
-    """Why the Triton kernels do not run on this GPU; empty where they do. The first call imports and registers them."""
+    """Why the Triton kernels do not run on this GPU; empty where they do. The first call imports them and registers for
+    every op what chooses among its implementations."""
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_GPU:
         have, need = (f"sm_{major}{minor}" for major, minor in (capability, OLDEST_GPU))
@@ -134,7 +138,17 @@ def triton_problem(device: torch.device) -> str:
         import fastnull.kernels  # noqa: F401
     except ImportError as failure:
         return f"the kernels need Triton ({failure})"
+    register_choices()
     return ""
+
+
+@functools.cache
+def register_choices() -> None:
+    """Have every op on CUDA tensors choose among its implementations: fastnull/ops/dispatch.py."""
+    from fastnull.ops.dispatch import SIGNATURES, dispatcher
+
+    for name in SIGNATURES:
+        LIBRARY.impl(name, dispatcher(name), "CUDA")
 
 
 def check_positive(name: str, value: int) -> None:

@@ -1,11 +1,13 @@
 """LayerNorm over the last dimension, and its input gradient fused with the residual's gradient.
 
-    mean = sum(x) / D;  rstd = 1 / sqrt(sum((x - mean)^2) / D + eps);  xhat = (x - mean) * rstd
-    y    = xhat * weight + bias                                          (weight and bias may be folded away)
+    x'   = x + shift                                      (shift [D]: biases that were not added to the residual stream)
+    mean = sum(x') / D;  rstd = 1 / sqrt(sum((x' - mean)^2) / D + eps);  xhat = (x' - mean) * rstd
+    y    = xhat * weight + bias                           (weight and bias may be folded into the next linear)
     dx   = dres + rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
 
-Statistics are float32 whatever the dtype of x (float64 for float64). Saved for the backward: x, and mean and rstd,
-which are 2 / D of it.
+Statistics are float32 whatever the dtype of x (float64 for float64). Saved for the backward is either x with mean and
+rstd, or xhat with rstd: where there is no affine, xhat is y, which the next linear reads anyway, and x may be
+overwritten.
 """
 
 from __future__ import annotations
@@ -19,10 +21,16 @@ from fastnull.ops.common import compute_dtype, define, empty, needs_grad, rows, 
 
 
 def layer_norm_ref(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`layer_norm` and its statistics in plain torch: y in x.dtype; mean and rstd [...] in the compute dtype."""
     wide = x.to(compute_dtype(x.dtype))
+    if shift is not None:
+        wide = wide + shift
     mean = wide.mean(-1)
     centred = wide - mean.unsqueeze(-1)
     rstd = (centred.square().mean(-1) + eps).rsqrt()
@@ -34,37 +42,83 @@ def layer_norm_ref(
     return y.to(x.dtype), mean, rstd
 
 
-def layer_norm_dx_ref(dxhat: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dres: Tensor | None = None) -> Tensor:
+def layer_norm_dx_ref(
+    dxhat: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, dres: Tensor | None = None
+) -> Tensor:
     """`layer_norm_dx` in plain torch."""
     wide = compute_dtype(x.dtype)
     g, r = dxhat.to(wide), rstd.unsqueeze(-1)
-    xhat = (x.to(wide) - mean.unsqueeze(-1)) * r
+    xhat = x.to(wide) if mean is None else (x.to(wide) - mean.unsqueeze(-1)) * r
     dx = r * (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True))
     return (dx if dres is None else dx + dres.to(wide)).to(x.dtype)
 
 
 def _layer_norm_out_ref(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, y: Tensor, mean: Tensor, rstd: Tensor
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    y: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
 ) -> None:
-    out, m, r = layer_norm_ref(x, weight, bias, eps)
+    out, m, r = layer_norm_ref(x, weight, bias, eps, shift)
     y.copy_(out)
-    mean.copy_(m)
-    rstd.copy_(r)
+    if mean is not None:
+        mean.copy_(m.view(mean.shape))
+    rstd.copy_(r.view(rstd.shape))
 
 
 def _layer_norm_dx_out_ref(
-    dxhat: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dres: Tensor | None, dx: Tensor
+    dxhat: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, dres: Tensor | None, dx: Tensor
 ) -> None:
-    dx.copy_(layer_norm_dx_ref(dxhat, x, mean, rstd, dres))
+    mean = None if mean is None else mean.view(x.shape[:-1])
+    dx.copy_(layer_norm_dx_ref(dxhat, x, mean, rstd.view(x.shape[:-1]), dres))
+
+
+def layer_norm_library(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    y: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+) -> None:
+    """`layer_norm_out` by torch's own operators: an addition, and a LayerNorm."""
+    if shift is not None or weight is not None:
+        x = x.to(compute_dtype(x.dtype))
+    results = torch.native_layer_norm(x if shift is None else x + shift, x.shape[-1:], weight, bias, eps)
+    for written, result in zip((y, mean, rstd), results, strict=True):
+        if written is not None:
+            written.copy_(result.view(written.shape))
+
+
+def layer_norm_dx_library(
+    dxhat: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, dres: Tensor | None, dx: Tensor
+) -> None:
+    """`layer_norm_dx_out` by torch's own operators."""
+    rstd = rstd.view(*x.shape[:-1], 1)
+    stats = (torch.zeros_like(rstd), torch.ones_like(rstd)) if mean is None else (mean.view(rstd.shape), rstd)
+    backward = torch.ops.aten.native_layer_norm_backward
+    result = backward(dxhat, x, x.shape[-1:], *stats, None, None, [True, False, False])[0]
+    if mean is None:  # x is normalised
+        result = result * rstd
+    if dres is None:
+        dx.copy_(result)
+    else:
+        torch.add(result, dres, out=dx)
 
 
 define(
-    "layer_norm_out(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd)"
-    " -> ()",
+    "layer_norm_out(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, float eps, Tensor(a!) y, Tensor(b!)? mean, "
+    "Tensor(c!) rstd) -> ()",
     _layer_norm_out_ref,
 )
 define(
-    "layer_norm_dx_out(Tensor dxhat, Tensor x, Tensor mean, Tensor rstd, Tensor? dres, Tensor(a!) dx) -> ()",
+    "layer_norm_dx_out(Tensor dxhat, Tensor x, Tensor? mean, Tensor rstd, Tensor? dres, Tensor(a!) dx) -> ()",
     _layer_norm_dx_out_ref,
 )
 
@@ -79,9 +133,10 @@ def layer_norm_stats(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     *,
-    out: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of x [..., D] together with its statistics; no autograd.
+    shift: Tensor | None = None,
+    out: tuple[Tensor, Tensor | None, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """LayerNorm of x + shift, x [..., D], together with its statistics; no autograd.
 
     Args:
         x: [..., D], float32, bfloat16 or float64. Strided inputs are read in place if the last dimension is dense and
@@ -89,17 +144,20 @@ def layer_norm_stats(
         weight: [D] or None (1).
         bias: [D] or None (0).
         eps: added to the variance.
-        out: (y, mean, rstd) to write into: y like x and with a dense last dimension; mean and rstd dense.
+        shift: [D] or None (0): added to x in the compute dtype; nothing else sees the sum.
+        out: (y, mean, rstd) to write into: y like x and with a dense last dimension; mean and rstd dense. mean may be
+            None: it is not written.
 
     Returns:
-        y [..., D] in x.dtype; mean and rstd [...] in float32 (float64 for float64).
+        y [..., D] in x.dtype; mean and rstd [...] in float32 (float64 for float64), mean that of x + shift.
     """
     if not torch.compiler.is_compiling():
-        for name, parameter in (("weight", weight), ("bias", bias)):
+        for name, parameter in (("weight", weight), ("bias", bias), ("shift", shift)):
             if parameter is not None and parameter.shape != x.shape[-1:]:
                 raise ValueError(f"{name} must have shape {list(x.shape[-1:])}; got {list(parameter.shape)}")
         if out is not None and out[0].shape != x.shape:
             raise ValueError(f"out[0] must have the shape of x, {list(x.shape)}; got {list(out[0].shape)}")
+    mean: Tensor | None
     if out is None:
         wide = compute_dtype(x.dtype)
         y = empty(x.shape, dtype=x.dtype, device=x.device)
@@ -108,14 +166,21 @@ def layer_norm_stats(
     else:
         y, mean, rstd = out
     if use_native("layer_norm", x):
-        torch.ops.fastnull.layer_norm_out(rows(x), _wide(weight), _wide(bias), eps, rows_out(y, "out"), mean, rstd)
+        parameters = (_wide(weight), _wide(bias), _wide(shift))
+        torch.ops.fastnull.layer_norm_out(rows(x), *parameters, eps, rows_out(y, "out"), mean, rstd)
     else:
-        _layer_norm_out_ref(x, weight, bias, eps, y, mean, rstd)
+        _layer_norm_out_ref(x, weight, bias, shift, eps, y, mean, rstd)
     return y, mean, rstd
 
 
 def layer_norm_dx(
-    dxhat: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dres: Tensor | None = None, *, out: Tensor | None = None
+    dxhat: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dres: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Input gradient of LayerNorm, plus the residual's gradient; no autograd.
 
@@ -124,8 +189,8 @@ def layer_norm_dx(
     Args:
         dxhat: [..., D], gradient of the normalised row: dy * weight, or the input gradient of the linear into which
             the weight was folded.
-        x: [..., D], the forward's input.
-        mean: [...], as `layer_norm_stats` gave it.
+        x: [..., D], the forward's input (with its shift); or, where mean is None, xhat.
+        mean: [...], as `layer_norm_stats` gave it, or None.
         rstd: [...], as `layer_norm_stats` gave it.
         dres: [..., D], gradient that reaches x beside the norm (the residual path), or None.
         out: [..., D] to write into; may be the memory of `dres` or of `dxhat`.

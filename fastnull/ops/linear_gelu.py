@@ -7,7 +7,7 @@
     tanh: gelu(z) = z s,  s = sigmoid(2 u),  u = sqrt(2 / pi) (z + 0.044715 z^3),  gelu'(z) = s + 2 z s (1 - s) u'(z)
 
 The matrix products are the library's; bias, GELU and derivative are one pass over its output, in place. Saved for the
-backward is the derivative alone, not z: in float32 as float32 (4 bytes an element); in bfloat16 as one byte.
+backward is the derivative alone, not z: in float32 as float32 (4 bytes per element); in bfloat16 as one byte.
 
 The byte: gelu' lies in [-0.1292, 1.1292], code = round(200 gelu') + 26, so a step is 0.005 and the saturated ends 0 and
 1 are exact. The error is at most 0.0025, about that of rounding the derivative near 1 to bfloat16 (0.002).
@@ -65,7 +65,8 @@ def _gelu_out_ref(z: Tensor, bias: Tensor | None, tanh: bool, h: Tensor, derivat
     value, slope = gelu_ref(z, bias, "tanh" if tanh else "none")
     h.copy_(value)
     if derivative is not None:
-        derivative.copy_(encode_derivative(slope) if derivative.dtype == torch.uint8 else slope)
+        kept = encode_derivative(slope) if derivative.dtype == torch.uint8 else slope
+        derivative.copy_(kept.view(derivative.shape))
 
 
 def _dgelu_ref(g: Tensor, derivative: Tensor) -> None:
@@ -85,9 +86,24 @@ def _linear_dgelu_out_ref(dy: Tensor, weight: Tensor, derivative: Tensor, dz: Te
     _dgelu_ref(dz, derivative)
 
 
+def linear_gelu_apart(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, h: Tensor, derivative: Tensor | None
+) -> None:
+    """`linear_gelu_out` by the library's product and a pass over its result."""
+    torch.mm(x, weight.t(), out=h)
+    z = h.unsqueeze(0)
+    torch.ops.fastnull.gelu_out(z, bias, tanh, z, derivative)
+
+
+def linear_dgelu_apart(dy: Tensor, weight: Tensor, derivative: Tensor, dz: Tensor) -> None:
+    """`linear_dgelu_out` by the library's product and a pass over its result."""
+    torch.mm(dy, weight, out=dz)
+    torch.ops.fastnull.dgelu_(dz.unsqueeze(0), derivative)
+
+
 define("gelu_out(Tensor z, Tensor? bias, bool tanh, Tensor(a!) h, Tensor(b!)? derivative) -> ()", _gelu_out_ref)
 define("dgelu_(Tensor(a!) g, Tensor derivative) -> ()", _dgelu_ref)
-# Product and pass in one kernel, where there is one. The functions below use it only once it is measured to be faster.
+# Product and pass in one kernel, where there is one.
 define(
     "linear_gelu_out(Tensor x, Tensor weight, Tensor? bias, bool tanh, Tensor(a!) h, Tensor(b!)? derivative) -> ()",
     _linear_gelu_out_ref,
@@ -119,7 +135,7 @@ def gelu_(
     if use_native("linear_gelu", z):
         wide_bias = bias
         if bias is not None:  # the kernels of the GPU take any dtype: a cast would be a launch of its own
-            wide_bias = (bias if z.is_cuda else bias.to(torch.float32)).contiguous()
+            wide_bias = (bias.to(torch.float32) if z.device.type == "cpu" else bias).contiguous()
         view = rows_out(z, "z")
         torch.ops.fastnull.gelu_out(view, wide_bias, tanh, view, derivative)
     else:
@@ -138,14 +154,30 @@ def dgelu_(g: Tensor, derivative: Tensor) -> Tensor:
     return g
 
 
+def _in_one_op(x: Tensor, weight: Tensor) -> bool:
+    """Whether product and pass are one op, which one kernel may do: not on a CPU."""
+    return x.device.type != "cpu" and use_native("linear_gelu", x, weight)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """x [..., D] as [M, D]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _room(x: Tensor, width: int, out: Tensor | None) -> Tensor:
+    """Where the product of x [..., K] with a weight goes, [..., width]: `out`, or memory of our own."""
+    shape = (*x.shape[:-1], width)
+    if out is None:
+        return empty(shape, dtype=x.dtype, device=x.device)
+    if out.shape != shape:
+        raise ValueError(f"out must have shape {list(shape)}; got {list(out.shape)}")
+    return out
+
+
 def _matmul(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
     """x [..., K] @ weight [K, D] into our own memory (or `out`): [..., D]."""
-    shape = (*x.shape[:-1], weight.shape[1])
-    if out is None:
-        out = empty(shape, dtype=x.dtype, device=x.device)
-    elif out.shape != shape:
-        raise ValueError(f"out must have shape {list(shape)}; got {list(out.shape)}")
-    torch.mm(x.reshape(-1, x.shape[-1]), weight, out=out.view(-1, weight.shape[1]))
+    out = _room(x, weight.shape[1], out)
+    torch.mm(_matrix(x), weight, out=out.view(-1, weight.shape[1]))
     return out
 
 
@@ -171,6 +203,15 @@ def linear_gelu_derivative(
     Returns:
         h [..., D] in x.dtype; gelu' [..., D]: float32 (float64) for float32 (float64), one-byte codes for bfloat16.
     """
+    if _in_one_op(x, weight):
+        check_choice("approximate", approximate, ("none", "tanh"))
+        h = _room(x, weight.shape[0], out)
+        if derivative is None:
+            derivative = empty(h.shape, dtype=derivative_dtype(h.dtype), device=h.device)
+        bias = None if bias is None else bias.contiguous()
+        outputs = (h.view(-1, len(weight)), derivative.view(-1, len(weight)))
+        torch.ops.fastnull.linear_gelu_out(_matrix(x), weight, bias, approximate == "tanh", *outputs)
+        return h, derivative
     z = _matmul(x, weight.t(), out)
     if derivative is None:
         derivative = empty(z.shape, dtype=derivative_dtype(z.dtype), device=z.device)
@@ -189,6 +230,11 @@ def linear_dgelu(dy: Tensor, weight: Tensor, derivative: Tensor, *, out: Tensor 
     Returns:
         [..., D] in dy.dtype.
     """
+    if _in_one_op(dy, weight):
+        dz = _room(dy, weight.shape[1], out)
+        width = weight.shape[1]
+        torch.ops.fastnull.linear_dgelu_out(_matrix(dy), weight, derivative.view(-1, width), dz.view(-1, width))
+        return dz
     return dgelu_(_matmul(dy, weight, out), derivative)
 
 

@@ -134,7 +134,8 @@ class ArrayPart(Dataset[Sample]):
         pixels, labels = (_array(Path(root, kind, f"{file}.npy")) for file in (corruption, "labels"))
         count = len(pixels) // len(SEVERITIES) if pixels.ndim else 0
         right = pixels.shape == (len(SEVERITIES) * count, 32, 32, 3) and pixels.dtype.name == "uint8" and count
-        if not right or labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu" or labels.max() >= 10:
+        right = right and labels.shape == pixels.shape[:1] and labels.dtype.kind in "iu"
+        if not right or not set(labels.tolist()) <= set(range(len(CIFAR10))):
             raise ValueError(
                 f"{name}: {corruption}.npy must be bytes [5 n, 32, 32, 3] and labels.npy their classes 0 to 9; got "
                 f"{pixels.dtype} {list(pixels.shape)} and {labels.dtype} {list(labels.shape)}"

@@ -93,6 +93,24 @@ def test_strides(kernels: Any) -> None:
     assert dx._base.isnan().sum() == dx._base.numel() - dqkv.numel()
 
 
+@pytest.mark.parametrize("head", [32, 64])
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 64), (65, 80), (81, 208), (257, 272)])
+def test_shared_memory(kernels: Any, tokens: int, rows: int, head: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v of a head, in the backward grad_o too, and two floats per query; a byte less is refused."""
+    qkv, grad_o = inputs((1, tokens, 1, head), torch.float16)
+    o, dqkv = torch.zeros_like(grad_o), torch.zeros_like(qkv)
+    forward, backward = rows * 3 * 2 * head, rows * (4 * 2 * head + 8)
+    for call, needed in (
+        (lambda: kernels.attention_out(qkv, 1.0, o), forward),
+        (lambda: kernels.attention_dqkv_out(qkv, grad_o, 1.0, dqkv), backward),
+    ):
+        monkeypatch.setenv("FASTNULL_EMULATOR_SHARED", str(needed))
+        call()
+        monkeypatch.setenv("FASTNULL_EMULATOR_SHARED", str(needed - 1))
+        with pytest.raises(RuntimeError, match="shared memory that no device takes"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
     [

@@ -67,6 +67,21 @@ def test_no_kernel_spills(library: Path) -> None:
     assert {path.name.removesuffix(".o.ptxas.txt") for path in (library.parent / "cuda").glob("*.txt")} == sources
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_sm_120_compiles_the_ptx_without_spills(setup: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    """The library holds no machine code for it. sm_86 and 89 run that of sm_80."""
+    nvcc = setup["find_nvcc"]()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-gencode=arch=compute_100,code=sm_120", "-Xptxas", "-v"]
+    command = [str(nvcc), *flags, "-c", str(source), "-o", str(tmp_path / "object.o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    frames = {int(size) for size in re.findall(r"(\d+) bytes stack frame", done.stderr)}
+    assert max(frames) <= (32 if source.stem == "patch_project" else 0), done.stderr
+
+
 def test_the_library_needs_only_the_stable_abi(library: Path) -> None:
     names = undefined_symbols(library)
     assert not [name for name in names if name.startswith((*FOREIGN, "cu"))]

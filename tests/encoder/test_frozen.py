@@ -622,14 +622,20 @@ def on_gpu(
     return vit, parts
 
 
+proven: list[str] = []
+"""Devices whose kernels were checked."""
+
+
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Device → why its kernels do not run ("" where they do), and an ExplicitEncoder that only says it was made."""
     problems = {"cuda:0": ""}
+    proven.clear()
     monkeypatch.setattr(encoder, "triton_problem", lambda device: problems[str(device)])
     monkeypatch.setattr(encoder, "ExplicitEncoder", lambda vit, parts, dtype, compute: (parts, dtype, compute))
-    for check in ("check_structure", "check_values"):  # there is no model behind it
+    for check in ("check_structure", "check_values", "problems_of"):  # there is no model behind it
         monkeypatch.setattr(encoder, check, lambda *_, **__: None)
+    monkeypatch.setattr(encoder, "prove", lambda problems, device, asked: proven.append(str(device)))
     monkeypatch.setattr(encoder, "_warned", set())
     monkeypatch.setattr(common, "told", told := set[torch.device]())
     monkeypatch.setattr(encoder, "told", told)
@@ -647,8 +653,10 @@ def test_a_gpu_takes_the_cuda_backend(
         assert encoder._explicit(given, dtype, backend) == (parts, dtype, dtype)
         with _C.disabled():
             switched = encoder._explicit(given, dtype, backend)
-    # switched off, `auto` is the reference; forced, the same code runs on the ops' references
-    assert switched == (None if backend == "auto" else (parts, dtype, dtype))
+        assert proven == ["cuda:0"], "before its first values; not where kernels are switched off"
+        without = encoder._explicit(given, dtype, backend, selftest="off")
+    # switched off, `auto` is the reference; forced, the same code runs on the ops' references and library calls
+    assert switched == without == (None if backend == "auto" else (parts, dtype, dtype))
 
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str, torch.dtype, str]] = {
@@ -669,6 +677,7 @@ def test_what_a_gpu_cannot_run_is_a_warning_once_or_an_error(
     with pytest.warns(UserWarning, match=f"reference backend: .*{message}.* is not supported") as seen:
         results = [encoder._explicit(given, dtype, "auto") for _ in range(2)]
     assert results == [None, None]
+    assert not proven
     assert len(seen) == 1
     assert (torch.device("cuda:0") in common.told) == bool(gpus["cuda:0"]), "the ops need not say it again"
     with pytest.raises(UnsupportedModelError, match=f"backend 'cuda' does not support .*{message}"):

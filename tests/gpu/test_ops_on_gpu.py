@@ -37,7 +37,7 @@ def test_attention(tokens: int, heads: int, width: int, dtype: torch.dtype) -> N
 def test_layer_norm(width: int, dtype: torch.dtype) -> None:
     x, dxhat, dres = (randn(3, 197, width, dtype=dtype, seed=seed) for seed in range(3))
     checks.layer_norm_gradient(x, dxhat, dres)
-    checks.layer_norm(x, None, None)
+    checks.layer_norm(x, None, None, randn(width, seed=3))
 
 
 @pytest.mark.parametrize("kind", ["none", "tanh"])
@@ -141,7 +141,7 @@ def test_opcheck() -> None:
     half = x[0].bfloat16()
     weight, hidden = randn(64, 64, dtype=torch.bfloat16), torch.empty_like(half)
     for name, arguments in {
-        "layer_norm_out": (x, None, None, 1e-6, torch.empty_like(x), stat, stat.clone()),
+        "layer_norm_out": (x, None, None, None, 1e-6, torch.empty_like(x), stat, stat.clone()),
         "layer_norm_dx_out": (x, wide, stat.fill_(0), stat.clone().fill_(1), None, torch.empty_like(x)),
         "gelu_out": (x, None, False, torch.empty_like(x), code),
         "dgelu_": (x.clone(), code),

@@ -1,4 +1,5 @@
-"""Every kernel and tile compiled for GPUs that are not there: no spills, shared memory that fits, tensor cores used.
+"""Every kernel and tile compiled for GPUs that are not there: no spills, shared memory that fits, tensor cores used,
+and operands of products that are loaded 16 bytes at a time while the product before runs.
 
 Sizes are ViT-B's at a batch of 256; only divisibility by 16 and the choice of the tile depend on them. REGISTERS holds
 what Triton RECORDED_WITH compiled: a rise is a regression to look at, a new Triton a reason to record anew.
@@ -7,6 +8,7 @@ what Triton RECORDED_WITH compiled: a rise is a regression to look at, a new Tri
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,13 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: pip inst
 from fastnull.kernels import LAUNCHERS  # noqa: E402
 from fastnull.kernels import attention as attention_kernels  # noqa: E402
 from fastnull.kernels import layer_norm as layer_norm_kernels  # noqa: E402
-from tests.kernels.ahead_of_time import Launch, compile_for, launches_of  # noqa: E402
+from fastnull.kernels.common import generation  # noqa: E402
+from tests.kernels.ahead_of_time import Compiled, Launch, compile_for, launches_of  # noqa: E402
 
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Compute capability → bytes of shared memory that a block may have."""
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+"""By generation."""
 ROWS = 256 * 197
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
 
@@ -33,8 +38,8 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 def layer_norm(width: int) -> None:
     x, stat = meta(1, ROWS, width), meta(ROWS, dtype=F32)
-    LAUNCHERS["layer_norm_out"](x, None, None, 1e-6, x, stat, stat)
-    LAUNCHERS["layer_norm_dx_out"](x, x, stat, stat, x, x)
+    LAUNCHERS["layer_norm_out"](x, None, None, meta(width, dtype=F32), 1e-6, x, None, stat)
+    LAUNCHERS["layer_norm_dx_out"](x, x, None, stat, x, x)
 
 
 def gelu(tanh: bool) -> None:
@@ -43,10 +48,10 @@ def gelu(tanh: bool) -> None:
     LAUNCHERS["dgelu_"](z, code)
 
 
-def linear_gelu(tanh: bool) -> None:
-    x, w, h, code = meta(ROWS, 768), meta(3072, 768), meta(ROWS, 3072), meta(ROWS, 3072, dtype=U8)
-    LAUNCHERS["linear_gelu_out"](x, w, meta(3072, dtype=F32), tanh, h, code)
-    LAUNCHERS["linear_dgelu_out"](x, meta(768, 3072), code, h)
+def linear_gelu(tanh: bool, width: int, hidden: int) -> None:
+    x, w, h, code = meta(ROWS, width), meta(hidden, width), meta(ROWS, hidden), meta(ROWS, hidden, dtype=U8)
+    LAUNCHERS["linear_gelu_out"](x, w, meta(hidden, dtype=F32), tanh, h, code)
+    LAUNCHERS["linear_dgelu_out"](x, meta(width, hidden), code, h)
 
 
 def attention(tokens: int, head: int, dtype: torch.dtype = BF16) -> None:
@@ -73,8 +78,8 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"layer_norm, width {w}": lambda w=w: layer_norm(w) for w in (384, 768, 1280, 3072, 16384)},
     "gelu, erf": lambda: gelu(False),
     "gelu, tanh": lambda: gelu(True),
-    "linear_gelu, erf": lambda: linear_gelu(False),
-    "linear_gelu, tanh": lambda: linear_gelu(True),
+    "linear_gelu, erf": lambda: linear_gelu(False, 768, 3072),
+    "linear_gelu, tanh": lambda: linear_gelu(True, 1152, 4304),  # SO400M: the last tile of columns is not full
     **{f"attention, {n} tokens": lambda n=n: attention(n, 64) for n in (50, 65, 197, 257, 577)},
     **{f"attention, {n} tokens, heads of 32": lambda n=n: attention(n, 32) for n in (50, 65, 197, 257, 577)},
     "attention, 257 tokens, heads of 80": lambda: attention(257, 80),
@@ -84,23 +89,23 @@ CASES: dict[str, Callable[[], None]] = {
     "patch_project": patch_project,
     "noise": noise,
 }
-RECORDED_WITH = "3.9.0"
-# Case: of each kernel in order of launch, registers a thread on sm_80, sm_90, sm_100.
+RECORDED_WITH, RECORDED = "3.9.0", (80, 90, 100)
+# Case: of each kernel in order of launch, registers per thread on the GPUs of RECORDED.
 REGISTERS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "attention, 50 tokens, heads of 32": ((72, 59, 60), (96, 91, 94), (128, 143, 152)),
     "attention, 65 tokens, heads of 32": ((79, 71, 64), (128, 121, 109), (128, 143, 152)),
     "attention, 197 tokens, heads of 32": ((106, 182, 194), (128, 122, 173), (128, 143, 152)),
     "attention, 257 tokens, heads of 32": ((220, 192, 192), (128, 122, 188), (128, 143, 152)),
     "attention, 577 tokens, heads of 32": ((146, 140, 169), (128, 122, 136), (128, 143, 152)),
-    "layer_norm, width 384": ((40, 40, 42), (55, 54, 52)),
-    "layer_norm, width 768": ((40, 40, 40), (54, 56, 48)),
-    "layer_norm, width 1280": ((32, 32, 36), (52, 48, 48)),
-    "layer_norm, width 3072": ((32, 32, 36), (52, 48, 48)),
-    "layer_norm, width 16384": ((56, 55, 55), (99, 102, 98)),
+    "layer_norm, width 384": ((40, 40, 48), (56, 60, 57)),
+    "layer_norm, width 768": ((40, 40, 42), (54, 48, 52)),
+    "layer_norm, width 1280": ((38, 32, 35), (50, 48, 48)),
+    "layer_norm, width 3072": ((38, 32, 35), (50, 48, 50)),
+    "layer_norm, width 16384": ((58, 51, 56), (98, 100, 98)),
     "gelu, erf": ((40, 40, 44), (24, 21, 22)),
     "gelu, tanh": ((40, 40, 40), (24, 21, 22)),
-    "linear_gelu, erf": ((182, 194, 162), (213, 152, 128)),
-    "linear_gelu, tanh": ((182, 128, 215), (213, 152, 128)),
+    "linear_gelu, erf": ((182, 194, 162), (186, 150, 125)),
+    "linear_gelu, tanh": ((182, 128, 212), (186, 150, 128)),
     "attention, 50 tokens": ((106, 82, 56), (168, 95, 101), (182, 177, 152)),
     "attention, 65 tokens": ((134, 78, 65), (178, 119, 125), (182, 177, 152)),
     "attention, 197 tokens": ((162, 188, 192), (128, 128, 189), (182, 177, 152)),
@@ -118,7 +123,7 @@ REGISTERS: dict[str, tuple[tuple[int, int, int], ...]] = {
 def launches_for(case: str, capability: int) -> list[Launch]:
     """Launches on a GPU of this capability; some table entries are only for some capabilities."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_kernels, "capability_of", lambda x: capability)
+        patch.setattr(attention_kernels, "generation_of", lambda x: generation(capability // 10))
         return launches_of(CASES[case])
 
 
@@ -131,23 +136,38 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield
 
 
-@pytest.mark.parametrize(
-    "capability", [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("capability", [pytest.param(c, marks=[] if c == 90 else pytest.mark.slow) for c in SHARED])
 @pytest.mark.parametrize("case", CASES)
 def test_resources(case: str, capability: int) -> None:
-    launches = launches_for(case, capability)
+    launches, cores = launches_for(case, capability), TENSOR_CORES[generation(capability // 10)]
     for launch, recorded in zip(launches, REGISTERS[case], strict=True):
-        built, limit = compile_for(launch, capability), recorded[(80, 90, 100).index(capability)]
+        built = compile_for(launch, capability)
         print(f"{case}: {launch.name} sm_{capability} {built.registers} registers, {built.shared} bytes shared")
         assert built.stack == 0, f"{launch.name} spills {built.stack} bytes"
         assert built.shared <= SHARED[capability]
-        if triton.__version__ == RECORDED_WITH:
+        if triton.__version__ == RECORDED_WITH and capability in RECORDED:
+            limit = recorded[RECORDED.index(capability)]
             assert built.registers <= limit, f"{launch.name}: {built.registers} registers, recorded {limit}"
         if "float32" not in case and launch.name.startswith(("attention", "linear")):
-            assert TENSOR_CORES[capability] in built.ptx, f"{launch.name} does not use the tensor cores"
+            assert cores in built.ptx, f"{launch.name} does not use the tensor cores"
             # and no product of it falls back to Ampere's
-            assert capability != 90 or TENSOR_CORES[80] not in built.ptx, f"{launch.name} has products without wgmma"
+            assert cores == TENSOR_CORES[80] or TENSOR_CORES[80] not in built.ptx
+        if launch.name.startswith("linear"):
+            assert_pipelined(launch, built)
+
+
+def assert_pipelined(launch: Launch, built: Compiled) -> None:
+    """Both operands of the product go to shared memory by asynchronous copies of 16 bytes, `num_stages` tiles of them.
+
+    A load that the compiler cannot prove to be contiguous becomes loads of single values, which it does not pipeline.
+    """
+    m, n, k = (launch.arguments[f"TILE_{size}"] for size in "MNK")
+    stages, threads = launch.options["num_stages"], 32 * launch.options["num_warps"]
+    sizes = re.findall(r"cp\.async\.\w+\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", built.ptx)
+    assert {int(size, 0) for size in sizes} == {16}, f"{launch.name} copies other than 16 bytes"
+    assert len(sizes) >= stages * (m + n) * k * 2 / (16 * threads), f"{launch.name} copies one operand alone"
+    for scalar in ("ld.global.b16", "st.shared.b16"):
+        assert scalar not in built.ptx, f"{launch.name} moves single values: {scalar}"
 
 
 def test_every_tile_of_the_tables_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +201,7 @@ def test_sizes_of_one_compile() -> None:
     v, lr = meta(1, 1, dtype=F32), meta(1, dtype=torch.float64)
 
     def call() -> None:
-        LAUNCHERS["layer_norm_out"](x, per_row, per_row, 1e-6, x, per_row, per_row)
+        LAUNCHERS["layer_norm_out"](x, per_row, per_row, per_row, 1e-6, x, per_row, per_row)
         LAUNCHERS["layer_norm_dx_out"](x, x, per_row, per_row, None, x)
         LAUNCHERS["gelu_out"](x, per_row, False, x, None)
         LAUNCHERS["dgelu_"](x, code)

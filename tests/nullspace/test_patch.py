@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.compat import import_timm
-from fastnull.nullspace import PatchNullspace
+from fastnull.nullspace import PatchNullspace, patch
 from fastnull.vit import NormalizedModel, split
 from tests.conftest import run_example
 
@@ -515,3 +515,15 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert len(classes) == 3
     assert len({label for label, _, _ in classes}) == 1
     assert all(float(pixels) > 0.1 and float(logits) < 1e-3 for _, pixels, logits in classes[1:])
+
+
+def test_a_gpu_s_projection_has_its_kernels_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For float32 and where kernels serve; library calls otherwise."""
+    asked: list[str] = []
+    monkeypatch.setattr(patch, "prove", lambda problems, device: asked.extend(each.name for each in problems))
+    reasons = {"cuda:0": "", "cuda:1": "the kernels need Triton"}
+    monkeypatch.setattr(patch, "triton_problem", lambda device: reasons[str(device)])
+    for device in reasons:
+        for dtype in (torch.float32, torch.float64):
+            patch._prove.__wrapped__(torch.device(device), dtype, 16, 768, True)
+    assert asked == ["patch_project_out float32 16 768 1"]

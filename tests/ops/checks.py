@@ -68,23 +68,24 @@ def attention_of_nothing(qkv: Tensor) -> None:
     assert ops.attention_dqkv(qkv, grad_o).shape == qkv.shape
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Output and statistics against float64."""
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None) -> None:
+    """Output and statistics of x + shift against float64."""
     # An offset of 30 standard deviations in one channel: E[x^2] - mean^2 in float32 would lose its digits.
     x[..., 0] += 30
     wide, same = ([None if p is None else p.to(dtype) for p in (weight, bias)] for dtype in (torch.float64, x.dtype))
-    y64, mean64, rstd64 = layer_norm_ref(x.double(), *wide, eps=EPS)
+    x64, x32 = (x.to(dtype) + (0 if shift is None else shift) for dtype in (torch.float64, torch.float32))
+    y64, mean64, rstd64 = layer_norm_ref(x64, *wide, eps=EPS)
     with testing.poisoned():
-        y, mean, rstd = ops.layer_norm_stats(x, weight, bias, EPS)
-    testing.assert_within_budget(y, y64, F.layer_norm(x, x.shape[-1:], *same, EPS), "y")
+        y, mean, rstd = ops.layer_norm_stats(x, weight, bias, EPS, shift=shift)
+    testing.assert_within_budget(y, y64, F.layer_norm(x32.to(x.dtype), x.shape[-1:], *same, EPS), "y")
     assert y.dtype == x.dtype
     assert mean.dtype == rstd.dtype == torch.float32
-    testing.assert_within_budget(mean, mean64, x.float().mean(-1), "mean")
-    testing.assert_within_budget(rstd, rstd64, (x.float().var(-1, correction=0) + EPS).rsqrt(), "rstd")
+    testing.assert_within_budget(mean, mean64, x32.mean(-1), "mean")
+    testing.assert_within_budget(rstd, rstd64, (x32.var(-1, correction=0) + EPS).rsqrt(), "rstd")
 
 
 def layer_norm_gradient(x: Tensor, dxhat: Tensor, dres: Tensor | None) -> None:
-    """Input gradient against float64."""
+    """Input gradient, from x and from the normalised rows, against float64."""
 
     def gradient(dtype: torch.dtype) -> Tensor:
         leaf = x.to(dtype).clone().requires_grad_()
@@ -92,9 +93,10 @@ def layer_norm_gradient(x: Tensor, dxhat: Tensor, dres: Tensor | None) -> None:
         return dx if dres is None else dx + dres.to(dtype)
 
     with testing.poisoned():
-        _, mean, rstd = ops.layer_norm_stats(x, eps=EPS)
-        dx = ops.layer_norm_dx(dxhat, x, mean, rstd, dres)
-    testing.assert_gradient_close(dx, gradient(torch.float64), gradient(x.dtype), "dx")
+        xhat, mean, rstd = ops.layer_norm_stats(x, eps=EPS)
+        results = [ops.layer_norm_dx(dxhat, *kept, rstd, dres) for kept in ((x, mean), (xhat, None))]
+    for dx, name in zip(results, ("dx", "dx of normalised rows"), strict=True):
+        testing.assert_gradient_close(dx, gradient(torch.float64), gradient(x.dtype), name)
 
 
 def gradients(op: Op, reference: Op, inputs: list[Tensor], dy: Tensor) -> None:

@@ -23,13 +23,14 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward(backend: str, shape: tuple[int, ...], dtype: torch.dtype, affine: bool) -> None:
+def test_forward(backend: str, shape: tuple[int, ...], dtype: torch.dtype, shifted: bool, affine: bool) -> None:
     g = generator()
     x = testing.randn(shape, dtype, g)
     weight, bias = (torch.randn(shape[-1], generator=g) for _ in range(2)) if affine else (None, None)
-    checks.layer_norm(x, weight, bias)
+    checks.layer_norm(x, weight, bias, torch.randn(shape[-1], generator=g) if shifted else None)
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -56,8 +57,10 @@ def test_in_place_and_given_outputs(backend: str) -> None:
     expected_dx = layer_norm_dx_ref(dxhat, x, mean64, rstd64, dres)
     assert ops.layer_norm_dx(dxhat, x, mean64, rstd64, dres, out=dres) is dres
     torch.testing.assert_close(dres, expected_dx, rtol=1e-5, atol=1e-5)
-    ops.layer_norm_stats(x, eps=EPS, out=(x, torch.empty(2, 9), torch.empty(2, 9)))
+    rstd = torch.empty(2, 9)
+    ops.layer_norm_stats(x, eps=EPS, out=(x, None, rstd))
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rstd, rstd64)
 
 
 def test_properties(backend: str) -> None:
@@ -92,6 +95,8 @@ def test_bad_arguments_are_named() -> None:
     x = torch.zeros(2, 8)
     with pytest.raises(ValueError, match=r"weight must have shape \[8\]"):
         ops.layer_norm(x, torch.ones(7))
+    with pytest.raises(ValueError, match=r"shift must have shape \[8\]"):
+        ops.layer_norm_stats(x, shift=torch.ones(2, 8))
     _, mean, rstd = ops.layer_norm_stats(x)
     with pytest.raises(ValueError, match="dxhat must have the shape of x"):
         ops.layer_norm_dx(torch.zeros(2, 7), x, mean, rstd)
@@ -102,6 +107,8 @@ def test_bad_arguments_are_named() -> None:
 def test_opcheck(backend: str) -> None:
     x = testing.randn((2, 3, 8), torch.float32, generator(7))
     mean, rstd = torch.zeros(2, 3), torch.ones(2, 3)
-    testing.opcheck("layer_norm_out", (x, torch.ones(8), None, EPS, torch.empty(2, 3, 8), mean, rstd))
+    one = torch.ones(8)
+    testing.opcheck("layer_norm_out", (x, one, None, None, EPS, torch.empty(2, 3, 8), mean, rstd))
+    testing.opcheck("layer_norm_out", (x, None, one, one, EPS, torch.empty(2, 3, 8), None, rstd))
     testing.opcheck("layer_norm_dx_out", (x, x, mean, rstd, None, torch.empty(2, 3, 8)))
-    testing.opcheck("layer_norm_dx_out", (x, x, mean, rstd, x.clone(), torch.empty(2, 3, 8)))
+    testing.opcheck("layer_norm_dx_out", (x, x, None, rstd, x.clone(), torch.empty(2, 3, 8)))

@@ -1,8 +1,8 @@
 """The last block where the head reads the class token alone: keys and values are never formed.
 
-With x̂ the normalised tokens [B, N, D] and W_Q, W_K, W_V the folded weights of head h, only row 0 asks:
+With x̂ the normalised tokens [B, N, D] and W_Q, W_K, W_V the folded weights of head h, only row 0 has a query:
     q = W_Q x̂₀ + b_Q    A = W_Kᵀ q    S = A x̂ᵀ    P = softmax(S)    Y = P x̂    o = W_V Y + b_V        (b_K cancels)
-and the projection, the MLP and the residual live on that row. Backward, from do:
+and the projection, the MLP and the residual use that row alone. Backward, from do:
     C = W_Vᵀ do    dP = C x̂ᵀ    dS = P (dP − Σ P dP)    dx̂ = dSᵀ A + Pᵀ C    dA = dS x̂    dx̂₀ += W_Qᵀ W_K dA
 It replaces the four products over all tokens by products over B rows and costs a few passes over x̂. The row is float32
 (float64 for float64), whatever the dtype of the other blocks. So is x̂ on a CPU; on a GPU it keeps the dtype of the
@@ -30,59 +30,64 @@ class ClassTokenBlock:
         self.heads = parts.heads
         self.qkv, self.proj = FoldedLinear(parts.qkv, self.dtype), FoldedLinear(parts.proj, self.dtype)
         self.fc1, self.fc2 = FoldedLinear(parts.fc1, self.dtype), FoldedLinear(parts.fc2, self.dtype)
+        self.shift = torch.zeros(parts.qkv.in_features, dtype=self.dtype, device=parts.qkv.weight.device)
         self._kept: tuple[Tensor, ...] = ()
 
     def linears(self) -> list[FoldedLinear]:
         """The four linears, in order."""
         return [self.qkv, self.proj, self.fc1, self.fc2]
 
-    def sync(self) -> None:
-        """Take over the current weights, in place."""
+    def sync(self, shift: Tensor) -> Tensor:
+        """Take over the current weights, in place; `shift` as in `Block.sync`, but nothing is left out here."""
         inner = self.parts.proj.in_features
         rows = torch.ones_like(self.parts.qkv.weight[:, 0])
         rows[:inner] = self.parts.scale
+        self.shift.copy_(shift)
         self.qkv.sync(before=self.parts.norm1, rows=rows)
         self.proj.sync(rows=self.parts.gamma1)
         self.fc1.sync(before=self.parts.norm2)
         self.fc2.sync(rows=self.parts.gamma2)
+        return torch.zeros_like(shift)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, D] → the class token after the block [B, D], and keeps what `backward` needs."""
-        x = x.to(self.tokens)
+    def forward(self, stream: Tensor) -> Tensor:
+        """The stream [B, N, D] → the class token after the block [B, D]; keeps what `backward` needs."""
+        x = stream.to(self.tokens)
         B = len(x)
         w_q, w_k, w_v = self._projections()
         b_q, _, b_v = self.qkv.bias.view(3, self.heads, 1, -1)
-        normed, mean, rstd = layer_norm_stats(x, eps=self.parts.norm1.eps)  # [B, N, D]
+        normed, _, rstd = layer_norm_stats(x, eps=self.parts.norm1.eps, shift=self.shift)  # [B, N, D]
         q = normed[:, 0].to(self.dtype) @ w_q.transpose(1, 2) + b_q  # [H, B, d]
         a = (q @ w_k).transpose(0, 1).to(self.tokens)  # [B, H, D]
         p = torch.softmax(self._over_tokens(a, normed.transpose(1, 2)), dim=-1)  # [B, H, N]
         y = self._over_tokens(p, normed).transpose(0, 1)  # [H, B, D]
         o = (y @ w_v.transpose(1, 2) + b_v).permute(1, 0, 2).reshape(B, -1)  # [B, H·d]
-        middle = x[:, 0].to(self.dtype) + self.proj(o)
-        normed2, mean2, rstd2 = layer_norm_stats(middle, eps=self.parts.norm2.eps)
+        middle = x[:, 0] + self.shift + self.proj(o)
+        normed2, _, rstd2 = layer_norm_stats(middle, eps=self.parts.norm2.eps)
         h, derivative = linear_gelu_derivative(normed2, self.fc1.weight, self.fc1.bias, self.parts.gelu)
-        self._kept = (x, normed, mean, rstd, a, p, middle, mean2, rstd2, derivative)
+        self._kept = (normed, rstd, a, p, normed2, rstd2, derivative)
         return middle + self.fc2(h)
 
-    def backward(self, gradient: Tensor) -> Tensor:
-        """Gradient of the class token after the block [B, D] → of all tokens before it [B, N, D], in the dtype of x̂."""
-        x, normed, mean, rstd, a, p, middle, mean2, rstd2, derivative = self._kept
+    def backward(self, gradient: Tensor, out: Tensor) -> None:
+        """Gradient of the class token after the block [B, D] → of the stream before it, into out [B, N, D]."""
+        normed, rstd, a, p, normed2, rstd2, derivative = self._kept
         self._kept = ()
-        B = len(x)
+        B = len(normed)
         w_q, w_k, w_v = self._projections()
         dz = linear_dgelu(gradient, self.fc2.weight, derivative)
-        dmiddle = layer_norm_dx(self.fc1.input_gradient(dz), middle, mean2, rstd2, gradient)  # [B, D]
+        dmiddle = layer_norm_dx(self.fc1.input_gradient(dz), normed2, None, rstd2, gradient)  # [B, D]
         do = self.proj.input_gradient(dmiddle).view(B, self.heads, -1).transpose(0, 1)  # [H, B, d]
         c = (do @ w_v).transpose(0, 1).to(self.tokens)  # [B, H, D]
         dp = self._over_tokens(c, normed.transpose(1, 2))  # [B, H, N]
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         da = self._over_tokens(ds, normed).transpose(0, 1)  # [H, B, D]
         p, ds = p.to(self.tokens), ds.to(self.tokens)
-        dnormed = torch.bmm(ds.transpose(1, 2), a, out=normed).baddbmm_(p.transpose(1, 2), c)  # [B, N, D]
+        dnormed = out if out.dtype == self.tokens else torch.empty_like(normed)
+        torch.bmm(ds.transpose(1, 2), a, out=dnormed).baddbmm_(p.transpose(1, 2), c)  # [B, N, D]
         dnormed[:, 0] += (da @ w_k.transpose(1, 2) @ w_q).sum(0)
-        dx = layer_norm_dx(dnormed, x, mean, rstd, out=dnormed)
-        dx[:, 0] += dmiddle
-        return dx
+        layer_norm_dx(dnormed, normed, None, rstd, out=dnormed)
+        dnormed[:, 0] += dmiddle
+        if dnormed is not out:
+            out.copy_(dnormed)
 
     def _over_tokens(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """rows [B, H, ·] @ tokens [B, ·, ·] with the operands in x̂'s dtype, and sums and result in the row's."""

@@ -37,7 +37,7 @@ class Buffers:
         blocks: those that keep something for the backward.
         new: (shape, dtype) → a tensor; dtype None is that of what is kept.
         tokens, width: of an image.
-        compute: dtype of products and gradients.
+        compute: dtype of products, the stream and gradients.
     """
 
     def __init__(
@@ -52,10 +52,7 @@ class Buffers:
     ) -> None:
         self.images = images
         self.saved = [Saved(images * tokens, block, new) for block in blocks]
-        self.final = new(images, tokens, width)  # output of the last block
-        # its last read is where its gradient is written
-        shared = compute == self.final.dtype
-        self.gradient = self.final if shared else new(images, tokens, width, dtype=compute)
+        self.stream = new(images, tokens, width, dtype=compute)  # of all blocks; in the backward its gradient
         self.scratch: Scratch
         if blocks:
             self.scratch = Scratch(part * tokens, blocks[0], new)
@@ -93,6 +90,7 @@ class ExplicitEncoder:
         self.width = parts.projection.out_channels
         image = self.stem.tokens * parts.blocks[0].fc1.out_features * self.compute.itemsize
         self._part = max(CPU_IMAGES, round(CPU_BYTES / image)) if self.device.type == "cpu" else None
+        self._shift = torch.zeros(self.width, dtype=self.head.dtype, device=self.device)  # of the head's input
         self._for_gradients: Buffers | None = None
         self._for_logits: Buffers | None = None  # of one block, if those for gradients are too small
         self.sync()
@@ -110,9 +108,11 @@ class ExplicitEncoder:
         with gathered(self._model):
             self.stem.sync()
             self.head.sync()
+        shift = torch.zeros_like(self._shift)
         for block in self._all_blocks():
             with gathered(block.parts.norm1):
-                block.sync()
+                shift = block.sync(shift)
+        self._shift.copy_(shift)
 
     def embed(self, images: Tensor, site: str) -> Tensor:
         """Images [B, C, H, W] → the tensor at the site, in new memory."""
@@ -177,24 +177,23 @@ class ExplicitEncoder:
         saved = buffers.saved
         if forward_only and saved:
             saved = [saved[0]] * len(self.blocks)
-        inputs = [self._view(one.x, B) for one in saved] + [buffers.final[:B]]  # of each block, and the last output
-        self._enter(tokens, site, inputs[0])
-        for block, one, out in zip(self.blocks, saved, inputs[1:], strict=True):
+        stream = buffers.stream[:B]
+        self._enter(tokens, site, stream)
+        for block, one in zip(self.blocks, saved, strict=True):
             for part in self._parts(B):
-                rows = out.view(-1, self.width)
+                rows = stream[part].view(-1, self.width)
                 block.forward(one, buffers.scratch, self._rows(part), part.stop - part.start, rows)
-        x = inputs[-1]
-        return self.head.forward(x if self.last is None else self.last.forward(x).unsqueeze(1))
+        return self.head.forward(stream if self.last is None else self.last.forward(stream).unsqueeze(1), self._shift)
 
     def _backward(self, cotangent: Tensor, tokens: Tensor, site: str) -> Tensor:
         """Gradient of the logits [B, K] → of the tokens at the site, in buffers that the next pass overwrites."""
         B, buffers = len(cotangent), self._for_gradients
         assert buffers is not None, "backward without forward"
-        gradient = buffers.gradient[:B]  # [B, P + N, D]
+        gradient = buffers.stream[:B]  # [B, P + N, D]: nothing reads the stream any more
         if self.last is not None:
             row = torch.empty(B, 1, self.width, dtype=self.last.dtype, device=self.device)
             self.head.backward(cotangent, row)
-            gradient.copy_(self.last.backward(row[:, 0]))
+            self.last.backward(row[:, 0], gradient)
         else:
             self.head.backward(cotangent, gradient)
         for block, saved in zip(reversed(self.blocks), reversed(buffers.saved), strict=True):
@@ -227,9 +226,6 @@ class ExplicitEncoder:
 
     def _rows(self, part: slice) -> slice:
         return slice(part.start * self.stem.tokens, part.stop * self.stem.tokens)
-
-    def _view(self, rows: Tensor, B: int) -> Tensor:
-        return rows[: B * self.stem.tokens].view(B, self.stem.tokens, self.width)
 
     def _reserve(self, B: int, forward_only: bool) -> Buffers:
         """Buffers for B images, new ones if those in use are too small."""

@@ -1,8 +1,8 @@
 """In which dtype matrix products are fastest on this processor, and products with weights in the library's own order.
 
-Having bfloat16 instructions does not make them fast: on Xeons whose AMX is out of reach the bfloat16 dot product has
-half the peak of float32 multiply-adds (docs/facts.md), on others it has twice or eight times as much. So it is timed,
-once a process: a few milliseconds.
+bfloat16 instructions are not always fast: on Xeons without access to AMX the bfloat16 dot product has half the peak of
+float32 multiply-adds (docs/facts.md), on others two or eight times as much. So both are timed, once per process: a few
+milliseconds.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ CHOICES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that products of an encoder of this dtype use: its own, but perhaps float32 for bfloat16 on a CPU.
+    """The dtype of the products of an encoder of this dtype: its own, or perhaps float32 for bfloat16 on a CPU.
 
-    FASTNULL_CPU_PRODUCTS = float32 or bfloat16 decides without timing.
+    FASTNULL_CPU_PRODUCTS=float32 or bfloat16 skips the timing.
     """
     if device.type != "cpu" or dtype != torch.bfloat16:
         return dtype
@@ -82,11 +82,11 @@ def packs(dtype: torch.dtype, device: torch.device) -> bool:
         one = torch.ones(2, 2, dtype=dtype)
         return bool((PackedProduct(one)(one, one[0], one) == 4).all())
     except (AttributeError, RuntimeError):
-        return False  # the operators have no documentation, and a torch may come without them
+        return False  # the operators are undocumented, and some builds of torch lack them
 
 
 class PackedProduct:
-    """x W^T, perhaps with a bias and a residual, for a weight W [out, in] that oneDNN has put in its own order."""
+    """x W^T, with an optional bias and residual, for a weight W [out, in] in oneDNN's own order."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())

@@ -1,4 +1,4 @@
-"""What lies around the blocks, with its input gradient written out: patch embedding and positions before, norm,
+"""The parts around the blocks, with their input gradients written out: patch embedding and positions before; norm,
 pooling and classifier after."""
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from fastnull.vit.parts import ViTParts
 
 
 class Norm:
-    """A LayerNorm with its affine, in buffers that `sync` fills; keeps its input from forward to backward."""
+    """A LayerNorm with its affine in buffers that `sync` fills. It keeps its input from forward to backward."""
 
     def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype, device: torch.device) -> None:
         self._norm = norm
         shape = norm.normalized_shape
         self._weight = torch.ones(shape, dtype=dtype, device=device)
         self._bias = torch.zeros(shape, dtype=dtype, device=device)
-        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
+        self._kept: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     def sync(self) -> None:
         """Take over the current affine, in place."""
@@ -45,8 +45,8 @@ class Norm:
 class Stem:
     """Images → patch tokens → input of the first block. Normalisation of pixels is folded into the patch weights.
 
-    The patch embedding is float32 (float64 for float64) and rounded once: with the mean folded in, its bias is large
-    against the tokens, and rounding it alone would shift all of them.
+    The patch embedding is float32 (float64 for float64) and rounded once: with the mean folded in, its bias is larger
+    than the tokens, and rounding the bias alone would shift all of them.
     """
 
     def __init__(self, parts: ViTParts, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> None:
@@ -102,12 +102,12 @@ class Stem:
         return cut.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
 
     def prepare(self, patches: Tensor, out: Tensor) -> None:
-        """Patch tokens [B, N, D] → input of the first block, into out [B, P + N, D]."""
+        """Patch tokens [B, N, D] → input of the first block, into out [B, P + N, D] of any dtype."""
         P = len(self.prefix)
         out[:, :P] = self.prefix
         torch.add(patches, self.positions, out=out[:, P:])
         if self._norm_pre is not None:
-            out.copy_(self._norm_pre.forward(out.clone()))
+            out.copy_(self._norm_pre.forward(out.to(self.dtype, copy=True)))
 
     def prepare_gradient(self, gradient: Tensor) -> Tensor:
         """Gradient of the first block's input [B, P + N, D] → of the patch tokens [B, N, D]."""
@@ -142,11 +142,13 @@ class Head:
             if part is not None:
                 part.sync()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, P + N, D], or [B, 1, D] of the class token where that is all that is read → logits [B, K]."""
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        """x [B, P + N, D], or [B, 1, D] of the class token where that is all that is read → logits [B, K].
+
+        `shift` [D] is added to x: the biases that the blocks left out of the stream.
+        """
         pool, start = self._parts.pool, self._parts.pool_start
-        read = {"token": x[:, self._tokens], "avg": x[:, start:], "token_avg": x}[pool]  # [B, T, D]
-        read = read.to(self.dtype)
+        read = {"token": x[:, self._tokens], "avg": x[:, start:], "token_avg": x}[pool] + shift  # [B, T, D]
         if self._norm is not None:
             read = self._norm.forward(read)
         if pool == "avg":

@@ -39,7 +39,7 @@ def test_forward_and_gradient(case: tuple[int, int, int, int], dtype: torch.dtyp
 @pytest.mark.parametrize("tokens", [197, 257])
 def test_tiles_of_newer_gpus(tokens: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole rows of 64 queries in the forward, and on sm_100 in dq; the cases above run sm_80's tiles."""
-    monkeypatch.setattr(attention_kernels, "capability_of", lambda x: capability)
+    monkeypatch.setattr(attention_kernels, "generation_of", lambda x: capability)
     checks.attention(*inputs(1, tokens, 1, 32, torch.float16, seed=3), 0.2)
 
 

@@ -33,7 +33,7 @@ def test_value_and_derivative(shape: tuple[int, ...], dtype: torch.dtype, kind: 
 
 
 def test_bias_of_any_dtype() -> None:
-    """On a GPU the public function hands the bias on as it is."""
+    """On a GPU the public function passes the bias on unchanged."""
     z, bias = randn((1, 3, 40), torch.float16, 3), randn((40,), torch.float16, 4).contiguous()
     results = [nan(1, 3, 40, dtype=torch.float16) for _ in range(2)]
     for given, h in zip((bias, bias.float()), results, strict=True):

@@ -15,12 +15,13 @@ from tests.ops.checks import EPS
 SHAPES = [(2, 5, 192), (9, 768), (3, 7), (1, 3, 1280)]
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("parameters", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_statistics(shape: tuple[int, ...], dtype: torch.dtype, affine: bool) -> None:
-    weight, bias = (randn(shape[-1:], torch.float32, s) for s in (1, 2)) if affine else (None, None)
-    checks.layer_norm(randn(shape, dtype, 0), weight, bias)
+def test_forward_and_statistics(shape: tuple[int, ...], dtype: torch.dtype, parameters: bool) -> None:
+    """With weight, bias and shift, and without."""
+    given = (randn(shape[-1:], torch.float32, s) if parameters else None for s in (1, 2, 11))
+    checks.layer_norm(randn(shape, dtype, 0), *given)
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -41,7 +42,7 @@ def test_in_place_and_given_outputs() -> None:
     without = ops.layer_norm_dx(dxhat, x, mean, rstd)
     assert ops.layer_norm_dx(dxhat, x, mean, rstd, out=dxhat).equal(without)
     y = ops.layer_norm(x)
-    ops.layer_norm_stats(x, eps=EPS, out=(x, nan(2, 9), nan(2, 9)))
+    ops.layer_norm_stats(x, eps=EPS, out=(x, None, nan(2, 9)))
     assert x.equal(y)
 
 
@@ -65,4 +66,4 @@ def test_float64_is_refused_by_the_launcher() -> None:
     """The public function does not call it; a direct call must not lose precision silently."""
     x, stat = torch.zeros(1, 2, 8, dtype=torch.float64, device=DEVICE), torch.zeros(2, device=DEVICE)
     with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16"):
-        torch.ops.fastnull.layer_norm_out(x, None, None, EPS, x, stat, stat.clone())
+        torch.ops.fastnull.layer_norm_out(x, None, None, None, EPS, x, stat, stat.clone())

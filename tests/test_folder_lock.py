@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from fastnull.finetune import run_lock
+from fastnull import folder_lock
 from fastnull.finetune.checkpoint import RunFolder
-from fastnull.finetune.run_lock import NAME, check_unlocked, locked
+from fastnull.folder_lock import NAME, check_unlocked, locked
 
 fcntl = pytest.importorskip("fcntl")
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from fastnull.finetune.run_lock import locked
+from fastnull.folder_lock import locked
 with locked(Path(sys.argv[1])):
     child = os.fork() if sys.argv[2] == "with a child" else 1
     if child:
@@ -81,7 +81,7 @@ def test_two_runs_of_one_process_are_two(tmp_path: Path) -> None:
             pass
     with locked(tmp_path):
         pass
-    assert not run_lock._held
+    assert not folder_lock._held
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 

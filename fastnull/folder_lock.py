@@ -1,4 +1,4 @@
-"""A lock on the folder of a run, so that only one process writes there."""
+"""A lock on a folder, so that only one process writes there."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _held: set[int] = set()
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock an existing folder for this process.
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Lock an existing folder for this process; where another process holds the lock, `wait` waits for it.
 
     The system releases the lock when the process ends. File systems without locks give a warning and no lock.
 
     Raises:
         ValueError: another process, or another run in this one, holds the lock; the message names the process.
     """
-    handle = _acquire(folder)
+    handle = _acquire(folder, wait)
     if handle is None:
         yield
         return
@@ -55,7 +55,7 @@ def check_unlocked(folder: Path) -> None:
             pass  # `locked` warns
 
 
-def _acquire(folder: Path) -> int | None:
+def _acquire(folder: Path, wait: bool) -> int | None:
     """The locked file; None without support for locks."""
     if fcntl is None:
         return None
@@ -63,7 +63,7 @@ def _acquire(folder: Path) -> int | None:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             raise _in_use(folder) from None

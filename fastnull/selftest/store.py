@@ -1,0 +1,88 @@
+"""Where the results of the self-test lie: a file for each GPU and each version of what runs on it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastnull
+from fastnull import _C
+from fastnull.choices import Found, Outcome
+from fastnull.record import device_name, read_json, version_of, write_json
+
+
+def folder() -> Path:
+    """`fastnull` in the user's cache folder: XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnull" / "selftest"
+
+
+@functools.cache
+def identity(device: torch.device) -> dict[str, Any]:
+    """What results hold for: another GPU, driver, version or build has results of its own."""
+    about = {"device": device_name(device), "torch": torch.__version__, "triton": version_of("triton")}
+    about |= {"fastnull": fastnull.__version__, "build": _build()}
+    if device.type == "cuda":
+        about["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        about["driver"] = _driver()
+    return about
+
+
+def path(device: torch.device) -> Path:
+    """The file of this device's results."""
+    about = json.dumps(identity(device), sort_keys=True)
+    return folder() / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+
+
+def read(device: torch.device) -> dict[str, Found]:
+    """Problem → implementation → outcome; empty where there is no file, or one that is damaged or of something else."""
+    try:
+        held = read_json(path(device))
+        if held["identity"] != identity(device):
+            return {}
+        return {
+            problem: {name: _outcome(fields) for name, fields in found.items()}
+            for problem, found in held["results"].items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def write(device: torch.device, results: Mapping[str, Found]) -> None:
+    """Write the results beside and rename. Raises OSError or ValueError where the folder or the file cannot be."""
+    plain = {problem: {name: asdict(each) for name, each in found.items()} for problem, found in results.items()}
+    write_json(path(device), {"identity": identity(device), "results": plain})
+
+
+def _outcome(fields: Mapping[str, Any]) -> Outcome:
+    outcome = Outcome(**fields)
+    for number in (outcome.ms, outcome.error, outcome.floor):
+        if number is not None and not isinstance(number, (int, float)):
+            raise TypeError(f"no number: {number!r}")
+    return outcome
+
+
+def _driver() -> str:
+    """The version of the GPU's driver; empty where the system does not say."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+@functools.cache
+def _build() -> str:
+    """Digest of the kernels and of what checks them: the built libraries, and the sources that run as they are."""
+    root = Path(fastnull.__file__).resolve().parent
+    digest = hashlib.sha256(json.dumps(_C.build_record(), sort_keys=True).encode())
+    for room in ("kernels", "ops", "selftest"):
+        for source in sorted((root / room).glob("*.py")):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
