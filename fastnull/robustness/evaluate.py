@@ -262,16 +262,11 @@ def _measurements(
     encoder: FrozenEncoder | None,
 ) -> list[Measurement]:  # fmt: skip
     """Every number that the settings ask for, in the order of the result."""
-    suites, eps, norm, seed = settings.suites, settings.eps, settings.norm, settings.seed
-    found = clean_and_attacked(
-        model, source or model, suites, eps, norm, settings.steps, settings.restarts, seed, worst, encoder
-    )
-    if noise is not None and "noise" in suites:
+    found = clean_and_attacked(model, source or model, settings, worst, encoder)
+    if noise is not None and "noise" in settings.suites:
         found += noisy(model, noise)
-    if "corruptions" in suites:
-        found += corrupted(
-            model, settings.corruptions, settings.severities, seed, settings.frost_folder, settings.corruption_size
-        )
+    if "corruptions" in settings.suites:
+        found += corrupted(model, settings)
     return found + [Measurement(tuple(part.split("/")), plain(model), part) for part in settings.folders]
 
 

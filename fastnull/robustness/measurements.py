@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from fastnull.vit import split
 
 if TYPE_CHECKING:
     from fastnull.encoder.frozen import FrozenEncoder
+    from fastnull.robustness.settings import EvaluationSettings
 
 BALL_ATTACKS = ("fgsm", "pgd", "mi_fgsm", "apgd", "apgd_t", "autoattack")
 """Suites with one number per radius."""
@@ -70,15 +70,15 @@ def plain(model: nn.Module) -> Response:
 
 
 def clean_and_attacked(
-    model: nn.Module, source: nn.Module, suites: Sequence[str], eps: Sequence[float], norm: str, steps: int,
-    restarts: int, seed: int, worst: bool, encoder: FrozenEncoder | None,
-) -> list[Measurement]:  # fmt: skip
+    model: nn.Module, source: nn.Module, settings: EvaluationSettings, worst: bool, encoder: FrozenEncoder | None
+) -> list[Measurement]:
     """Clean accuracy, and attacks computed on `source` and tested on `model`, in the order in which they run.
 
     With `worst` (and `source` the model itself), images that the model gets wrong are not attacked, and those that are
     fooled are attacked no further. `encoder`, of the source, gives input gradients. What counts in the end are the
     model's own logits of the points that the attack returns.
     """
+    norm, steps, seed = settings.norm, settings.steps, settings.seed
     right: dict[int, bool] = {}  # number of the image → whether the model is right without an attack
 
     def clean(images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def clean_and_attacked(
                 return mi_fgsm(source, images, labels, radius, steps=steps, norm=norm, **leaving)
             if suite == "autoattack":
                 return autoattack(source, images, labels, radius, norm=norm, seed=seed, batch_size=len(images))
-            keyed = {"steps": steps, "restarts": restarts, "seed": seed, "indices": indices, **leaving}
+            keyed = {"steps": steps, "restarts": settings.restarts, "seed": seed, "indices": indices, **leaving}
             if suite == "pgd":
                 return pgd(source, images, labels, radius, norm=norm, **keyed)
             loss = "dlr_targeted" if suite == "apgd_t" else "ce"
@@ -120,10 +120,11 @@ def clean_and_attacked(
 
         return response(attacked)
 
+    suites = settings.suites
     found = [Measurement(("clean",), clean)] if "clean" in suites else []
     for suite in BALL_ATTACKS:
         if suite in suites:
-            found += [Measurement((suite, eps_name(radius, norm)), ball(suite, radius)) for radius in eps]
+            found += [Measurement((suite, eps_name(radius, norm)), ball(suite, radius)) for radius in settings.eps]
     if "cw" in suites:
         found.append(Measurement(("cw",), response(lambda x, labels, _: cw_l2(source, x, labels, **CW))))
     if "patch" in suites:
@@ -165,25 +166,21 @@ def noisy(model: nn.Module, noise: Noise) -> list[Measurement]:
     ]
 
 
-def corrupted(
-    model: nn.Module, corruptions: Sequence[str], severities: Sequence[int], seed: int,
-    frost_folder: str | os.PathLike[str] | None, size: int | None,
-) -> list[Measurement]:  # fmt: skip
-    """One number per corruption (computed in memory) and severity; images of a `size` are then resized."""
-    constants = "cifar10-c" if size == 32 else "imagenet-c"
-    show = None if size is None else View.of(model).evaluation()
+def corrupted(model: nn.Module, settings: EvaluationSettings) -> list[Measurement]:
+    """One number per corruption (computed in memory) and severity; images of `corruption_size` are then resized."""
+    constants = "cifar10-c" if settings.corruption_size == 32 else "imagenet-c"
+    show = None if settings.corruption_size is None else View.of(model).evaluation()
+    same: dict[str, Any] = {"seed": settings.seed, "frost_folder": settings.frost_folder, "constants": constants}
 
     def respond(name: str, severity: int) -> Response:
         def corrupted(images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-            changed = corrupt(
-                images, name, severity, seed=seed, indices=indices, frost_folder=frost_folder, constants=constants
-            )
+            changed = corrupt(images, name, severity, indices=indices, **same)
             return model_logits(model, changed if show is None else _shown(changed, show))
 
         return corrupted
 
     return [
         Measurement(("corruptions", name, str(int(severity))), respond(name, int(severity)))
-        for name in corruptions
-        for severity in severities
+        for name in settings.corruptions
+        for severity in settings.severities
     ]
