@@ -200,22 +200,14 @@ def test_the_table_holds_ratios_and_what_was_wanted(summary: Any, tmp_path: Path
     ]
 
 
-def test_a_wrong_step_has_no_time_and_says_so(summary: Any, tmp_path: Path) -> None:
-    rows = [row("frozen", "bfloat16", 45.0), row("fastnull", "bfloat16", None, "WRONG: error 0.4")]
-    (step,) = summarized(summary, tmp_path, "steps", rows)["steps"]
-    assert step["ms"] is None
-    assert step["x frozen"] is None
+def test_without_a_graph_the_eager_step_counts_and_a_wrong_one_has_no_time(summary: Any, tmp_path: Path) -> None:
+    rows = [row("frozen", "bfloat16", 45.0, "attention flash"), row("fastnull, graph", "bfloat16", None, "FAILED: it")]
+    (step,) = summarized(summary, tmp_path, "steps", [*rows, row("fastnull", "bfloat16", 30.0)])["steps"]
+    assert (step["ms"], step["note"]) == (30.0, "frozen: attention flash")
+    wrong = [row("frozen", "bfloat16", 45.0), row("fastnull", "bfloat16", None, "WRONG: error 0.4")]
+    (step,) = summarized(summary, tmp_path, "steps", wrong)["steps"]
+    assert (step["ms"], step["x frozen"]) == (None, None)
     assert "WRONG" in step["note"]
-
-
-def test_without_a_graph_the_eager_step_counts(summary: Any, tmp_path: Path) -> None:
-    rows = [
-        row("frozen", "bfloat16", 45.0, "attention flash"), row("fastnull, graph", "bfloat16", None, "FAILED: capture"),
-        row("fastnull", "bfloat16", 30.0),
-    ]  # fmt: skip
-    (step,) = summarized(summary, tmp_path, "steps", rows)["steps"]
-    assert step["ms"] == 30.0
-    assert step["note"] == "frozen: attention flash"
 
 
 def test_an_op_is_compared_with_torchs_fastest(summary: Any, tmp_path: Path) -> None:
