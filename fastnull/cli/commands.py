@@ -260,7 +260,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if skipped:
         names = ", ".join(sorted(set(skipped))[:5])
         print(f"\n{len(skipped)} times a file was left out because it cannot be read: {names}")
-    if settings.folders:
+    if any(part.startswith(("imagenet", "damagenet")) for part in settings.folders):
         print(f"\n{format_published({'this model': found})}", end="")
 
 

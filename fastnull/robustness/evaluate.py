@@ -6,6 +6,7 @@ stopped. A file made under another protocol is refused. Under torchrun the image
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
@@ -13,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastnull.checks import check_device, is_out_of_memory
 from fastnull.data.classes import check_same_classes
+from fastnull.data.image_files import ImageFiles, to_pixels
+from fastnull.data.sources import Samples
 from fastnull.data.view import View
 from fastnull.noise import Noise
 from fastnull.paths import check_output
@@ -31,7 +34,16 @@ from fastnull.robustness.attacks.auto import attacks_for
 from fastnull.robustness.attacks.base import check_logits, is_broken, model_logits
 from fastnull.robustness.batches import Batch, EvaluationData
 from fastnull.robustness.corruptions import frost_source
-from fastnull.robustness.measurements import ATTACKS, Measurement, clean_and_attacked, corrupted, noisy, plain
+from fastnull.robustness.measurements import (
+    ATTACKS,
+    GRADIENT_ATTACKS,
+    Measurement,
+    clean_and_attacked,
+    corrupted,
+    noisy,
+    pixel_encoder,
+    plain,
+)
 from fastnull.robustness.metrics import Accuracy
 from fastnull.robustness.protocol import data_digest, dtype_name, normalisation, resumed, tensor_digest, weights_digest
 from fastnull.robustness.settings import EvaluationSettings
@@ -39,8 +51,12 @@ from fastnull.robustness.suites import FOLDER_SUITES, open_suite, suite_classes
 from fastnull.robustness.table import eps_name, summarize
 from fastnull.vit import frozen
 
+if TYPE_CHECKING:
+    from fastnull.encoder.frozen import FrozenEncoder
+
 SAVE_SECONDS = 30.0
 """Time between two saves of the counts within a measurement."""
+WORST = "correctly classified images, each until the first point that fools the model (worst iterate)"
 SYNC_ROUNDS = 8
 """Batches per process between two synchronisations."""
 
@@ -59,9 +75,9 @@ def evaluate(
     """Measure a model's accuracy (in %) clean, under attack, under corruptions and on published test sets.
 
     Noise is keyed by (seed, index of the image), so results do not depend on batch size, number of processes or the
-    global random state, which is restored, as are the modes of the model's modules. Attacks run on all images,
-    including misclassified ones. If a torch.distributed group exists, every process must make the same call; each
-    returns the whole result, and rank 0 writes it.
+    global random state, which is restored, as are the modes of the model's modules. An image counts as robust if the
+    model is right about it and about every point that the attack tried (see `final_iterate`). If a torch.distributed
+    group exists, every process must make the same call; each returns the whole result, and rank 0 writes it.
 
     Args:
         model: pixels in [0, 1] → logits [B, K] (or an output with `.logits`); evaluated in eval mode, in its own dtype.
@@ -92,14 +108,20 @@ def evaluate(
     if "noise" in settings.suites and noise is None:
         raise ValueError("suite noise needs a noise")
     main, transform = _images(model, data, settings, device)
-    protocol = _protocol(model, source, noise, settings, main, transform, device)
+    small = main if settings.corruption_size is None else _before_resizing(model, main, settings, device)
+    worst = source is None and not settings.final_iterate
+    encoder = pixel_encoder(model) if worst and set(GRADIENT_ATTACKS) & set(settings.suites) else None
+    protocol = _protocol(model, source, noise, settings, main, transform, device) | {
+        "attacked": WORST if worst else "all images, to the last step",
+        "backend": "autograd" if encoder is None else f"FrozenEncoder, {encoder.backend}",
+    }
     if set(ATTACKS) & set(settings.suites) and " float16" in f" {protocol['dtype']}":
         warnings.warn("gradients of sure predictions vanish in float16: attacks look weak; use bfloat16", stacklevel=3)
     record: dict[str, Any] = {"protocol": protocol, "results": {}, "images": {}, "summary": {}}
     out = None if settings.out is None else Path(settings.out)
     if out is not None and settings.resume and out.exists():
         record = resumed(out, protocol)
-    todo = _measurements(model, source, noise, settings)
+    todo = _measurements(model, source, noise, settings, worst, encoder)
     todo = [measurement for measurement in todo if _lookup(record["results"], measurement.path) is None]
     first = not _is_distributed() or distributed.get_rank() == 0
     if out is not None and first:
@@ -111,7 +133,7 @@ def evaluate(
         run = _Run(record, out if first else None, bar)
         for measurement in todo:
             bar.set_description(measurement.name)
-            images, mask = main, None
+            images, mask = small if measurement.path[0] == "corruptions" else main, None
             if measurement.suite is not None and settings.root is not None:
                 found = open_suite(measurement.suite, settings.root, model, skip_bad=settings.skip_bad)
                 images, mask = _batches(found.images, settings, device), found.mask
@@ -172,6 +194,24 @@ def _images(
     return images, transform
 
 
+def _before_resizing(
+    model: nn.Module, main: EvaluationData | None, settings: EvaluationSettings, device: torch.device
+) -> EvaluationData | None:
+    """The images in the size in which they are corrupted."""
+    if main is None or "corruptions" not in settings.suites:
+        return main
+    if not isinstance(main.data, (ImageFiles, Samples)):
+        raise ValueError(
+            f"corruption_size needs image files, a folder or a data set of timm, to resize them after the corruption; "
+            f"got {type(main.data).__name__}"
+        )
+    assert settings.corruption_size is not None
+    show = replace(View.of(model), size=(settings.corruption_size,) * 2, crop=1.0).evaluation()
+    files = copy.copy(main.data)
+    files.transform = lambda image: to_pixels(show(image))
+    return _batches(files, settings, device)
+
+
 def _batches(data: Any, settings: EvaluationSettings, device: torch.device) -> EvaluationData:
     return EvaluationData(data, settings.batch_size, settings.limit, device, settings.workers, settings.seed)
 
@@ -205,29 +245,28 @@ def _protocol(
         "step_size": "eps / 4",
         "restarts": settings.restarts,
         "random_start": True,
-        "attacked": "all images",
         "autoattack": _autoattack(source or model, main) if main is not None and "autoattack" in suites else None,
         "corruptions": list(settings.corruptions),
         "severities": [int(severity) for severity in settings.severities],
-        "corruption_source": "computed in memory in float32, not the published JPEG files",
+        "corruption_source": "computed in memory in float32, not the published files",
+        "corruption_size": settings.corruption_size,
         "frost": frost_source(settings.frost_folder),
         "seed": settings.seed,
-        "backend": "autograd",
         "dtype": dtype_name(model, device),
         "provenance": provenance(device),
     }
 
 
 def _measurements(
-    model: nn.Module, source: nn.Module | None, noise: Noise | None, settings: EvaluationSettings
-) -> list[Measurement]:
+    model: nn.Module, source: nn.Module | None, noise: Noise | None, settings: EvaluationSettings, worst: bool,
+    encoder: FrozenEncoder | None,
+) -> list[Measurement]:  # fmt: skip
     """Every number that the settings ask for, in the order of the result."""
-    suites, eps, norm, seed = settings.suites, settings.eps, settings.norm, settings.seed
-    found = [*clean_and_attacked(model, source or model, suites, eps, norm, settings.steps, settings.restarts, seed)]
-    if noise is not None and "noise" in suites:
+    found = clean_and_attacked(model, source or model, settings, worst, encoder)
+    if noise is not None and "noise" in settings.suites:
         found += noisy(model, noise)
-    if "corruptions" in suites:
-        found += corrupted(model, settings.corruptions, settings.severities, seed, settings.frost_folder)
+    if "corruptions" in settings.suites:
+        found += corrupted(model, settings)
     return found + [Measurement(tuple(part.split("/")), plain(model), part) for part in settings.folders]
 
 
@@ -397,7 +436,8 @@ def _described(name: str, model: nn.Module) -> str:
     layout, view = FOLDER_SUITES[name], View.of(model)
     size = f"{view.size[0]}x{view.size[1]}"
     how = f"as published, {size}" if layout.as_is else f"resized, crop {view.crop:g}, {view.interpolation}, {size}"
-    return f"{how}; {layout.classes} classes{'' if layout.classes == 1000 else ', the others masked out'}"
+    masked = layout.classes < 1000 and not layout.arrays
+    return f"{how}; {layout.classes} classes{', the others masked out' if masked else ''}"
 
 
 def _lookup(results: Mapping[str, Any], path: tuple[str, ...]) -> Any:

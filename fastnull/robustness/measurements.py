@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from fastnull.data.image_files import to_pixels
+from fastnull.data.view import View
 from fastnull.noise import Noise
 from fastnull.robustness.attacks import apgd, autoattack, cw_l2, fgsm, mi_fgsm, patch_attack, pgd
-from fastnull.robustness.attacks.base import model_logits
+from fastnull.robustness.attacks.base import model_dtype, model_logits
 from fastnull.robustness.corruptions import corrupt
+from fastnull.robustness.metrics import correct
 from fastnull.robustness.table import eps_name
+from fastnull.vit import split
+
+if TYPE_CHECKING:
+    from fastnull.encoder.frozen import FrozenEncoder
+    from fastnull.robustness.settings import EvaluationSettings
 
 BALL_ATTACKS = ("fgsm", "pgd", "mi_fgsm", "apgd", "apgd_t", "autoattack")
 """Suites with one number per radius."""
@@ -24,6 +32,23 @@ CW: dict[str, Any] = {"initial_const": 1.0, "search_steps": 1, "steps": 50, "lr"
 
 Response = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(images, labels, indices) → the model's logits [B, K] on the changed images."""
+
+GRADIENT_ATTACKS = ("fgsm", "pgd", "mi_fgsm", "apgd", "apgd_t")
+
+
+def pixel_encoder(model: nn.Module) -> FrozenEncoder | None:
+    """An encoder that is proven to give the input gradients of a float32 model, faster than autograd; None: there is
+    none."""
+    from fastnull.encoder.frozen import FrozenEncoder
+
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    if model_dtype(model) != torch.float32 or torch.is_autocast_enabled(device):
+        return None
+    try:
+        encoder = FrozenEncoder(split(model), site="pixels")
+    except ValueError:  # no adapter knows the model
+        return None
+    return None if encoder.backend == "reference" else encoder
 
 
 @dataclass(frozen=True)
@@ -45,36 +70,74 @@ def plain(model: nn.Module) -> Response:
 
 
 def clean_and_attacked(
-    model: nn.Module, source: nn.Module, suites: Sequence[str], eps: Sequence[float], norm: str, steps: int,
-    restarts: int, seed: int,
-) -> list[Measurement]:  # fmt: skip
-    """Clean accuracy, and attacks computed on `source` and tested on `model`, in the order in which they run."""
+    model: nn.Module, source: nn.Module, settings: EvaluationSettings, worst: bool, encoder: FrozenEncoder | None
+) -> list[Measurement]:
+    """Clean accuracy, and attacks computed on `source` and tested on `model`, in the order in which they run.
+
+    With `worst` (and `source` the model itself), images that the model gets wrong are not attacked, and those that are
+    fooled are attacked no further. `encoder`, of the source, gives input gradients. What counts in the end are the
+    model's own logits of the points that the attack returns.
+    """
+    norm, steps, seed = settings.norm, settings.steps, settings.seed
+    right: dict[int, bool] = {}  # number of the image → whether the model is right without an attack
+
+    def clean(images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        logits = model_logits(model, images)
+        right.update(zip(indices.tolist(), correct(logits, labels).tolist(), strict=True))
+        return logits
+
+    def response(attack: Response) -> Response:
+        """`attack` gives the attacked images."""
+
+        def respond(images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+            if not worst:
+                return model_logits(model, attack(images, labels, indices))
+            numbers = indices.tolist()
+            if not right.keys() >= set(numbers):  # of a resumed run, or without the suite clean
+                clean(images, labels, indices)
+            rows = torch.tensor([right[number] for number in numbers]).nonzero()[:, 0].to(images.device)
+            attacked = images.clone()
+            attacked[rows] = attack(images[rows], labels[rows], indices[rows])
+            return model_logits(model, attacked)
+
+        return respond
 
     def ball(suite: str, radius: float) -> Response:
+        leaving: dict[str, Any] = {"leave": worst, "encoder": encoder}
+
         def attacked(images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
             if suite == "fgsm":
-                return fgsm(source, images, labels, radius, norm)
+                return fgsm(source, images, labels, radius, norm, encoder=encoder)
             if suite == "mi_fgsm":
-                return mi_fgsm(source, images, labels, radius, steps=steps, norm=norm)
+                return mi_fgsm(source, images, labels, radius, steps=steps, norm=norm, **leaving)
             if suite == "autoattack":
                 return autoattack(source, images, labels, radius, norm=norm, seed=seed, batch_size=len(images))
-            keyed: dict[str, Any] = {"steps": steps, "restarts": restarts, "seed": seed, "indices": indices}
+            keyed = {"steps": steps, "restarts": settings.restarts, "seed": seed, "indices": indices, **leaving}
             if suite == "pgd":
                 return pgd(source, images, labels, radius, norm=norm, **keyed)
             loss = "dlr_targeted" if suite == "apgd_t" else "ce"
             return apgd(source, images, labels, radius, norm=norm, loss=loss, **keyed)
 
-        return lambda images, labels, indices: model_logits(model, attacked(images, labels, indices))
+        return response(attacked)
 
-    found = [Measurement(("clean",), plain(model))] if "clean" in suites else []
+    suites = settings.suites
+    found = [Measurement(("clean",), clean)] if "clean" in suites else []
     for suite in BALL_ATTACKS:
         if suite in suites:
-            found += [Measurement((suite, eps_name(radius, norm)), ball(suite, radius)) for radius in eps]
+            found += [Measurement((suite, eps_name(radius, norm)), ball(suite, radius)) for radius in settings.eps]
     if "cw" in suites:
-        found.append(Measurement(("cw",), lambda x, labels, _: model_logits(model, cw_l2(source, x, labels, **CW))))
+        found.append(Measurement(("cw",), response(lambda x, labels, _: cw_l2(source, x, labels, **CW))))
     if "patch" in suites:
-        found.append(Measurement(("patch",), lambda x, labels, _: model_logits(model, patch_attack(source, x, labels))))
+        found.append(Measurement(("patch",), response(lambda x, labels, _: patch_attack(source, x, labels))))
     return found
+
+
+def _shown(images: Tensor, show: Callable[[Any], Tensor]) -> Tensor:
+    """Images [B, C, H, W] rounded down to 8 bits, as published files are, and put through a transform of PIL images."""
+    from PIL import Image
+
+    pixels = images.mul(255).add(1e-3).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return torch.stack([to_pixels(show(Image.fromarray(image.squeeze()))) for image in pixels]).to(images)
 
 
 def noisy(model: nn.Module, noise: Noise) -> list[Measurement]:
@@ -103,19 +166,21 @@ def noisy(model: nn.Module, noise: Noise) -> list[Measurement]:
     ]
 
 
-def corrupted(
-    model: nn.Module, corruptions: Sequence[str], severities: Sequence[int], seed: int,
-    frost_folder: str | os.PathLike[str] | None,
-) -> list[Measurement]:  # fmt: skip
-    """One number per corruption (computed in memory) and severity."""
+def corrupted(model: nn.Module, settings: EvaluationSettings) -> list[Measurement]:
+    """One number per corruption (computed in memory) and severity; images of `corruption_size` are then resized."""
+    constants = "cifar10-c" if settings.corruption_size == 32 else "imagenet-c"
+    show = None if settings.corruption_size is None else View.of(model).evaluation()
+    same: dict[str, Any] = {"seed": settings.seed, "frost_folder": settings.frost_folder, "constants": constants}
 
     def respond(name: str, severity: int) -> Response:
-        return lambda images, labels, indices: model_logits(
-            model, corrupt(images, name, severity, seed=seed, indices=indices, frost_folder=frost_folder)
-        )
+        def corrupted(images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+            changed = corrupt(images, name, severity, indices=indices, **same)
+            return model_logits(model, changed if show is None else _shown(changed, show))
+
+        return corrupted
 
     return [
         Measurement(("corruptions", name, str(int(severity))), respond(name, int(severity)))
-        for name in corruptions
-        for severity in severities
+        for name in settings.corruptions
+        for severity in settings.severities
     ]

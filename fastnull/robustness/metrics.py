@@ -30,6 +30,18 @@ ALEXNET_ERRORS: dict[str, tuple[float, float, float, float, float]] = {
 """Error of AlexNet on ImageNet-C, severities 1 to 5: what mCE divides by."""
 
 
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B] bool: whether the largest of the logits [B, K] is that of the class [B].
+
+    Raises:
+        ValueError: labels that are no classes 0 .. K - 1.
+    """
+    check_labels(labels, logits.shape[1], len(logits))
+    if labels.ndim != 1:
+        raise ValueError(f"labels must be classes [B]; got shape {list(labels.shape)}")
+    return logits.argmax(1) == labels.to(logits.device)
+
+
 class Accuracy:
     """Counts of correct predictions. The counters stay on the device, so `update` does not synchronise."""
 
@@ -45,15 +57,13 @@ class Accuracy:
         Raises:
             ValueError: labels that are no classes 0 .. K - 1.
         """
-        check_labels(labels, logits.shape[1], len(logits))
-        if labels.ndim != 1:
-            raise ValueError(f"labels must be classes [B]; got shape {list(labels.shape)}")
+        right = correct(logits, labels)
         if len(logits) == 0:
             return
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5], largest first
         hits = best == labels.to(logits.device)[:, None]
         # argmax and topk may break a tie differently: top-1 is argmax everywhere in this package
-        self._top1 = self._top1 + (logits.argmax(1) == labels.to(logits.device)).sum()
+        self._top1 = self._top1 + right.sum()
         self._top5 = self._top5 + hits.any(1).sum()
         self.images += len(logits)
 

@@ -71,7 +71,7 @@ def dtype_name(model: nn.Module, device: torch.device) -> str:
 
 
 _NUMBERS = ("clean", "clean_top5", "cw", "patch")
-_BY_CORRUPTION = ("corruptions", "imagenet-c")
+_BY_CORRUPTION = ("corruptions", "imagenet-c", "cifar10-c")
 _RADIUS = re.compile(r"[0-9.]+(e-?[0-9]+)?(/255)?")
 _PARTIAL = {"measurement": str, "position": int, "images": int, "top1": int, "top5": int, "skipped": list}
 

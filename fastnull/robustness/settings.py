@@ -27,8 +27,14 @@ class EvaluationSettings:
         norm: `linf` or `l2`.
         steps: of PGD, MI-FGSM and APGD; PGD's step size is eps / 4, its start random.
         restarts: of PGD and APGD.
+        final_iterate: attack every image, misclassified ones too, with all steps and by autograd, and judge PGD and
+            MI-FGSM by the last point, as other libraries do; False: an image is robust if the model is right about
+            it and about every point that was tried, and is attacked until it is not. Attacks of another model
+            (`source`) always go to the last point.
         corruptions: names of fastnull.robustness.CORRUPTIONS, computed in memory.
-        severities: any of 1 .. 5, of corruptions in memory and of imagenet-c.
+        corruption_size: height and width in pixels in which image files are corrupted in memory, before they are
+            resized for the model; 32 has CIFAR-10-C's constants, any other size ImageNet-C's. None: the model's size.
+        severities: any of 1 .. 5, of corruptions in memory, imagenet-c and cifar10-c.
         root: folder of the published test sets.
         frost_folder: folder of pictures for the corruption frost; None: those that the package generates.
         skip_bad: skip and list unreadable image files of `root`; False: raise an error.
@@ -52,7 +58,9 @@ class EvaluationSettings:
     norm: str = "linf"
     steps: int = 10
     restarts: int = 1
+    final_iterate: bool = False
     corruptions: tuple[str, ...] = DEMO_CORRUPTIONS
+    corruption_size: int | None = None
     severities: tuple[int, ...] = SEVERITIES
     root: str | None = None
     frost_folder: str | None = None
@@ -87,6 +95,8 @@ class EvaluationSettings:
         for name in ("steps", "restarts", "batch_size"):
             check_number(name, getattr(self, name), 1)
         check_number("workers", self.workers, 0)
+        if self.corruption_size is not None:
+            check_number("corruption_size", self.corruption_size, 16)
         if self.limit is not None:
             check_number("limit", self.limit, 1)
 

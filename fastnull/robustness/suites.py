@@ -5,6 +5,9 @@ Each is in ROOT/NAME (which may be a link), with one folder of images per class,
 ROOT/imagenet-c/CORRUPTION/SEVERITY/, as published. If the model names its classes (see fastnull.data.classes), by
 WordNet ids or by ImageNet's names, labels follow these names. A model without names must have ImageNet's 1000 classes
 in the order of their ids.
+
+cifar10-c is ROOT/cifar10-c/CORRUPTION.npy and labels.npy, as published: [50000, 32, 32, 3] bytes, a fifth for each
+severity.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fastnull.checks import check_choice
 from fastnull.compat import import_timm
 from fastnull.data.classes import classes_of, match_classes, wordnet_ids
-from fastnull.data.image_files import ImageFiles, ImageFolder, is_hidden
+from fastnull.data.image_files import ImageFiles, ImageFolder, Sample, is_hidden, to_pixels
+from fastnull.data.sources import Samples
 from fastnull.data.view import View
 from fastnull.robustness.corruptions import SEVERITIES
 from fastnull.robustness.metrics import ALEXNET_ERRORS
@@ -35,11 +41,13 @@ class Layout:
         classes: number of class folders; if fewer than 1000, the model's other classes are masked out.
         numbered: folders are named by class numbers, not by WordNet ids.
         as_is: images are neither resized nor cropped if they have the model's size.
+        arrays: all images of a corruption are one file of NumPy's.
     """
 
     classes: int = 1000
     numbered: bool = False
     as_is: bool = False
+    arrays: bool = False
 
 
 FOLDER_SUITES = {
@@ -51,8 +59,16 @@ FOLDER_SUITES = {
     "imagenet-r": Layout(classes=200),
     "imagenet-sketch": Layout(),
     "imagenet-stylized": Layout(),
+    "cifar10-c": Layout(classes=10, arrays=True),
 }
 """Name of the suite and its folder → its layout."""
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_CORRUPTIONS = (
+    "shot_noise", "motion_blur", "snow", "pixelate", "gaussian_noise", "defocus_blur", "brightness", "fog", "zoom_blur",
+    "frost", "glass_blur", "impulse_noise", "contrast", "jpeg_compression", "elastic_transform",
+)  # fmt: skip
+"""In RobustBench's order."""
 
 
 @dataclass
@@ -65,13 +81,13 @@ class FolderSet:
         transform: description of the image transform.
     """
 
-    images: ImageFiles
+    images: Dataset[tuple[Tensor, Any]]
     mask: Tensor | None
     transform: str
 
 
 def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, skip_bad: bool = False) -> FolderSet:
-    """Open ROOT/NAME, or for imagenet-c a part of it such as "imagenet-c/fog/3", with the model's transforms.
+    """Open ROOT/NAME, or a part of it such as "imagenet-c/fog/3" or "cifar10-c/fog/3", with the model's transforms.
 
     Args:
         name: of FOLDER_SUITES.
@@ -83,9 +99,14 @@ def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, ski
         ValueError: a folder is missing, or its classes are not those of the test set or not known to the model.
     """
     layout = FOLDER_SUITES[name.partition("/")[0]]
-    folder, _, known = check_layout(name, root)
     places, count = suite_classes(name, root, model)
     view = View.of(model)
+    if layout.arrays:
+        show = view.evaluation()
+        order = [places[known] for known in CIFAR10]
+        images = Samples(ArrayPart(name, root), lambda image: to_pixels(show(image)), view.channels, classes=order)
+        return FolderSet(images, None, _resized(view))
+    folder, _, known = check_layout(name, root)
     files = ImageFolder(folder, known)
     files.files = [(path, places[known[label]]) for path, label in files.files]
     # images that were cropped before they were corrupted are not cropped again
@@ -93,10 +114,56 @@ def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, ski
     mask = None
     if layout.classes < 1000:
         mask = torch.zeros(count, dtype=torch.bool).index_fill_(0, torch.tensor(sorted(places.values())), True)
-    how = "unchanged, resized only if the model has another size" if layout.as_is else (
-        f"resized (crop {view.crop:g}, {view.interpolation}), cropped to {view.size[0]}x{view.size[1]}"
-    )  # fmt: skip
+    how = "unchanged, resized only if the model has another size" if layout.as_is else _resized(view)
     return FolderSet(ImageFiles(files, transform, view.channels, skip_bad), mask, how)
+
+
+def _resized(view: View) -> str:
+    return f"resized (crop {view.crop:g}, {view.interpolation}), cropped to {view.size[0]}x{view.size[1]}"
+
+
+class ArrayPart(Dataset[Sample]):
+    """One corruption and severity of cifar10-c, which stays on disk: PIL images and labels.
+
+    Raises:
+        ValueError: a file is missing or cannot be read, or its contents are not as published.
+    """
+
+    def __init__(self, name: str, root: str | os.PathLike[str]) -> None:
+        kind, corruption, severity = name.split("/")
+        pixels, labels = (_array(Path(root, kind, f"{file}.npy")) for file in (corruption, "labels"))
+        count = len(pixels) // len(SEVERITIES) if pixels.ndim else 0
+        right = pixels.shape == (len(SEVERITIES) * count, 32, 32, 3) and pixels.dtype.name == "uint8" and count
+        right = right and labels.shape == pixels.shape[:1] and labels.dtype.kind in "iu"
+        if not right or not set(labels.tolist()) <= set(range(len(CIFAR10))):
+            raise ValueError(
+                f"{name}: {corruption}.npy must be bytes [5 n, 32, 32, 3] and labels.npy their classes 0 to 9; got "
+                f"{pixels.dtype} {list(pixels.shape)} and {labels.dtype} {list(labels.shape)}"
+            )
+        part = slice((int(severity) - 1) * count, int(severity) * count)
+        self.pixels, self.targets = pixels[part], labels[part].astype(int).tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Sample:
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[index]), self.targets[index]
+
+
+def _array(path: Path) -> Any:
+    import numpy
+
+    if not path.is_file():
+        raise ValueError(f"cifar10-c: there is no file {path}; {_layout_of('cifar10-c')}")
+    try:
+        found = numpy.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"cifar10-c: cannot read {path}: {error}") from error
+    if not isinstance(found, numpy.ndarray):
+        raise ValueError(f"cifar10-c: {path} must hold one array (.npy)")
+    return found
 
 
 def check_layout(name: str, root: str | os.PathLike[str]) -> tuple[Path, set[str], list[str]]:
@@ -127,6 +194,10 @@ def suite_classes(name: str, root: str | os.PathLike[str], model: nn.Module) -> 
             shows both lists.
     """
     kind = name.partition("/")[0]
+    if FOLDER_SUITES[check_choice("suite", kind, FOLDER_SUITES)].arrays:
+        ArrayPart(name, root)
+        found = match_classes(classes_of(model), CIFAR10, name=kind)
+        return dict(zip(CIFAR10, found, strict=True)), len(CIFAR10)
     _, folders, known = check_layout(name, root)
     ids = [known.index(folder) for folder in sorted(folders, key=known.index)]
     classes = classes_of(model)
@@ -167,14 +238,17 @@ def _plain(name: str) -> str:
 
 
 def suite_parts(name: str, severities: Sequence[int] = SEVERITIES) -> list[str]:
-    """The parts of a suite: one per corruption and severity for imagenet-c; other suites have one."""
-    if name != "imagenet-c":
+    """The parts of a suite: one per corruption and severity for imagenet-c and cifar10-c; other suites have one."""
+    corruptions = {"imagenet-c": tuple(ALEXNET_ERRORS), "cifar10-c": CIFAR10_CORRUPTIONS}.get(name)
+    if corruptions is None:
         return [name]
-    return [f"imagenet-c/{corruption}/{severity}" for corruption in ALEXNET_ERRORS for severity in severities]
+    return [f"{name}/{corruption}/{severity}" for corruption in corruptions for severity in severities]
 
 
 def _layout_of(kind: str) -> str:
     layout = FOLDER_SUITES[kind]
+    if layout.arrays:
+        return f"ROOT/{kind} must hold CORRUPTION.npy for each corruption, and labels.npy"
     above = "CORRUPTION/SEVERITY/" if kind == "imagenet-c" else ""
     naming = "class numbers 0 to 999" if layout.numbered else "WordNet ids such as n01440764"
     return f"it must be ROOT/{kind}/{above}CLASS/ with {layout.classes} class folders, named by {naming}"

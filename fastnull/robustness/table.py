@@ -31,7 +31,7 @@ def summarize(results: Mapping[str, Any]) -> dict[str, float | None]:
     """The summary of a result; None for what was not measured.
 
     clean; adversarial_mean (fgsm and pgd); corruption_mean and mce (15 corruptions at 5 severities) of corruptions in
-    memory; imagenet_c_mean and imagenet_c_mce of the published imagenet-c files, if these were measured.
+    memory; imagenet_c_mean and imagenet_c_mce, and cifar10_c_mean, of the published files, if these were measured.
     """
     attacks = {f"{suite}/{key}": value for suite in ("fgsm", "pgd") for key, value in results.get(suite, {}).items()}
     summary: dict[str, float | None] = {
@@ -46,6 +46,8 @@ def summarize(results: Mapping[str, Any]) -> dict[str, float | None]:
         if tables or suite == "corruptions":
             summary[mean_key] = mean_corruption_accuracy(tables) if tables else None
             summary[mce_key] = mean_corruption_error(tables) if complete else None
+    if "cifar10-c" in results:
+        summary["cifar10_c_mean"] = mean_corruption_accuracy(results["cifar10-c"])
     return summary
 
 
@@ -121,7 +123,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, float | None]:
             rows[f"{_TITLES.get(suite, suite.upper())} {key}"] = value
     rows |= {title: results[suite] for suite, title in (("cw", "CW L2"), ("patch", "one patch")) if suite in results}
     rows |= {f"with noise, {which}": value for which, value in results.get("noise", {}).items()}
-    for suite, title in (("corruptions", "{}"), ("imagenet-c", "imagenet-c {}")):
+    for suite, title in (("corruptions", "{}"), ("imagenet-c", "imagenet-c {}"), ("cifar10-c", "cifar10-c {}")):
         for name, table in results.get(suite, {}).items():
             rows[f"{title.format(name)} (mean of severities {', '.join(table)})"] = mean(table)
     folders = ("imagenet-val", "damagenet", *(f"imagenet-{name}" for name in ("a", "v2", "r", "sketch", "stylized")))
@@ -132,6 +134,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, float | None]:
         "mce": "mCE (in memory, not of the published files)",
         "imagenet_c_mean": "imagenet-c mean",
         "imagenet_c_mce": "imagenet-c mCE",
+        "cifar10_c_mean": "cifar10-c mean",
     }
     rows.update({f"**{names[key]}**": summary[key] for key in names if summary.get(key) is not None})
     return rows

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.robustness import apgd, cw_l2, fgsm, mi_fgsm, patch_attack, pgd
-from fastnull.robustness.attacks.base import Starts, direction, length, project, scaled
+from fastnull.robustness.attacks.base import Starts, Victim, direction, length, project, scaled
 
 EPS = {"linf": 8 / 255, "l2": 0.25}
 ATTACKS: dict[str, Callable[..., Tensor]] = {
@@ -172,6 +172,7 @@ def test_projection_shrinks_changes_that_are_too_large(size: float) -> None:
 
 
 def test_a_start_at_the_end_of_the_interval_is_finite() -> None:
-    starts = Starts(torch.full((2, 1, 2, 2), 0.5), torch.Generator().manual_seed(0), 0, None)
+    victim = Victim(nn.Identity(), torch.full((2, 1, 2, 2), 0.5), torch.zeros(2))
+    starts = Starts(victim, torch.Generator().manual_seed(0), 0, None)
     starts.uniform = lambda: torch.full((2, 1, 2, 2), -1.0)  # type: ignore[method-assign]  # what a generator may draw
     assert torch.isfinite(starts.point(0.1, "l2")).all()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastnull.compat import import_timm
 from fastnull.robustness import apgd, autoattack, cw_l2, fgsm, mi_fgsm, patch_attack, pgd
-from fastnull.robustness.attacks.adaptive import TargetedDLR, dlr_loss
+from fastnull.robustness.attacks.adaptive import dlr_loss, targeted_dlr_loss
 from fastnull.robustness.attacks.base import Best
 from fastnull.vit import NormalizedModel
 from tests.robustness.small_model import CLASSES, Returning, make_model
@@ -225,7 +225,7 @@ def test_dlr_by_hand() -> None:
     torch.testing.assert_close(dlr_loss(logits, labels), torch.tensor([-0.5, 1.0]))
     torch.testing.assert_close(dlr_loss(3 * logits + 7, labels), torch.tensor([-0.5, 1.0]))
     # -(5 - 1) / (5 - (1 + 0) / 2) and -(2 - 4) / (6 - (2 - 1) / 2)
-    targeted = TargetedDLR(torch.tensor([2, 2]))(logits, labels)
+    targeted = targeted_dlr_loss(logits, torch.stack([labels, torch.tensor([2, 2])], 1))
     torch.testing.assert_close(targeted, torch.tensor([-4 / 4.5, 2 / 5.5]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from fastnull.robustness.attacks.base import (
     project,
     under_attack,
 )
+
+if TYPE_CHECKING:
+    from fastnull.encoder.frozen import FrozenEncoder
 
 LOSSES = ("ce", "dlr", "dlr_targeted")
 
@@ -41,16 +45,19 @@ def apgd(
     generator: torch.Generator | None = None,
     seed: int = 0,
     indices: Tensor | None = None,
+    leave: bool = False,
+    encoder: FrozenEncoder | None = None,
 ) -> Tensor:
     """Auto-PGD, which needs no step size. A success that was found is kept.
 
     Args:
-        model, images, eps, norm, generator, seed, indices: as in `pgd`.
+        model, images, eps, norm, generator, seed, indices, encoder: as in `pgd`.
         labels: true classes [B].
         loss: `ce`; `dlr`, the difference of logits ratio, which does not vanish for confident predictions
             (3 classes or more); `dlr_targeted`, once for each of the `targets` most likely wrong classes (4 or more).
         steps: gradient steps per restart and target.
         targets: number of targets of `dlr_targeted`; at most K - 1 are used.
+        leave: an image is attacked until its first success, which is returned; the same images succeed.
 
     Returns:
         [B, C, H, W] in the images' dtype: the success of the largest loss, else the point of it.
@@ -65,7 +72,7 @@ def apgd(
     if len(images) == 0:
         return images.clone()
     with under_attack(model, images.device):
-        victim = Victim(model, images, labels)
+        victim = Victim(model, images, labels, encoder=encoder)
         with torch.no_grad():
             clean_logits = victim.logits(victim.clean)
         classes = clean_logits.shape[1]
@@ -76,48 +83,55 @@ def apgd(
             raise ValueError(f"labels must be classes [B]; got shape {list(labels.shape)}")
         if eps == 0:
             return images.clone()
-        goals: list[Criterion | None] = [None if loss == "ce" else dlr_loss]
+        goals = [victim.labels]
         if loss == "dlr_targeted":
             wrong = clean_logits.scatter(1, victim.labels[:, None], -math.inf)
             likely = wrong.topk(min(targets, classes - 1), dim=1).indices  # [B, T]
-            goals = [TargetedDLR(likely[:, t]) for t in range(likely.shape[1])]
-        starts = Starts(victim.clean, generator, seed, indices)
-        best = Best(victim.clean)
-        for _ in range(restarts):
-            for goal in goals:
-                _run(victim, starts, best, goal, eps, steps, norm)
-        return victim.finish(best.images)
+            goals = [torch.stack([victim.labels, target], 1) for target in likely.unbind(1)]
+        criterion = {"ce": None, "dlr": dlr_loss, "dlr_targeted": targeted_dlr_loss}[loss]
+        starts = Starts(victim, generator, seed, indices)
+        best = None if leave else Best(victim.clean)
+        point = victim.clean
+        for goal in goals * restarts:
+            point = _run(victim, starts, best, criterion, goal[victim.rows], eps, steps, norm)
+            if not len(point):
+                break
+        return victim.finish(point if best is None else best.images)
 
 
-def _run(victim: Victim, starts: Starts, best: Best, goal: Criterion | None, eps: float, steps: int, norm: str) -> None:
-    """One start of APGD (algorithm 1 of the paper)."""
-    run = Best(victim.clean)
+def _run(
+    victim: Victim, starts: Starts, best: Best | None, criterion: Criterion | None, goal: Tensor, eps: float,
+    steps: int, norm: str,
+) -> Tensor:  # fmt: skip
+    """One start of APGD (algorithm 1 of the paper) with the labels `goal`, [B] or as the criterion takes them.
+
+    Points are offered to `best`; without one, images that are fooled leave. Returns the last points.
+    """
     noise = starts.uniform()
     # as published: uniform noise scaled to the surface of the ball
     size = per_image(noise.abs().amax((1, 2, 3))) if norm == "linf" else length(noise)
     point = (victim.clean + eps * noise / size).clamp(0, 1)
     previous = point
-    gradient, loss, logits = victim.gradient(point, goal)
-    run.offer(point, victim.success(logits), loss)
+    gradient, loss, logits = victim.gradient(point, criterion, goal)
     top_point, top_loss, top_gradient = point, loss, gradient
     step = torch.full_like(loss, 2 * eps)
     last_step, last_top = step, top_loss
     rises = torch.zeros_like(loss)
     ends = _checkpoints(steps)
     window_start = 0
-    for k in range(1, steps + 1):
-        weight = MOMENTUM if k > 1 else 1.0
-        moved = project(point + per_image(step) * direction(gradient, norm), victim.clean, eps, norm)
-        mixed = point + weight * (moved - point) + (1 - weight) * (point - previous)
-        previous, point = point, project(mixed, victim.clean, eps, norm)
-        last_loss = loss
-        gradient, loss, logits = victim.gradient(point, goal)
-        run.offer(point, victim.success(logits), loss)
-        rises += loss > last_loss
-        higher = loss > top_loss
-        top_point = torch.where(per_image(higher), point, top_point)
-        top_gradient = torch.where(per_image(higher), gradient, top_gradient)
-        top_loss = torch.where(higher, loss, top_loss)
+    for k in range(steps):
+        if best is not None:
+            best.offer(point, victim.success(logits), loss)
+        else:
+            (
+                point, previous, gradient, loss, top_point, top_loss, top_gradient, step, last_step, last_top, rises,
+                goal,
+            ) = victim.leave(
+                victim.success(logits), point, previous, gradient, loss, top_point, top_loss, top_gradient, step,
+                last_step, last_top, rises, goal,
+            )  # fmt: skip
+            if not len(point):
+                return point
         if k in ends:
             stuck = rises < RHO * (k - window_start)
             still = (last_step == step) & (last_top >= top_loss)
@@ -130,7 +144,21 @@ def _run(victim: Victim, starts: Starts, best: Best, goal: Criterion | None, eps
             loss = torch.where(halve, top_loss, loss)
             rises = torch.zeros_like(rises)
             window_start = k
-    best.offer(run.images, run.success, run.loss)
+        weight = MOMENTUM if k else 1.0
+        moved = project(point + per_image(step) * direction(gradient, norm), victim.clean, eps, norm)
+        mixed = point + weight * (moved - point) + (1 - weight) * (point - previous)
+        previous, point = point, project(mixed, victim.clean, eps, norm)
+        last_loss = loss
+        gradient, loss, logits = victim.gradient(point, criterion, goal)
+        rises += loss > last_loss
+        higher = loss > top_loss
+        top_point = torch.where(per_image(higher), point, top_point)
+        top_gradient = torch.where(per_image(higher), gradient, top_gradient)
+        top_loss = torch.where(higher, loss, top_loss)
+    if best is None:
+        return victim.leave(victim.success(logits), point)[0]
+    best.offer(point, victim.success(logits), loss)
+    return point
 
 
 def _checkpoints(steps: int) -> set[int]:
@@ -152,14 +180,8 @@ def dlr_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return -(own - other) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
 
 
-class TargetedDLR:
-    """-(z_y - z_t) / (z_1st - (z_3rd + z_4th) / 2), with a target class t per image."""
-
-    def __init__(self, targets: Tensor) -> None:
-        self.targets = targets
-
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        ordered = logits.sort(dim=1, descending=True).values
-        own = logits.gather(1, labels[:, None])[:, 0]
-        target = logits.gather(1, self.targets[:, None])[:, 0]
-        return -(own - target) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+def targeted_dlr_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """-(z_y - z_t) / (z_1st - (z_3rd + z_4th) / 2), with labels [B, 2]: the true class y and the target t."""
+    ordered = logits.sort(dim=1, descending=True).values
+    own, target = logits.gather(1, labels).unbind(1)
+    return -(own - target) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)

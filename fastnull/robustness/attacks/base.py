@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from fastnull.checks import check_choice, check_images, check_labels, check_number, values_are_trusted
 from fastnull.rng import KeyedRandom, carried
 from fastnull.vit import frozen
+
+if TYPE_CHECKING:
+    from fastnull.encoder.frozen import FrozenEncoder
 
 NORMS = ("linf", "l2")
 
@@ -73,13 +76,17 @@ class Victim:
         images, labels: clean pixels [B, C, H, W]; true classes [B] (or soft [B, K]), or targets where `targeted`.
         targeted: the loss is negated and success means reaching the label.
         criterion: loss per image; None: the cross entropy.
+        encoder: of the model, at the pixels: gives the input gradients; None: autograd.
+
+    Attributes:
+        clean, labels: of the images that are still attacked, which are `rows` of the batch; see `leave`.
     """
 
     def __init__(
         self, model: nn.Module, images: Tensor, labels: Tensor, *, targeted: bool = False,
-        criterion: Criterion | None = None,
+        criterion: Criterion | None = None, encoder: FrozenEncoder | None = None,
     ) -> None:  # fmt: skip
-        self.model = model
+        self.model, self.encoder = model, encoder
         self.dtype = images.dtype
         # float32: 1/255 is one bf16 step near 1. Copies, because inference tensors cannot be differentiated
         self.clean = images.detach().to(torch.promote_types(images.dtype, torch.float32), copy=True)
@@ -89,6 +96,8 @@ class Victim:
             self.labels = labels.detach().to(images.device, dtype, copy=True)
         self.targeted = targeted
         self.criterion = criterion
+        self.rows = torch.arange(len(images), device=images.device)
+        self._result = torch.empty_like(self.clean)
         self._checked = False
         self._broken = torch.zeros((), dtype=torch.bool, device=images.device)
         self._steep = torch.zeros_like(self._broken)
@@ -96,20 +105,23 @@ class Victim:
     def logits(self, images: Tensor) -> Tensor:
         """[B, K]. The first call checks labels and logits; later ones record NaN without synchronising."""
         logits = model_logits(self.model, images)
-        broken = is_broken(logits.detach())
+        self._check(logits.detach())
+        return logits
+
+    def _check(self, logits: Tensor) -> None:
+        broken = is_broken(logits)
         if not self._checked:
             check_labels(self.labels, logits.shape[1], len(self.clean))
             check_logits(broken)
             self._checked = True
         self._broken |= broken
-        return logits
 
-    def loss(self, logits: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss per image [B], which the attack maximises."""
         if self.criterion is None:
-            loss = F.cross_entropy(logits, self.labels, reduction="none")
+            loss = F.cross_entropy(logits, labels, reduction="none")
         else:
-            loss = self.criterion(logits, self.labels)
+            loss = self.criterion(logits, labels)
             if loss.shape != logits.shape[:1]:
                 raise ValueError(
                     f"criterion must return one loss per image, [{len(logits)}] (reduction='none'); "
@@ -122,24 +134,51 @@ class Victim:
         classes = self.labels.argmax(1) if self.labels.ndim == 2 else self.labels
         return (logits.argmax(1) == classes) == self.targeted
 
-    def gradient(self, images: Tensor, loss: Criterion | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(
+        self, images: Tensor, loss: Criterion | None = None, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of the summed loss [B, C, H, W], the loss per image [B] and the logits [B, K], all detached.
 
-        `loss` takes (logits, labels) and replaces the victim's own.
+        `loss` takes (logits, labels) and replaces the victim's own, as `labels` do.
         """
-        leaf = images.detach().requires_grad_(True)
-        logits = self.logits(leaf)
-        values = self.loss(logits) if loss is None else loss(logits, self.labels)
-        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        loss = loss or self.loss
+        labels = self.labels if labels is None else labels
+        if self.encoder is None:
+            leaf = images.detach().requires_grad_(True)
+            logits = self.logits(leaf)
+            values = loss(logits, labels)
+            (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        else:
+            logits, gradient, values = self._encoded(self.encoder, images, loss, labels)
         # only if the logits were finite: NaN logits give NaN gradients too
         self._steep |= ~gradient.isfinite().all() & ~self._broken
         return gradient, values.detach(), logits.detach()
+
+    def _encoded(self, encoder: FrozenEncoder, images: Tensor, loss: Criterion, labels: Tensor) -> tuple[Tensor, ...]:
+        def cotangent(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            self._check(logits)
+            with torch.enable_grad():
+                leaf = logits.detach().requires_grad_(True)
+                values = loss(leaf, labels[part])
+                (given,) = torch.autograd.grad(values.sum(), leaf)
+            return given, values.detach()
+
+        return encoder.input_gradient(images, cotangent, by_image=True, has_aux=True)
 
     @torch.no_grad()
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Success [B] and loss [B] of finished images."""
         logits = self.logits(images)
-        return self.success(logits), self.loss(logits)
+        return self.success(logits), self.loss(logits, self.labels)
+
+    def leave(self, fooled: Tensor, point: Tensor, *state: Tensor) -> list[Tensor]:
+        """Keep the point of each fooled image, which is attacked no further; `point` and `state` of all the others."""
+        if not bool(fooled.any()):
+            return [point, *state]
+        self._result[self.rows[fooled]] = point[fooled].detach()
+        stay = (~fooled).nonzero()[:, 0]
+        self.rows, self.clean, self.labels = (tensor[stay] for tensor in (self.rows, self.clean, self.labels))
+        return [tensor[stay] for tensor in (point, *state)]
 
     def finish(self, images: Tensor) -> Tensor:
         """The attack's result in the caller's dtype, after the check for NaN.
@@ -150,6 +189,9 @@ class Victim:
         if not values_are_trusted() and bool(self._steep):
             raise ValueError("the gradient of the model with respect to the images is not finite (NaN or Inf)")
         check_logits(self._broken)
+        if len(self.rows) < len(self._result):
+            self._result[self.rows] = images.detach()
+            images = self._result
         return images.detach().to(self.dtype)
 
 
@@ -230,32 +272,40 @@ def project(images: Tensor, clean: Tensor, eps: float, norm: str) -> Tensor:
 
 
 class Starts:
-    """Random points of the ball for each restart: from `generator` if given, else keyed by (seed, image)."""
+    """Random points of the ball for each restart: from `generator` if given, else keyed by (seed, image).
+
+    Numbers are drawn for the whole batch, so those of an image do not depend on the images that left.
+    """
 
     def __init__(
         self,
-        clean: Tensor,
+        victim: Victim,
         generator: torch.Generator | None,
         seed: int,
         indices: Tensor | None,
     ) -> None:
-        self.clean = clean
+        self.victim = victim
+        self.shape = victim.clean.shape
         self.generator = generator
+        count = len(victim.clean)
         if indices is None:
-            indices = torch.arange(len(clean))
-        elif len(indices) != len(clean):
-            raise ValueError(f"indices must hold one entry per image ({len(clean)}); got {len(indices)}")
+            indices = torch.arange(count)
+        elif len(indices) != count:
+            raise ValueError(f"indices must hold one entry per image ({count}); got {len(indices)}")
         self.indices = indices
         if generator is None:
-            self.keyed = KeyedRandom(seed, "attack", indices.to(clean.device))
+            self.keyed = KeyedRandom(seed, "attack", indices.to(victim.clean.device))
 
     def uniform(self) -> Tensor:
         """[B, C, H, W] within (-1, 1)."""
         if self.generator is None:
-            values = self.keyed.uniform(*self.clean.shape[1:])
+            values = self.keyed.uniform(*self.shape[1:])
         else:
-            values = torch.rand(self.clean.shape, generator=self.generator, device=self.generator.device)
-        return carried(values, self.clean.device).to(self.clean.dtype).mul_(2).sub_(1)
+            values = torch.rand(self.shape, generator=self.generator, device=self.generator.device)
+        clean, rows = self.victim.clean, self.victim.rows
+        values = carried(values, clean.device)
+        values = values if len(rows) == len(values) else values[rows]
+        return values.to(clean.dtype).mul_(2).sub_(1)
 
     def point(self, eps: float, norm: str) -> Tensor:
         """Clean images plus noise that is uniform in the ball, clamped to [0, 1]."""
@@ -268,4 +318,4 @@ class Starts:
             gaussian = torch.erfinv(noise.clamp(-inside, inside)) * math.sqrt(2)
             radius = (self.uniform()[:, :1, :1, :1] + 1) / 2
             noise = direction(gaussian, norm) * radius ** (1 / size)
-        return (self.clean + eps * noise).clamp(0, 1)
+        return (self.victim.clean + eps * noise).clamp(0, 1)

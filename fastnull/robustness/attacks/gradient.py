@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,9 @@ from fastnull.robustness.attacks.base import (
     within,
 )
 
+if TYPE_CHECKING:
+    from fastnull.encoder.frozen import FrozenEncoder
+
 
 def fgsm(
     model: nn.Module,
@@ -30,6 +35,7 @@ def fgsm(
     *,
     targeted: bool = False,
     criterion: Criterion | None = None,
+    encoder: FrozenEncoder | None = None,
 ) -> Tensor:
     """One step of size eps along the sign of the gradient (`linf`) or along the gradient itself (`l2`).
 
@@ -40,6 +46,7 @@ def fgsm(
         eps: radius, in units of pixels in [0, 1] (8/255); 0 returns the images.
         norm: `linf` or `l2`.
         criterion: (logits, labels) → loss per image [B]; None: the cross entropy, in float32 or better.
+        encoder: FrozenEncoder(model, site="pixels"), which gives the input gradients; None: autograd.
 
     Raises:
         ValueError: images outside [0, 1], labels out of range, eps outside [0, 1] (`linf`), NaN logits.
@@ -48,7 +55,7 @@ def fgsm(
     if len(images) == 0:
         return images.clone()
     with under_attack(model, images.device):
-        victim = Victim(model, images, labels, targeted=targeted, criterion=criterion)
+        victim = Victim(model, images, labels, targeted=targeted, criterion=criterion, encoder=encoder)
         gradient, _, _ = victim.gradient(victim.clean)
         if eps == 0:
             return images.clone()
@@ -72,19 +79,23 @@ def pgd(
     generator: torch.Generator | None = None,
     seed: int = 0,
     indices: Tensor | None = None,
+    leave: bool = False,
+    encoder: FrozenEncoder | None = None,
 ) -> Tensor:
     """Projected gradient ascent: step, project to the ball around the images, clamp to [0, 1].
 
     With several restarts every image keeps its best end point: a success before a failure, then the larger loss.
 
     Args:
-        model, images, labels, eps, norm, targeted, criterion: as in `fgsm`.
+        model, images, labels, eps, norm, targeted, criterion, encoder: as in `fgsm`.
         step_size: in pixels; None: eps / 4.
         steps: gradient steps per restart.
         random_start: start at a uniform point of the ball, else (first restart only) at the images.
         generator: of the random starts. Without one they depend only on (seed, index of the image, restart), so an
             image has the same start in every batch; in a training loop give a new seed every step.
         indices: [B] integers that identify the images; None: 0 .. B-1.
+        leave: an image is attacked until the first point that succeeds, the random start included, and that point is
+            returned (the worst iterate); of the others the last one.
 
     Returns:
         [B, C, H, W] in the images' dtype. Steps are taken in float32 or better, so half precision rounds once, at the
@@ -101,8 +112,8 @@ def pgd(
     if len(images) == 0:
         return images.clone()
     with under_attack(model, images.device):
-        victim = Victim(model, images, labels, targeted=targeted, criterion=criterion)
-        starts = Starts(victim.clean, generator, seed, indices)
+        victim = Victim(model, images, labels, targeted=targeted, criterion=criterion, encoder=encoder)
+        starts = Starts(victim, generator, seed, indices)
         if eps == 0:
             victim.score(victim.clean)
             return images.clone()
@@ -110,11 +121,21 @@ def pgd(
         for restart in range(restarts):
             adversarial = starts.point(eps, norm) if random_start or restart else victim.clean
             for _ in range(steps):
-                gradient, _, _ = victim.gradient(adversarial)
+                gradient, _, logits = victim.gradient(adversarial)
+                if leave:
+                    adversarial, gradient = victim.leave(victim.success(logits), adversarial, gradient)
+                    if not len(adversarial):
+                        return victim.finish(adversarial)
                 adversarial = project(adversarial + step * direction(gradient, norm), victim.clean, eps, norm)
-            if restarts == 1:
+            if restarts == 1 or (leave and restart == restarts - 1):
                 return victim.finish(adversarial)
-            best.offer(adversarial, *victim.score(adversarial))
+            success, loss = victim.score(adversarial)
+            if not leave:
+                best.offer(adversarial, success, loss)
+            elif not len(victim.leave(success, adversarial)[0]):
+                break
+        if leave:
+            return victim.finish(victim.clean)
         return victim.finish(best.images)
 
 
@@ -129,12 +150,15 @@ def mi_fgsm(
     norm: str = "linf",
     targeted: bool = False,
     criterion: Criterion | None = None,
+    leave: bool = False,
+    encoder: FrozenEncoder | None = None,
 ) -> Tensor:
     """Momentum iterative FGSM: steps of eps / steps along the running sum of gradients of unit mean magnitude.
 
     Args:
-        model, images, labels, eps, norm, targeted, criterion: as in `fgsm`.
+        model, images, labels, eps, norm, targeted, criterion, encoder: as in `fgsm`.
         decay: weight of the old momentum.
+        leave: as in `pgd`.
 
     Raises:
         ValueError: as `fgsm`; steps below 1, decay below 0.
@@ -145,13 +169,17 @@ def mi_fgsm(
     if len(images) == 0:
         return images.clone()
     with under_attack(model, images.device):
-        victim = Victim(model, images, labels, targeted=targeted, criterion=criterion)
+        victim = Victim(model, images, labels, targeted=targeted, criterion=criterion, encoder=encoder)
         if eps == 0:
             victim.score(victim.clean)
             return images.clone()
         adversarial, momentum = victim.clean, torch.zeros_like(victim.clean)
         for _ in range(steps):
-            gradient, _, _ = victim.gradient(adversarial)
+            gradient, _, logits = victim.gradient(adversarial)
+            if leave:
+                adversarial, gradient, momentum = victim.leave(victim.success(logits), adversarial, gradient, momentum)
+                if not len(adversarial):
+                    break
             near_one, _ = scaled(gradient)
             magnitude = per_image(near_one.abs().mean((1, 2, 3)))
             momentum = decay * momentum + near_one / magnitude.clamp_min(torch.finfo(gradient.dtype).tiny)

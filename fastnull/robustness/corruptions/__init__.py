@@ -1,10 +1,9 @@
 """The 15 + 4 corruptions of ImageNet-C (Hendrycks and Dietterich 2019), as torch code on [0, 1] pixels in memory.
 
 Formulas and constants are the original's. Lengths are in pixels and were chosen for 224 x 224, so blurs are stronger
-on small images, and elastic_transform (in units of 244 px) makes sense only near 224. (CIFAR-10-C and Tiny-ImageNet-C
-use milder constants for 32 and 64 px.) Results differ from those of the published files, which were rounded to 8 bits
-and saved as JPEG of quality 85; two corruptions used ImageMagick, and frost used photographs. Report them as in-memory
-corruptions.
+on small images, and elastic_transform makes sense only near 224. CIFAR-10-C's constants are for 32 x 32. Results differ
+from those of the published files, which were rounded to 8 bits, ImageNet-C's also saved as JPEG of quality 85; two
+corruptions used ImageMagick, and frost used photographs. Report them as in-memory corruptions.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from fastnull.checks import check_choice, check_images
 from fastnull.rng import KeyedRandom
 from fastnull.robustness.corruptions import blur, digital, noise, weather
 from fastnull.robustness.corruptions.base import Corruption
+from fastnull.robustness.corruptions.constants import CONSTANTS
 from fastnull.robustness.corruptions.frost import MADE_BY_US, frost, read_pictures
 
 CORRUPTIONS: dict[str, Corruption] = {
@@ -44,7 +44,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     "pixelate": digital.pixelate,
     "jpeg_compression": digital.jpeg_compression,
 }
-"""Name → function (images, severity, random). Add a function to register it."""
+"""Name → function (images, constant of the severity, random). A function that you add gets the severity itself."""
 
 DEMO_CORRUPTIONS = ("gaussian_noise", "impulse_noise", "gaussian_blur", "contrast", "brightness", "pixelate")
 """Six that make sense from 16 pixels upwards and need torch alone."""
@@ -62,6 +62,7 @@ def corrupt(
     seed: int = 0,
     indices: Tensor | Sequence[int] | None = None,
     frost_folder: str | os.PathLike[str] | None = None,
+    constants: str = "imagenet-c",
 ) -> Tensor:
     """Corrupt a batch. The result depends only on the image, its index, name, severity and seed.
 
@@ -72,6 +73,7 @@ def corrupt(
         seed: of the randomness.
         indices: [B] integers that identify the images in their data set; None: 0 .. B-1.
         frost_folder: pictures for `frost`; None: those that the package generates.
+        constants: `imagenet-c`, or `cifar10-c` for images of 32 pixels.
 
     Returns:
         [B, C, H, W] within [0, 1], in the images' dtype and on their device (computed in float32).
@@ -83,6 +85,7 @@ def corrupt(
         ImportError: jpeg_compression without Pillow, spatter without OpenCV.
     """
     check_choice("corruption", name, CORRUPTIONS)
+    check_choice("constants", constants, CONSTANTS)
     if isinstance(severity, bool) or severity not in SEVERITIES:
         raise ValueError(f"severity must be one of 1, 2, 3, 4, 5; got {severity!r}")
     check_images(images)
@@ -102,11 +105,12 @@ def corrupt(
     function = CORRUPTIONS[name]
     if name == "frost" and frost_folder is not None:
         function = functools.partial(frost, pictures=_pictures(os.fspath(frost_folder)))
+    constant = CONSTANTS[constants].get(name, SEVERITIES)[int(severity) - 1]
     results = []
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         for some, theirs in zip(images.split(at_once), numbers.split(at_once), strict=True):
             random = KeyedRandom(seed, f"{name}/{severity}", theirs)
-            changed = function(some.float().clamp(0, 1), int(severity), random)
+            changed = function(some.float().clamp(0, 1), constant, random)
             results.append(changed.clamp(0, 1).to(images.dtype))
     return torch.cat(results)
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastnull.rng import KeyedRandom
 
-Corruption = Callable[[Tensor, int, KeyedRandom], Tensor]
-"""(images [B, C, H, W] float32 in [0, 1], severity 1..5, source of random numbers) → images; the caller clamps."""
+Corruption = Callable[[Tensor, Any, KeyedRandom], Tensor]
+"""(images [B, C, H, W] float32 in [0, 1], constant of the severity, source of random numbers) → images; the caller
+clamps."""
 
 
 LUMINANCE = (0.299, 0.587, 0.114)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,18 +11,15 @@ from torch import Tensor
 from fastnull.rng import KeyedRandom
 from fastnull.robustness.corruptions.base import border, gaussian_filter, gaussian_matrix, motion_filter, zoom
 
-ZOOMS = ((0.01, 12), (0.01, 16), (0.02, 11), (0.02, 13), (0.03, 11))
-"""Step and number of zoom factors from 1 upwards; the first range includes 1.11, as numpy's rounding had it."""
 
-
-def gaussian_blur(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def gaussian_blur(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """Gaussian filter, sigma in pixels."""
-    return gaussian_filter(images, (1, 2, 3, 4, 6)[severity - 1])
+    return gaussian_filter(images, c)
 
 
-def disk(radius: int, sigma: float) -> Tensor:
+def disk(radius: float, sigma: float) -> Tensor:
     """A disk with softened edge, [2 r + 1, 2 r + 1] with r = max(8, radius), float64, of sum about 1."""
-    reach = max(8, radius)
+    reach = max(8, int(radius))
     squares = torch.arange(-reach, reach + 1).square()
     flat = (squares[:, None] + squares <= radius**2).double()
     soft_radius = 1 if radius <= 8 else 2  # a 3 x 3 or 5 x 5 filter
@@ -29,9 +28,9 @@ def disk(radius: int, sigma: float) -> Tensor:
     return soft @ (flat / flat.sum()) @ soft.T
 
 
-def defocus_blur(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def defocus_blur(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """Mean over a disk of (radius, softness of its edge) pixels, mirrored at the border."""
-    kernel = disk(*((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[severity - 1]).to(images)
+    kernel = disk(*c).to(images)
     batch, channels, height, width = images.shape
     reach = kernel.shape[0] // 2
     rows = border(torch.arange(-reach, height + reach, device=images.device), height, "reflect101")
@@ -40,12 +39,12 @@ def defocus_blur(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
     return F.conv2d(padded, kernel[None, None]).view_as(images)
 
 
-def glass_blur(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def glass_blur(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """Blur, rounding down to 8 bits, pixels replaced by random neighbours (sigma, reach, rounds), blur.
 
     The original intends to swap neighbours, but its numpy views copy them; this function copies too.
     """
-    sigma, reach, rounds = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[severity - 1]
+    sigma, reach, rounds = c
     batch, _, height, width = images.shape
     source = torch.arange(height * width, device=images.device).expand(batch, -1)
     for _ in range(rounds):
@@ -78,15 +77,15 @@ def _copies(random: KeyedRandom, height: int, width: int, reach: int) -> Tensor:
     return pointer[:, :count] - count
 
 
-def motion_blur(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def motion_blur(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """Smear of (radius, sigma) pixels along an angle from U(-45, 45) degrees."""
-    radius, sigma = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))[severity - 1]
+    radius, sigma = c
     return motion_filter(images, radius, sigma, random.uniform() * 90 - 45)
 
 
-def zoom_blur(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
-    """Mean of the image and its enlargements."""
-    step, count = ZOOMS[severity - 1]
+def zoom_blur(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
+    """Mean of the image and its enlargements by (step, number) zoom factors from 1 upwards."""
+    step, count = c
     total = images.clone()
     for k in range(count):
         total += zoom(images, 1 + k * step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +19,20 @@ from fastnull.robustness.corruptions.base import (
 )
 
 
-def contrast(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def contrast(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """(x - mean) c + mean, with the mean of each channel of the image."""
-    c = (0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1]
     mean = images.mean((2, 3), keepdim=True)
     return (images - mean) * c + mean
 
 
-def saturate(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def saturate(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """Saturation S of HSV → S c0 + c1 within [0, 1].
 
     With V the largest channel and S = (V - smallest) / V, the distance of a channel to V is multiplied by S' / S. Gray
     pixels have hue 0, so c1 > 0 turns them red, as in the original.
     """
     check_rgb(images, "saturate")
-    factor, offset = ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))[severity - 1]
+    factor, offset = c
     value = images.amax(1, keepdim=True)
     chroma = value - images.amin(1, keepdim=True)
     saturation = (chroma / value.clamp_min(BLACK) * factor + offset).clamp(0, 1)
@@ -41,10 +41,9 @@ def saturate(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
     return torch.where(chroma > BLACK, coloured, gray)
 
 
-def elastic_transform(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
-    """Affine map of three points moved by U(-c2, c2), then shifts of c0 Gaussian(U(-1, 1), c1), in units of 244 px."""
-    units = ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))[severity - 1]
-    amplitude, sigma, jitter = (244 * unit for unit in units)
+def elastic_transform(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
+    """Affine map of three points moved by U(-c2, c2), then shifts of c0 Gaussian(U(-1, 1), c1), in pixels."""
+    amplitude, sigma, jitter = c
     height, width = images.shape[2:]
     # points are (x, y); the original takes the centre as (height, width)
     centre = torch.tensor([height // 2, width // 2], dtype=torch.float64)
@@ -65,6 +64,8 @@ def elastic_transform(images: Tensor, severity: int, random: KeyedRandom) -> Ten
     source = back @ (pixels - after[:, 0, :, None]) + before[0, :, None]  # [B, 2, H W]
     x, y = source.unflatten(2, (height, width)).unbind(1)
     warped = sample_linear(images, y.float(), x.float(), "reflect101")
+    if not amplitude:
+        return warped
     field = gaussian_filter(2 * random.uniform(2, height, width) - 1, sigma, "reflect", truncate=3) * amplitude
     return sample_linear(warped, rows.float() + field[:, 1], columns.float() + field[:, 0], "reflect")
 
@@ -82,14 +83,13 @@ def box_matrix(size: int, target: int) -> Tensor:
     return matrix
 
 
-def pixelate(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def pixelate(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """Box resize to a fraction c of each side, and back; both are linear, so one matrix per axis does both."""
-    c = (0.6, 0.5, 0.4, 0.3, 0.25)[severity - 1]
     rows, columns = (box_matrix(int(size * c), size) @ box_matrix(size, int(size * c)) for size in images.shape[2:])
     return separable(images, rows, columns)
 
 
-def jpeg_compression(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def jpeg_compression(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """Through a JPEG file in memory, image by image on the CPU (needs Pillow); pixels are rounded to 8 bits."""
     try:
         from PIL import Image
@@ -97,12 +97,11 @@ def jpeg_compression(images: Tensor, severity: int, random: KeyedRandom) -> Tens
         raise ImportError(f"jpeg_compression needs Pillow (pip install pillow): {error}") from error
     if images.shape[1] not in (1, 3):
         raise ValueError(f"jpeg_compression needs 1 or 3 channels; got {images.shape[1]}")
-    quality = (25, 18, 15, 10, 7)[severity - 1]
     bytes_ = images.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, C]
     results = []
     for pixels in bytes_:
         file = io.BytesIO()
-        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "JPEG", quality=quality)
+        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "JPEG", quality=c)
         with Image.open(file) as opened:
             decoded = torch.frombuffer(bytearray(opened.tobytes()), dtype=torch.uint8)
         results.append(decoded.view(pixels.shape).permute(2, 0, 1))

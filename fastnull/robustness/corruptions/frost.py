@@ -11,6 +11,7 @@ import functools
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,13 +35,13 @@ _COLOURS = (
 )
 
 
-def frost(images: Tensor, severity: int, random: KeyedRandom, pictures: tuple[Tensor, ...] | None = None) -> Tensor:
-    """c0 x + c1 part of a picture, at the picture's own scale; pictures [3, H, W] that are too small are enlarged."""
-    weight, strength = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[severity - 1]
+def frost(images: Tensor, c: Any, random: KeyedRandom, pictures: tuple[Tensor, ...] | None = None) -> Tensor:
+    """c0 x + c1 part of a picture [3, H, W] in c2 of its own size; those that are too small are enlarged."""
+    weight, strength, scale = c
     channels, height, width = images.shape[1:]
     if channels not in (1, 3):
         raise ValueError(f"frost needs 1 or 3 channels; got {channels}")
-    pictures = pictures or made_pictures()
+    pictures = _in_size(pictures or made_pictures(), scale)
     chosen, down, right = random.uniform(3).unbind(1)  # [B]
     parts = []
     for which, y, x in zip(chosen.tolist(), down.tolist(), right.tolist(), strict=True):
@@ -51,6 +52,13 @@ def frost(images: Tensor, severity: int, random: KeyedRandom, pictures: tuple[Te
     if channels == 1:
         layer = (layer * images.new_tensor(LUMINANCE).view(3, 1, 1)).sum(1, keepdim=True)
     return weight * images + strength * layer
+
+
+@functools.lru_cache(maxsize=2)
+def _in_size(pictures: tuple[Tensor, ...], scale: float) -> tuple[Tensor, ...]:
+    if scale == 1:
+        return pictures
+    return tuple(F.interpolate(picture[None], scale_factor=scale, mode="bilinear")[0] for picture in pictures)
 
 
 def _covering(picture: Tensor, height: int, width: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,29 +11,25 @@ from torch import Tensor
 from fastnull.rng import KeyedRandom
 
 
-def gaussian_noise(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def gaussian_noise(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """x + N(0, c)."""
-    c = (0.08, 0.12, 0.18, 0.26, 0.38)[severity - 1]
     return images + c * random.normal(*images.shape[1:])
 
 
-def shot_noise(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def shot_noise(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """Poisson(x c) / c."""
-    c = (60, 25, 12, 5, 3)[severity - 1]
     return poisson(images * c, random.uniform(*images.shape[1:]), largest_rate=c) / c
 
 
-def impulse_noise(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def impulse_noise(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """Salt and pepper: a fraction c of the values becomes 0 or 1, with equal probability."""
-    c = (0.03, 0.06, 0.09, 0.17, 0.27)[severity - 1]
     shape = images.shape[1:]
     flipped, salt = random.uniform(*shape) <= c, random.uniform(*shape) <= 0.5
     return torch.where(flipped, salt.to(images), images)
 
 
-def speckle_noise(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def speckle_noise(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """x + x N(0, c)."""
-    c = (0.15, 0.2, 0.35, 0.45, 0.6)[severity - 1]
     return images + images * (c * random.normal(*images.shape[1:]))
 
 
@@ -42,6 +39,8 @@ def poisson(rate: Tensor, uniform: Tensor, largest_rate: float) -> Tensor:
     rate, uniform: any equal shapes; returns the counts as floats. There is one uniform number per count, so the
     result is as reproducible as the uniform numbers; that of torch.poisson is not.
     """
+    if largest_rate > 80:
+        rate = rate.double()  # float32 has no exp(-rate) below 1e-38
     term = torch.exp(-rate)  # P(count = k), k = 0, 1, …
     total = term.clone()
     count = torch.zeros_like(rate)
@@ -51,4 +50,4 @@ def poisson(rate: Tensor, uniform: Tensor, largest_rate: float) -> Tensor:
         term *= rate / k
         total += term
     # float32 sums can end just below 1, and the largest uniform numbers would never stop counting
-    return torch.minimum(count, (rate + 5.5 * rate.sqrt() + 6).floor())
+    return torch.minimum(count, (rate + 5.5 * rate.sqrt() + 6).floor()).to(uniform.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,16 +11,10 @@ from fastnull.rng import KeyedRandom
 from fastnull.robustness.corruptions.base import BLACK, LUMINANCE, check_rgb, gaussian_filter, motion_filter, zoom
 
 
-def snow(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def snow(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """Flakes (mean, std, zoom, threshold), smeared (radius, sigma), over the whitened image (weight of the image)."""
     check_rgb(images, "snow")
-    mean, std, factor, threshold, radius, sigma, weight = (
-        (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
-        (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
-        (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-        (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
-        (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
-    )[severity - 1]
+    mean, std, factor, threshold, radius, sigma, weight = c
     flakes = zoom(mean + std * random.normal(1, *images.shape[2:]), factor)  # [B, 1, H, W]
     flakes = torch.where(flakes < threshold, 0, flakes).clamp(0, 1)
     flakes = motion_filter(flakes, radius, sigma, random.uniform() * 90 - 135)
@@ -27,14 +23,14 @@ def snow(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
     return whitened + flakes + flakes.rot90(2, (2, 3))
 
 
-def fog(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
-    """x + c plasma, scaled to keep the image's largest value."""
-    c, decay = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))[severity - 1]
+def fog(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
+    """x + c0 plasma, scaled to keep the image's largest value."""
+    strength, decay, smallest = c
     height, width = images.shape[2:]
-    size = max(256, 1 << (max(height, width) - 1).bit_length())
+    size = max(smallest, 1 << (max(height, width) - 1).bit_length())
     haze = plasma(size, decay, random)[:, None, :height, :width]
     largest = images.amax((1, 2, 3), keepdim=True)
-    return (images + c * haze) * largest / (largest + c)
+    return (images + strength * haze) * largest / (largest + strength)
 
 
 def plasma(size: int, decay: float, random: KeyedRandom) -> Tensor:
@@ -64,28 +60,21 @@ def _wibbled(total: Tensor, wibble: float, random: KeyedRandom) -> Tensor:
     return total / 4 + wibble**2 * (2 * random.uniform(*total.shape[1:]).double() - 1)
 
 
-def brightness(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
+def brightness(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
     """Value of HSV + c, clamped at 1: with V the largest channel, every channel times V' / V."""
-    c = (0.1, 0.2, 0.3, 0.4, 0.5)[severity - 1]
     value = images.amax(1, keepdim=True)
     brighter = (value + c).clamp(max=1)
     # a black pixel has no colour: it becomes gray
     return torch.where(value > BLACK, images * (brighter / value.clamp_min(BLACK)), brighter)
 
 
-def spatter(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:
-    """Drops of (mean, std, sigma, threshold, strength): of water up to severity 3, then of mud."""
+def spatter(images: Tensor, c: Any, random: KeyedRandom) -> Tensor:
+    """Drops of (mean, std, sigma, threshold, strength): of water up to severity 3, then of mud (the last constant)."""
     check_rgb(images, "spatter")
-    mean, std, sigma, threshold, strength = (
-        (0.65, 0.3, 4, 0.69, 0.6),
-        (0.65, 0.3, 3, 0.68, 0.6),
-        (0.65, 0.3, 2, 0.68, 0.5),
-        (0.65, 0.3, 1, 0.65, 1.5),
-        (0.67, 0.4, 1, 0.65, 1.5),
-    )[severity - 1]
+    mean, std, sigma, threshold, strength, mud = c
     liquid = gaussian_filter(mean + std * random.normal(1, *images.shape[2:]), sigma)  # [B, 1, H, W]
     liquid = torch.where(liquid < threshold, 0, liquid)
-    if severity <= 3:
+    if not mud:
         drops = _water(liquid[:, 0])[:, None]
         drops = strength * drops / drops.amax((1, 2, 3), keepdim=True).clamp_min(BLACK)
         return images + drops * images.new_tensor([175, 238, 238]).view(3, 1, 1) / 255
