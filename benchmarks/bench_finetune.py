@@ -21,8 +21,8 @@ from fastnull.encoder import FrozenEncoder
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.plan import make_plan
 from fastnull.finetune.training import Training
-from fastnull.rng import generator, uniform
 from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.starts import draw_start, step_source
 from fastnull.vit import split
 
 STEPS = 3
@@ -57,11 +57,14 @@ def _case(name: str, model: nn.Module, dtype: torch.dtype, settings: BenchSettin
     labels = torch.arange(B) % shape.C
     variants = []
     for label, augment, site, backend in ((TWO_VIEWS, "none", "patch", "auto"), *AUGMENTS):
+        noise = None
+        if augment in SYNTHESISED:
+            noise = SynthesisConfig(mode=augment, site=site, steps=STEPS, dtype=str(dtype)[6:])
         config = FinetuneConfig(
             augment=augment, site=site, backend=backend, batch_size=B, epochs=1000, progress=False,
             amp=None if dtype == torch.float32 else str(dtype)[6:], attack_steps=STEPS, seed=settings.seed,
             noise_fraction=0.0,  # two views, whatever the augmentation
-            noise=SynthesisConfig(mode=augment, site=site, steps=STEPS) if augment in SYNTHESISED else None,
+            noise=noise,
         )  # fmt: skip
         variants.append(_variant(label, config, name, images, labels, dtype, settings))
     variants.append(_sync(name, dtype, images, settings))
@@ -113,7 +116,8 @@ def _moved(training: Training, images: Tensor) -> Tensor | None:
     assert isinstance(augment, NullspaceAugment)
     tokens = augment.encoder.embed(images)
     augment.step = 0
-    start = uniform(tokens.shape, augment.config.limit, generator(augment.config.seed, 0, 1), tokens)
+    source = step_source(augment.config.seed, 0, torch.arange(len(tokens), device=tokens.device))
+    start = draw_start(tokens, augment.config, source).noise
     return augment.draw(tokens).float() - start.float()
 
 

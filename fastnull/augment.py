@@ -32,13 +32,13 @@ from fastnull.checks import as_type, check_choice, check_labels, check_number, r
 from fastnull.distributed.sharded import is_sharded
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.noise import Noise, check_noise
-from fastnull.rng import Place, carried, fraction_of, generator
+from fastnull.rng import KeyedRandom, Place, carried, fraction_of, generator
 from fastnull.synthesis.batches import check_batch
 from fastnull.synthesis.config import ALL_MODES, SynthesisConfig, recommended_fraction
 from fastnull.synthesis.replay import Replay, use_graph
 from fastnull.synthesis.run import synthesize
 from fastnull.synthesis.solvers import norms, own_noise, valid_noise
-from fastnull.synthesis.starts import Start, draw_start, warm_start
+from fastnull.synthesis.starts import Start, draw_start, step_source, warm_start
 from fastnull.vit.base import inside_frozen, logits_of
 
 MODES = ALL_MODES
@@ -91,7 +91,8 @@ class NullspaceAugment:
         fraction: 0: `loss` uses a clean and a noisy view of every image, the hook form a noisy one. In (0, 1]: one view
             per image, noisy for that fraction of a batch at equal distances, or of the batches if they hold one image.
             None: the recommended one, 0.5 for boundary noise in pixels, else 0.
-        backend, dtype: of the FrozenEncoder for the synthesis.
+        backend, dtype: of the FrozenEncoder for the synthesis. dtype None is that of `config`, by default `auto`: a
+            16-bit dtype where this machine multiplies it faster.
         config: all settings of the synthesis, instead of eps, limit, steps, site, count and seed.
 
     Attributes:
@@ -136,7 +137,7 @@ class NullspaceAugment:
         self.config = config
         self.fraction = recommended_fraction(mode, config.site) if fraction is None else fraction
         check_number("fraction", self.fraction, 0, 1)
-        self.encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
+        self.encoder = FrozenEncoder(model, dtype or config.encoder_dtype, backend, config.site)
         self.model = model
         self._solve = self._solver()
         self.step = 0
@@ -355,15 +356,16 @@ class NullspaceAugment:
         bank = None
         if self._bank is not None:
             bank = {name: getattr(self._bank, name) for name in ("tokens", "influence", "norm", "converged", "steps")}
-        return {"mode": self.mode, "config": asdict(self.config), "step": self.step, "bank": bank}
+        dtype = str(self.encoder.dtype)
+        return {"mode": self.mode, "config": asdict(self.config), "step": self.step, "bank": bank, "dtype": dtype}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state of `state_dict`.
+        """Load a state of `state_dict`. Warns if its noise was made in another dtype.
 
         Raises:
             ValueError: the state is invalid, or of another mode or site; the augmentation is then unchanged.
         """
-        missing = [key for key in ("mode", "config", "step", "bank") if key not in state]
+        missing = [key for key in ("mode", "config", "step", "bank", "dtype") if key not in state]
         if missing:
             raise ValueError(f"state must be what state_dict() returned; it lacks {', '.join(missing)}")
         given = state["config"] if isinstance(state["config"], Mapping) else {}
@@ -382,6 +384,12 @@ class NullspaceAugment:
                 check_noise(state["bank"], "the state's bank")
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"state must be what state_dict() returned: {error}") from None
+        if state["dtype"] != str(self.encoder.dtype):
+            warnings.warn(
+                f"fastnull: the state is of noise made in {state['dtype']}, here it is made in {self.encoder.dtype}: "
+                "what follows is not the same bit for bit, unless dtype is given",
+                stacklevel=2,
+            )
         self.config, self.step, self._bank = config, step, bank
         self._solve = self._solver()
 
@@ -394,28 +402,29 @@ class NullspaceAugment:
             return self._draw(tokens.detach())
 
     def _draw(self, tokens: Tensor) -> Tensor:
-        step, place, source = self.step, self._place, generator(self.config.seed, self.step, 1)
+        step, device = self.step, tokens.device
+        place = self._place or Place(torch.arange(len(tokens)), len(tokens))
         self.step += 1
         if not self.fraction:
-            return self._drawn(tokens, source, place)
-        place = place or Place(torch.arange(len(tokens)), len(tokens))
+            return self._drawn(tokens, step_source(self.config.seed, step, carried(place.rows, device)))
         positions, place = fraction_of(place, self.fraction, step)
         if len(positions) == 0:
             self.stats = dict.fromkeys(("influence", "norm"), tokens.new_tensor(torch.nan))
             return torch.zeros_like(tokens)
-        positions = carried(positions, tokens.device)
-        return torch.zeros_like(tokens).index_copy(0, positions, self._drawn(tokens[positions], source, place))
+        positions = carried(positions, device)
+        source = step_source(self.config.seed, step, carried(place.rows, device))
+        return torch.zeros_like(tokens).index_copy(0, positions, self._drawn(tokens[positions], source))
 
-    def _drawn(self, tokens: Tensor, source: torch.Generator, place: Place | None) -> Tensor:
+    def _drawn(self, tokens: Tensor, source: KeyedRandom) -> Tensor:
         if self.mode == "universal":
-            noise = self._from_bank(tokens, source, place)
+            noise = self._from_bank(tokens, source)
         else:
-            noise, influence = self._synthesized(tokens, draw_start(tokens, self.config, source, place=place))
+            noise, influence = self._synthesized(tokens, draw_start(tokens, self.config, source))
             self.stats["influence"] = influence.mean()
         self.stats["norm"] = norms(noise).mean()
         return noise.to(tokens.dtype)
 
-    def _from_bank(self, tokens: Tensor, source: torch.Generator, place: Place | None) -> Tensor:
+    def _from_bank(self, tokens: Tensor, source: KeyedRandom) -> Tensor:
         if self._bank is None:
             raise RuntimeError("universal mode has no noise yet: call refresh(batches) first")
         if self._bank.tokens.shape[1:] != tokens.shape[1:]:  # one token's noise would broadcast to all tokens
@@ -423,10 +432,10 @@ class NullspaceAugment:
                 f"the bank's noises have shape {list(self._bank.tokens.shape[1:])}, these images at site "
                 f"{self.config.site!r} {list(tokens.shape[1:])}: call refresh(batches) with images of this size"
             )
-        rows = torch.randint(len(self._bank), (place.total if place else len(tokens),), generator=source)
-        rows = rows[place.rows] if place else rows
+        if self._bank.tokens.device != tokens.device:  # it comes from a file
+            self._bank = replace(self._bank, tokens=self._bank.tokens.to(tokens.device))
         self.stats["influence"] = self._bank.influence.mean()
-        noise = carried(self._bank.tokens[rows], tokens.device)
+        noise = self._bank.tokens[source.integers(len(self._bank))]
         return valid_noise(tokens, noise) if self.config.site == "pixels" else noise
 
     def _synthesized(self, tokens: Tensor, start: Start) -> tuple[Tensor, Tensor]:

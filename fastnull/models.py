@@ -71,8 +71,9 @@ def create_model(
         kwargs: passed to timm, such as drop_path_rate.
 
     Returns:
-        The model in training mode on the CPU. Its attribute `recipe` holds the arguments, and `classes` the names of
-        its classes if the checkpoint has them (`save_checkpoint`) and its head is kept, otherwise None.
+        The model in training mode on the CPU. Its attribute `recipe` holds the arguments, `classes` the names of its
+        classes if the checkpoint has them (`save_checkpoint`) and its head is kept, otherwise None, and `new_head`
+        whether weights were loaded without the head.
 
     Raises:
         ValueError: unknown name (the nearest are listed), an invalid argument, or weights that are damaged, unsafe, not
@@ -92,7 +93,10 @@ def create_model(
     model = _build(recipe, pretrained=pretrained)
     if checkpoint is not None:
         state = read_state_dict(checkpoint)
-        _load(model.network, state, Path(checkpoint), new_head=num_classes is not None, resize=img_size is not None)
+        loaded = _load(
+            model.network, state, Path(checkpoint), new_head=num_classes is not None, resize=img_size is not None
+        )
+        model.new_head = not loaded
         names = _stored_names(Path(checkpoint))
         # no names for a new head
         model.classes = names if names is not None and len(names) == model.recipe["num_classes"] else None
@@ -312,6 +316,8 @@ def _build(recipe: dict[str, Any], *, pretrained: bool) -> NormalizedModel:
     mean, std = (per_channel(config[key], count) if recipe["normalize"] else [b] * count
                  for key, b in (("mean", 0.0), ("std", 1.0)))  # fmt: skip
     model = NormalizedModel(network, mean, std)
+    given = (getattr(network, "pretrained_cfg", None) or {}).get("num_classes")
+    model.new_head = pretrained and given != network.num_classes
     # timm may change the number of classes of a name; 0 means no head
     model.recipe = {**recipe, "num_classes": num_classes or getattr(network, "num_classes", None) or None}
     return model
@@ -412,8 +418,9 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _load(network: nn.Module, state: dict[str, Tensor], path: Path, *, new_head: bool, resize: bool) -> None:
-    """Load weights of the same shapes, except for a head or position embedding whose size the user changed."""
+def _load(network: nn.Module, state: dict[str, Tensor], path: Path, *, new_head: bool, resize: bool) -> bool:
+    """Load weights of the same shapes, except for a head or position embedding whose size the user changed; returns
+    whether the head was loaded."""
     own = network.state_dict()
     check_types(state, own, path)
     _check_finite(state, str(path))
@@ -423,7 +430,8 @@ def _load(network: nn.Module, state: dict[str, Tensor], path: Path, *, new_head:
             state = adapt(state, network)
     heads = _heads(network)
     of_head = [key for key in own if key.rpartition(".")[0] in heads]
-    if new_head and any(key not in state or state[key].shape != own[key].shape for key in of_head):
+    fresh = new_head and any(key not in state or state[key].shape != own[key].shape for key in of_head)
+    if fresh:
         classes = sorted({len(state[key]) for key in of_head if key in state})
         warnings.warn(
             f"{path}: its head has {classes[0] if classes else 'no'} classes; the head for {network.num_classes} "
@@ -443,7 +451,7 @@ def _load(network: nn.Module, state: dict[str, Tensor], path: Path, *, new_head:
         faults.append(f"{len(other)} of another shape: {_few(shapes)}")
     if not faults:
         network.load_state_dict(state)
-        return
+        return not fresh
     hints = []
     if any(key in of_head for key in other):
         hints.append("pass num_classes: the file's number to keep its head, or another for a new one")

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
 from fastnull.rng import Place, fraction_of
-from fastnull.synthesis import SynthesisConfig
+from fastnull.synthesis import SynthesisConfig, synthesize
 from fastnull.synthesis.config import ALL_MODES as MODES
 from fastnull.synthesis.objective import influence
 from fastnull.vit import SITES, NormalizedModel
@@ -473,7 +473,7 @@ def test_noise_is_bitwise_the_same_inside_autocast(
     made = []
     for inside in (False, True):
         with torch.autocast("cpu", dtype=dtype, enabled=inside):
-            aug = ready(vit, images, mode, site, backend=backend, fraction=0.0)
+            aug = ready(vit, images, mode, site, backend=backend, fraction=0.0, dtype=torch.float32)
             tokens = aug.encoder.embed(images)
             aug.encoder.sync()
             made.append((tokens, aug.encoder(tokens), aug.draw(tokens)))
@@ -543,6 +543,47 @@ def test_a_bad_state_changes_nothing(vit: NormalizedModel, images: Tensor, label
             aug.load_state_dict(bad)
         assert aug.step == 1
         assert torch.equal(aug.bank.tokens, whole["tokens"])
+
+
+def test_a_state_of_another_dtype_is_taken_with_a_warning(vit: NormalizedModel, images: Tensor) -> None:
+    aug = NullspaceAugment(vit.train(), dtype=torch.bfloat16)
+    aug.draw(images)
+    other = NullspaceAugment(vit)
+    with pytest.warns(UserWarning, match=r"noise made in torch\.bfloat16, here it is made in torch\.float32"):
+        other.load_state_dict(aug.state_dict())
+    assert other.step == 1
+
+
+@pytest.mark.parametrize(("eps", "dtype"), [(0.01, torch.bfloat16), (0.009, torch.float32)])
+def test_noise_is_made_in_16_bits_where_they_are_faster_and_suffice(
+    make_vit: Callable[..., NormalizedModel],
+    images: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    eps: float,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setenv("FASTNULL_CPU_PRODUCTS", "bfloat16")
+    wide = make_vit(embed_dim=128).train()
+    aug = NullspaceAugment(wide, eps=eps)
+    assert aug.encoder.dtype == dtype
+    loss, _ = aug.loss(images, torch.arange(8), F.cross_entropy)
+    loss.backward()
+    assert synthesize(wide, images, aug.config).metadata["dtype"] == str(dtype)
+    asked = SynthesisConfig.recommended("boundary", eps=eps, dtype="float32")
+    assert NullspaceAugment(wide, config=asked).encoder.dtype == torch.float32
+    assert NullspaceAugment(wide, eps=eps, dtype=torch.float64).encoder.dtype == torch.float64
+
+
+@pytest.mark.parametrize("mode", ["universal", "boundary", "random"])
+def test_a_step_draws_nothing_from_a_generator(
+    vit: NormalizedModel, images: Tensor, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aug = NullspaceAugment(vit.train(), mode)
+    aug.refresh([images])
+    before = torch.get_rng_state()
+    monkeypatch.setattr(torch, "Generator", lambda *_: pytest.fail("a generator of the host"))
+    aug.draw(aug.encoder.embed(images))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_misuse_has_clear_errors(

@@ -25,6 +25,7 @@ LANGUAGES = {"python", "bash", "diff", "", "{eval-rst}", "{include}", "{toctree}
 """Allowed languages of blocks; without a name they are commands, as in reports."""
 NEEDS = {
     "analyses.md": ("scipy",),
+    "pretrained.md": ("matplotlib", "markdown_it", "scipy"),
     "integrations.md": ("timm", "transformers", "lightning", "accelerate", "torchvision", "peft"),
 }
 """Libraries that a page's Python needs besides fastnull's requirements."""

@@ -128,7 +128,7 @@ def test_what_a_gpu_is_asked_for(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     add_bench_options(parser)
     benches = [line.split("fastnull bench ")[1] for line in lines if "fastnull bench" in line]
-    assert len(benches) == 5
+    assert len(benches) == 4
     for words in benches:
         asked = parser.parse_args(words.split())
         assert set(asked.only or ()) <= set(SUITES)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastnull.compat import import_timm
 from fastnull.models import create_model, load_model, read_metadata, read_state_dict, save_checkpoint
 from fastnull.nullspace import PatchNullspace
 from fastnull.nullspace.inspection import inspect_models
@@ -437,3 +438,13 @@ def test_a_legacy_file_cut_at_any_byte_is_named(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"cut\.pth"):
             read_state_dict(path)
+
+
+@pytest.mark.parametrize(("num_classes", "new"), [(None, False), (1000, False), (7, True)])
+def test_new_head_of_pretrained_weights(num_classes: int | None, new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = import_timm()
+    create = timm.create_model
+    # without the download
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **how: create(name, pretrained=False, **how))
+    assert create_model("test_vit", num_classes=num_classes, pretrained=True).new_head is new
+    assert not create_model("test_vit", num_classes=num_classes).new_head

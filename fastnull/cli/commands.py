@@ -36,7 +36,7 @@ def demo(args: argparse.Namespace) -> None:
     settings = from_options(DemoSettings.quickly() if args.quick else DemoSettings(), args)
     check_output(args.out, {}, files=("demo.json", NOISE, *OWN_FILES))
     try:
-        page = run_demo(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=args.jobs)
+        page = run_demo(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=_jobs(args))
     except KeyboardInterrupt:
         words = f"{'--quick ' if args.quick else ''}--seeds {settings.seeds} --out {args.out} --resume"
         raise KeyboardInterrupt(f"continue with: fastnull demo {words}") from None
@@ -46,30 +46,50 @@ def demo(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     """Compare augmentations and controls over several seeds at equal compute.
 
-    Pretrain a small model for each seed, finetune it with every method at equal cost, attack and corrupt it, and write
-    means, standard deviations and paired differences with 95 % confidence intervals. Finished runs are kept: --resume
-    continues.
+    Finetune a model with every method at equal cost, attack and corrupt it, and write means, standard deviations and
+    paired differences with 95 % confidence intervals. Every seed starts from the given weights. If the head is new or
+    the weights are random, it first has one clean training, which all its methods share. Finished runs are kept:
+    --resume continues.
 
     example:
-      fastnull compare --data digits --seeds 5 --out runs/digits
+      fastnull compare --model vit_small_patch16_224 --pretrained --data images --seeds 3 --out runs/images
     """
-    from fastnull.experiments.compare import OWN_FILES, CompareSettings, run_compare
+    from fastnull.experiments.compare import OWN_FILES, run_compare
+    from fastnull.experiments.dry_run import dry_run
+    from fastnull.experiments.settings import CompareSettings
+    from fastnull.finetune.config import FinetuneConfig
     from fastnull.record import read_json
     from fastnull.report.comparison import format_comparison
 
-    files = ("comparison.json", "comparison.md", *OWN_FILES)
-    check_output(args.out, {"--recipes": args.recipes}, files=files)
     recipes = {} if args.recipes is None else read_json(Path(args.recipes))
+    common = {} if args.config is None else read_fields(FinetuneConfig, args.config)
     settings = CompareSettings(methods=(*CompareSettings.methods, *recipes), recipes=recipes)
-    settings = from_options(settings, args, recipes=recipes)
+    settings = from_options(settings, args, recipes=recipes, common=common)
+    jobs = _jobs(args, settings.where)
+    if args.dry_run:
+        print(dry_run(settings, jobs=jobs), end="")
+        return
+    if args.out is None:
+        raise ValueError("compare needs a folder for its runs: give --out FOLDER")
+    inputs = _inputs(asdict(settings)) | {"--recipes": args.recipes, "--config": args.config}
+    check_output(args.out, inputs, files=("comparison.json", "comparison.md", *OWN_FILES))
     try:
-        record = run_compare(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=args.jobs)
+        record = run_compare(args.out, settings, overwrite=args.overwrite, resume=args.resume, jobs=jobs)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"continue with the same command and --resume; finished runs are in {args.out}"
         ) from None
     print(format_comparison(record), end="")
     print(f"numbers: {Path(args.out) / 'comparison.json'}; report: {Path(args.out) / 'report' / 'report.html'}")
+
+
+def _jobs(args: argparse.Namespace, device: str = "cpu") -> int:
+    """--jobs; else one process per core, at most 4, and one on a GPU, which several would share."""
+    if args.jobs is not None:
+        return args.jobs
+    if check_device(device).type != "cpu":
+        return 1
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -378,7 +398,7 @@ def selftest(args: argparse.Namespace) -> None:
         check_number("batch", args.batch, 1)
     if args.json is not None:
         check_output(args.json, {}, name="--json")
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    dtype = "auto" if args.dtype is None else getattr(torch, args.dtype)
     model = create_model(args.model).to(device)
     encoder = FrozenEncoder(model, dtype, backend=device.type, selftest="off")
     found = encoder.check_kernels(args.batch, args.tiles)

@@ -119,15 +119,19 @@ def _demo(parser: _Parser) -> None:
 
 
 def _compare(parser: _Parser) -> None:
-    from fastnull.experiments.compare import RECIPES, CompareSettings
+    from fastnull.experiments.settings import RECIPES, CompareSettings
 
     parser.description = f"{parser.description} The methods are\n{_listed(RECIPES)}."
-    _folder(parser, "a comparison", required=True)
-    parser.add_argument(
+    _folder(parser, "a comparison")
+    option = parser.add_argument
+    option("--dry-run", action="store_true", help="print how long it will take here, and stop")
+    what = "YAML file with fields of finetune that all trainings share (crop_scale: 0.5)"
+    option("--config", metavar="FILE", help=what)
+    option(
         "--recipes", metavar="FILE",
         help='more methods, JSON: {"name": {"augment": "boundary", "noise": {"eps": 0.5}}, ...}, fields of finetune',
     )  # fmt: skip
-    add_options(parser, CompareSettings, skip=("recipes",), title="the comparison")
+    add_options(parser, CompareSettings, skip=("recipes", "common"), title="the comparison")
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -138,8 +142,7 @@ def _folder(parser: _Parser, what: str, **how: Any) -> None:
     """Options of a command whose finished runs are kept."""
     option = parser.add_argument
     option("--out", metavar="FOLDER", help="folder for the runs and the report", **how)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    option("--jobs", type=int, default=min(4, cores), metavar="N", help="processes (default: one per core, at most 4)")
+    option("--jobs", type=int, metavar="N", help="processes (default: one per core, at most 4; on a GPU 1)")
     option("--overwrite", action="store_true", help=f"start over in a folder that holds {what}")
     option("--resume", action="store_true", help="continue in such a folder; finished runs are kept")
 
@@ -248,7 +251,7 @@ def _selftest(parser: _Parser) -> None:
     option = parser.add_argument
     option("model", nargs="?", default="vit_base_patch16_224", metavar="MODEL", help="timm model")
     option("--batch", type=int, metavar="N", help="images in the batch (default: 64, on a CPU 2)")
-    option("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
+    option("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of a synthesis")
     option("--device", metavar="DEVICE", help="torch device (default: cuda if there is one, else cpu)")
     option("--tiles", action="store_true", help="try the Triton kernels with other tiles too, which takes minutes")
     option("--json", metavar="FILE", help="file for the results")

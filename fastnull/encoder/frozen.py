@@ -23,7 +23,7 @@ from fastnull.choices import Found
 from fastnull.distributed.sharded import Held, Units, is_sharded
 from fastnull.encoder.autograd import AutogradEncoder
 from fastnull.encoder.explicit.encoder import ExplicitEncoder
-from fastnull.encoder.explicit.products import products_dtype
+from fastnull.encoder.explicit.products import automatic_dtype, products_dtype
 from fastnull.encoder.proof import check_structure, check_values, problems_of
 from fastnull.ops.attention import WIDEST_HEAD
 from fastnull.ops.common import NATIVE_DTYPES, switched_off, told, triton_problem
@@ -33,6 +33,8 @@ from fastnull.vit.exact import same, snapshot
 from fastnull.vit.parts import UnsupportedModelError, ViTParts
 from fastnull.vit.split import as_split
 
+AUTO = "auto"
+"""A dtype: see FrozenEncoder."""
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 Cotangent: TypeAlias = "Tensor | Callable[..., Tensor | tuple[Tensor, ...]]"
@@ -50,7 +52,10 @@ class FrozenEncoder:
     Args:
         model: a ViT (NormalizedModel, plain, compiled or DDP-wrapped), or an adapter.
         dtype: compute dtype; None is the model's own. The fast backends take float32 and bfloat16, `cuda` also float16
-            (input gradients below 6e-8 become zero), and `cpu` any dtype, on the ops' references.
+            (input gradients below 6e-8 become zero), and `cpu` any dtype, on the ops' references. "auto", the default
+            for noise, is a 16-bit dtype where that is faster (see automatic_dtype in explicit/products.py) and a fast
+            backend supports the model in it, otherwise the model's own. On the `reference` backend it is the model's
+            own except inside autocast.
         backend: `auto` takes the fastest backend for model, device and dtype, and warns once if that is not the
             device's own; `reference`, `cpu` and `cuda` force one.
         site: `patch`, `block0` or `pixels`; see fastnull.vit.SITES.
@@ -74,7 +79,7 @@ class FrozenEncoder:
     def __init__(
         self,
         model: nn.Module | SplitViT,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         backend: str = "auto",
         site: str = "patch",
         selftest: str | None = None,
@@ -91,18 +96,28 @@ class FrozenEncoder:
                 "inside `with encoder.sharding():`"
             )
         weight = self.vit.projection.weight
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype or None; got {dtype!r}")
-        self.dtype = dtype or weight.dtype
+        if dtype is not None and dtype != AUTO and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, {AUTO!r} or None; got {dtype!r}")
+        own = weight.dtype if dtype is None or isinstance(dtype, str) else dtype
+        preferred = automatic_dtype(weight) if dtype == AUTO else own
+        self._dtypes = list(dict.fromkeys((preferred, own)))  # the first that the written-out encoder supports is used
+        # nothing proves a 16-bit copy of the model: only a caller in autocast gets one without asking
+        self._reference_dtype = preferred if torch.is_autocast_enabled(weight.device.type) else own
         self._device = weight.device
         self.generation = 0
         self._choose()
 
     def _choose(self) -> None:
         """Take the fast encoder if it is allowed and proven, otherwise the model's own modules."""
-        with self._own_modes():
-            explicit = _explicit(self.vit, self.dtype, self._asked, self.site, self._selftest)
-        self._encoder: ExplicitEncoder | AutogradEncoder = explicit or AutogradEncoder(self.vit, self.dtype)
+        for dtype in self._dtypes:
+            with self._own_modes():
+                last = dtype == self._dtypes[-1]
+                explicit = _explicit(self.vit, dtype, self._asked, self.site, self._selftest, refuse=last)
+            if explicit is not None:
+                break
+        self._encoder: ExplicitEncoder | AutogradEncoder
+        self._encoder = explicit or AutogradEncoder(self.vit, self._reference_dtype)
+        self.dtype = self._encoder.dtype
         self.backend = "reference" if explicit is None else self._device.type
         self.products = self._encoder.compute
         self._snapshot = snapshot(self.vit.model)
@@ -268,6 +283,10 @@ class FrozenEncoder:
         with self._own_modes():
             return prove(problems_of(self._encoder), self._device, asked="force", images=images, tiles=tiles)
 
+    def about(self) -> dict[str, str]:
+        """What a record says of it: dtype, dtype of the products, backend."""
+        return {"dtype": str(self.dtype), "products": str(self.products), "backend": self.backend}
+
     def memory(self) -> dict[str, int]:
         """Bytes that the encoder holds: `weights`, `kept` for the backward, and `scratch`; 0 on `reference`, where
         autograd allocates memory in each call."""
@@ -324,9 +343,18 @@ class FrozenEncoder:
 
 
 def _explicit(
-    vit: SplitViT, dtype: torch.dtype, backend: str, site: str = "patch", selftest: str = "auto"
+    vit: SplitViT,
+    dtype: torch.dtype,
+    backend: str,
+    site: str = "patch",
+    selftest: str = "auto",
+    *,
+    refuse: bool = True,
 ) -> ExplicitEncoder | None:
-    """The written-out encoder if backend, model, device and dtype allow it and it is proven, otherwise None."""
+    """The written-out encoder if backend, model, device and dtype allow it and it is proven, otherwise None.
+
+    With `refuse` the reason for None is given: as an error if the backend was forced, else as a warning.
+    """
     device = vit.projection.weight.device
     if backend == "reference" or (backend == "auto" and device.type not in NATIVE_DTYPES):
         return None
@@ -343,6 +371,8 @@ def _explicit(
         check_values(vit, made, site)
         return made
     except UnsupportedModelError as reason:
+        if not refuse:
+            return None
         if backend != "auto":
             problem = f"backend {backend!r} does not support {reason}; use 'auto' or 'reference'"
             raise UnsupportedModelError(problem) from None

@@ -1,6 +1,6 @@
-"""The demo: six ways of finetuning a small ViT on digits at equal compute, measured in the same way, with a report.
+"""The demo: six ways of finetuning a small ViT on digits at equal compute, measured alike, with a report.
 
-It is a comparison (fastnull.experiments.compare) with fixed methods, and pictures of the noise.
+It is a comparison (`fastnull.experiments.compare`) of fixed methods, and pictures of the noise.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from pathlib import Path
 
 from fastnull.data.sources import digits
 from fastnull.data.subset import even_subset
-from fastnull.experiments.compare import RECIPES, CompareSettings, run_methods, weights
-from fastnull.experiments.workers import one_thread
+from fastnull.experiments.compare import run_methods, weights
+from fastnull.experiments.settings import RECIPES, CompareSettings
+from fastnull.experiments.workers import threads
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.models import load_model
 from fastnull.record import provenance, write_json
@@ -29,7 +30,7 @@ class DemoSettings(CompareSettings):
     """How much the demo does: CompareSettings with other defaults.
 
     Attributes:
-        quick: the report says that the numbers rank nothing.
+        quick: the report says that the numbers are too few to rank methods.
     """
 
     methods: tuple[str, ...] = METHODS
@@ -38,9 +39,9 @@ class DemoSettings(CompareSettings):
 
     @classmethod
     def quickly(cls) -> DemoSettings:
-        """One seed, short training, fewer attacks: shows in a minute that everything works."""
+        """One seed, short training and fewer attacks: shows in about a minute that everything works."""
         return cls(
-            seeds=1, pretrain_epochs=20, budget=65, eps=(2, 4, 8), pgd_steps=5, severities=(1, 3, 5), quick=True
+            seeds=1, start_epochs=20, budget=65, eps=(2, 4, 8), pgd_steps=5, severities=(1, 3, 5), quick=True
         )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def run_demo(
     jobs: int = 1,
     progress: bool = True,
 ) -> Path:
-    """Pretrain, finetune with every method, evaluate, and write the report.
+    """Train the starts, finetune with every method, evaluate, and write the report.
 
     Args:
         out: folder of the demo; the report goes to its folder `report`.
@@ -72,7 +73,7 @@ def run_demo(
     folder = Path(out)
     started = time.perf_counter()
     run_methods(folder, settings, kind="demo", overwrite=overwrite, resume=resume, jobs=jobs, progress=progress)
-    with one_thread():
+    with threads(1):
         _illustrate(folder, settings, again=overwrite)
     model = load_model(weights(folder, settings.first_seed))
     about = {
@@ -98,5 +99,5 @@ def _illustrate(folder: Path, settings: DemoSettings, *, again: bool) -> None:
     if settings.images is not None:
         images = images[even_subset(labels, settings.images, 0)]
     model = load_model(weights(folder, settings.first_seed))
-    config = replace(config, rounds=10)  # to be looked at, once: with rounds enough to come below ε
+    config = replace(config, rounds=10)  # enough to come below ε: the pictures show one finished noise
     illustrate(model, train.tensors[0], images, config, settings.batch_size).save(path)

@@ -1,10 +1,11 @@
-"""What limits and ε lead to, tried on one batch before a training run: influence and norm of each pair.
+"""Try limits and values of ε on one batch before a training run: influence and norm for each pair.
 
     for row in try_settings(model, images, mode="boundary", site="pixels"):
         print(row.limit, row.eps, row.norm, row.influence, row.agreement)
 
-A limit whose random start has an influence far below ε leaves `boundary` noise short of the border in its few steps;
-one far above it leaves noise that no training could make invisible. `fastnull tune` prints the table and draws it.
+`boundary` noise takes few steps. If the influence of the random start is far below ε, the noise stays short of the
+border; if it is far above, the noise stays visible whatever the model learns. `fastnull tune` prints and draws the
+table.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fastnull.checks import check_choice, check_number
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.progress import progress_bar
 from fastnull.record import provenance, replacing, write_json
-from fastnull.rng import generator
+from fastnull.rng import KeyedRandom
 from fastnull.synthesis.batches import embed_batch
 from fastnull.synthesis.config import SynthesisConfig, recommended_site
 from fastnull.synthesis.objective import influence
@@ -33,23 +34,23 @@ from fastnull.synthesis.starts import draw_start
 
 MODES = ("boundary", "per_image", "universal")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Limits that are tried where none are given, in limits that NullspaceAugment would take."""
+"""Limits to try by default, as multiples of the limit that NullspaceAugment takes."""
 EPS = (0.03, 0.1, 0.3, 1.0)
 UNIVERSAL_STEPS = 30
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A setting and what came out.
+    """A setting and its result.
 
     Attributes:
         limit: of the uniform start, in units of the site.
-        eps: that the synthesis aimed at; None is the start itself.
+        eps: influence that the synthesis aimed at; None for the start itself.
         norm: mean L2 norm of the noises.
         influence: mean over the images; in universal mode over the half that the noise was not learned on.
-        agreement: fraction of these images whose prediction the noise leaves as it was.
+        agreement: fraction of these images whose prediction stays the same under the noise.
         converged: fraction of the noises that met ε (boundary: within a factor of 2); None for the start.
-        seconds: of the synthesis.
+        seconds: time of the synthesis.
     """
 
     limit: float
@@ -73,24 +74,24 @@ def try_settings(
     seed: int = 0,
     progress: bool = False,
 ) -> list[Tried]:
-    """Synthesise noise for every limit and ε, from the same starts.
+    """Synthesise noise for every pair of limit and ε, from the same random draw.
 
     Args:
         model: a ViT, or a FrozenEncoder at the site.
         images: [B, C, H, W] as the model takes them; universal noise is learned on half of them.
         mode: boundary, per_image or universal.
-        site: patch, block0 or pixels; None is the recommended one of the mode.
-        limits: None are FACTORS of the mode's default.
-        eps: influences aimed at.
-        steps: of the synthesis; None is the mode's default (universal: 30).
+        site: patch, block0 or pixels; None takes the recommended one for the mode.
+        limits: None takes FACTORS times the default of the mode.
+        eps: influences to aim at.
+        steps: of the synthesis; None takes the default of the mode (universal: 30).
         seed: of the starts.
         progress: show a progress bar.
 
     Returns:
-        For each limit the start, then one row an ε.
+        For each limit the row of the start, then one row per ε.
 
     Raises:
-        ValueError: a mode or site that is none, empty limits or eps, fewer than two images in universal mode.
+        ValueError: an unknown mode or site, empty limits or eps, fewer than two images in universal mode.
     """
     check_choice("mode", mode, MODES)
     encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=site or recommended_site(mode))
@@ -113,7 +114,8 @@ def try_settings(
     with progress_bar(len(limits) * (1 + len(eps)), show=progress, desc="tune", unit=" setting") as bar:
         for limit in limits:
             tokens = pair[0][:1] if mode == "universal" else pair[0]
-            start = draw_start(tokens, replace(base, limit=limit), generator(seed))
+            source = KeyedRandom(seed, "image", torch.arange(len(tokens), device=tokens.device))
+            start = draw_start(tokens, replace(base, limit=limit), source)
             rows.append(_tried(encoder, start.noise, pair, limit))
             bar.update()
             for value in eps:
@@ -142,7 +144,7 @@ def _tried(encoder: FrozenEncoder, noise: Tensor, pair: tuple[Tensor, Tensor], l
 
 
 def format_tried(rows: Sequence[Tried], site: str) -> str:
-    """The rows as a table; limits in pixels are in 1/255 there."""
+    """The rows as a table, with limits in pixels in units of 1/255."""
     unit = 255 if site == "pixels" else 1
     head = f"{'limit' + (' /255' if unit > 1 else ''):>11}{'eps':>8}{'norm':>10}{'influence':>11}{'same':>8}{'met':>7}"
     lines = [head]
@@ -159,10 +161,10 @@ def format_tried(rows: Sequence[Tried], site: str) -> str:
 def write_tried(
     rows: Sequence[Tried], folder: str | os.PathLike[str], about: dict[str, Any], device: str
 ) -> list[Path]:
-    """Write tune.json (rows and how they were obtained) and tune.png into a folder; returns their paths.
+    """Write tune.json (rows, settings and provenance) and tune.png into a folder; returns their paths.
 
     Raises:
-        ImportError: matplotlib is not installed; the numbers are written all the same.
+        ImportError: matplotlib is not installed; tune.json is written nevertheless.
     """
     folder = Path(folder)
     record, picture = folder / "tune.json", folder / "tune.png"
@@ -175,7 +177,7 @@ def write_tried(
 
 
 def _draw(rows: Sequence[Tried], path: Path) -> None:
-    """Influence over norm, a line a limit from its start through its ε."""
+    """Plot influence over norm, one line per limit."""
     from fastnull.report.plots import import_pyplot
 
     plt = import_pyplot()

@@ -367,7 +367,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
     """The whole weights of a sharded model for `save_weights`, in the first process. All processes must call it."""
-    return whole_state_dict(_network(model))
+    return whole_state_dict(network_of(model))
 
 
 def save_weights(model: nn.Module, path: Path, weights: dict[str, Tensor] | None = None, **about: Any) -> None:
@@ -377,7 +377,7 @@ def save_weights(model: nn.Module, path: Path, weights: dict[str, Tensor] | None
     model's own.
     """
     model = unwrap(model)
-    network = _network(model)
+    network = network_of(model)
     with _state_dict_is(network, weights):
         if hasattr(model, "recipe"):
             from fastnull.models import save_checkpoint
@@ -401,6 +401,7 @@ def _state_dict_is(network: nn.Module, weights: dict[str, Tensor] | None) -> Ite
         handle.remove()
 
 
-def _network(model: nn.Module) -> nn.Module:
+def network_of(model: nn.Module) -> nn.Module:
+    """The module whose weights `save_weights` writes."""
     model = unwrap(model)
     return unwrap(model.network) if isinstance(model, NormalizedModel) else model

@@ -154,9 +154,8 @@ class AdversarialTraining(CleanOnly):
             self.eps,
             steps=self.steps,
             step_size=self.step_size,
-            generator=generator(self.seed, self.step, 1),
-            indices=None if place is None else place.rows,
-            total=None if place is None else place.total,
+            seed=generator(self.seed, self.step, 1).initial_seed(),
+            indices=None if place is None else carried(place.rows, images.device),
         )
         self.stats["norm"] = torch.linalg.vector_norm((attacked - images).flatten(1), dim=1).mean()
         return attacked

@@ -24,10 +24,11 @@ def dry_run(config: FinetuneConfig) -> str:
     processes = Processes()
     with preserved():
         prepared = prepare(config, torch.device("cpu"))
-        return _described(config, prepared, processes)
+        return described(config, prepared, processes)
 
 
-def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes) -> str:
+def described(config: FinetuneConfig, prepared: Prepared, processes: Processes) -> str:
+    """The lines of `dry_run` for data and model that are open already."""
     model, train = prepared.model, prepared.train
     plan = make_plan(config, len(train), processes.world)
     views = views_of(config)
@@ -37,7 +38,7 @@ def _described(config: FinetuneConfig, prepared: Prepared, processes: Processes)
     copies = 4 + (config.ema_decay is not None)  # weights, gradients, two moments
     shards = processes.world if config.shard else 1
     encoder = _encoder(model, config, sharded=shards > 1)
-    image = to_pixels(train[0][0].unsqueeze(0))
+    image = to_pixels(train[0][0].unsqueeze(0), next(model.parameters()).device)
     # autocast also keeps copies of the weights, independent of the number of images: compare one and two
     once, twice = (_kept(model, image.expand(count, -1, -1, -1), config) for count in (1, 2))
     kept = once + (images * views - 1) * (twice - once)
@@ -71,8 +72,10 @@ def _encoder(model: nn.Module, config: FinetuneConfig, *, sharded: bool) -> int:
     if config.augment not in ("boundary", "per_image", "universal"):
         return 0
     backend = "auto" if config.backend == "cuda" else config.backend  # this runs on the CPU
-    dtype = getattr(torch, config.amp) if config.amp else None
-    encoder = FrozenEncoder(model, dtype=dtype, backend=backend, site=config.site)
+    synthesis = config.synthesis()
+    assert synthesis is not None
+    with _autocast(config, next(model.parameters()).device):
+        encoder = FrozenEncoder(model, synthesis.encoder_dtype, backend, config.site)
     copied = sharded or encoder.dtype != next(model.parameters()).dtype
     if encoder.backend == "reference" and copied:
         return sum(parameter.numel() for parameter in model.parameters()) * encoder.dtype.itemsize
@@ -93,12 +96,16 @@ def _kept(model: nn.Module, images: Tensor, config: FinetuneConfig) -> int:
     def unpack(value: Tensor) -> Tensor:
         return value
 
-    dtype = getattr(torch, config.amp) if config.amp else None
-    with saved_tensors_hooks(pack, unpack), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+    with saved_tensors_hooks(pack, unpack), _autocast(config, images.device):
         logits = model.train()(images)  # keeps the saved tensors alive, so that addresses are unique
     kept = sum(seen.values())
     del logits
     return kept
+
+
+def _autocast(config: FinetuneConfig, device: torch.device) -> torch.autocast:
+    dtype = getattr(torch, config.amp) if config.amp else None
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _size(count: int) -> str:

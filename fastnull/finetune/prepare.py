@@ -90,7 +90,7 @@ def _create_model(config: FinetuneConfig, source: Source) -> nn.Module:
             stacklevel=4,
         )
         model.network.reset_classifier(num_classes)
-        model.classes = None
+        model.classes, model.new_head = None, True
     return model
 
 

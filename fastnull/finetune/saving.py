@@ -50,12 +50,14 @@ def resume_or_begin(training: Training, folder: RunFolder | None, ready: Prepare
         stack.callback(sink.close)
         folder.log_to(sink)
     synthesis = config.synthesis()
+    encoder = getattr(training.augment, "encoder", None)
     folder.describe(
         config.to_dict(),
         training.device,
         step=training.step,
         plan=asdict(training.plan),
         synthesis=None if synthesis is None else asdict(synthesis),
+        encoder=None if encoder is None else encoder.about(),
         data={"train": len(ready.train), "validation": 0 if ready.validation is None else len(ready.validation)},
         classes=ready.classes,
         processes=training.processes.world,

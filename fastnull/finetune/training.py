@@ -113,7 +113,8 @@ class Training:
         timm = import_timm()
         self.amp_dtype = getattr(torch, config.amp) if config.amp else None
         self.watch = Stopwatch(device)
-        self.augment = _augment(config, self._called, self.amp_dtype, self.watch)
+        with self.autocast():  # whose dtype the synthesis takes over
+            self.augment = _augment(config, self._called, self.watch)
         self.ema = timm.utils.ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
         if self.sharded:
             self._shard()
@@ -441,13 +442,11 @@ class Training:
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
-def _augment(
-    config: FinetuneConfig, model: nn.Module, dtype: torch.dtype | None, watch: Stopwatch
-) -> TimedAugment | CleanOnly:
+def _augment(config: FinetuneConfig, model: nn.Module, watch: Stopwatch) -> TimedAugment | CleanOnly:
     synthesis = config.synthesis()
     if synthesis is not None:
         augment = TimedAugment(
-            model, config.augment, fraction=config.fraction, backend=config.backend, dtype=dtype, config=synthesis
+            model, config.augment, fraction=config.fraction, backend=config.backend, config=synthesis
         )
         augment.watch = watch
         return augment

@@ -154,6 +154,11 @@ def dgelu_(g: Tensor, derivative: Tensor) -> Tensor:
     return g
 
 
+def _in_one_op(x: Tensor, weight: Tensor) -> bool:
+    """Whether product and pass are one op, which one kernel may do: not on a CPU."""
+    return x.device.type != "cpu" and use_native("linear_gelu", x, weight)
+
+
 def _matrix(x: Tensor) -> Tensor:
     """x [..., D] as [M, D]."""
     return x.reshape(-1, x.shape[-1])
@@ -198,7 +203,7 @@ def linear_gelu_derivative(
     Returns:
         h [..., D] in x.dtype; gelu' [..., D]: float32 (float64) for float32 (float64), one-byte codes for bfloat16.
     """
-    if x.device.type != "cpu" and use_native("linear_gelu", x, weight):  # where one kernel may do both
+    if _in_one_op(x, weight):
         check_choice("approximate", approximate, ("none", "tanh"))
         h = _room(x, weight.shape[0], out)
         if derivative is None:
@@ -225,7 +230,7 @@ def linear_dgelu(dy: Tensor, weight: Tensor, derivative: Tensor, *, out: Tensor 
     Returns:
         [..., D] in dy.dtype.
     """
-    if dy.device.type != "cpu" and use_native("linear_gelu", dy, weight):
+    if _in_one_op(dy, weight):
         dz = _room(dy, weight.shape[1], out)
         width = weight.shape[1]
         torch.ops.fastnull.linear_dgelu_out(_matrix(dy), weight, derivative.view(-1, width), dz.view(-1, width))

@@ -19,11 +19,14 @@ from fastnull.checks import as_type
 from fastnull.finetune.config import ATTACKS
 from fastnull.record import read_json
 from fastnull.report.claims import MEASURES, Claim, make_claims, sentences
+from fastnull.report.comparison import describe
 from fastnull.report.document import Block, Bullets, Code, Details, Figure, Heading, Paragraph, Table, write_document
 from fastnull.report.plots import Series, accuracy_over_eps, corruption_bars
 from fastnull.report.runs import Run, load_runs, phrase
+from fastnull.robustness.measurements import BALL_ATTACKS
+from fastnull.robustness.suites import FOLDER_SUITES
 
-DEMO = "demo.json"
+DEMO, COMPARISON = "demo.json", "comparison.json"
 
 _BASELINES = ("none", "random", "universal", "adversarial", "trades")
 _CLAIMANTS = ("universal", "per_image", "boundary")
@@ -59,18 +62,25 @@ def write_report(
     if (folder / "report.html").exists() and not overwrite:
         raise ValueError(f"{folder} contains a report already: overwrite=True replaces it")
     runs = load_runs(sources)
-    blocks = compose(runs, demo=_demo_of(sources), figures=_illustrations_of(sources))
+    about = _about_comparison(sources)
+    blocks = compose(runs, demo=_demo_of(sources), figures=_illustrations_of(sources), about=about)
     return write_document(blocks, folder)[0]
 
 
 def compose(
-    runs: Sequence[Run], *, demo: Mapping[str, Any] | None = None, figures: Sequence[Figure] = ()
+    runs: Sequence[Run],
+    *,
+    demo: Mapping[str, Any] | None = None,
+    figures: Sequence[Figure] = (),
+    about: Sequence[str] = (),
 ) -> list[Block]:
-    """The report as blocks, from at least one run, the content of demo.json, and figures of the noise."""
+    """The report as blocks, from at least one run, the content of demo.json, figures of the noise, and paragraphs on a
+    comparison."""
     methods = list(dict.fromkeys(run.method for run in runs))
     grouped = {method: [run for run in runs if run.method == method] for method in methods}
     title = "fastnull demo: finetuning with nullspace noise" if demo else "fastnull: robustness report"
     blocks: list[Block] = [Heading(title, 1), *_introduction(runs, grouped, demo)]
+    blocks += [Paragraph(text) for text in about]
     blocks += [Heading("Result"), _headline(grouped)]
     blocks += [Heading("What holds on this data and what does not"), *_claims_section(grouped)]
     blocks += [Heading("Accuracy under attack"), *_attack_figure(grouped)]
@@ -112,8 +122,16 @@ def _introduction(
 
 
 def _images(runs: Sequence[Run]) -> str:
-    counts = sorted({str(run.record["protocol"].get("n")) for run in runs})
-    return " or ".join(counts)
+    return " or ".join(sorted({_image_counts(run.record["protocol"]) for run in runs}))
+
+
+def _image_counts(protocol: Mapping[str, Any]) -> str:
+    """How many images were measured, by suites where they differ."""
+    counts: Mapping[str, Any] = protocol.get("suite_images") or {}
+    if len(set(counts.values())) < 2:
+        return str(protocol.get("n"))
+    each = {count: [suite for suite in counts if counts[suite] == count] for count in counts.values()}
+    return ", ".join(f"{count} ({', '.join(suites)})" for count, suites in each.items())
 
 
 def _differing_protocols(runs: Sequence[Run]) -> str:
@@ -260,12 +278,18 @@ def _full_table(grouped: Mapping[str, Sequence[Run]]) -> Table:
 def _flat(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     if "clean" in results:
         yield "clean", results["clean"]
-    for suite in ("fgsm", "pgd", "apgd"):
+    for suite in BALL_ATTACKS:
         for key, value in results.get(suite, {}).items():
-            yield f"{suite.upper()} {key}", value
-    for name, table in results.get("corruptions", {}).items():
-        for severity, value in table.items():
-            yield f"{name}, severity {severity}", value
+            yield f"{suite.upper().replace('_', '-')} {key}", value
+    for suite in ("cw", "patch", *FOLDER_SUITES):
+        if isinstance(results.get(suite), float):
+            yield suite, results[suite]
+    for which, value in results.get("noise", {}).items():
+        yield f"with noise, {which}", value
+    for suite, title in (("corruptions", ""), ("imagenet-c", "imagenet-c ")):
+        for name, table in results.get(suite, {}).items():
+            for severity, value in table.items():
+                yield f"{title}{name}, severity {severity}", value
 
 
 def _provenance(
@@ -276,8 +300,8 @@ def _provenance(
     ball = "L∞" if protocol["norm"] == "linf" else "L2"
     yield Bullets(
         [
-            f"Evaluation: {protocol['n']} images ({protocol['subset']}, `{protocol['data']}`), attacks in the {ball} "
-            f"norm, PGD with {protocol['steps']} steps of {protocol['step_size']}, "
+            f"Evaluation: {_image_counts(protocol)} images ({protocol['subset']}, `{protocol['data']}`), attacks in "
+            f"the {ball} norm, PGD with {protocol['steps']} steps of {protocol['step_size']}, "
             f"{_count(protocol['restarts'], 'restart')}, random start; seed {protocol['seed']}.",
             f"Corruptions: {protocol['corruption_source']}; severities {', '.join(map(str, protocol['severities']))}.",
             f"Weights evaluated in {protocol['dtype']} on {origin.get('device_name', 'an unknown device')}.",
@@ -361,6 +385,16 @@ def _demo_of(sources: Sequence[str | os.PathLike[str]]) -> dict[str, Any] | None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a record of a demo: {error}") from error
     return demo
+
+
+def _about_comparison(sources: Sequence[str | os.PathLike[str]]) -> list[str]:
+    path = Path(sources[0]) / COMPARISON
+    if len(sources) != 1 or not path.is_file():
+        return []
+    try:
+        return describe(read_json(path))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no record of a comparison: {error!r}") from error
 
 
 def _illustrations_of(sources: Sequence[str | os.PathLike[str]]) -> list[Figure]:

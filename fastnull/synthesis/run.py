@@ -17,13 +17,13 @@ from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.noise import Noise
 from fastnull.ops.common import no_autocast
 from fastnull.progress import progress_bar
-from fastnull.rng import generator, preserved
+from fastnull.rng import KeyedRandom, preserved
 from fastnull.synthesis.batches import Batches, as_batches, count_images, embed_batch, one_size
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.replay import Replay, use_graph
 from fastnull.synthesis.solvers import expand_as_noise, norms, own_noise, perturb
-from fastnull.synthesis.starts import checked_start, draw_start, noise_one_by_one
+from fastnull.synthesis.starts import bank_start, checked_start, draw_start
 from fastnull.synthesis.universal import Mean, UniversalRun, judge, scaled_to_eps
 from fastnull.vit.base import SplitViT
 
@@ -77,7 +77,7 @@ def synthesize(
     afterwards. The same seed gives the same noise.
 
     Args:
-        model: a ViT, or a FrozenEncoder of it for the site of `config`.
+        model: a ViT, or a FrozenEncoder of it for the site of `config`, whose dtype is then not used.
         batches: one batch [B, C, H, W], a sequence of batches (kept with their clean logits), or a re-iterable such
             as a DataLoader (read again in each round). A batch is images, or a tuple whose first item is images.
         config: see SynthesisConfig.
@@ -103,7 +103,9 @@ def synthesize(
     config = config or SynthesisConfig()
     if config.mode == "random":
         raise ValueError("config.mode must be universal, per_image or boundary; random noise is not synthesised")
-    encoder = model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, site=config.site)
+    encoder = (
+        model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, config.encoder_dtype, site=config.site)
+    )
     if encoder.site != config.site:
         raise ValueError(f"config.site is {config.site!r} but the encoder was made for site {encoder.site!r}")
     if isinstance(start, Noise):
@@ -161,7 +163,7 @@ def _universal(
         _check_room((config.count, *data.shape), encoder.device)
         shape = (config.count, *data.shape)
         if start is None:
-            bank = noise_one_by_one(shape, config, generator(config.seed, 0), data.like)
+            bank = bank_start(shape, config, data.like)
         else:
             bank = checked_start(start, shape, data.like)
         run = UniversalRun(encoder, data, config, bank, mean)
@@ -265,12 +267,12 @@ def _per_image(
     bar = progress_bar(total, show=progress, desc="synthesize", unit=" batch")
     try:
         with _memory_kept(message, so_far):
-            for index, batch in enumerate(as_batches(batches)):
+            for batch in as_batches(batches):
                 tokens, clean = embed_batch(encoder, batch, size)
                 size = size or one_size([batch])
                 given = None if start is None else start[done : done + len(tokens)]
-                sources = generator(config.seed, index), generator(config.seed, index, 1)
-                first = draw_start(tokens, config, *sources, one_by_one=True, given=given)
+                numbers = torch.arange(done, done + len(tokens), device=tokens.device)
+                first = draw_start(tokens, config, KeyedRandom(config.seed, "image", numbers), given=given)
                 noise, _, taken = solve(tokens, clean, *first.tensors)
                 if config.on_unmet == "scale":
                     noise = _each_scaled_to_eps(encoder, noise, tokens, clean, config)
@@ -355,11 +357,5 @@ def _metadata(encoder: FrozenEncoder, config: SynthesisConfig, **extra: Any) -> 
         "config": asdict(config),
         **extra,
         "model": type(encoder.vit.network).__name__,
-        **provenance(
-            encoder.device,
-            dtype=str(encoder.dtype),
-            products=str(encoder.products),
-            backend=encoder.backend,
-            seed=config.seed,
-        ),
+        **provenance(encoder.device, **encoder.about(), seed=config.seed),
     }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from fastnull.ops import (
 from fastnull.ops.common import no_autocast
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import PREDICTION, prediction_gradient, probability_change
+
+TENTH = 0.1
+"""Of the start's norm: a boundary step at the token sites."""
 
 
 def own_noise(
@@ -65,14 +69,14 @@ def boundary_noise(
         clean: logits without noise [B, K].
         start: noise to start from [B, ...].
         config: eps, objective, steps and step_size are used.
-        step_size: [] or [B]; None is `boundary_step_size` of the start.
+        step_size: [] or [B]; None is `boundary_step_size`.
 
     Returns:
         The noise [B, ...] and the influence before the last step [B].
     """
     pixels = encoder.site == "pixels"
     noise = valid_noise(tokens, start) if pixels else start.clone()
-    size = boundary_step_size(start, config) if step_size is None else step_size
+    size = boundary_step_size(start.shape[1:], config) if step_size is None else step_size
     influence = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
     for _ in range(steps_of(config)):
         influence, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
@@ -83,9 +87,11 @@ def boundary_noise(
     return noise, influence
 
 
-def boundary_step_size(start: Tensor, config: SynthesisConfig) -> float | Tensor:
-    """Length of a step: config.step_size, or a tenth of the mean norm of the start."""
-    return config.step_size or 0.1 * norms(start).mean()
+def boundary_step_size(shape: Sequence[int], config: SynthesisConfig) -> float:
+    """Length of a step: config.step_size, or a tenth of the norm that a start of this shape has in the mean. That norm
+    is not measured, because the images at hand can be a part of the batch."""
+    strength = config.limit * (1 - config.limit_range / 2)
+    return config.step_size or TENTH * strength * math.sqrt(math.prod(shape) / 3)
 
 
 def optimized_noise(

@@ -1,14 +1,13 @@
-"""What noise starts from, and how far its steps go: the random numbers of a synthesis.
+"""The start of a noise and the length of its steps: the random numbers of a synthesis.
 
-A start is uniform numbers, or such with a strength of its own for each image, or with a smooth field on it. Steps are
-of one length, or each image has its own. Both can be in proportion to the image's contrast.
+A start is uniform noise. Each image can have its own strength and a smooth field on top. Steps have one length, or one
+per image. Both can be proportional to the contrast of the image.
 
-The uniform start is the published one; all else is ours. An image that is given noise of any strength up to the
-limit, and not of one length only, is trained on what lies near it too. A smooth field (white noise on a coarse grid,
-drawn out to the image's size) has the low frequencies that blurs, fog, and changes of brightness and contrast have, and
-that no uniform start has; it is in the spirit of training on noise with the spectrum of natural images. Noise in
-proportion to contrast asks as much of every image: of one length for all, it drowns a pale image (sky, fog), which the
-model then learns to overlook, and hardly moves a stark one.
+The uniform start is the published one; the rest is ours. With strengths up to the limit, the training also covers what
+lies near an image. A smooth field (white noise on a coarse grid, interpolated to the size of the image) has the low
+frequencies of blur, fog and changes of brightness and contrast, which uniform noise lacks; the idea is that of training
+on noise with the spectrum of natural images. Noise of one length for all images hides a pale image (sky, fog), which
+the model then learns to ignore, and hardly changes one of high contrast. Noise proportional to contrast avoids both.
 """
 
 from __future__ import annotations
@@ -18,19 +17,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastnull.checks import check_finite, check_number
-from fastnull.rng import Place, carried, generator, uniform
+from fastnull.rng import KeyedRandom
 from fastnull.synthesis.config import SynthesisConfig
-from fastnull.synthesis.solvers import boundary_step_size, expand_as_noise, norms
+from fastnull.synthesis.solvers import TENTH, boundary_step_size, expand_as_noise, norms
 
-GRIDS = (1, 2, 4, 8)
-"""Cells across an image of the grids that smooth fields are drawn on; each image gets one of them."""
-
+GRIDS = 4
+"""How many grids smooth fields are drawn on: of 1, 2, 4 and 8 cells a side. Each image gets one of them."""
+MOST_CELLS = 2 ** (GRIDS - 1)
 
 MOST_CONTRAST = 1.5
-"""Times the contrast that noise is meant for: that of a starker image counts no more."""
+"""Noise grows with contrast up to this multiple of the contrast that its lengths are for."""
 
 
 class Start(NamedTuple):
@@ -47,25 +45,20 @@ class Start(NamedTuple):
         return (self.noise, self.step_size) if isinstance(self.step_size, Tensor) else (self.noise,)
 
 
-def draw_start(
-    tokens: Tensor,
-    config: SynthesisConfig,
-    source: torch.Generator,
-    step_source: torch.Generator | None = None,
-    *,
-    place: Place | None = None,
-    one_by_one: bool = False,
-    given: Tensor | None = None,
-) -> Start:
-    """The noise that synthesis starts from and its step sizes, both for the contrast of the images.
+def step_source(seed: int, step: int, rows: Tensor) -> KeyedRandom:
+    """The random numbers of a training step for the images at these rows [B] of its batch, on the device of `rows`."""
+    return KeyedRandom(seed, f"start/{step}", rows)
+
+
+def draw_start(tokens: Tensor, config: SynthesisConfig, source: KeyedRandom, *, given: Tensor | None = None) -> Start:
+    """The noise that synthesis starts from and its step sizes, both scaled to the contrast of the images.
+
+    The host draws nothing and does not wait for a device.
 
     Args:
         tokens: at the site, without noise [B, ...].
         config: limits, ranges, contrast and step_size are used.
-        source: of the random numbers.
-        step_source: of those of the step sizes; None: `source`, after the noise.
-        place: where the images lie in a larger batch; they get what they would get in it. None: they are the batch.
-        one_by_one: draw the noise image by image: then it does not depend on how many images follow.
+        source: of the random numbers, on the device of the tokens. An image gets the same numbers in every batch.
         given: noise [B, ...] to start from in place of a drawn one; it is not scaled to the contrast.
 
     Raises:
@@ -73,32 +66,25 @@ def draw_start(
     """
     if given is not None:
         noise = checked_start(given, tokens.shape, tokens)
-    elif place is not None:
-        # on the CPU, where it is drawn: only this part of it travels
-        host = tokens.new_empty(0, device="cpu")
-        noise = start_noise((place.total, *tokens.shape[1:]), config, source, host)
-    elif one_by_one:
-        noise = noise_one_by_one(tokens.shape, config, source, tokens)
+        size: float | Tensor = config.step_size or TENTH * norms(noise).mean()
     else:
-        noise = start_noise(tokens.shape, config, source, tokens)
-    size = step_sizes(noise, config, step_source or source)
+        noise = start_noise(tokens.shape[1:], config, source, tokens.dtype)
+        size = boundary_step_size(tokens.shape[1:], config)
+    if config.step_range:
+        size = size * (1 - config.step_range * source.uniform().to(noise.dtype))
     if given is not None:
         return Start(noise, size)
-    if place is not None:
-        noise = carried(noise[place.rows], tokens.device)
-        if isinstance(size, Tensor):
-            size = carried(size[place.rows] if size.ndim else size, tokens.device)
     return Start(*scale_to_contrast(tokens, noise, size, config))
 
 
-def start_noise(shape: Sequence[int], config: SynthesisConfig, source: torch.Generator, like: Tensor) -> Tensor:
-    """Noise to start synthesis from, [B, ...]; drawn on the CPU, so that every device gets the same.
+def start_noise(shape: Sequence[int], config: SynthesisConfig, source: KeyedRandom, dtype: torch.dtype) -> Tensor:
+    """Noise to start synthesis from, [B, ...]; the same on every device.
 
     Args:
-        shape: of the result; [B, C, H, W] in pixels.
+        shape: of one noise; [C, H, W] in pixels.
         config: limit, limit_range and smooth_limit are used.
-        source: of the random numbers.
-        like: a tensor whose device, and float64 if it has it, the result takes; else it is float32.
+        source: of the random numbers of B noises; they come on its device.
+        dtype: of the tokens. The result is float64 where it is, else float32: noise is optimised in at least that.
 
     Raises:
         ValueError: limits beyond float32.
@@ -106,12 +92,13 @@ def start_noise(shape: Sequence[int], config: SynthesisConfig, source: torch.Gen
     most = torch.finfo(torch.float32).max
     check_number("limit", config.limit, 0, most)
     check_number("limit + smooth_limit", config.limit + config.smooth_limit, 0, most)
-    noise = uniform(shape, config.limit, source, like)
+    each = [1] * len(shape)
+    noise = source.symmetric(*shape, limit=config.limit)
     if config.limit_range:
-        noise *= 1 - config.limit_range * _strengths(noise, source)
+        noise *= 1 - config.limit_range * source.uniform(*each)
     if config.smooth_limit:
-        noise += config.smooth_limit * _strengths(noise, source) * _smooth(noise, source)
-    return noise
+        noise += config.smooth_limit * source.uniform(*each) * _smooth(shape, source)
+    return noise.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def scale_to_contrast(
@@ -126,37 +113,36 @@ def scale_to_contrast(
     return start * expand_as_noise(factor, start), size * factor
 
 
-def step_sizes(start: Tensor, config: SynthesisConfig, source: torch.Generator) -> float | Tensor:
-    """Length of a boundary step from a start [B, ...]: one for all (a number or []), or with step_range [B]."""
-    size = boundary_step_size(start, config)
-    if config.step_range:
-        return size * (1 - config.step_range * _strengths(start, source).flatten())
-    return size
-
-
-def _strengths(noise: Tensor, source: torch.Generator) -> Tensor:
-    """U(0, 1) for each image, [B, 1, ...]."""
-    drawn = torch.rand((len(noise), *[1] * (noise.ndim - 1)), generator=source, dtype=torch.float32)
-    return carried(drawn, noise.device).to(noise.dtype)
-
-
-def _smooth(noise: Tensor, source: torch.Generator) -> Tensor:
+def _smooth(shape: Sequence[int], source: KeyedRandom) -> Tensor:
     """A field for each image [B, 1, H, W]: U(−1, 1) in every cell of a grid, interpolated bilinearly. It has no colour:
     fields that had one cost much accuracy on photographs."""
-    B, _, H, W = noise.shape
-    field = torch.empty(B, 1, H, W, dtype=torch.float32)
-    grids = torch.randint(len(GRIDS), (B,), generator=source)
-    for index, cells in enumerate(GRIDS):
-        rows = (grids == index).nonzero().flatten()
-        if len(rows):
-            coarse = 2 * torch.rand((len(rows), 1, cells, cells), generator=source, dtype=torch.float32) - 1
-            field[rows] = F.interpolate(coarse, size=(H, W), mode="bilinear", align_corners=False)
-    return carried(field, noise.device).to(noise.dtype)
+    _, H, W = shape
+    cells = 2 ** source.integers(GRIDS)  # [B], of a side
+    coarse = source.symmetric(MOST_CELLS, MOST_CELLS)  # of which a grid of fewer cells takes a corner
+    columns = _drawn_out(coarse, cells, W).transpose(1, 2).contiguous()  # [B, MOST_CELLS, W]
+    return _drawn_out(columns, cells, H).unsqueeze(1)
 
 
-def noise_one_by_one(shape: Sequence[int], config: SynthesisConfig, source: torch.Generator, like: Tensor) -> Tensor:
-    """`start_noise`, drawn one after the other: the first ones do not depend on how many there are."""
-    return torch.cat([start_noise((1, *shape[1:]), config, source, like) for _ in range(shape[0])])
+def _drawn_out(values: Tensor, cells: Tensor, size: int) -> Tensor:
+    """The first cells [B] of each image's values [B, MOST_CELLS, X] → [B, size, X], as F.interpolate does. Sorting the
+    images by their number of cells would need the host to wait for a device."""
+    last = (cells - 1).unsqueeze(1)
+    middle = torch.arange(size, device=cells.device, dtype=torch.float32) + 0.5
+    position = (middle * (cells.unsqueeze(1) / size) - 0.5).clamp(min=0)  # [B, size]
+    low = position.to(torch.int64).minimum(last)
+    first = MOST_CELLS * torch.arange(len(cells), device=cells.device).unsqueeze(1)
+    rows = values.flatten(0, 1)
+    below, above = (
+        rows.index_select(0, (first + index).flatten()).view(len(cells), size, -1)
+        for index in (low, (low + 1).minimum(last))
+    )
+    return above.sub_(below).mul_((position - low).unsqueeze(2)).add_(below)
+
+
+def bank_start(shape: Sequence[int], config: SynthesisConfig, like: Tensor) -> Tensor:
+    """The noises [M, ...] of `shape` that a bank starts from; the first ones do not depend on how many there are."""
+    source = KeyedRandom(config.seed, "bank", torch.arange(shape[0], device=like.device))
+    return start_noise(shape[1:], config, source, like.dtype)
 
 
 def checked_start(given: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -175,7 +161,7 @@ def warm_start(config: SynthesisConfig, last: Tensor) -> Tensor:
 
     Directions are mixed, a fraction config.warm of the last: noise that has shrunk in its synthesis counts as much.
     """
-    fresh = noise_one_by_one(last.shape, config, generator(config.seed, 0), last)
+    fresh = bank_start(last.shape, config, last)
     length = expand_as_noise(norms(fresh), fresh)
     old = last * (length / expand_as_noise(norms(last), last).clamp_min(1e-30))
     mixed = config.warm * old + (1 - config.warm) * fresh

@@ -35,11 +35,13 @@ class NormalizedModel(nn.Module):
 
     Attributes:
         classes: names of the classes in the order of the logits, or None.
+        new_head: whether `create_model` loaded weights but made a new classifier.
     """
 
     mean: Tensor
     std: Tensor
     classes: list[str] | None = None
+    new_head: bool = False
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()

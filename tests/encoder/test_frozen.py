@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnull import _C, ops
@@ -20,6 +21,8 @@ from fastnull.encoder import FrozenEncoder
 from fastnull.encoder import frozen as encoder
 from fastnull.encoder.explicit import encoder as explicit_encoder
 from fastnull.encoder.explicit.encoder import ExplicitEncoder
+from fastnull.encoder.explicit.products import automatic_dtype
+from fastnull.encoder.proof import TOLERANCES
 from fastnull.ops import common
 from fastnull.synthesis import SynthesisConfig, synthesize
 from fastnull.synthesis.objective import noise_objective
@@ -213,6 +216,55 @@ def test_products_are_timed_once_and_can_be_chosen(vit: NormalizedModel, monkeyp
     monkeypatch.setenv("FASTNULL_CPU_PRODUCTS", "float16")
     with pytest.raises(ValueError, match="FASTNULL_CPU_PRODUCTS must be one of 'auto', 'float32', 'bfloat16'"):
         FrozenEncoder(vit, dtype=torch.bfloat16, backend="cpu")
+
+
+@pytest.mark.parametrize(("products", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_auto_is_16_bits_where_a_processor_multiplies_them_faster(
+    make_vit: Factory, products: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTNULL_CPU_PRODUCTS", products)
+    wide = make_vit(embed_dim=128)
+    made = FrozenEncoder(wide, "auto")
+    assert (made.dtype, made.backend) == (dtype, "cpu")
+    assert made.about() == {"dtype": str(dtype), "products": str(dtype), "backend": "cpu"}
+    assert FrozenEncoder(wide).dtype == torch.float32
+    assert FrozenEncoder(wide, "auto", backend="reference").dtype == torch.float32, "a copy of it is not proven"
+    assert FrozenEncoder(make_vit(), "auto").dtype == torch.float32, "too narrow"
+    assert FrozenEncoder(copy.deepcopy(wide).double(), "auto").dtype == torch.float64
+    assert FrozenEncoder(copy.deepcopy(wide).bfloat16(), "auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("backend", "inside", "expected"),
+    [
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("auto", torch.float16, torch.float32),  # which the fast backend has not
+        ("reference", torch.float16, torch.float16),
+    ],
+)
+def test_auto_is_autocasts_own_inside_it(
+    vit: NormalizedModel, images: Tensor, backend: str, inside: torch.dtype, expected: torch.dtype
+) -> None:
+    with torch.autocast("cpu", dtype=inside):
+        made = FrozenEncoder(vit, "auto", backend)
+    assert made.dtype == expected
+    assert made.embed(images).dtype == expected
+
+
+def test_auto_is_float32_where_16_bits_are_not_proven(
+    make_vit: Factory, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setenv("FASTNULL_CPU_PRODUCTS", "bfloat16")
+    monkeypatch.setitem(TOLERANCES, torch.bfloat16, (0.0, 0.0))
+    made = FrozenEncoder(make_vit(embed_dim=128), "auto")
+    assert (made.dtype, made.backend) == (torch.float32, "cpu")
+    assert not recwarn
+
+
+def test_auto_is_bfloat16_on_a_gpu() -> None:
+    with FakeTensorMode():
+        weight = torch.empty(32, 3, 4, 4, device="cuda")
+        assert automatic_dtype(weight) == torch.bfloat16
 
 
 def test_the_old_name_of_sync_is_no_condition(vit: NormalizedModel, images: Tensor) -> None:
@@ -441,7 +493,7 @@ def test_misuse_has_clear_errors(vit: NormalizedModel, images: Tensor) -> None:
         FrozenEncoder(vit, backend="gpu")
     with pytest.raises(ValueError, match="site must be one of"):
         FrozenEncoder(vit, site="block1")
-    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype or None; got 'bfloat16'"):
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, 'auto' or None; got 'bfloat16'"):
         FrozenEncoder(vit, dtype="bfloat16")
     frozen = FrozenEncoder(vit, backend="cpu")
     tokens = frozen.embed(images)

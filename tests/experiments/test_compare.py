@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,13 @@ import torch
 
 import fastnull.experiments.compare
 from fastnull.cli import main
-from fastnull.data import embedded
-from fastnull.experiments.compare import RECIPES, CompareSettings, run_compare, scale_of_norm
-from fastnull.finetune.config import FinetuneConfig
-from fastnull.finetune.plan import step_cost
-from fastnull.models import load_model
+from fastnull.experiments.compare import run_compare
+from fastnull.experiments.settings import CompareSettings
+from fastnull.experiments.tasks import Task
+from fastnull.progress import _Silent
 from fastnull.report.claims import compare
 from fastnull.report.comparison import format_comparison, summarize_runs
 from fastnull.report.runs import Run
-from fastnull.rng import generator
-from fastnull.synthesis import SynthesisConfig
-from fastnull.synthesis.solvers import norms, valid_noise
-from fastnull.synthesis.starts import draw_start
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -32,7 +28,7 @@ pytest.importorskip("matplotlib")
 TINY = CompareSettings(
     methods=("none", "random-pixels", "boundary-pixels", "wide"),
     recipes={"wide": {"augment": "random", "noise": {"limit": 1}}},
-    seeds=2, first_seed=3, pretrain_epochs=1, budget=13, eps=(8,), pgd_steps=1, corruptions=("contrast",),
+    seeds=2, first_seed=3, start_epochs=1, budget=13, eps=(8,), pgd_steps=1, corruptions=("contrast",),
     severities=(1,), images=24,
 )  # fmt: skip
 
@@ -68,7 +64,9 @@ def test_numbers_are_those_of_the_runs(done: Path) -> None:
     assert len(pairs) == 4 * 3
     assert {row["measure"] for row in record["differences"]} == {"clean", "adversarial_mean", "corruption_mean"}
     assert record["provenance"]["torch"] == torch.__version__
-    assert (done / "comparison.md").read_text().startswith("| finetuned with |")
+    told = (done / "comparison.md").read_text()
+    assert told.startswith("| finetuned with |")
+    assert "| accuracy [%] | fgsm | pgd |" in told
     text = (done / "report" / "report.md").read_text()
     assert "| random-pixels |" in text  # runs are called by their methods
     assert "limit" not in text.partition("## Settings")[0]
@@ -88,57 +86,69 @@ def test_random_noise_has_the_norm_of_the_other(done: Path) -> None:
     assert limits[0] != limits[1]
 
 
-@pytest.mark.parametrize(
-    ("site", "smooth", "contrast"),
-    [("patch", 0.0, 0.0), ("pixels", 0.0, 0.0), ("pixels", 0.3, 0.0), ("pixels", 0.3, 0.4)],
-)
-def test_scale_of_norm(site: str, smooth: float, contrast: float) -> None:
-    inputs = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)).round()  # half of all noise is cut
-    start = SynthesisConfig(
-        mode="boundary", site=site, limit=0.1, limit_range=0.5, smooth_limit=smooth, contrast=contrast
-    )
-    scale = scale_of_norm(2.0, inputs, start)
-    scaled = replace(start, limit=scale * 0.1, smooth_limit=scale * smooth)
-    noise = draw_start(inputs, scaled, generator(5)).noise
-    noise = valid_noise(inputs, noise) if site == "pixels" else noise
-    assert float(norms(noise).mean()) == pytest.approx(2.0, rel=0.05)
-    if site == "pixels":
-        with pytest.raises(ValueError, match="no such noise in pixels"):
-            scale_of_norm(1e3, inputs, start)
-
-
 def test_resume_does_only_what_is_missing(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = record_of(done)
-    lost = done / "seed-4" / "boundary-pixels" / "results.json"
-    lost.unlink()
-    monkeypatch.setattr("fastnull.finetune.training.Training.train_step", lambda *_: pytest.fail("trained again"))
+    for weights in done.rglob("*.safetensors"):
+        weights.unlink()  # a finished row needs none
+    monkeypatch.setattr(fastnull.experiments.compare, "work", lambda *_: pytest.fail("done again"))
     run_compare(done, TINY, resume=True, progress=False)
-    after = record_of(done)
-    assert after["methods"] == before["methods"]
-    assert after["differences"] == before["differences"]
     with pytest.raises(ValueError, match="other settings: seeds"):
         run_compare(done, replace(TINY, seeds=3), resume=True)
     with pytest.raises(ValueError, match="holds a comparison already"):
         run_compare(done, TINY)
+    names: list[str] = []
+
+    def work(task: Task, tell: Callable[[float], None]) -> str:
+        names.append(task.name)
+        return do(task, tell)
+
+    do = fastnull.experiments.tasks.work
+    monkeypatch.setattr(fastnull.experiments.compare, "work", work)
+    (done / "seed-4" / "boundary-pixels" / "results.json").unlink()
+    run_compare(done, TINY, resume=True, progress=False)
+    assert names == ["seed 4, start", "seed 4, boundary-pixels"]
+    after = record_of(done)
+    assert after["differences"] == before["differences"]
+    assert after["about"] == before["about"]
 
 
-def test_held_out_split_is_not_the_test_set(tmp_path: Path, done: Path) -> None:
-    settings = replace(TINY, split="held-out", seeds=1, methods=("none",), images=None)
-    run_compare(tmp_path / "out", settings, progress=False)
-    folder = tmp_path / "out" / "seed-3"
-    protocol = json.loads((folder / "none" / "results.json").read_text())["protocol"]
-    assert protocol["n"] == round(0.2 * 1297)
-    for name in ("pretrained", "none"):
-        assert json.loads((folder / name / "config.json").read_text())["data"]["train"] == 1297 - protocol["n"]
-    # its images are training images, those that neither training saw
-    model = load_model(folder / "none" / "last.safetensors")
-    held = fastnull.experiments.compare._evaluation_data(
-        FinetuneConfig(data="digits", val_fraction=fastnull.experiments.compare.HELD_OUT), "held-out", model
+def test_the_bar_counts_all_work_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Bar] = []
+
+    class Bar(_Silent):
+        def __init__(self, total: float, initial: float) -> None:
+            super().__init__()
+            self.total, self.n, self.lines, self.disable = total, initial, [], False
+            bars.append(self)
+
+        def update(self, n: float = 1) -> None:
+            assert n >= 0
+            self.n += n
+
+        def write(self, text: str) -> None:
+            self.lines.append((text, self.n))
+
+    monkeypatch.setattr(
+        fastnull.experiments.compare, "progress_bar", lambda total, *, initial=0, **_: Bar(total, initial)
     )
-    train, test = embedded("digits", model)
-    assert torch.equal(held[0][0], train[held.indices[0]][0])  # type: ignore[attr-defined]
-    assert protocol["data"] != json.loads((done / "seed-3" / "none" / "results.json").read_text())["protocol"]["data"]
-    assert len(test) == 500
+    settings = replace(TINY, seeds=1, methods=("none", "boundary-pixels"))
+    for _ in range(2):
+        run_compare(tmp_path / "out", settings, resume=True)
+    first, again = bars
+    assert first.n == pytest.approx(first.total, abs=2)
+    assert [line.partition(":")[0] for line, _ in first.lines] == [
+        "seed 3, start", "seed 3, none", "seed 3, boundary-pixels"
+    ]  # fmt: skip
+    told = [n for _, n in first.lines]
+    assert told[1] - told[0] > 0.9 * 13 * 1297
+    assert (again.n, again.lines) == (pytest.approx(again.total, abs=2), [])
+
+
+def test_weights_are_removed_where_nobody_keeps_them(tmp_path: Path) -> None:
+    settings = replace(TINY, seeds=1, methods=("none",), keep_weights=False)
+    run_compare(tmp_path / "out", settings, progress=False)
+    left = {path.name for path in (tmp_path / "out" / "seed-3").rglob("*") if path.is_file()}
+    assert left == {"config.json", "metrics.jsonl", "results.json", "start.json"}
 
 
 @pytest.mark.slow
@@ -178,132 +188,9 @@ def test_statistics_by_hand() -> None:
     assert "| corrupted [%] | impulse noise |\n|---|---:|\n| a | 64.0 ± 4.0 |\n| b | 62.0 ± 2.6 |" in told
 
 
-def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:
-    settings = CompareSettings()
-    assert set(settings.methods) == set(RECIPES)
-    for method in settings.methods:
-        # at least five epochs of the dearest method, or a learning rate schedule means nothing
-        assert settings.budget / step_cost(settings.configuration(method)) >= 5
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"methods": ("advers",)}, "Did you mean 'adversarial'"),
-        ({"methods": ("clean-only",)}, "method clean-only is called none since version 0.2"),
-        ({"methods": ("random-tokens",)}, "takes the norm of boundary-tokens, which must be among the methods"),
-        ({"methods": ("x",), "recipes": {"x": {"augmnt": "none"}}}, "recipe of x: field must be one of"),
-        (
-            {"methods": ("x",), "recipes": {"x": {"augment": "boundary", "noise": {"eps": -1}}}},
-            "recipe of x: noise: eps",
-        ),
-        (
-            {"methods": ("universal", "x"), "recipes": {"x": {"augment": "none", "norm_of": "universal"}}},
-            "scales the limits of random noise",
-        ),
-        ({"methods": ("universal", "universal")}, "methods must differ"),
-        ({"methods": ()}, "at least one"),
-        ({"data": "cifar"}, "data must be one of 'digits', 'photos'"),
-        ({"split": "train"}, "split must be one of"),
-        ({"seeds": 0}, "seeds must be"),
-        ({"seeds": True}, "seeds must be an integer"),
-        ({"budget": "156"}, "budget must be a number"),
-        ({"budget": 0}, "budget must be > 0"),
-        ({"lr": -1}, "lr must be > 0"),
-        ({"pretrain_lr": float("nan")}, "pretrain_lr must be a number"),
-        ({"pretrain_epochs": 0}, "pretrain_epochs must be >= 1"),
-        ({"pgd_steps": 0}, "pgd_steps must be >= 1"),
-        ({"batch_size": 0}, "batch_size must be >= 1"),
-        ({"images": 0}, "images must be >= 1"),
-        ({"corruptions": ("fgo",)}, "Did you mean 'fog'"),
-        ({"corruptions": ()}, "corruptions must name at least one"),
-        ({"corruptions": "fog"}, "corruptions must be a tuple"),
-        ({"severities": (0,)}, "severities must be >= 1"),
-        ({"severities": (6,)}, "severities must be >= 1 and <= 5"),
-        ({"eps": ()}, "eps must name at least one"),
-        ({"eps": (256,)}, "eps must be >= 0 and <= 255"),
-        ({"eps": ("8/255",)}, r"eps\[0\] must be a number"),
-        ({"methods": ("random-tokens", "boundary-tokens", "BOUNDARY-tokens")}, "methods must differ"),
-        ({"recipes": {"x": 5}}, r"recipes\['x'\] must be a mapping"),
-        ({"recipes": {"x": None}}, r"recipes\['x'\] must be a mapping"),
-        ({"recipes": {"x": ["none"]}}, r"recipes\['x'\] must be a mapping"),
-        ({"recipes": [1]}, "recipes must be a mapping"),
-        ({"recipes": {5: {}}}, "a key of recipes must be a string"),
-        ({"recipes": {"x": {"augment": ["none"]}}}, "recipe of x: augment must be a string"),
-        ({"methods": ("x",), "recipes": {"x": {"augment": "random", "norm_of": 5}}}, "takes the norm of 5"),
-        (
-            {"methods": ("x",), "recipes": {"x": {"augment": "random", "norm_of": "x"}}},
-            "norm of its own; x takes another one's itself",
-        ),
-        (
-            {"methods": ("x", "none"), "recipes": {"x": {"augment": "random", "norm_of": "none"}}},
-            "none adds no noise",
-        ),
-    ],
-)
-def test_bad_settings(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
-        CompareSettings(**changes)
-
-
-BAD_NAMES = (
-    "../x", "a/b", "/x", ".", "..", ".hidden", "a\\b", "", " ", "x.", "x ", "a|b", "a\nb", "a\0b", "-x", "pretrained",
-    "Pretrained", "x" * 81,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_NAMES)
-def test_names_that_are_no_folders(name: str) -> None:
-    for methods in ((name,), ("none",)):  # also where it does not run
-        with pytest.raises(ValueError, match="a method's name is a folder's too"):
-            CompareSettings(methods=methods, recipes={name: {"augment": "none"}})
-
-
-@pytest.mark.parametrize("name", ["x", "mine.v2", "ε 0.5", "eps=0.5 (tokens)", "x" * 80])
-def test_names_that_are_folders(name: str) -> None:
-    assert CompareSettings(methods=(name,), recipes={name: {"augment": "none"}}).recipe(name) == {"augment": "none"}
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("out", "elsewhere"), ("checkpoint", "x"), ("overwrite", True), ("seed", 1), ("data", "photos"), ("model", "x"),
-     ("compute_budget", 1), ("epochs", 3), ("label", "x"), ("resume", False), ("val_fraction", 0.5)],
-)  # fmt: skip
-def test_recipes_do_not_set_what_all_have_alike(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"recipe of x: {field} is not for a recipe"):
-        CompareSettings(methods=("x",), recipes={"x": {"augment": "none", field: value}})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"budget": 0.1}, r"none: budget 0.1 .* less than the cost of one step"),
-        ({"recipes": {"wide": {"augment": "none", "opt": "adamw", "accumulate": 7}}}, "wide: batch_size must be"),
-    ],
-)
-def test_what_would_fail_later_is_told_before_anything_is_written(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        run_compare(tmp_path / "out", replace(TINY, **changes), progress=False)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_corruption_that_the_images_do_not_allow_is_told_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(images: torch.Tensor, severity: int, random: object) -> torch.Tensor:
-        raise ValueError("too small")
-
-    monkeypatch.setitem(fastnull.experiments.compare.CORRUPTIONS, "contrast", fails)
-    with pytest.raises(ValueError, match="corruption contrast does not take these images: too small"):
-        run_compare(tmp_path / "out", TINY, progress=False)
-    assert not (tmp_path / "out").exists()
-
-
 def test_settings_without_a_finished_run_do_not_block(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    begun, state = out / "seed-3" / "pretrained", out / "seed-3" / "pretrained" / "state-000000001.pt"
+    begun, state = out / "seed-3" / "start", out / "seed-3" / "start" / "state-000000001.pt"
 
     def prepare(settings: CompareSettings, **how: bool) -> None:
         fastnull.experiments.compare._prepare(
@@ -345,7 +232,7 @@ def test_command_with_recipes_from_a_file(tmp_path: Path, capsys: pytest.Capture
     recipes.write_text(json.dumps({"mine": {"augment": "trades", "attack_steps": 1, "trades_beta": 1}}))
     words = [
         "compare", "--data", "photos", "--methods", "mine", "none", "--recipes", str(recipes), "--seeds", "1",
-        "--pretrain-epochs", "1", "--budget", "9", "--eps", "8", "--pgd-steps", "1", "--images", "13", "--corruptions",
+        "--start-epochs", "1", "--budget", "9", "--eps", "8", "--pgd-steps", "1", "--images", "13", "--corruptions",
         "contrast", "--severities", "1", "2", "--jobs", "1", "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     pytest.importorskip("skimage")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastnull.experiments.compare
-from fastnull.experiments.compare import RECIPES
 from fastnull.experiments.demo import DemoSettings, run_demo
+from fastnull.experiments.settings import RECIPES
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.plan import step_cost
 
@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 
 TINY = DemoSettings(
     # two methods, one with synthesis; a budget of 13 is one epoch of boundary noise
-    seeds=1, methods=("none", "boundary-tokens"), pretrain_epochs=1, budget=13, eps=(8,), pgd_steps=1,
+    seeds=1, methods=("none", "boundary-tokens"), start_epochs=1, budget=13, eps=(8,), pgd_steps=1,
     severities=(1,), images=24, quick=True,
 )  # fmt: skip
 
@@ -55,7 +55,7 @@ def test_methods_start_alike_and_cost_alike(done: Path) -> None:
     plans = {}
     for method in TINY.methods:
         about = json.loads((done / "seed-0" / method / "config.json").read_text())
-        assert about["config"]["checkpoint"].endswith("seed-0/pretrained/last.safetensors")
+        assert about["config"]["checkpoint"].endswith("seed-0/start/last.safetensors")
         plans[method] = about["plan"]
     costs = [plan["total_cost"] for plan in plans.values()]
     assert max(costs) <= 13 * 1297

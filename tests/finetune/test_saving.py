@@ -131,6 +131,7 @@ def test_files_of_a_run(tmp_path, few):
     written = json.loads((tmp_path / "config.json").read_text())
     assert FinetuneConfig.from_dict(written["config"]) == config
     assert written["synthesis"]["eps"] == 0.1  # the default of boundary at patch, resolved
+    assert written["encoder"]["dtype"] == "torch.float32"
     assert written["plan"]["steps"] == 6
     assert written["data"] == {"train": 43, "validation": 5}
     assert written["provenance"]["torch"] == torch.__version__

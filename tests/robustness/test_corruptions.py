@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnull.rng import KeyedRandom
 from fastnull.robustness import CORRUPTIONS, DEMO_CORRUPTIONS, corrupt
 from fastnull.robustness.corruptions import SEVERITIES, frost_source
 from fastnull.robustness.corruptions.base import border, zoom
@@ -19,7 +20,6 @@ from fastnull.robustness.corruptions.blur import _copies
 from fastnull.robustness.corruptions.frost import made_pictures
 from fastnull.robustness.corruptions.noise import poisson
 from fastnull.robustness.corruptions.weather import plasma
-from fastnull.robustness.keyed import KeyedRandom
 
 ndimage = pytest.importorskip("scipy.ndimage")
 pytest.importorskip("cv2")  # spatter

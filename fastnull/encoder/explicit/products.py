@@ -16,6 +16,9 @@ from torch import Tensor
 
 from fastnull.checks import check_choice
 
+LEAST_WIDTH = 128
+"""Width from which `auto` is bfloat16 on a CPU. In narrower models the products save less time than the copy of the
+weights in every training step costs (docs/facts.md)."""
 CHOICES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -28,6 +31,25 @@ def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
     asked = CHOICES[check_choice("FASTNULL_CPU_PRODUCTS", os.environ.get("FASTNULL_CPU_PRODUCTS", "auto"), CHOICES)]
     return asked or _faster()
+
+
+def automatic_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that `auto` stands for: a 16-bit one for a float32 model where this machine multiplies it faster.
+
+    Inside autocast it is the autocast dtype, on a GPU bfloat16, and on a CPU bfloat16 if its products are faster here
+    and the model is at least LEAST_WIDTH wide. A model of another dtype keeps it.
+
+    Args:
+        weight: of the patch embedding [D, ...].
+    """
+    device = weight.device
+    if weight.dtype != torch.float32:
+        return weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    if device.type == "cpu" and len(weight) >= LEAST_WIDTH:
+        return products_dtype(torch.bfloat16, device)
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @functools.cache

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnull.checks import check_choice, check_images, check_labels, check_number, values_are_trusted
-from fastnull.rng import carried
-from fastnull.robustness.keyed import KeyedRandom
+from fastnull.rng import KeyedRandom, carried
 from fastnull.vit import frozen
 
 NORMS = ("linf", "l2")
@@ -239,11 +238,9 @@ class Starts:
         generator: torch.Generator | None,
         seed: int,
         indices: Tensor | None,
-        total: int | None = None,
     ) -> None:
         self.clean = clean
         self.generator = generator
-        self.total = total
         if indices is None:
             indices = torch.arange(len(clean))
         elif len(indices) != len(clean):
@@ -256,9 +253,6 @@ class Starts:
         """[B, C, H, W] within (-1, 1)."""
         if self.generator is None:
             values = self.keyed.uniform(*self.clean.shape[1:])
-        elif self.total is not None:
-            shape = (self.total, *self.clean.shape[1:])
-            values = torch.rand(shape, generator=self.generator, device=self.generator.device)[self.indices]
         else:
             values = torch.rand(self.clean.shape, generator=self.generator, device=self.generator.device)
         return carried(values, self.clean.device).to(self.clean.dtype).mul_(2).sub_(1)

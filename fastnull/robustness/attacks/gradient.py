@@ -72,7 +72,6 @@ def pgd(
     generator: torch.Generator | None = None,
     seed: int = 0,
     indices: Tensor | None = None,
-    total: int | None = None,
 ) -> Tensor:
     """Projected gradient ascent: step, project to the ball around the images, clamp to [0, 1].
 
@@ -84,10 +83,8 @@ def pgd(
         steps: gradient steps per restart.
         random_start: start at a uniform point of the ball, else (first restart only) at the images.
         generator: of the random starts. Without one they depend only on (seed, index of the image, restart), so an
-            image has the same start in every batch; in a training loop give a generator or a new seed every step.
+            image has the same start in every batch; in a training loop give a new seed every step.
         indices: [B] integers that identify the images; None: 0 .. B-1.
-        total: with a generator, size of the larger batch whose rows `indices` are; the images get their starts in
-            that batch. None: the images are the whole batch.
 
     Returns:
         [B, C, H, W] in the images' dtype. Steps are taken in float32 or better, so half precision rounds once, at the
@@ -105,7 +102,7 @@ def pgd(
         return images.clone()
     with under_attack(model, images.device):
         victim = Victim(model, images, labels, targeted=targeted, criterion=criterion)
-        starts = Starts(victim.clean, generator, seed, indices, total)
+        starts = Starts(victim.clean, generator, seed, indices)
         if eps == 0:
             victim.score(victim.clean)
             return images.clone()

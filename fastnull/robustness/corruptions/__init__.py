@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from fastnull.checks import check_choice, check_images
+from fastnull.rng import KeyedRandom
 from fastnull.robustness.corruptions import blur, digital, noise, weather
 from fastnull.robustness.corruptions.base import Corruption
 from fastnull.robustness.corruptions.frost import MADE_BY_US, frost, read_pictures
-from fastnull.robustness.keyed import KeyedRandom
 
 CORRUPTIONS: dict[str, Corruption] = {
     "gaussian_noise": noise.gaussian_noise,

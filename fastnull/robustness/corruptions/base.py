@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastnull.robustness.keyed import KeyedRandom
+from fastnull.rng import KeyedRandom
 
 Corruption = Callable[[Tensor, int, KeyedRandom], Tensor]
 """(images [B, C, H, W] float32 in [0, 1], severity 1..5, source of random numbers) → images; the caller clamps."""

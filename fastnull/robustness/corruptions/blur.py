@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnull.rng import KeyedRandom
 from fastnull.robustness.corruptions.base import border, gaussian_filter, gaussian_matrix, motion_filter, zoom
-from fastnull.robustness.keyed import KeyedRandom
 
 ZOOMS = ((0.01, 12), (0.01, 16), (0.02, 11), (0.02, 13), (0.03, 11))
 """Step and number of zoom factors from 1 upwards; the first range includes 1.11, as numpy's rounding had it."""

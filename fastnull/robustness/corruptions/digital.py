@@ -8,6 +8,7 @@ import io
 import torch
 from torch import Tensor
 
+from fastnull.rng import KeyedRandom
 from fastnull.robustness.corruptions.base import (
     BLACK,
     check_rgb,
@@ -15,7 +16,6 @@ from fastnull.robustness.corruptions.base import (
     sample_linear,
     separable,
 )
-from fastnull.robustness.keyed import KeyedRandom
 
 
 def contrast(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastnull.rng import KeyedRandom
 from fastnull.robustness.corruptions.base import LUMINANCE, motion_filter
 from fastnull.robustness.corruptions.weather import plasma
-from fastnull.robustness.keyed import KeyedRandom
 
 MADE_BY_US = "five pictures computed by fastnull, not the original's photographs"
 

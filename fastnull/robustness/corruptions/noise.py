@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastnull.robustness.keyed import KeyedRandom
+from fastnull.rng import KeyedRandom
 
 
 def gaussian_noise(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastnull.rng import KeyedRandom
 from fastnull.robustness.corruptions.base import BLACK, LUMINANCE, check_rgb, gaussian_filter, motion_filter, zoom
-from fastnull.robustness.keyed import KeyedRandom
 
 
 def snow(images: Tensor, severity: int, random: KeyedRandom) -> Tensor:

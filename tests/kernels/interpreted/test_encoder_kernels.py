@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,18 +14,20 @@ from fastnull.encoder import FrozenEncoder
 from fastnull.ops import references
 from tests.kernels.interpreted.inputs import DEVICE, DTYPES
 
+linear_gelu = importlib.import_module("fastnull.ops.linear_gelu")  # fastnull.ops has a function of that name
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("settings", "fused"),
-    [
-        ({}, ("linear_gelu",)),
-        ({"global_pool": "avg", "init_values": 0.5}, ("linear_gelu", "linear_dgelu")),
-        ({"qk_norm": True}, ()),
-    ],
+    [({}, True), ({"global_pool": "avg", "init_values": 0.5}, True), ({"qk_norm": True}, False)],
 )
 def test_the_encoder_is_the_model(
-    make_vit: Callable[..., Any], settings: dict[str, Any], fused: tuple[str, ...], dtype: torch.dtype
+    make_vit: Callable[..., Any],
+    settings: dict[str, Any],
+    fused: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two blocks, 17 tokens: every kernel of a step in the order and on the buffers of a step."""
     model = make_vit(**settings)
@@ -39,8 +42,8 @@ def test_the_encoder_is_the_model(
     truth = exact.input_gradient(tokens, cotangent.double())
 
     frozen = FrozenEncoder(model, dtype=dtype, backend=DEVICE)
-    for block in frozen._encoder.blocks:
-        block.fused = fused if dtype.itemsize == 2 else ()
+    # the products of the last block are float32, for which there is no fused kernel
+    monkeypatch.setattr(linear_gelu, "_in_one_op", lambda x, weight: fused and x.dtype.itemsize == 2)
     if frozen._encoder.last is not None:
         frozen._encoder.last.tokens = dtype  # as on a GPU
     theirs = FrozenEncoder(model, dtype=dtype, backend="reference").input_gradient(tokens.to(dtype), cotangent)

@@ -1,0 +1,443 @@
+"""The runs of a comparison: for each seed a start, then the finetuning and the evaluation of each method.
+
+`plan_tasks` opens the data and makes the model once, checks everything that would otherwise stop a run after hours, and
+returns the tasks; `work` does one of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from fastnull.checks import check_device, check_images
+from fastnull.data.image_files import to_pixels
+from fastnull.data.sources import evaluation_data, keyed
+from fastnull.data.subset import even_subset, labels_of
+from fastnull.distributed.processes import Processes
+from fastnull.encoder.frozen import FrozenEncoder
+from fastnull.experiments.settings import NORM_OF, START, CompareSettings
+from fastnull.finetune.checkpoint import network_of
+from fastnull.finetune.config import FinetuneConfig
+from fastnull.finetune.loop import finetune
+from fastnull.finetune.plan import Plan, make_plan
+from fastnull.finetune.prepare import Data, Prepared, prepare
+from fastnull.finetune.training import Training
+from fastnull.noise import Noise
+from fastnull.progress import listening
+from fastnull.record import write_json
+from fastnull.report.runs import METRICS, RESULTS, read_metrics
+from fastnull.rng import KeyedRandom, preserved
+from fastnull.robustness import corrupt, evaluate
+from fastnull.robustness.measurements import BALL_ATTACKS, CW
+from fastnull.robustness.settings import EvaluationSettings
+from fastnull.robustness.suites import FOLDER_SUITES, suite_classes, suite_parts
+from fastnull.robustness.table import summarize
+from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.solvers import norms, valid_noise
+from fastnull.synthesis.starts import draw_start
+
+START_RESULTS = "start.json"
+WEIGHTS = "last.safetensors"
+CALIBRATION_IMAGES = 256
+NEEDY = ("apgd_t", "patch", "noise")
+"""Suites that refuse some models."""
+FOLDER_IMAGES = 10_000
+"""Images that the progress bar assumes of a published test set: to count its files can take minutes."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a Python caller hands over in place of names. With several processes all of it is pickled.
+
+    Attributes:
+        model: makes a model that takes pixels in [0, 1] and returns logits; called once for every run.
+        train_data, test_data: see run_compare.
+    """
+
+    model: Callable[[], nn.Module] | None = None
+    train_data: Data | None = None
+    test_data: Data | None = None
+
+    def make(self, seed: int, start: Path | None = None) -> nn.Module | None:
+        """A new model with the weights in the folder `start`; None without a factory. Weights that the factory draws
+        are the same for all runs of a seed."""
+        if self.model is None:
+            return None
+        with keyed(seed):
+            model = self.model()
+        if start is not None:
+            from safetensors.torch import load_file
+
+            network_of(model).load_state_dict(load_file(str(start / WEIGHTS)))
+        return model
+
+
+@dataclass(frozen=True)
+class Task:
+    """A finetuning (or the start, which has no `method`) and its evaluation.
+
+    Attributes:
+        plan: steps of the training; None where the start is measured only.
+        after: folder of the run that must be finished before; None can begin at once.
+        start: folder of the run whose weights this one begins with, where `inputs` make the model.
+        norm_of: whether the noise takes its norm from the run in `after`.
+        cost: of training and evaluation, in forward passes of the model for one image; a rough estimate.
+    """
+
+    seed: int
+    method: str | None
+    config: FinetuneConfig
+    evaluations: tuple[EvaluationSettings, ...]
+    settings: CompareSettings
+    inputs: Inputs
+    plan: Plan | None
+    after: Path | None
+    start: Path | None
+    norm_of: bool
+    cost: float
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"seed {self.seed}, {self.method or START}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.config.out or "")
+
+    @property
+    def results(self) -> Path:
+        """The small file that is written last: where it is, the run is finished."""
+        return self.folder / (START_RESULTS if self.method is None else RESULTS)
+
+    def model(self) -> nn.Module | None:
+        """A new model with the weights that the run begins with; None where the configuration names it."""
+        return self.inputs.make(self.seed, self.start)
+
+
+def place(folder: Path, seed: int, name: str) -> Path:
+    """The folder of a run."""
+    return folder / f"seed-{seed}" / name
+
+
+def plan_tasks(
+    folder: Path, settings: CompareSettings, inputs: Inputs, *, label: bool = False
+) -> tuple[list[Task], dict[str, Any], Prepared]:
+    """Open data and model, check all settings against them, and list the runs, each after those that it needs.
+
+    Returns:
+        The tasks; what reports say of data and model (JSON-able); and the data with a model at the start.
+
+    Raises:
+        ValueError, TypeError: whatever would stop a run later: see run_compare.
+    """
+    check_device(settings.where)
+    if inputs.model is None and not settings.network:
+        raise ValueError(f"model is needed with data {settings.data!r}: give its name")
+    if inputs.train_data is not None and inputs.test_data is None and settings.split == "test":
+        raise ValueError("train_data needs test_data beside it, or split='held-out'")
+    if inputs.model is not None and (settings.checkpoint is not None or settings.pretrained):
+        raise ValueError("checkpoint and pretrained are for a model by name; the factory brings its own weights")
+    given: dict[str, Any] = {"checkpoint": settings.checkpoint, "pretrained": settings.pretrained}
+    model = inputs.make(settings.first_seed)
+    if model is not None and inputs.make(settings.first_seed) is model:
+        raise ValueError("model must make a new model each time it is called; it returned the same one twice")
+    probe = settings.clean(**given)
+    with preserved(), Quiet():
+        ready = prepare(probe, torch.device(settings.where), model, inputs.train_data)
+        test = evaluation_set(settings, probe, inputs, ready.model)
+    kind = "trained"
+    if inputs.model is None:
+        loaded = settings.pretrained or settings.checkpoint is not None
+        kind = "random" if not loaded else "new head" if getattr(ready.model, "new_head", False) else "trained"
+    tasks = list(_tasks(folder, settings, inputs, kind, len(ready.train), len(test), given, label))
+    _check_evaluation(settings, ready.model, test)
+    with preserved():
+        for task in tasks:
+            if task.seed == settings.first_seed and task.plan is not None:
+                _check_training(task, ready)
+    weights = settings.checkpoint or ("pretrained" if settings.pretrained else None)
+    about = {
+        "model": settings.network or type(network_of(ready.model)).__name__,
+        "parameters": sum(parameter.numel() for parameter in ready.model.parameters()),
+        "weights": "random" if kind == "random" else weights,
+        "new_head": kind == "new head",
+        "start_epochs": 0 if tasks[0].plan is None else tasks[0].config.epochs,
+        "data": settings.data,
+        "classes": ready.classes,
+        "pixels": list(test[0][0].shape[1:]),
+        "train": len(ready.train),
+        "test": len(test),  # type: ignore[arg-type]
+    }
+    return tasks, about, ready
+
+
+def _tasks(
+    folder: Path, settings: CompareSettings, inputs: Inputs, kind: str, train: int, test: int,
+    given: dict[str, Any], label: bool,
+) -> Iterator[Task]:  # fmt: skip
+    evaluations = tuple(settings.evaluations())
+    clean = (
+        EvaluationSettings(("clean",), batch_size=settings.eval_batch_size, workers=settings.workers, progress=False),
+    )
+    # a noise that gives another its norm goes first
+    methods = sorted(settings.methods, key=lambda method: NORM_OF in settings.recipe(method))
+    measuring = sum(evaluation_cost(each, test) for each in evaluations)
+    for seed in settings.seed_list:
+        first = place(folder, seed, START)
+        writing = {"seed": seed, "resume": True}
+        start = settings.start(kind, seed, **given, out=str(first), resume=True)
+        if start is not None:
+            plan = _plan(START, start, train)
+            yield Task(
+                seed, None, start, clean, settings, inputs, plan, None, None, False, plan.total_cost + test
+            )  # fmt: skip
+        elif seed == settings.first_seed:  # the others begin with the same weights
+            config = settings.clean(**given, **writing, out=str(first))
+            yield Task(seed, None, config, clean, settings, inputs, None, None, None, False, test)
+        for method in methods:
+            begin = given if start is None else {"checkpoint": str(first / WEIGHTS)}
+            config = settings.configuration(
+                method, **begin, **writing, compute_budget=settings.budget, out=str(place(folder, seed, method)),
+                label=method if label else None,
+            )  # fmt: skip
+            norm_of = settings.recipe(method).get(NORM_OF)
+            after = None if start is None else first
+            plan = _plan(method, config, train)
+            yield Task(
+                seed, method, config, evaluations, settings, inputs, plan,
+                after if norm_of is None else place(folder, seed, norm_of), after, norm_of is not None,
+                plan.total_cost + measuring,
+            )  # fmt: skip
+
+
+def _plan(name: str, config: FinetuneConfig, images: int) -> Plan:
+    try:
+        return make_plan(config, images)
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).replace('compute_budget', 'budget')}") from error
+
+
+def _check_training(task: Task, ready: Prepared) -> None:
+    """Raise the error that the run would raise before its first step."""
+    assert task.plan is not None
+    try:
+        Training(task.config, ready.model, task.plan, ready.num_classes, torch.device(task.settings.where), Processes())
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{task.method or START}: {error}") from error
+
+
+def _check_evaluation(settings: CompareSettings, model: nn.Module, test: Dataset[Any]) -> None:
+    """Raise ValueError for test images, corruptions and test sets that the evaluation would refuse."""
+    count = len(test)  # type: ignore[arg-type]
+    if settings.split == "held-out" and count < settings.batch_size:
+        raise ValueError(
+            f"the held-out split has {count} images, fewer than a batch of {settings.batch_size}: it is too small to "
+            "choose settings on; use more training images or a smaller batch_size"
+        )
+    images, labels = default_collate([test[0]])
+    check_images(images, name="test images")
+    noise = None if settings.noise is None else Noise.load(settings.noise)
+    for each in settings.evaluations():
+        for corruption in each.corruptions if "corruptions" in each.suites else ():
+            for severity in each.severities:
+                try:
+                    corrupt(images, corruption, severity)
+                except (ValueError, RuntimeError) as error:
+                    raise ValueError(f"corruption {corruption} does not take these images: {error}") from error
+        for part in each.folders:
+            suite_classes(part, settings.root or "", model)
+        tried = tuple(suite for suite in each.suites if suite in NEEDY)
+        if tried:
+            # they need a number of classes, tokens that tile the image, or tokens of a shape
+            once = replace(each, suites=tried, eps=each.eps[:1], steps=1, limit=None)
+            evaluate(model, (images, labels), once, noise=noise)
+
+
+def evaluation_set(settings: CompareSettings, config: FinetuneConfig, inputs: Inputs, model: nn.Module) -> Dataset[Any]:
+    """The images that are measured, with the labels of the model."""
+    if settings.split == "test" and inputs.test_data is None:
+        return evaluation_data(config.data, model, data_dir=config.data_dir, download=config.download)
+    other = inputs.test_data if settings.split == "test" else None
+    found = prepare(config, next(model.parameters()).device, model, inputs.train_data, other).validation
+    assert found is not None
+    return found
+
+
+def work(task: Task, tell: Callable[[float], None] = lambda _: None) -> str:
+    """Finetune and evaluate.
+
+    Args:
+        task: what to do.
+        tell: is called with the forward passes that were done since the last call.
+
+    Returns:
+        The line that says what came out.
+    """
+    config, device = task.config, torch.device(task.settings.where)
+    with Quiet():
+        # what this run did before it was stopped is told too
+        if task.plan is None:
+            with preserved(), keyed(task.seed):
+                model = prepare(config, device, task.model(), task.inputs.train_data).model
+            line = task.name
+        else:
+            if task.norm_of and task.after is not None:
+                with preserved():
+                    ready = prepare(config, device, task.model(), task.inputs.train_data)
+                    config = _equal_norm(config, task.after, ready)
+            per_step = task.plan.total_cost / task.plan.steps
+            with listening(lambda _, steps: tell(steps * per_step)):
+                result = finetune(config, task.model(), task.inputs.train_data)
+            model, line = result.model, f"{task.name}: {result.plan.steps} steps, {result.seconds['total']:.0f} s"
+        summary = _measure(task, config, model, tell)["summary"]
+    # the results are whole: nothing will go on from the states
+    unneeded = ["state-*.pt"]
+    if not task.settings.keep_weights and task.method is not None:
+        unneeded.append("*.safetensors")
+    for pattern in unneeded:
+        for path in task.folder.glob(pattern):
+            path.unlink()
+    names = {"clean": "clean", "adversarial_mean": "under attack", "corruption_mean": "corrupted"}
+    found = [f"{text} {summary[name]:.1f} %" for name, text in names.items() if summary.get(name) is not None]
+    return f"{line}; {', '.join(found)}" if found else line
+
+
+def _measure(task: Task, config: FinetuneConfig, model: nn.Module, tell: Callable[[float], None]) -> dict[str, Any]:
+    """Every evaluation, each in a file of its own until all are there; then one file has them together."""
+    data = evaluation_set(task.settings, config, task.inputs, model)
+    noise = None if task.settings.noise is None else Noise.load(task.settings.noise)
+    parts, records = [], []
+    for number, settings in enumerate(task.evaluations):
+        costs = {suite: number_cost(suite, settings) for suite in settings.suites}
+        parts.append(task.folder / f"part-{number}.json")
+
+        def heard(name: str, images: float, costs: dict[str, float] = costs) -> None:
+            tell(images * costs[name.partition("/")[0]])
+
+        with listening(heard):
+            records.append(evaluate(model, data, settings, noise=noise, out=str(parts[-1])))
+    record = merged(records)
+    write_json(task.results, record)
+    for part in parts:
+        part.unlink()
+    return record
+
+
+def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Results of `evaluate` on the same data and model as one: other suites, and other numbers of images.
+
+    The protocol is that of the first, with all suites, and under `suite_images` how many images each suite had.
+    """
+    results: dict[str, Any] = {}
+    images: dict[str, Any] = {}
+    counts: dict[str, int | None] = {}
+    for record in records:
+        results |= record["results"]
+        images |= record["images"]
+        counts |= dict.fromkeys(record["protocol"]["suites"], record["protocol"]["n"])
+    protocol = {**records[0]["protocol"], "suites": list(counts), "suite_images": counts}
+    if len(records) > 1:
+        protocol["subset"] = "where fewer than all, drawn evenly over the classes by the seed"
+    return {"protocol": protocol, "results": results, "images": images, "summary": summarize(results)}
+
+
+def number_cost(suite: str, settings: EvaluationSettings) -> float:
+    """Forward passes for one image and one number of a suite; rough."""
+    walk = 2 * settings.steps * settings.restarts + 1
+    costs = {
+        "fgsm": 3, "mi_fgsm": walk, "pgd": walk, "apgd": walk, "apgd_t": 9 * walk, "autoattack": 3000,
+        "cw": 2 * CW["steps"] + 1, "patch": 101,
+    }  # fmt: skip
+    return costs.get(suite, 1)
+
+
+def numbers_of(suite: str, settings: EvaluationSettings) -> int:
+    """How many numbers a suite has."""
+    if suite in BALL_ATTACKS:
+        return len(settings.eps)
+    if suite == "corruptions":
+        return len(settings.corruptions) * len(settings.severities)
+    if suite in FOLDER_SUITES:
+        return len(suite_parts(suite, settings.severities))
+    return 2 if suite == "noise" else 1
+
+
+def images_of(suite: str, settings: EvaluationSettings, test: int) -> int:
+    """How many images a suite takes of `test`, or of a published set."""
+    there = FOLDER_IMAGES if suite in FOLDER_SUITES else test
+    return there if settings.limit is None else min(there, settings.limit)
+
+
+def evaluation_cost(settings: EvaluationSettings, test: int) -> float:
+    """Forward passes of an evaluation on `test` images; rough."""
+    return sum(
+        number_cost(suite, settings) * numbers_of(suite, settings) * images_of(suite, settings, test)
+        for suite in settings.suites
+    )
+
+
+def _equal_norm(config: FinetuneConfig, other: Path, ready: Prepared) -> FinetuneConfig:
+    """Random noise with limits scaled to the mean norm that the noise of another run had over its steps."""
+    records = read_metrics(other / METRICS)
+    seen = [record["norm"] for record in records if record.get("kind") == "step" and "norm" in record]
+    if not seen:
+        raise ValueError(f"{other} logged no norm of its noise: random noise cannot take its norm")
+    labels = labels_of(ready.train)
+    chosen = range(min(CALIBRATION_IMAGES, len(ready.train)))
+    if labels is not None:
+        chosen = even_subset(labels, CALIBRATION_IMAGES, 0).tolist()
+    device = next(ready.model.parameters()).device
+    images = to_pixels(torch.stack([ready.train[index][0] for index in chosen]), device)
+    inputs = FrozenEncoder(ready.model.eval(), site=config.site).embed(images)
+    start = config.synthesis()
+    assert start is not None
+    scale = scale_of_norm(statistics.fmean(seen), inputs, start)
+    return replace(config, noise=replace(start, limit=scale * start.limit, smooth_limit=scale * start.smooth_limit))
+
+
+def scale_of_norm(norm: float, inputs: Tensor, start: SynthesisConfig) -> float:
+    """The factor on the limits of a start with which the noise on `inputs` has the mean L2 norm `norm`.
+
+    Noise in pixels is cut to [0, 1]. Dark and bright pixels lose more of it, so the factor is found by bisection.
+
+    Args:
+        norm: in units of the site.
+        inputs: what the noise is added to, [B, ...].
+        start: its site and limits are used.
+
+    Raises:
+        ValueError: no noise of this kind in pixels is as long.
+    """
+    source = KeyedRandom(0, "scale", torch.arange(len(inputs), device=inputs.device))
+    noise = draw_start(inputs, start, source).noise
+    low = norm / float(norms(noise).mean())
+    if start.site != "pixels":
+        return low
+    high = 1 / max(start.limit, start.smooth_limit)
+    if float(norms(valid_noise(inputs, high * noise)).mean()) < norm:
+        raise ValueError(f"no such noise in pixels has a mean norm of {norm:g}")
+    for _ in range(30):
+        middle = (low + high) / 2
+        short = float(norms(valid_noise(inputs, middle * noise)).mean()) < norm
+        low, high = (middle, high) if short else (low, middle)
+    return low
+
+
+class Quiet(warnings.catch_warnings):
+    """No warnings of what every report shows: a universal noise that did not meet ε, and a head that is new."""
+
+    def __enter__(self) -> Any:
+        found = super().__enter__()
+        for message in ("the universal noise", ".*its head (has|is for)"):
+            warnings.filterwarnings("ignore", message=message)
+        return found
