@@ -48,8 +48,8 @@ def probe() -> int:
     print(*(f"{key} {value}" for key, value in identity(torch.device(DEVICE)).items() if key != "build"))
     if GPU:
         card = torch.cuda.get_device_properties(0)
-        sizes = f"{card.total_memory >> 30} GiB, L2 {card.L2_cache_size >> 20} MiB"
-        print(f"{card.multi_processor_count} multiprocessors, {sizes}, {card.shared_memory_per_block_optin} B shared")
+        sizes = ("total_memory", "multi_processor_count", "L2_cache_size", "shared_memory_per_block_optin")
+        print(*(f"{name} {getattr(card, name, '?')}" for name in sizes))
     print(measure_ceilings(SETTINGS))
     small("triton", "cuda", names=("layer_norm_out 192 3", "noise_objective_out 10"))
     try:

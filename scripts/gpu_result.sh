@@ -25,7 +25,8 @@ step() { # SECONDS, then words of fastnull; with the signal of Ctrl-C the state 
   timeout -s INT -k 15 "$limit" "$PYTHON" -m fastnull "$@" >"$OUT/step.txt" 2>&1
   local status=$?
   cat "$OUT/step.txt" >>"$OUT/log.txt"
-  [ $status = 0 ] || { failed=$((failed + 1)) && echo "$1 ended with $status after $SECONDS s: $(tail -n 1 "$OUT/step.txt")"; }
+  [ $status = 0 ] && return
+  failed=$((failed + 1)) && echo "$1 ended with $status after $SECONDS s: $(tail -n 1 "$OUT/step.txt")"
   return $status
 }
 

@@ -21,7 +21,7 @@ from fastnull.models import create_model
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
     1: ["install", "probe", "gradient", "built", "selftest", "steps", "tests"],
-    2: ["install", "probe", "built", "compiled", "sanitizer", "profile", "autotune"],
+    2: ["install", "probe", "compiled", "built", "sanitizer", "profile", "autotune"],
 }
 
 
