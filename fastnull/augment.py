@@ -35,9 +35,9 @@ from fastnull.noise import Noise, check_noise
 from fastnull.rng import KeyedRandom, Place, carried, fraction_of, generator
 from fastnull.synthesis.batches import check_batch
 from fastnull.synthesis.config import ALL_MODES, SynthesisConfig, recommended_fraction
-from fastnull.synthesis.replay import Replay, use_graph
+from fastnull.synthesis.replay import Replay
 from fastnull.synthesis.run import synthesize
-from fastnull.synthesis.solvers import norms, own_noise, valid_noise
+from fastnull.synthesis.solvers import norms, replayed_noise, valid_noise
 from fastnull.synthesis.starts import Start, draw_start, step_source, warm_start
 from fastnull.vit.base import inside_frozen, logits_of
 
@@ -452,15 +452,8 @@ class NullspaceAugment:
         return noise, influence
 
     def _solver(self) -> Replay:
-        """(tokens, clean logits, start) or (..., step size) → noise per image, influence, updates."""
-        encoder, config = self.encoder, self.config
-        self._solve_of = encoder.generation
-        graph = use_graph(config.graph, encoder.device, encoder.backend)
-        return Replay(
-            lambda tokens, clean, start, *size: own_noise(encoder, tokens, clean, start, config, *size),
-            graph,
-            buffers=encoder.buffers,
-        )
+        self._solve_of = self.encoder.generation
+        return replayed_noise(self.encoder, self.config)
 
     def _register(self) -> None:
         """Register the hooks, which stay for the life of this object and do nothing without a view."""

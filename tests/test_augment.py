@@ -45,8 +45,7 @@ def test_loss_is_the_sum_over_both_views(
     loss, logits = aug.loss(images, labels, F.cross_entropy)
     # the same noise again, added by hand: the model has no dropout, so training mode changes nothing
     tokens = aug.encoder.embed(images)
-    aug.step -= 1
-    noisy = tokens + aug.draw(tokens)
+    noisy = tokens + aug.at(0).draw(tokens)
     expected = F.cross_entropy(vit(images), labels) + F.cross_entropy(aug.encoder(noisy), labels)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(logits, vit(images))
@@ -64,19 +63,15 @@ def test_fraction_of_one_view_is_noisy(
         loss, logits = aug.loss(images, labels, F.cross_entropy)
     assert aug.step == 1
     tokens = aug.encoder.embed(images)
-    aug.step = 0
-    noise = aug.draw(tokens)
+    noise = aug.at(0).draw(tokens)
     assert [bool(row.any()) for row in noise] == [False, False, False, True, False, False, True, False]
     torch.testing.assert_close(logits, aug.encoder(tokens + noise))
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
     assert float(aug.stats["norm"]) == pytest.approx(float(noise[[3, 6]].flatten(1).norm(dim=1).mean()))
     # the noise of an image is what it would get if all had some
-    whole = ready(vit, images, mode, site, fraction=1.0)
-    whole.step = 0
-    torch.testing.assert_close(whole.draw(tokens)[[3, 6]], noise[[3, 6]])
-    plain = ready(vit, images, mode, site, fraction=0.0)
-    plain.step = 0
-    torch.testing.assert_close(plain.draw(tokens)[[3, 6]], noise[[3, 6]])
+    for fraction in (1.0, 0.0):
+        other = ready(vit, images, mode, site, fraction=fraction)
+        torch.testing.assert_close(other.draw(tokens)[[3, 6]], noise[[3, 6]])
 
 
 def test_noisy_rows_are_spaced_evenly_over_the_larger_batch() -> None:
@@ -93,7 +88,6 @@ def test_noisy_rows_are_spaced_evenly_over_the_larger_batch() -> None:
 
 def test_a_fraction_of_batches_of_one_is_noisy(vit: NormalizedModel, images: Tensor) -> None:
     aug = ready(vit, images, "boundary", "pixels", fraction=0.25)
-    aug.step = 0
     noisy = [bool(aug.draw(images[:1]).any()) for _ in range(8)]
     assert noisy == [False, False, False, True] * 2
     assert float(aug.stats["norm"]) > 0
@@ -113,8 +107,7 @@ def test_gradients_are_those_of_two_separate_views(vit: NormalizedModel, images:
     aug.step = 0
     with aug:
         F.cross_entropy(vit(images), labels).backward()
-    for mine, parameter in zip(together, vit.parameters(), strict=True):
-        torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(together, [parameter.grad for parameter in vit.parameters()], rtol=1e-4, atol=1e-6)
 
 
 def test_both_views_pass_at_once_where_nothing_needs_the_clean_one(
@@ -230,9 +223,9 @@ def test_activation_checkpointing_sees_one_noise(
     aug = ready(vit, images, "boundary", site, fraction=0.0)
     aug.loss(images, labels, F.cross_entropy)[0].backward()
     plain = [parameter.grad.clone() for parameter in vit.parameters()]
+    vit.network.set_grad_checkpointing(True)
     for attached in (False, True):
         vit.zero_grad()
-        vit.network.set_grad_checkpointing(True)
         aug.step = 0
         if attached:
             F.cross_entropy(vit(images), labels).backward()
@@ -241,8 +234,7 @@ def test_activation_checkpointing_sees_one_noise(
         else:
             aug.loss(images, labels, F.cross_entropy)[0].backward()
         assert aug.step == 1
-        for gradient, parameter in zip(plain, vit.parameters(), strict=True):
-            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(plain, [parameter.grad for parameter in vit.parameters()], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -264,24 +256,20 @@ def test_frozen_parts_in_eval_mode_take_no_noise_away(
         assert torch.equal(vit(images), clean)
 
 
-def nested_compiled(vit: NormalizedModel, images: Tensor) -> NormalizedModel:
+def compiled(vit: NormalizedModel, images: Tensor, *, nested: bool) -> Any:
+    """A compiled model, or one whose network is compiled, that has run."""
     torch._dynamo.reset()  # after many compilations it would run eagerly
-    model = NormalizedModel(torch.compile(vit.network, backend="eager"), [0.5] * 3, [0.5] * 3).train()
+    inside = torch.compile(vit.network if nested else vit, backend="eager")
+    model = (NormalizedModel(inside, [0.5] * 3, [0.5] * 3) if nested else inside).train()
     model(images)
     return model
 
 
-def compiled_outside(vit: NormalizedModel, images: Tensor) -> Any:
-    model = torch.compile(vit.train(), backend="eager")
-    model(images)
-    return model
-
-
-@pytest.mark.parametrize("compiled", [nested_compiled, compiled_outside])
+@pytest.mark.parametrize("nested", [True, False])
 def test_attaching_after_compile_ran_is_detected(
-    vit: NormalizedModel, images: Tensor, labels: Tensor, compiled: Callable[..., Any]
+    vit: NormalizedModel, images: Tensor, labels: Tensor, nested: bool
 ) -> None:
-    model = compiled(vit, images)
+    model = compiled(vit, images, nested=nested)
     aug = NullspaceAugment(model, "random")
     with pytest.raises(RuntimeError, match=r"compiled and run before NullspaceAugment was created"):
         aug.loss(images, labels, F.cross_entropy)
@@ -295,7 +283,7 @@ def test_attaching_after_compile_ran_is_detected(
 
 
 def test_the_hook_form_too_gives_noise_or_an_error(vit: NormalizedModel, images: Tensor) -> None:
-    model = nested_compiled(vit, images)
+    model = compiled(vit, images, nested=True)
     aug = NullspaceAugment(model, "random")
     aug._attached = True  # as if its compilation had not been seen
     with pytest.raises(RuntimeError, match="noise was requested in this training forward and none was added"):
@@ -412,9 +400,7 @@ def test_labels_of_any_width(
 ) -> None:
     losses = []
     for labels in (torch.arange(8), torch.arange(8).to(dtype)):
-        aug = NullspaceAugment(vit.train(), mode, fraction=fraction)
-        if mode == "universal":
-            aug.refresh([images])
+        aug = ready(vit, images, mode, fraction=fraction)
         losses.append(aug.loss(images, labels, F.cross_entropy)[0])
     assert torch.equal(*losses)
 
@@ -428,8 +414,7 @@ def test_one_hot_labels_of_integers(vit: NormalizedModel, images: Tensor, dtype:
 
 
 def test_a_bank_for_images_of_another_size_is_refused(vit: NormalizedModel, images: Tensor) -> None:
-    aug = NullspaceAugment(vit.train(), "universal")
-    aug.refresh([images])
+    aug = ready(vit, images, "universal")
     state = aug.state_dict()
     state["bank"]["tokens"] = state["bank"]["tokens"][:, :1]  # one token's noise would go to all tokens
     aug.load_state_dict(state)
@@ -477,8 +462,7 @@ def test_noise_is_bitwise_the_same_inside_autocast(
             tokens = aug.encoder.embed(images)
             aug.encoder.sync()
             made.append((tokens, aug.encoder(tokens), aug.draw(tokens)))
-    for outside, inside_ in zip(*made, strict=True):
-        assert torch.equal(outside, inside_)
+    torch.testing.assert_close(*made, rtol=0, atol=0)
 
 
 def test_images_by_keyword(vit: NormalizedModel, images: Tensor) -> None:
@@ -499,17 +483,14 @@ def test_any_memory_format(vit: NormalizedModel, images: Tensor, labels: Tensor,
     losses = []
     for given in (images, images.contiguous(memory_format=torch.channels_last), images.flip(3).flip(3)):
         aug = ready(vit, images, mode, site, fraction=0.0)
-        aug.step = 0
         losses.append(aug.loss(given, labels, F.cross_entropy)[0])
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(losses[2], losses[0])
 
 
 def test_plain_timm_model_takes_normalised_images(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
-    network = vit.network.train()
-    aug = NullspaceAugment(network, "boundary", site="patch")
-    loss, _ = aug.loss((images - 0.5) / 0.5, labels, F.cross_entropy)
-    wrapped = NullspaceAugment(vit.train(), "boundary", site="patch")
+    plain, wrapped = ready(vit.network, images, "boundary"), ready(vit, images, "boundary")
+    loss, _ = plain.loss((images - 0.5) / 0.5, labels, F.cross_entropy)
     torch.testing.assert_close(wrapped.loss(images, labels, F.cross_entropy)[0], loss)
 
 

@@ -127,8 +127,9 @@ def test_no_block_escapes() -> None:
         assert text.count("<!-- not run") == sum(block.why_not_run is not None for block in blocks_of(page)), page.name
     reasons = [block.why_not_run for block in BLOCKS if block.why_not_run is not None]
     assert {reason: reasons.count(reason) for reason in reasons} == NOT_RUN
-    shown = {words[1] for _, words in commands() if words[0] == "fastnull"}
-    assert shown >= {"inspect", "synthesize", "finetune", "evaluate", "compare", "analyze", "report", "bench"}
+    shown = {(where.partition(":")[0], words[1]) for where, words in commands() if words[0] == "fastnull"}
+    assert {name for page, name in shown if page == "README.md"} >= {"inspect", "finetune", "evaluate", "compare"}
+    assert {name for _, name in shown} >= {"synthesize", "analyze", "report", "bench"}
 
 
 def prose(page: Path) -> str:

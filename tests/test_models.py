@@ -10,6 +10,7 @@ import os
 import pickle
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,26 +106,22 @@ def test_bad_requests(name: Any, options: dict, error: type[Exception], message:
         create_model(name, **options)
 
 
-def _wrapped(state: dict[str, Tensor], wrapper: str) -> Any:
-    return {
-        "alone": state,
-        "model": {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
-        "state_dict": OrderedDict(state_dict=OrderedDict(state), optimizer={"state": {}}),
-        "ddp": {"state_dict": {f"module.{key}": value for key, value in state.items()}},
-        "compiled DDP of a NormalizedModel": {f"_orig_mod.module.network.{key}": v for key, v in state.items()},
-        "ema first": {"state_dict": {key: value + 1 for key, value in state.items()}, "state_dict_ema": state},
-        "averaged": {"n_averaged": torch.tensor(5), **{f"module.{key}": value for key, value in state.items()}},
-    }[wrapper]
+WRAPPED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "alone": lambda state: state,
+    "model": lambda state: {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
+    "state_dict": lambda state: OrderedDict(state_dict=OrderedDict(state), optimizer={"state": {}}),
+    "ddp": lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+    "compiled DDP of a NormalizedModel": lambda state: {f"_orig_mod.module.network.{k}": v for k, v in state.items()},
+    "ema first": lambda state: {"state_dict": {k: v + 1 for k, v in state.items()}, "state_dict_ema": state},
+    "averaged": lambda state: {"n_averaged": torch.tensor(5), **{f"module.{k}": v for k, v in state.items()}},
+}
 
 
-@pytest.mark.parametrize(
-    "wrapper",
-    ["alone", "model", "state_dict", "ddp", "compiled DDP of a NormalizedModel", "ema first", "averaged"],
-)
+@pytest.mark.parametrize("wrapper", WRAPPED)
 @pytest.mark.parametrize("legacy", [False, True])
 def test_torch_files(wrapper: str, legacy: bool, state: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
-    torch.save(_wrapped(state, wrapper), path, _use_new_zipfile_serialization=not legacy)
+    torch.save(WRAPPED[wrapper](state), path, _use_new_zipfile_serialization=not legacy)
     loaded = create_model("vit_digits", checkpoint=path).network.state_dict()
     assert all(torch.equal(loaded[key], state[key]) for key in state)
 

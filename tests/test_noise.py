@@ -62,9 +62,12 @@ def test_bad_files_are_refused(noise: Noise, path: Path) -> None:
     save_file({"tokens": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="is not a noise file of fastnull"):
         Noise.load(path)
-    save_file({"tokens": torch.zeros(1)}, path, metadata={"format": "fastnull-noise-1", "site": "patch"})
-    with pytest.raises(ValueError, match="lacks influence, norm, converged, steps"):
-        Noise.load(path)
+    header = {"format": "fastnull-noise-1", "site": "patch"}
+    names = ["tokens", "influence", "norm", "converged", "steps"]
+    for name in names:
+        save_file({name: torch.zeros(1)}, path, metadata=header)
+        with pytest.raises(ValueError, match=f"lacks {', '.join(other for other in names if other != name)}"):
+            Noise.load(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -119,7 +122,9 @@ def test_tensors_of_another_shape_are_refused(
 
 
 @pytest.mark.parametrize(
-    "header", [{}, {"site": "patch"}, {"site": "cls", "metadata": "{}"}, {"site": "patch", "metadata": "{"}]
+    "header",
+    [{}, {"site": "patch"}, {"metadata": "{}"}, {"site": "cls", "metadata": "{}"}, {"site": "", "metadata": "{}"}]
+    + [{"site": "patch", "metadata": damaged} for damaged in ("{", "[]", "3", "")],
 )
 def test_an_invalid_header_is_one_error_that_names_the_file(noise: Noise, path: Path, header: dict[str, str]) -> None:
     rewritten(noise, path, {"format": "fastnull-noise-1", **header})

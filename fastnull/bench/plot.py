@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastnull.bench.rows import Row
+from fastnull.record import replacing
 from fastnull.report.plots import import_pyplot
 
 COLOURS = {"float32": "#8C8C8C", "bfloat16": "#0072B2", "float16": "#009E73"}
@@ -51,14 +52,11 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         ax.set_xlabel("MB" if suite == "memory" else "ms", fontsize=7)
         ax.tick_params(axis="x", labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
-    target = Path(path)
-    beside = target.with_name(f".{target.stem}.new{target.suffix}")
     try:
-        figure.savefig(beside, dpi=150)
-        beside.replace(target)
+        with replacing(path) as beside:
+            figure.savefig(beside, format=Path(path).suffix[1:], dpi=150)
     finally:
         plt.close(figure)
-        beside.unlink(missing_ok=True)
 
 
 def _value(row: Row) -> float | None:

@@ -81,15 +81,7 @@ class AutogradEncoder:
         by_image: bool = False,
         sum_every: int | None = None,
     ) -> tuple[Tensor, ...]:
-        """Logits, the gradient of Σ logits · cotangent at the site, and the other results of `cotangent`.
-
-        Args:
-            tokens: the tensor at the site.
-            site: its name.
-            cotangent: called once with all logits and the slice of all images; returns the cotangent and other results.
-            by_image: has no effect here.
-            sum_every: sum the gradient over every so many images in a row, in float32 or float64.
-        """
+        """As ExplicitEncoder.input_gradient; `cotangent` is called once, with all logits, whatever `by_image` is."""
         with frozen(self._vit.model), torch.enable_grad():
             leaf = tokens.detach().to(self.dtype).requires_grad_(True)
             logits = self._vit.logits(leaf, site)

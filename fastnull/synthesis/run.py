@@ -21,8 +21,7 @@ from fastnull.rng import KeyedRandom, preserved
 from fastnull.synthesis.batches import Batches, as_batches, count_images, embed_batch, one_size
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import influence
-from fastnull.synthesis.replay import Replay, use_graph
-from fastnull.synthesis.solvers import expand_as_noise, norms, own_noise, perturb
+from fastnull.synthesis.solvers import expand_as_noise, norms, perturb, replayed_noise
 from fastnull.synthesis.starts import bank_start, checked_start, draw_start
 from fastnull.synthesis.universal import Mean, UniversalRun, judge, scaled_to_eps
 from fastnull.vit.base import SplitViT
@@ -247,12 +246,7 @@ def _per_image(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     done = 0
     total = len(batches) if isinstance(batches, Sequence) else None
-    graph = use_graph(config.graph, encoder.device, encoder.backend)
-    solve = Replay(
-        lambda tokens, clean, first, *size: own_noise(encoder, tokens, clean, first, config, *size),
-        graph,
-        buffers=encoder.buffers,
-    )
+    solve = replayed_noise(encoder, config)
     size = one_size(batches) if isinstance(batches, Sequence) else None
     images = count_images(batches)
     if start is not None and images is not None and len(start) != images:

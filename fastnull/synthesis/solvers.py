@@ -24,6 +24,7 @@ from fastnull.ops import (
 from fastnull.ops.common import no_autocast
 from fastnull.synthesis.config import SynthesisConfig
 from fastnull.synthesis.objective import PREDICTION, prediction_gradient, probability_change
+from fastnull.synthesis.replay import Replay, use_graph
 
 TENTH = 0.1
 """Of the start's norm: a boundary step at the token sites."""
@@ -37,54 +38,50 @@ def own_noise(
     config: SynthesisConfig,
     step_size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One noise per image [B, ...] by config.mode (`boundary_noise`, `optimized_noise`), its influence before the last
-    step [B] and its number of updates [B]."""
-    tokens, start = tokens.contiguous(), start.contiguous()  # once, since the steps need dense memory
-    with no_autocast(tokens.device):
-        if config.mode != "boundary":
-            return optimized_noise(encoder, tokens, clean, start, config)
-        noise, influence = boundary_noise(encoder, tokens, clean, start, config, step_size)
-    return noise, influence, torch.full((len(tokens),), steps_of(config), device=tokens.device)
+    """One noise per image, by config.mode.
 
-
-def steps_of(config: SynthesisConfig) -> int:
-    """Number of updates of one image's noise."""
-    assert config.steps is not None, f"mode {config.mode!r} has no fixed number of steps"
-    return config.steps
-
-
-def boundary_noise(
-    encoder: FrozenEncoder,
-    tokens: Tensor,
-    clean: Tensor,
-    start: Tensor,
-    config: SynthesisConfig,
-    step_size: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Drive one noise per image to influence = ε: a step against the gradient if it is above, along it if below.
+    `boundary` drives the influence to ε: steps of a given length against the gradient if it is above, along it if it is
+    below. `per_image` moves the noise by AdamW until its influence is below ε.
 
     Args:
         encoder: at the site.
         tokens: at the site, without noise [B, ...].
         clean: logits without noise [B, K].
         start: noise to start from [B, ...].
-        config: eps, objective, steps and step_size are used.
-        step_size: [] or [B]; None is `boundary_step_size`.
+        config: eps, objective and steps are used; per_image: lr, weight_decay, schedule and log_norm_weight too.
+        step_size: boundary: [] or [B]; None is `boundary_step_size`.
 
     Returns:
-        The noise [B, ...] and the influence before the last step [B].
+        The noise [B, ...], the influence before the last step [B] and the number of updates [B].
     """
-    pixels = encoder.site == "pixels"
-    noise = valid_noise(tokens, start) if pixels else start.clone()
-    size = boundary_step_size(start.shape[1:], config) if step_size is None else step_size
-    influence = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
-    for _ in range(steps_of(config)):
-        influence, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
-        step = sign_step if pixels else normalized_step
-        step(noise, gradient, boundary_gate(influence, config.eps), lr=size)
-        if pixels:
-            noise = valid_noise(tokens, noise)
-    return noise, influence
+    pixels, steps = encoder.site == "pixels", config.steps
+    assert steps is not None, f"mode {config.mode!r} has no fixed number of steps"
+    tokens, start = tokens.contiguous(), start.contiguous()  # once, since the steps need dense memory
+    with no_autocast(tokens.device):
+        noise = valid_noise(tokens, start) if pixels else start.clone()
+        state = None if config.mode == "boundary" else AdamWState.zeros(noise)
+        size = boundary_step_size(start.shape[1:], config) if step_size is None else step_size
+        for step in range(steps):
+            influence, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
+            if state is None:
+                move = sign_step if pixels else normalized_step
+                move(noise, gradient, boundary_gate(influence, config.eps), lr=size)
+            else:
+                gradient = gradient - log_norm_gradient(noise, config.log_norm_weight)
+                gate, lr = descent_gate(influence, config.eps), learning_rate(config, step, steps)
+                adamw_step(noise, gradient, state, gate, lr=lr, weight_decay=config.weight_decay)
+            if pixels:
+                noise = valid_noise(tokens, noise)
+    return noise, influence, torch.full_like(influence, steps, dtype=torch.int64) if state is None else state.steps
+
+
+def replayed_noise(encoder: FrozenEncoder, config: SynthesisConfig) -> Replay:
+    """`own_noise` as a function of tokens, clean logits, start and perhaps step size; config.graph: in a CUDA graph."""
+
+    def solve(tokens: Tensor, clean: Tensor, start: Tensor, *size: Tensor) -> tuple[Tensor, ...]:
+        return own_noise(encoder, tokens, clean, start, config, *size)
+
+    return Replay(solve, use_graph(config.graph, encoder.device, encoder.backend), buffers=encoder.buffers)
 
 
 def boundary_step_size(shape: Sequence[int], config: SynthesisConfig) -> float:
@@ -92,36 +89,6 @@ def boundary_step_size(shape: Sequence[int], config: SynthesisConfig) -> float:
     is not measured, because the images at hand can be a part of the batch."""
     strength = config.limit * (1 - config.limit_range / 2)
     return config.step_size or TENTH * strength * math.sqrt(math.prod(shape) / 3)
-
-
-def optimized_noise(
-    encoder: FrozenEncoder, tokens: Tensor, clean: Tensor, start: Tensor, config: SynthesisConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the noise of each image by AdamW until its influence is below ε.
-
-    Args:
-        encoder: at the site.
-        tokens: at the site, without noise [B, ...].
-        clean: logits without noise [B, K].
-        start: noise to start from [B, ...].
-        config: eps, objective, log_norm_weight, lr, weight_decay, steps and schedule are used.
-
-    Returns:
-        The noise [B, ...], the influence before the last step [B] and the number of updates [B].
-    """
-    pixels = encoder.site == "pixels"
-    noise = valid_noise(tokens, start) if pixels else start.clone()
-    state = AdamWState.zeros(noise)
-    steps = steps_of(config)
-    influence = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float32)
-    for step in range(steps):
-        influence, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
-        gradient = gradient - log_norm_gradient(noise, config.log_norm_weight)
-        gate, lr = descent_gate(influence, config.eps), learning_rate(config, step, steps)
-        adamw_step(noise, gradient, state, gate, lr=lr, weight_decay=config.weight_decay)
-        if pixels:
-            noise = valid_noise(tokens, noise)
-    return noise, influence, state.steps
 
 
 def perturb(encoder: FrozenEncoder, tokens: Tensor, noise: Tensor) -> Tensor:

@@ -283,16 +283,6 @@ def test_evaluate_completes_a_file_or_replaces_it(tmp_path: Path, capsys: pytest
             assert "named pipe" in refused(capsys, *words[:3], option, "--out", tmp_path / "pipe.json")
 
 
-def test_unexpected_runtime_error_points_to_debug(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(args: argparse.Namespace) -> None:
-        raise RuntimeError("two\nlines")
-
-    monkeypatch.setattr(commands, "report", broken)
-    assert "two lines (--debug shows where)" in refused(capsys, "report", "x")
-
-
 @pytest.mark.parametrize("data", ["digits", "photos"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_images_of_a_part_are_even_over_the_classes(data: str, seed: int) -> None:

@@ -314,7 +314,7 @@ def test_views_for_any_number_of_colours(pictures, channels, policy):
             assert image.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("policy", ["rubbish", "rand-mfoo"])
+@pytest.mark.parametrize("policy", ["rubbish", "rand-rubbish", "rand-mfoo", "rand-m9-x", "augmix-", "3a-q"])
 def test_unknown_policies_are_named(model, policy):
     with pytest.raises(ValueError, match=f"auto_augment must be a policy of timm.*got '{policy}'"):
         View.of(model).training(**image_settings(FinetuneConfig(auto_augment=policy)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -140,14 +140,6 @@ def test_token_counts_of_real_models(make_vit: Factory, grid: int) -> None:
     assert cosines(half[1], gradient).min() > 0.999
 
 
-def test_sites_agree(vit: NormalizedModel, images: Tensor) -> None:
-    logits = vit(images)
-    for backend in ("reference", "cpu"):
-        for site in SITES:
-            frozen = FrozenEncoder(vit, backend=backend, site=site)
-            torch.testing.assert_close(frozen(frozen.embed(images)), logits, rtol=1e-4, atol=1e-5)
-
-
 def test_sync_gives_what_a_new_encoder_has_bit_for_bit(make_vit: Factory, images: Tensor) -> None:
     for settings in ({"qk_norm": True}, {"init_values": 0.3, "pre_norm": True}):
         for dtype in (torch.float32, torch.bfloat16):
@@ -161,10 +153,8 @@ def test_sync_gives_what_a_new_encoder_has_bit_for_bit(make_vit: Factory, images
             fresh = FrozenEncoder(model, dtype=dtype, backend="cpu")
             tokens, cotangent = fresh.embed(images), torch.randn(8, 10)
             assert torch.equal(frozen.embed(images), tokens)
-            for mine, theirs in zip(
-                frozen.input_gradient(tokens, cotangent), fresh.input_gradient(tokens, cotangent), strict=True
-            ):
-                assert torch.equal(mine, theirs)
+            mine, theirs = frozen.input_gradient(tokens, cotangent), fresh.input_gradient(tokens, cotangent)
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
             now = [linear.weight.data_ptr() for block in frozen._encoder.blocks for linear in block.linears()]
             assert now == pointers, "in place"
 
@@ -202,9 +192,9 @@ def test_parts_of_a_batch_are_the_whole(make_vit: Factory, monkeypatch: pytest.M
     assert seen == [*((i, i + 1) for i in range(7)), (0, 7), (0, 2), (2, 5), (5, 7), (0, 7), (0, 7), (0, 7)]
     assert memories == [memories[0], 3 * memories[0], 7 * memories[0]]
     for first, *others in (given, made):
-        for other in others:
-            torch.testing.assert_close(other[0], first[0], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(other[1], first[1], rtol=1e-4, atol=1e-6)
+        for logits, gradient in others:
+            torch.testing.assert_close(logits, first[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(gradient, first[1], rtol=1e-4, atol=1e-6)
 
 
 def test_products_are_timed_once_and_can_be_chosen(vit: NormalizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,41 +265,6 @@ def test_the_old_name_of_sync_is_no_condition(vit: NormalizedModel, images: Tens
     torch.testing.assert_close(frozen(frozen.embed(images)), vit(images))
 
 
-def _assign(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    model.load_state_dict({name: change(value) for name, value in model.state_dict().items()}, assign=True)
-
-
-WRITES: dict[str, Callable[[nn.Module], object]] = {
-    "in place": lambda model: [parameter.mul_(1.2) for parameter in model.parameters()],
-    ".data": lambda model: [parameter.data.mul_(1.2) for parameter in model.parameters()],
-    ".data replaced": lambda model: [setattr(p, "data", 1.2 * p.data) for p in model.parameters()],
-    "storage": lambda model: [p.untyped_storage().copy_((1.2 * p).untyped_storage()) for p in model.parameters()],
-    "numpy": lambda model: [p.numpy().__imul__(1.2) for p in model.parameters()],
-    "vector_to_parameters": lambda model: nn.utils.vector_to_parameters(
-        1.2 * nn.utils.parameters_to_vector(model.parameters()), model.parameters()
-    ),
-    "load_state_dict": lambda model: model.load_state_dict({k: 1.2 * v for k, v in model.state_dict().items()}),
-    "load_state_dict, assigned": lambda model: _assign(model, lambda value: 1.2 * value),
-}
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("write", WRITES)
-def test_noise_is_made_with_the_weights_of_now_whoever_wrote_them(
-    make_vit: Factory, images: Tensor, write: str, backend: str
-) -> None:
-    vit = loud(make_vit(init_values=0.5))
-    aug = NullspaceAugment(vit.train(), backend=backend, dtype=torch.float64)
-    before = aug.encoder(aug.encoder.embed(images))
-    with torch.no_grad():
-        WRITES[write](vit.network)
-        aug.draw(aug.encoder.embed(images))
-        vit.eval()
-        now = aug.encoder(aug.encoder.embed(images))
-        torch.testing.assert_close(now.float(), vit(images), rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(now, before)
-
-
 def test_buffers_are_reused_and_results_are_the_callers(vit: NormalizedModel, images: Tensor) -> None:
     frozen = FrozenEncoder(vit, backend="cpu")
     tokens, cotangent = frozen.embed(images), torch.randn(8, 10)
@@ -344,10 +299,9 @@ def test_cotangent_as_tensor_callable_and_tuple(vit: NormalizedModel, images: Te
         tokens = frozen.embed(images)
         clean = frozen(tokens).roll(1, 0)
         expected = frozen.input_gradient(tokens, noise_objective(clean, frozen(tokens)).cotangent)[1]
-        called = frozen.input_gradient(tokens, lambda logits, c=clean: noise_objective(c, logits).cotangent)[1]
-        tupled = frozen.input_gradient(tokens, lambda logits, c=clean: (noise_objective(c, logits).cotangent, 1))[1]
-        assert torch.equal(called, expected)
-        assert torch.equal(tupled, expected)
+        for rest in ((), (1,)):
+            called = frozen.input_gradient(tokens, lambda y, c=clean, r=rest: (noise_objective(c, y).cotangent, *r))
+            assert torch.equal(called[1], expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -520,11 +474,6 @@ def test_model_is_kept_alive_by_its_encoder(make_vit: Factory, images: Tensor) -
     frozen = FrozenEncoder(make_vit(), backend="cpu")
     frozen.sync()
     assert frozen(frozen.embed(images)).isfinite().all()
-
-
-def test_foreign_modules_are_named() -> None:
-    with pytest.raises(ValueError, match="no adapter splits Linear"):
-        FrozenEncoder(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -715,5 +664,4 @@ def test_the_encoder_runs_on_references_op_by_op(vit: NormalizedModel, images: T
     for names in ((), ("attention",), ("layer_norm", "linear_gelu")):
         with ops.references(*names):
             got = frozen.input_gradient(tokens, cotangent)
-        for mine, other in zip(got, expected, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -230,13 +230,14 @@ def test_every_way_to_write_weights(
     torch.testing.assert_close(loss, fresh.loss(images, LABELS, F.cross_entropy)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("write", ["by_data", "by_storage", "by_assigning"])
 def test_weights_written_in_other_dtypes(
-    write: str, make_vit: Callable[..., NormalizedModel], images: Tensor, watch: Watch
+    write: str, backend: str, make_vit: Callable[..., NormalizedModel], images: Tensor, watch: Watch
 ) -> None:
     """The reference backend has a copy of the model then."""
-    model, other = make_vit(), make_vit()
-    aug = NullspaceAugment(model.train(), "boundary", steps=1, backend="reference", dtype=torch.float64)
+    model, other = make_vit(init_values=0.5), make_vit(init_values=0.5)
+    aug = NullspaceAugment(model.train(), "boundary", steps=1, backend=backend, dtype=torch.float64)
     _, seen = watch(aug, images)
     aug.loss(images, LABELS, F.cross_entropy)
     WRITES[write](model, other)

@@ -80,7 +80,7 @@ STEPS = ["adamw", "normalized", "sign"]
 
 
 def take(step: str, noise: torch.Tensor, grad: torch.Tensor, state: ops.AdamWState) -> None:
-    gate = torch.tensor([1.0, 0.0, -1.0])
+    gate = torch.tensor([1.0, 0.0, -1.0], device=noise.device)
     if step == "adamw":
         ops.adamw_step(noise, grad, state, gate, lr=0.1, weight_decay=0.01)
     else:

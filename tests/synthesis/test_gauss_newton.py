@@ -188,7 +188,6 @@ def test_default_is_a_plain_loop_of_dense_steps(vit: NormalizedModel) -> None:
 
 def test_it_needs_a_third_of_the_updates_of_adamw() -> None:
     """Where noise does little, as on a trained model; on a wildly random one neither is faster."""
-    torch.manual_seed(0)
     model = create_model("vit_digits", num_classes=10)
     with torch.no_grad():
         for block in model.network.blocks:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
@@ -51,8 +54,7 @@ def test_noises_in_one_pass_are_noises_one_by_one(vit: NormalizedModel, images: 
     together = shared_gradient(encoder, tokens, clean, noise, "l2")
     for m in range(3):
         alone = shared_gradient(encoder, tokens, clean, noise[m : m + 1], "l2")
-        for mine, theirs in zip(together, alone, strict=True):
-            torch.testing.assert_close(mine[m : m + 1], theirs, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(tuple(part[m : m + 1] for part in together), alone, rtol=1e-10, atol=1e-12)
 
 
 def test_a_bank_that_is_cut_into_passes(
@@ -185,33 +187,21 @@ def test_in_a_graph_a_held_noise_stays_held(
     assert torch.equal(seldom.steps, eager.steps)
 
 
-class Bar:
-    """Stands in for tqdm; tells how many values the tensors made since hold, after each step."""
+class Made(TorchDispatchMode):
+    """Knows the tensors that operations made and that still exist."""
 
     def __init__(self) -> None:
-        self.made: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        self.held: list[int] = []
-
-    def update(self) -> None:
-        self.held.append(sum(tensor.numel() for tensor in self.made.values()))
-
-    def set_postfix(self, *args: Any, **kwargs: Any) -> None:
-        """Shows nothing."""
-
-
-class Made(TorchDispatchMode):
-    """Tells a bar of every tensor that an operation makes."""
-
-    def __init__(self, bar: Bar) -> None:
         super().__init__()
-        self._bar = bar
+        self._made: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, Tensor):
-                self._bar.made[id(value)] = value
+        self._made |= {id(value): value for value in tree_leaves(result) if isinstance(value, Tensor)}
         return result
+
+    def values(self) -> int:
+        """Number of values that they hold."""
+        return sum(tensor.numel() for tensor in self._made.values())
 
 
 @pytest.mark.parametrize("graph", [True, False])
@@ -226,12 +216,12 @@ def test_memory_is_fixed_after_the_first_step(
     encoder = FrozenEncoder(vit)
     data = batches.Batches(encoder, loader, loader[:1], config)
     start = torch.rand(2, *data.shape)
-    run, bar = universal.UniversalRun(encoder, data, config, start), Bar()
-    with Made(bar):
-        run.run(total, bar)
-    assert len(bar.held) == total
+    run, held = universal.UniversalRun(encoder, data, config, start), []
+    with Made() as made:
+        run.run(total, Mock(update=lambda: held.append(made.values())))
+    assert len(held) == total
     settled = 2 * universal.LOOK_EVERY  # by then every batch has been kept, and the first look been taken
-    assert set(bar.held[settled:]) == {bar.held[settled]}
+    assert set(held[settled:]) == {held[settled]}
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -384,26 +374,13 @@ def test_refresh_starts_from_the_last_bank(vit: NormalizedModel, loader: list[Te
     assert (cosines[1] > 0.9).all()
 
 
-class _Loader:
-    """A loader that can be read again, and counts how often it was."""
-
-    def __init__(self, given: list[Tensor]) -> None:
-        self.given, self.reads = given, 0
-
-    def __len__(self) -> int:
-        return len(self.given)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        self.reads += 1
-        yield from self.given
-
-
 def test_what_a_loader_gave_can_be_kept(vit: NormalizedModel, loader: list[Tensor]) -> None:
     config = SynthesisConfig(limit=1.0, rounds=3, stop="never")
-    anew, kept = _Loader(loader), _Loader(loader)
-    first = synthesize(vit, anew, config, check=loader[0])
-    second = synthesize(vit, kept, replace(config, keep=True), check=loader[0])
-    assert (anew.reads, kept.reads) == (3, 1)
+    anew, kept = Mock(side_effect=loader.__getitem__), Mock(side_effect=loader.__getitem__)
+    sources = (DataLoader(range(4), batch_size=None, collate_fn=read) for read in (anew, kept))
+    first = synthesize(vit, next(sources), config, check=loader[0])
+    second = synthesize(vit, next(sources), replace(config, keep=True), check=loader[0])
+    assert (anew.call_count, kept.call_count) == (3 * 4, 4)
     assert torch.equal(first.tokens, second.tokens)
 
 
@@ -433,15 +410,8 @@ def test_too_little_memory_is_said_beforehand(
     pair = torch.empty(8, 16, 32, device="meta"), torch.empty(8, 10, device="meta")
     monkeypatch.setattr(batches.torch.cuda, "mem_get_info", lambda device: (100_000, 10**9))
 
-    class OnCuda:
-        """A tensor that says it is on a GPU."""
-
-        device = torch.device("cuda", 0)
-
-        def __init__(self, value: Tensor) -> None:
-            self.numel, self.element_size = value.numel, value.element_size
-
-    given: Any = tuple(OnCuda(value) for value in pair)
+    cuda = torch.device("cuda", 0)
+    given: Any = [SimpleNamespace(device=cuda, numel=x.numel, element_size=x.element_size) for x in pair]
     with pytest.warns(UserWarning, match=r"4 batches take 0.0 GB.*smaller image_fraction or a 16-bit encoder"):
         assert not data._fit(given)
     monkeypatch.setattr(batches.torch.cuda, "mem_get_info", lambda device: (200_000, 10**9))

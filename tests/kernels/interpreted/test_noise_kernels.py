@@ -9,6 +9,7 @@ from fastnull import ops
 from fastnull.ops.noise_objective import KINDS
 from tests.kernels.interpreted.inputs import DEVICE, DTYPES, randn
 from tests.ops import checks
+from tests.ops.test_noise_step import STEPS, laid_out, take
 
 # K: 1000 = ImageNet, padded to 1024; 10 = padded to 16; 1 = degenerate (softmax constant).
 LOGITS = [(3, 1000), (5, 10), (2, 1)]
@@ -87,21 +88,14 @@ def test_a_normalised_step_has_its_length_for_gradients_of_any_size(size: float)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "reversed"])
-@pytest.mark.parametrize("step", ["adamw", "normalized", "sign"])
+@pytest.mark.parametrize("step", STEPS)
 def test_any_memory_format_gives_the_same_bits(step: str, layout: str) -> None:
     start, (grad,) = noise_and_grads((3, 3, 4, 5), 1, seed=50)
     results = []
-    for laid_out in (False, True):
-        noise, g, state = start.clone(), grad.clone(), ops.AdamWState.zeros(start)
-        if laid_out and layout == "channels_last":
-            noise, g = (x.contiguous(memory_format=torch.channels_last) for x in (noise, g))
-        elif laid_out:
-            noise, g = (x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for x in (noise, g))
+    for form in ("dense", layout):
+        noise = laid_out(start, form)
         strides = noise.stride()
-        if step == "adamw":
-            ops.adamw_step(noise, g, state, lr=0.1)
-        else:
-            (ops.normalized_step if step == "normalized" else ops.sign_step)(noise, g, lr=0.1)
+        take(step, noise, laid_out(grad, form), ops.AdamWState.zeros(start))
         assert noise.stride() == strides
         results.append(noise)
     assert results[1].equal(results[0])
