@@ -89,14 +89,15 @@ compiled() { bench compiled --seconds 2 --models vit_base_patch16_224 vit_small_
 autotune() { bench autotune --seconds 2 --compile-mode max-autotune --models vit_base_patch16_224; }
 
 tests() { # a worker that meets a CUDA error ends itself, and another one goes on
-  local pytest=("$PYTHON" -m pytest -o addopts=--strict-markers -v -p no:cacheprovider --tb=short) cores
+  local pytest=("$PYTHON" -m pytest -o addopts=--strict-markers -v -p no:cacheprovider --tb=short) cores status=0
   if [ $DRY = 1 ]; then
     "${pytest[@]}" tests/gpu -k "objective or auto_takes"
     return
   fi
   cores=$(nproc)
   "$PYTHON" -c "import xdist" && pytest+=(-p tests.gpu.lost_device -n $((cores < 14 ? cores : 14)))
-  "${pytest[@]}" tests/gpu tests/kernels/interpreted
+  "${pytest[@]}" tests/gpu || status=1
+  "${pytest[@]}" tests/kernels/interpreted && return $status # apart: it puts other kernels under the ops
 }
 
 sanitizer() { # without torch's cache: the first of each allocation would hide what lies beside it

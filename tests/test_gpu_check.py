@@ -134,7 +134,7 @@ def test_what_a_gpu_is_asked_for(machine: Path, number: int) -> None:
     if number == 1:
         assert "    fastnull bfloat16               - WRONG" in table
         assert "    fastnull, graph bfloat16           30.00  50 %   1.00" in table
-        assert "  20 PASSED, 20 FAILED\n  FAILED tests/gpu/test_ops_on_gpu.py::test_opcheck - worker" in table
+        assert "  40 PASSED, 40 FAILED\n  FAILED tests/gpu/test_ops_on_gpu.py::test_opcheck - worker" in table
         assert "  attention_out 0 64: library 0.5 50 %; triton: error 0.4" in table
     else:
         assert [line.split()[2] for line in calls.splitlines() if line.startswith("compute-s")] == [
