@@ -136,7 +136,8 @@ else
     { echo "gpu_check.sh: torch sees no GPU; --dry-run does what needs none" >&2 && exit 96; }
   export TORCH_CUDA_ARCH_LIST PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" # where compute-sanitizer lies
 fi
-[ -e fastnull/kernels ] || { ln -s ../kernels fastnull/kernels && made=fastnull/kernels; } # as an installation has it
+code="import importlib.util as i, sys; sys.exit(i.find_spec('fastnull.kernels') is None)" # where nothing is installed
+"$PYTHON" -c "$code" || { ln -s ../kernels fastnull/kernels && made=fastnull/kernels; }
 
 failed=0
 : >"$OUT/log.txt" && : >"$OUT/table.txt"

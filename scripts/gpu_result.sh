@@ -18,7 +18,8 @@ cd "$(dirname "$0")/.." || exit 99
 PYTHON=${PYTHON:-python3} TOTAL=${TOTAL:-525} ATTACK=${ATTACK:-100} RUNS=${RUNS:-runs/gpu_result} failed=0 made=
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 trap 'rm -f $made' EXIT
-[ -e fastnull/kernels ] || { ln -s ../kernels fastnull/kernels && made=fastnull/kernels; } # as an installation has it
+code="import importlib.util as i, sys; sys.exit(i.find_spec('fastnull.kernels') is None)" # where nothing is installed
+"$PYTHON" -c "$code" || { ln -s ../kernels fastnull/kernels && made=fastnull/kernels; }
 
 step() { # SECONDS, then words of fastnull; with the signal of Ctrl-C the state is saved
   local limit=$1 && shift
