@@ -156,6 +156,7 @@ for part in $PARTS; do
   left=$((TOTAL - SECONDS)) limit=$(limit_of "$part") begin=$SECONDS
   [ "$limit" -le "$left" ] || limit=$left
   echo "== $part (at most $limit s)" | tee -a "$OUT/log.txt"
+  rm -f "$OUT/$part"*.json # of an earlier run
   if [ "$limit" -lt 2 ]; then
     : >"$WORK/$part.log" && status=124
   else
