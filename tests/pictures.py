@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from fastnull.finetune import FinetuneConfig
 
 
 def write_pictures(root: Path) -> Path:
@@ -26,8 +23,3 @@ def write_pictures(root: Path) -> Path:
                 left = offset + 20 * number
                 Image.fromarray(picture[100:148, left : left + 40]).save(folder / f"{number}.png")
     return root
-
-
-def image_settings(config: FinetuneConfig) -> dict[str, Any]:
-    """What `View.training` takes of a configuration."""
-    return {name: getattr(config, name) for name in ("crop_scale", "hflip", "color_jitter", "auto_augment", "reprob")}

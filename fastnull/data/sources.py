@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, default_collate
 
 from fastnull.checks import check_number
 from fastnull.compat import import_timm
@@ -216,23 +216,27 @@ class Samples(Dataset[tuple[Tensor, Any]]):
             image, label = self.base[index]
             return image, self._label(label)
         with keyed(self.seed, epoch, index):
-            image, label = self.base[index] if self.mode is None else self._read(index, self.mode)
+            image, label = self.read(index)
             image = image if self.transform is None else self.transform(image)
         if not isinstance(image, Tensor):
             raise TypeError(f"data must yield image tensors [C, H, W]; got {type(image).__name__} for image {index}")
-        return image, self._label(label)
+        return image, label
 
-    def _read(self, index: int, mode: str) -> tuple[Any, Any]:
-        """Decode an image; every error is reported as a bad image."""
+    def read(self, index: int) -> tuple[Any, Any]:
+        """The image before the transform, and its label; every error of decoding is reported as a bad image."""
+        if self.mode is None:
+            image, label = self.base[index]
+            return image, self._label(label)
         if index >= len(self):
             raise IndexError(f"image {index} of {len(self)}")
         try:
             image, label = self.base[index]
-            return eight_bits(image, mode) if hasattr(image, "convert") else image, label
+            image = eight_bits(image, self.mode) if hasattr(image, "convert") else image
         except BadImageError:
             raise
         except Exception as error:
             raise BadImageError(f"data: cannot read image {index}: {str(error) or type(error).__name__}") from error
+        return image, self._label(label)
 
     @property
     def targets(self) -> Tensor | None:
@@ -285,11 +289,20 @@ def loader(
     device: torch.device | str = "cpu",
     persistent: bool = False,
 ) -> DataLoader[Any]:
-    """A DataLoader over EpochBatches, or in order with a batch size; it does not use the global generators."""
+    """A DataLoader over EpochBatches, or in order with a batch size; it does not use the global generators.
+
+    CachedImages that make batches on a GPU do so in this process.
+    """
+    whole = data
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    if getattr(whole, "batch_device", torch.device("cpu")).type == "cuda":
+        workers, device = 0, "cpu"
     how: dict[str, Any] = {"batch_sampler": batches} if isinstance(batches, EpochBatches) else {"batch_size": batches}
     return DataLoader(
         data,
         num_workers=workers,
+        collate_fn=_collated,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=persistent and workers > 0,
         # Ctrl-C reaches the whole process group; only the main process handles it
@@ -298,6 +311,11 @@ def loader(
         generator=torch.Generator().manual_seed(0),
         **how,
     )
+
+
+def _collated(found: Any) -> Any:
+    """Samples → a batch; CachedImages give whole batches."""
+    return found if isinstance(found, tuple) else default_collate(found)
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.compat import import_timm
+from fastnull.data.batch_view import INTERPOLATIONS, RandomView
 from fastnull.vit import split, unwrap
 
 
@@ -86,6 +87,12 @@ class View:
                 f"'3a'; got {auto_augment!r} ({error})"
             ) from error
         return _Erasing(transform, reprob, self.mean, self.std) if reprob else transform
+
+    def batched(self, seed: int, *, auto_augment: str | None, reprob: float, **settings: float) -> RandomView | None:
+        """`training` for batches; None if it has no form for batches."""
+        if auto_augment or reprob or self.interpolation not in INTERPOLATIONS:
+            return None
+        return RandomView(self.size, self.interpolation, seed=seed, **settings)
 
 
 def _check_policy(policy: str | None) -> None:

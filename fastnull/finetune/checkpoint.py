@@ -44,7 +44,7 @@ RUN_FILES = (*_OWN_FILES, "state-*.pt", "state-*.shards")
 
 FREE_KEYS = frozenset(
     {"out", "overwrite", "resume", "checkpoint_every", "keep_last", "log_every", "progress", "workers", "device"}
-    | {"label", "log", "accumulate", "channels_last", "compile", "shard", "force", "noise.seed"}
+    | {"label", "log", "cache", "accumulate", "channels_last", "compile", "shard", "force", "noise.seed"}
 )
 """Settings that a resumed run may change, because they do not change what it computes. (Another device, `accumulate` or
 `compile` may change the rounding.)"""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fastnull.checks import as_type, check_choice, check_fields, check_number, refuse_renamed
+from fastnull.data.cache import CACHES
 from fastnull.encoder.frozen import BACKENDS
 from fastnull.finetune.logs import LOGS
 from fastnull.synthesis.config import ALL_MODES, IN_TRAINING, SynthesisConfig, recommended_fraction, recommended_site
@@ -86,6 +87,11 @@ class FinetuneConfig:
     val_fraction: float = option(0.1, "fraction of the training images held out to choose the best epoch [0, 1)")
     val_seed: int = option(0, "seed of that choice; apart from `seed`, so that runs have the same one")
     workers: int = option(0, "processes that load images; 0: the main process")
+    cache: str = option(
+        "auto",
+        "image files: keep decoded images in memory. auto: if they have one size and fit; ram, device: also resized; "
+        "none: decode them for each batch",
+    )
     crop_scale: float = option(0.08, "image files: smallest area of the random crop, as a fraction of the image (0, 1]")
     hflip: float = option(0.5, "image files: probability of a horizontal flip")
     color_jitter: float = option(0.4, "image files: strength of the colour jitter; not used with auto_augment")
@@ -161,6 +167,7 @@ class FinetuneConfig:
         check_choice("site", as_type("site", self.site, str), SITES)
         self._resolve_noise()
         check_fields(self)
+        check_choice("cache", self.cache, CACHES)
         check_choice("backend", self.backend, BACKENDS)
         check_choice("sched", self.sched, ("cosine", "constant"))
         if self.amp is not None:
@@ -258,6 +265,10 @@ class FinetuneConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field, JSON-able."""
         return asdict(self)
+
+    def image_settings(self) -> dict[str, Any]:
+        """The settings of `View.training`."""
+        return {name: getattr(self, name) for name in ("crop_scale", "hflip", "color_jitter", "auto_augment", "reprob")}
 
     @property
     def mixing(self) -> bool:

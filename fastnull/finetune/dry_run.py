@@ -11,7 +11,7 @@ from fastnull.distributed.processes import Processes
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.plan import make_plan, views_of
-from fastnull.finetune.prepare import Prepared, prepare
+from fastnull.finetune.prepare import Prepared, cache_of, prepare
 from fastnull.nullspace.inspection import format_table, inspect_model
 from fastnull.rng import preserved
 
@@ -43,6 +43,7 @@ def described(config: FinetuneConfig, prepared: Prepared, processes: Processes) 
     once, twice = (_kept(model, image.expand(count, -1, -1, -1), config) for count in (1, 2))
     kept = once + (images * views - 1) * (twice - once)
     synthesis = plan.step_cost - 3 * views
+    cache = cache_of(config, prepared, torch.device("cpu"), processes)
     held_in = "weights, gradients, two moments"
     if config.ema_decay is not None:
         held_in += " and an average"
@@ -52,6 +53,7 @@ def described(config: FinetuneConfig, prepared: Prepared, processes: Processes) 
         f"model      {config.model}: {parameters:,} parameters, {prepared.num_classes} classes",
         f"data       {config.data}: {len(train)} training images, "
         f"{0 if prepared.validation is None else len(prepared.validation)} held out",
+        *([] if cache is None else [f"cache      {cache}"]),
         f"steps      {plan.steps} of {plan.batch_size} images in {plan.epochs} epochs"
         f" ({processes.world} processes x {config.accumulate} parts of {images})",
         f"cost       {plan.total_cost:,} forward passes of one image at most",

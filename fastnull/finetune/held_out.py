@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastnull.checks import as_labels, check_images
+from fastnull.data.cache import CachedImages
 from fastnull.data.image_files import to_pixels
 from fastnull.data.sources import Samples, loader
 from fastnull.data.subset import even_subset, labels_of
@@ -20,7 +21,7 @@ CHECK_BATCHES = 4
 
 
 def held_out_loaders(
-    training: Training, validation: Samples | None
+    training: Training, validation: Samples | CachedImages | None
 ) -> tuple[DataLoader[Any] | None, DataLoader[Any] | None]:
     """This process's held-out batches, and in universal mode those for the influence of the noise; None without any."""
     if validation is None:
@@ -63,7 +64,7 @@ def validate(training: Training, batches: DataLoader[Any], num_classes: int) -> 
     return 100 * int(counts[0]) / int(counts[1])
 
 
-def _shard(validation: Samples, processes: Processes) -> Dataset[Any]:
+def _shard(validation: Samples | CachedImages, processes: Processes) -> Dataset[Any]:
     """The held-out images of this process: every world-th one."""
     if processes.alone:
         return validation

@@ -19,7 +19,7 @@ from fastnull.finetune.checkpoint import RunFolder
 from fastnull.finetune.config import FinetuneConfig, recommended_lr
 from fastnull.finetune.held_out import checked_labels, held_out_loaders, validate
 from fastnull.finetune.plan import make_plan
-from fastnull.finetune.prepare import Data, Prepared, prepare
+from fastnull.finetune.prepare import Data, Prepared, keep_images, prepare
 from fastnull.finetune.refresh import RefreshBatches
 from fastnull.finetune.saving import log, resume_or_begin, run_folder, save
 from fastnull.finetune.stopping import StopRequest
@@ -78,6 +78,7 @@ def finetune(
             stack.enter_context(torch.random.fork_rng(devices=[device]))
         seed_everything(config.seed, _INIT_KEY)
         ready = prepare(config, device, model, train_data, val_data)
+        ready = keep_images(config, ready, device, processes)
         plan = make_plan(config, len(ready.train), processes.world)
         training = Training(config, ready.model, plan, ready.num_classes, device, processes)
         resume_or_begin(training, folder, ready, stack)

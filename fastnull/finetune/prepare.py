@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -12,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from fastnull.checks import as_labels, check_images
+from fastnull.data.cache import Cache, CachedImages, keep, plan_cache
 from fastnull.data.classes import classes_of, match_classes, model_names, names_of, shortened
 from fastnull.data.image_files import to_pixels
 from fastnull.data.sources import Samples, Source, embedded, hold_out, open_source
 from fastnull.data.view import View
+from fastnull.distributed.processes import Processes
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.vit import NormalizedModel, unwrap
 
@@ -24,13 +28,14 @@ Data: TypeAlias = "Dataset[Any] | Sequence[Any]"
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data and model of a run; `num_classes` is the number of logits, `classes` their names."""
+    """Data and model of a run; `num_classes` logits of these `classes`; `cache`: where image files are kept."""
 
     model: nn.Module
-    train: Samples
-    validation: Samples | None
+    train: Samples | CachedImages
+    validation: Samples | CachedImages | None
     num_classes: int
     classes: list[str] | None
+    cache: Cache | None = None
 
 
 def prepare(
@@ -52,6 +57,34 @@ def prepare(
         raise ValueError(f"the model must have at least two classes to learn; its logits have {num_classes}")
     known = classes_of(model)
     return Prepared(model, train, validation, num_classes, known if isinstance(known, list) else source.classes)
+
+
+def cache_of(
+    config: FinetuneConfig, ready: Prepared, device: torch.device, processes: Processes, *, several_sizes: bool = False
+) -> Cache | None:
+    """Where the image files of a run are to be kept; None for tensors. Raises ValueError as `plan_cache`."""
+    if not isinstance(ready.train, Samples) or ready.train.transform is None:
+        return None
+    assert not isinstance(ready.validation, CachedImages)
+    view = View.of(ready.model).batched(config.seed, **config.image_settings())
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.world))
+    own = plan_cache(config.cache, ready.train, ready.validation, view, device, here, several_sizes)
+    # processes must agree, because files and cache have other random numbers
+    return next((plan for plan in processes.gathered(own) if plan.view is None), own)
+
+
+def keep_images(config: FinetuneConfig, ready: Prepared, device: torch.device, processes: Processes) -> Prepared:
+    """`ready` with its image files decoded in memory, where `config.cache` says so. Raises as `cache_of`."""
+    for several_sizes in (False, True):
+        cache = cache_of(config, ready, device, processes, several_sizes=several_sizes)
+        if config.progress and processes.first and cache is not None:
+            print(f"cache: {cache}", file=sys.stderr)
+        if cache is None or cache.view is None:
+            break
+        kept = keep(cache, ready.train, ready.validation, device, config.progress and processes.first)
+        if kept is not None:
+            return replace(ready, train=kept[0], validation=kept[1], cache=cache)
+    return replace(ready, cache=cache)
 
 
 def _source(config: FinetuneConfig, train_data: Data | None) -> Source:
@@ -118,13 +151,7 @@ def _datasets(
     elif source.transforms:
         view = View.of(model)
         augmented, plain, channels = (
-            view.training(
-                crop_scale=config.crop_scale,
-                hflip=config.hflip,
-                color_jitter=config.color_jitter,
-                auto_augment=config.auto_augment,
-                reprob=config.reprob,
-            ),
+            view.training(**config.image_settings()),
             view.evaluation(),
             view.channels,
         )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fastnull.data.cache import CachedImages
 from fastnull.data.image_files import to_pixels
 from fastnull.data.sources import EpochBatches, Samples, loader
 from fastnull.finetune.held_out import CHECK_BATCHES
@@ -18,7 +19,7 @@ from fastnull.finetune.training import Training
 class RefreshBatches:
     """Training batches for universal synthesis, in an order of their own in each round."""
 
-    def __init__(self, train: Samples, training: Training, stop: StopRequest) -> None:
+    def __init__(self, train: Samples | CachedImages, training: Training, stop: StopRequest) -> None:
         self._train, self._training, self._stop = train, training, stop
         self._batch_size = training.plan.batch_size
         self._round = 0

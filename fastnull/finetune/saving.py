@@ -49,7 +49,7 @@ def resume_or_begin(training: Training, folder: RunFolder | None, ready: Prepare
         sink = Log(config.log, folder.path, config.to_dict())
         stack.callback(sink.close)
         folder.log_to(sink)
-    synthesis = config.synthesis()
+    synthesis, cache = config.synthesis(), ready.cache
     encoder = getattr(training.augment, "encoder", None)
     folder.describe(
         config.to_dict(),
@@ -58,7 +58,13 @@ def resume_or_begin(training: Training, folder: RunFolder | None, ready: Prepare
         plan=asdict(training.plan),
         synthesis=None if synthesis is None else asdict(synthesis),
         encoder=None if encoder is None else encoder.about(),
-        data={"train": len(ready.train), "validation": 0 if ready.validation is None else len(ready.validation)},
+        data={
+            "train": len(ready.train),
+            "validation": 0 if ready.validation is None else len(ready.validation),
+            # a cache has other random numbers
+            **({"cached": list(cache.size)} if cache is not None and cache.view is not None else {}),
+        },
+        cache=None if cache is None else str(cache),
         classes=ready.classes,
         processes=training.processes.world,
     )

@@ -29,7 +29,7 @@ from fastnull.data.view import View
 from fastnull.finetune import FinetuneConfig
 from fastnull.models import create_model
 from tests.data.test_image_files import RAMP
-from tests.pictures import image_settings, write_pictures
+from tests.pictures import write_pictures
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_timm_dataset(tmp_path, model):
     assert [reversed_labels[index][1] for index in range(4)] == [9, 8, 7, 0]
     assert len(found.train) == 20
     view = View.of(model)
-    image, label = Samples(found.train, view.training(**image_settings(FinetuneConfig())), view.channels)[3]
+    image, label = Samples(found.train, view.training(**FinetuneConfig().image_settings()), view.channels)[3]
     assert image.shape == (3, 32, 32)
     assert image.dtype == torch.uint8
     assert label == 9
@@ -157,7 +157,7 @@ def test_erasing_changes_only_a_box(pictures, channels):
     plain = {"crop_scale": 1.0, "hflip": 0.0, "color_jitter": 0.0}
     files = ImageFolder(pictures / "train")
     before, after = (
-        Samples(files, view.training(**image_settings(FinetuneConfig(**plain, reprob=reprob))), channels)[0][0]
+        Samples(files, view.training(**FinetuneConfig(**plain, reprob=reprob).image_settings()), channels)[0][0]
         for reprob in (0.0, 1.0)
     )
     changed = (before != after).any(0)  # [H, W]
@@ -194,7 +194,7 @@ def test_order_covers_the_data_and_changes_each_epoch():
 
 
 def test_loading_leaves_the_global_generators_alone(pictures, model):
-    data = Samples(ImageFolder(pictures / "train"), View.of(model).training(**image_settings(FinetuneConfig())), 3)
+    data = Samples(ImageFolder(pictures / "train"), View.of(model).training(**FinetuneConfig().image_settings()), 3)
     before = (torch.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate())
     list(loader(data, 8))
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -306,7 +306,7 @@ def test_views_for_any_number_of_colours(pictures, channels, policy):
     view = View.of(create_model("vit_digits", channels=channels))
     assert len(view.mean) == len(view.std) == channels
     config = FinetuneConfig(auto_augment=policy, color_jitter=0.4, reprob=0.5)
-    data = Samples(ImageFolder(pictures / "train"), view.training(**image_settings(config)), channels)
+    data = Samples(ImageFolder(pictures / "train"), view.training(**config.image_settings()), channels)
     for epoch in range(3):
         for index in range(0, len(data), 2):
             image = data[index, epoch][0]
@@ -317,7 +317,7 @@ def test_views_for_any_number_of_colours(pictures, channels, policy):
 @pytest.mark.parametrize("policy", ["rubbish", "rand-rubbish", "rand-mfoo", "rand-m9-x", "augmix-", "3a-q"])
 def test_unknown_policies_are_named(model, policy):
     with pytest.raises(ValueError, match=f"auto_augment must be a policy of timm.*got '{policy}'"):
-        View.of(model).training(**image_settings(FinetuneConfig(auto_augment=policy)))
+        View.of(model).training(**FinetuneConfig(auto_augment=policy).image_settings())
 
 
 class _Files(torch.utils.data.Dataset):

@@ -59,12 +59,15 @@ def test_stopped_run_goes_on_bitwise(tmp_path, few, monkeypatch, augment):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_run_on_image_files_goes_on_bitwise(tmp_path, monkeypatch, workers):
-    """Random crops, RandAugment and erasing in worker processes; stopped by a crash behind a periodic state."""
+@pytest.mark.parametrize(
+    "settings", [{"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.5}, {"cache": "ram"}], ids=str
+)
+def test_stopped_run_on_image_files_goes_on_bitwise(tmp_path, monkeypatch, workers, settings):
+    """Random views from files and from memory, in worker processes; stopped by a crash behind a periodic state."""
     pictures = write_pictures(tmp_path / "pictures")
     config = small(
-        "boundary", data=str(pictures), auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5, mixup=0.2,
-        drop_path=0.1, batch_size=4, epochs=2, val_fraction=0.25, workers=workers, checkpoint_every=3,
+        "boundary", data=str(pictures), **settings, mixup=0.2, drop_path=0.1, batch_size=4, epochs=2, val_fraction=0.25,
+        workers=workers, checkpoint_every=3,
     )  # fmt: skip
     whole, parts = replace(config, out=str(tmp_path / "whole")), replace(config, out=str(tmp_path / "parts"))
     finetune(replace(whole, workers=0))
