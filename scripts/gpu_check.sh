@@ -1,160 +1,172 @@
 #!/usr/bin/env bash
-# Everything worth doing on a GPU, in one run under nine minutes: build, tests, sanitizer, benchmarks beside their floors.
+# What only a GPU can tell, in two runs of less than five minutes each, what teaches most first.
 #
-#   scripts/gpu_check.sh [--dry-run] [--only "PART ..."] OUT
+#   scripts/gpu_check.sh --run 1|2 [--only "PART ..."] [--dry-run] OUT
 #
-# OUT gets at most eight files; a short table comes last. Every part has its own time limit (the last one what is left)
-# and runs whatever the others did; the exit status is the number of parts that failed. --dry-run does on a CPU what can
-# be done there, tiny. Needs python3 with torch, triton, timm, pytest and setuptools, and nvcc; downloads nothing. The
-# GPU's settings are left alone. PYTHON names another interpreter, COMPILE_MODE the mode of the torch.compile baseline:
-# max-autotune takes minutes a model, so give it a run of its own, COMPILE_MODE=max-autotune with --only "build steps".
+# Run 1: does it work, and how fast is a step. Run 2: torch.compile, compute-sanitizer, a profile. Each part has its own
+# time limit, and prints a short table when it ends or is out of time: less than 12,000 characters in all. OUT gets at
+# most eight files: table.txt (the tables), log.txt (everything) and JSON. The exit status is the number of parts that
+# failed; after a failed `probe` the run stops. --dry-run does on a CPU what can be done there, tiny. Needs python3 with
+# torch, triton, timm and pytest, and nvcc for the C++ kernels; downloads nothing and leaves the GPU's settings alone.
+# PYTHON names another interpreter, TOTAL the seconds of a run.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 99
 
-PARTS="build selftest tests steps ops noise sanitizer kernels cpp finetune" # the most wanted first
-TOTAL=${TOTAL:-525}                                   # seconds for all parts
-PYTHON=${PYTHON:-python3}
-DRY=0 OUT=
+PYTHON=${PYTHON:-python3} TOTAL=${TOTAL:-285} RUN= ONLY= DRY=0 OUT=
 while [ $# -gt 0 ]; do
   case $1 in
+    --run) shift && RUN=${1-} ;;
+    --only) shift && ONLY=${1:?--only needs parts} ;;
     --dry-run) DRY=1 ;;
-    --only) shift && PARTS=${1:?--only needs parts} ;;
-    -*) echo "gpu_check.sh: unknown option $1 (--dry-run, --only \"PART ...\")" >&2 && exit 98 ;;
+    -*) echo "gpu_check.sh: unknown option $1 (--run, --only, --dry-run)" >&2 && exit 98 ;;
     *) OUT=$1 ;;
   esac
   shift
 done
+case $RUN in
+  1) PARTS="install probe gradient built selftest steps tests" ;;
+  2)
+    PARTS="install probe compiled built sanitizer profile autotune"
+    export FASTNULL_KERNELS=triton ;; # no time for a self-test: what it chose is measured in run 1
+  *) echo "gpu_check.sh: --run must be 1 or 2; got '$RUN'" >&2 && exit 98 ;;
+esac
+for part in $ONLY; do
+  [[ " $PARTS " = *" $part "* ]] || { echo "gpu_check.sh: run $RUN has no part $part ($PARTS)" >&2 && exit 98; }
+done
+PARTS=${ONLY:-$PARTS}
 [ -n "$OUT" ] || { echo "gpu_check.sh: give a folder for the results" >&2 && exit 98; }
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 97
 
-WORK=$(mktemp -d) && trap 'rm -rf "$WORK"' EXIT
-export PYTHONUNBUFFERED=1
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-
-build() { # in place, against the torch that is there
-  local status=0
-  if [ $DRY = 0 ]; then
-    install 1 || { status=1 && install 0; } || return 1
-  fi
-  "$PYTHON" -m fastnull.build_info >"$WORK/build.json" && cat "$WORK/build.json" && return $status
+install() { # in seconds: Triton's kernels need no compiler. Where pip cannot, the checkout itself serves.
+  [ $DRY = 1 ] && return
+  FASTNULL_NATIVE=0 "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --no-index -e . 2>&1 | tail -n 3 ||
+    echo "pip cannot install it (above): the checkout serves through PYTHONPATH"
 }
 
-install() { FASTNULL_CUDA=$1 "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --no-index -e .; }
-
-selftest() { # every implementation of every op at the sizes of a ViT-B/16: right or wrong, and how fast
-  local options=(vit_base_patch16_224 --batch 256)
-  [ $DRY = 1 ] && options=(vit_digits --batch 2 --device cpu)
-  "$PYTHON" -m fastnull selftest "${options[@]}" --json "$OUT/selftest.json"
+build() { # for the GPU that is there; without pyproject.toml, whose licence field older setuptools refuses
+  local folder=build/gpu_check
+  mkdir -p $folder && cp setup.py $folder && ln -sfn ../../csrc $folder/csrc && ln -sfn ../../fastnull $folder/fastnull
+  ln -sfn ../../kernels $folder/kernels && cd $folder && FASTNULL_CUDA=1 "$PYTHON" setup.py --quiet build_ext --inplace
 }
 
-tests() { # every op and the encoder on the GPU, against float64
-  if [ $DRY = 1 ]; then "${PYTEST[@]}" tests/gpu -k "objective or auto_takes"; else "${PYTEST[@]}" tests/gpu -m gpu; fi
+built() { # wait for nvcc, then run each of its kernels
+  while [ ! -s "$WORK/built" ]; do sleep 0.2; done
+  [ "$(cat "$WORK/built")" = 0 ] || { cat "$WORK/build.log" && return 1; }
+  "$PYTHON" scripts/gpu_parts.py small "$([ $DRY = 1 ] && echo cpu || echo cuda)"
 }
 
-cpp() { # the same tests on the CUDA C++ kernels, and their times beside Triton's in ops.json
-  if [ $DRY = 1 ]; then "${PYTEST[@]}" tests/ops/test_dispatch.py -k "csrc"; return; fi
-  export FASTNULL_KERNELS=cuda
-  local status=0
-  "${PYTEST[@]}" tests/gpu -m gpu || status=1
-  bench cpp --only ops projection --dtypes bfloat16 --batch 256 --projected 256 --seconds 0.3 \
-    --models vit_base_patch16_224 || status=1
-  return $status
-}
+probe() { TRITON_INTERPRET=$DRY "$PYTHON" scripts/gpu_parts.py probe; }
 
-kernels() { # the kernels' own tests, bfloat16 included
+gradient() { FASTNULL_KERNELS=triton "$PYTHON" scripts/gpu_parts.py gradient; } # while nvcc works
+
+selftest() {
+  local status=0 model
   if [ $DRY = 1 ]; then
-    TRITON_INTERPRET=1 "${PYTEST[@]}" tests/kernels/interpreted/test_layer_norm_kernels.py -k "stays_in"
-  else
-    "${PYTEST[@]}" tests/kernels/interpreted
+    "$PYTHON" -m fastnull selftest vit_digits --batch 2 --device cpu --json "$OUT/selftest-vit_digits.json"
+    return
   fi
-}
-
-sanitizer() { # the first of each allocation would hide what lies beside it, so torch's cache is off
-  local run=("$PYTHON" scripts/gpu_small_shapes.py)
-  if [ $DRY = 1 ]; then TRITON_INTERPRET=1 "${run[@]}"; return; fi
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  "${run[@]}" || return 1 # compiled and right without it
-  local status=0
-  # kernels' errors alone: torch probes for driver functions that need not be there, and ours raise in Python
-  for tool in "memcheck --report-api-errors no" racecheck; do
-    # shellcheck disable=SC2086 # a tool with its option
-    compute-sanitizer --tool $tool --error-exitcode 9 "${run[@]}" | grep -v "^ok"
-    [ "${PIPESTATUS[0]}" = 0 ] || { echo "compute-sanitizer: ${tool%% *} failed" && status=1; }
+  for model in vit_base_patch16_224 vit_small_patch16_224 vit_base_patch32_224; do
+    SECONDS=0
+    "$PYTHON" -m fastnull selftest $model --json "$OUT/selftest-$model.json" || status=1
+    echo "first use of $model: $SECONDS s"
   done
   return $status
 }
 
-bench() { # PART, then options: results go to $WORK/PART, from where `keep` takes them
+bench() { # PART, then options
   local part=$1 && shift
-  [ $DRY = 1 ] && set -- "$@" --models vit_digits --batch 2 --projected 1 --no-compile --device cpu --quick --seconds 0
-  "$PYTHON" -m fastnull bench "$@" --out "$WORK/$part"
-}
-
-keep() { # PART: what it measured, also where it was stopped in the middle
-  local found=("$WORK/$1"/*Z-*.json)
-  [ ! -f "${found[0]}" ] || cp "${found[0]}" "$OUT/$1.json"
+  [ $DRY = 1 ] && set -- --models vit_digits --batch 2 --no-compile --device cpu --quick --seconds 0
+  [ $DRY = 1 ] || set -- --batch 256 "$@"
+  "$PYTHON" -m fastnull bench --only encoder --dtypes bfloat16 "$@" --out "$WORK/$part"
 }
 
 steps() {
-  bench steps --only encoder --dtypes bfloat16 --batch 256 --seconds 2 --compile-mode "${COMPILE_MODE:-default}" \
-    --models vit_small_patch16_224 vit_base_patch32_224 vit_base_patch16_224 vit_large_patch16_224
+  bench steps --seconds 2 --no-compile --models vit_base_patch16_224 vit_small_patch16_224 vit_base_patch32_224
 }
 
-ops() {
-  bench ops --only ops projection --dtypes bfloat16 float32 --batch 256 --projected 256 --seconds 0.3 \
-    --models vit_small_patch16_224 vit_base_patch16_224
-}
+compiled() { bench compiled --seconds 2 --models vit_base_patch16_224 vit_small_patch16_224; }
 
-finetune() { # what augmentation costs a training step, and where its time goes
-  local size=(--batch 128) status=0
+autotune() { bench autotune --seconds 2 --compile-mode max-autotune --models vit_base_patch16_224; }
+
+tests() { # a worker that meets a CUDA error ends itself, and another one goes on
+  local pytest=("$PYTHON" -m pytest -o addopts=--strict-markers -v -p no:cacheprovider --tb=short) cores status=0
   if [ $DRY = 1 ]; then
-    size=(--model vit_digits --batch 2 --steps 1 --dtype float32)
-  else
-    bench finetune --only finetune --dtypes bfloat16 --batch 512 --seconds 1 --models vit_small_patch16_224 || status=1
+    "${pytest[@]}" tests/gpu -k "objective or auto_takes"
+    return
   fi
-  "$PYTHON" -m benchmarks.profile_step "${size[@]}" --out "$WORK/profile.json" && return $status
+  cores=$(nproc)
+  "$PYTHON" -c "import xdist" && pytest+=(-p tests.gpu.lost_device -n $((cores < 14 ? cores : 14)))
+  "${pytest[@]}" tests/gpu || status=1
+  "${pytest[@]}" tests/kernels/interpreted && return $status # apart: it puts other kernels under the ops
 }
 
-noise() { "$PYTHON" scripts/gpu_noise.py "$WORK/noise.json"; }
+sanitizer() { # without torch's cache: the first of each allocation would hide what lies beside it
+  local run=("$PYTHON" scripts/gpu_parts.py small) status=0 tool
+  if [ $DRY = 1 ]; then TRITON_INTERPRET=1 "${run[@]}" triton; return; fi
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  "${run[@]}" triton cuda || return 1 # compiled and right without it
+  # kernels' errors alone: torch probes for driver functions that need not be there
+  for tool in "memcheck --report-api-errors no" racecheck; do
+    # shellcheck disable=SC2086 # a tool with its option
+    compute-sanitizer --tool $tool --error-exitcode 9 "${run[@]}" triton cuda || status=1
+  done
+  return $status
+}
+
+profile() { # where the time of a training step goes
+  local size=(--batch 128)
+  [ $DRY = 1 ] && size=(--model vit_digits --batch 2 --steps 1 --dtype float32)
+  "$PYTHON" -m benchmarks.profile_step "${size[@]}" --out "$OUT/profile.json"
+}
 
 limit_of() {
-  case $1 in build | selftest | tests | sanitizer) echo 120 ;; steps) echo 230 ;; kernels | cpp) echo 90 ;; *) echo 75 ;; esac
+  case $1 in install) echo 30 ;; compiled) echo 150 ;; selftest) echo 115 ;; sanitizer) echo 100 ;; steps) echo 80 ;;
+    tests | autotune) echo 290 ;; *) echo 60 ;; esac
 }
 
-for part in $PARTS; do
-  declare -F "$part" >/dev/null || { echo "gpu_check.sh: no part is called $part" >&2 && exit 98; }
-done
-PYTEST=("$PYTHON" -m pytest -o addopts=--strict-markers -q -p no:cacheprovider --tb=short)
+WORK=$(mktemp -d) BUILD= made=
+trap 'kill $BUILD 2>/dev/null; rm -rf "$WORK" $made' EXIT
+export PYTHONUNBUFFERED=1 PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if [ $DRY = 1 ]; then
-  export FASTNULL_DRY_RUN=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+  export FASTNULL_DRY_RUN=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 XDG_CACHE_HOME=$WORK
 else
-  arch=$("$PYTHON" -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}.{b}' + 'a' * (a == 9))") ||
+  code="import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}.{b}' + 'a' * (a == 9))"
+  TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c "$code") ||
     { echo "gpu_check.sh: torch sees no GPU; --dry-run does what needs none" >&2 && exit 96; }
-  # for this GPU alone: for all of them nvcc takes three times as long
-  export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}
-  export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" # where compute-sanitizer lies
-  cores=$(nproc)
-  # compiling the kernels is what takes the time
-  "$PYTHON" -c "import xdist" 2>/dev/null && PYTEST+=(-n $((cores < 14 ? cores : 14)))
+  export TORCH_CUDA_ARCH_LIST PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" # where compute-sanitizer lies
 fi
+code="import importlib.util as i, sys; sys.exit(i.find_spec('fastnull.kernels') is None)" # where nothing is installed
+"$PYTHON" -c "$code" || { ln -s ../kernels fastnull/kernels && made=fastnull/kernels; }
 
 failed=0
-: >"$OUT/log.txt" && : >"$WORK/parts"
-export -f build selftest install tests kernels cpp sanitizer bench steps ops noise finetune
+: >"$OUT/log.txt" && : >"$OUT/table.txt"
+export -f install build built probe gradient selftest bench steps compiled autotune tests sanitizer profile
 export DRY OUT WORK PYTHON
 for part in $PARTS; do
+  if [ "$part" != install ] && [ ! -e "$WORK/build.log" ]; then # nvcc works beside the parts before `built`
+    : >"$WORK/build.log"
+    if [ $DRY = 1 ]; then
+      echo 0 >"$WORK/built"
+    elif [[ " $PARTS " = *" built "* ]]; then
+      timeout -k 5 200 bash -c 'build; echo $? >"$WORK/built"' >"$WORK/build.log" 2>&1 &
+      BUILD=$!
+    fi
+  fi
   left=$((TOTAL - SECONDS)) limit=$(limit_of "$part") begin=$SECONDS
-  if [ "$limit" -gt "$left" ] || [ "$part" = "${PARTS##* }" ]; then limit=$left; fi
+  [ "$limit" -le "$left" ] || limit=$left
   echo "== $part (at most $limit s)" | tee -a "$OUT/log.txt"
+  rm -f "$OUT/$part"*.json # of an earlier run
   if [ "$limit" -lt 2 ]; then
-    status=124
+    : >"$WORK/$part.log" && status=124
   else
-    timeout -k 5 "$limit" bash -c "PYTEST=(${PYTEST[*]@Q}); $part" 2>&1 | tee -a "$OUT/log.txt" | tail -n 400
+    timeout -k 5 "$limit" bash -o pipefail -c "$part" 2>&1 | tee "$WORK/$part.log" >>"$OUT/log.txt"
     status=${PIPESTATUS[0]}
   fi
-  keep "$part"
+  for json in "$WORK/$part"/*Z-*.json; do [ ! -f "$json" ] || cp "$json" "$OUT/$part.json"; done
+  "$PYTHON" scripts/gpu_table.py "$part" "$status" $((SECONDS - begin)) "$WORK/$part.log" "$OUT"
   [ "$status" = 0 ] || failed=$((failed + 1))
-  printf '%s\t%s\t%s\n' "$part" "$status" $((SECONDS - begin)) >>"$WORK/parts"
+  if [ "$part" = built ]; then kill $BUILD 2>/dev/null; fi # what comes late would change the choice in the middle
+  if [ "$part" = probe ] && [ "$status" != 0 ]; then echo "gpu_check.sh: stopped: the probe says why" && break; fi
 done
-"$PYTHON" scripts/gpu_summary.py "$WORK" "$OUT" || failed=$((failed + 1))
 exit "$failed"
