@@ -24,9 +24,10 @@ import os, sys, time
 from pathlib import Path
 from fastnull.folder_lock import locked
 with locked(Path(sys.argv[1])):
-    child = os.fork() if sys.argv[2] == "with a child" else 1
-    if child:
-        print(os.getpid(), flush=True)
+    holder = os.getpid()
+    child = os.fork() if sys.argv[2] == "with a child" else 0
+    if not child:  # the child closes its copy of the lock when it begins to run
+        print(holder, flush=True)
     time.sleep(60)
 """
 

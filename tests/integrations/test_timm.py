@@ -29,9 +29,8 @@ def test_forward_is_the_loss_of_both_views(vit: NormalizedModel, images: Tensor)
     assert result["norm"] > 0
     assert result["influence"] > 0
     soft = F.one_hot(LABELS, 10).float()
-    assert torch.equal(
-        NullspaceTask(NullspaceAugment(vit, site="patch"), F.cross_entropy)(images, soft)["loss"], expected
-    )
+    with_soft = NullspaceTask(NullspaceAugment(vit, site="patch"), F.cross_entropy)(images, soft)
+    torch.testing.assert_close(with_soft["loss"], expected)  # the sums round differently
 
 
 def test_evaluation_and_ema_see_no_noise(vit: NormalizedModel, images: Tensor) -> None:
