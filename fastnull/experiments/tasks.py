@@ -296,7 +296,12 @@ def work(task: Task, tell: Callable[[float], None] = lambda _: None) -> str:
                     ready = prepare(config, device, task.model(), task.inputs.train_data)
                     config = _equal_norm(config, task.after, ready)
             per_step = task.plan.total_cost / task.plan.steps
-            with listening(lambda _, steps: tell(steps * per_step)):
+
+            def trained(bar: str, steps: float) -> None:
+                if bar == config.augment:  # images that are decoded and noise that is refreshed have bars too
+                    tell(steps * per_step)
+
+            with listening(trained):
                 result = finetune(config, task.model(), task.inputs.train_data)
             model, line = result.model, f"{task.name}: {result.plan.steps} steps, {result.seconds['total']:.0f} s"
         summary = _measure(task, config, model, tell)["summary"]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fastnull
+import fastnull.experiments.tasks
 from fastnull.cli import main
 from fastnull.data import embedded
 from fastnull.experiments.compare import run_compare
@@ -121,6 +122,17 @@ def test_a_head_that_fits_needs_no_start(tiny: CompareSettings, tmp_path: Path) 
     about = json.loads((tmp_path / "out" / "seed-1" / "none" / "config.json").read_text())
     assert about["config"]["checkpoint"] == str(write)
     assert "the weights as they are" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_progress_counts_steps_and_not_decoded_images(
+    tiny: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastnull.experiments.tasks, "_measure", lambda *_: {"summary": {}})
+    start = plan_tasks(tmp_path, replace(tiny, common={"cache": "ram"}), Inputs())[0][0]
+    assert start.plan is not None
+    passes: list[float] = []
+    work(start, passes.append)
+    assert sum(passes) == pytest.approx(start.plan.total_cost)
 
 
 def make_model() -> nn.Module:
