@@ -100,7 +100,7 @@ BAD_NAMES = (
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_are_no_folders(name: str) -> None:
     for methods in ((name,), ("none",)):  # also where it does not run
-        with pytest.raises(ValueError, match="a method's name is a folder's too"):
+        with pytest.raises(ValueError, match="a method's name is also a folder name"):
             CompareSettings(methods=methods, recipes={name: {"augment": "none"}})
 
 
