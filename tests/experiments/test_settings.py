@@ -78,7 +78,7 @@ def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:
         ({"methods": ("x",), "recipes": {"x": {"augment": "random", "norm_of": 5}}}, "takes the norm of 5"),
         (
             {"methods": ("x",), "recipes": {"x": {"augment": "random", "norm_of": "x"}}},
-            "norm of its own; x takes another one's itself",
+            "norm of its own; x has norm_of too",
         ),
         (
             {"methods": ("x", "none"), "recipes": {"x": {"augment": "random", "norm_of": "none"}}},
