@@ -84,7 +84,7 @@ def test_it_runs_once_a_machine(runs: list[list[str]], monkeypatch: pytest.Monke
     prove_quietly()
     forget(monkeypatch)
     assert prove_quietly() == FOUND
-    with pytest.warns(RuntimeWarning, match="left out"):
+    with pytest.warns(RuntimeWarning, match="not used"):
         prove([PROBLEM, other], CPU)
     assert runs == [[PROBLEM.name], [other.name]]
     monkeypatch.setenv(choices.SWITCH, "force")
