@@ -15,7 +15,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def run_methods(
     if jobs > 1:
         _check_picklable(inputs)
     tasks, about = plan_tasks(folder, settings, inputs, label=label)[:2]
-    _prepare(folder, settings, kind, overwrite, resume)
+    _prepare(folder, settings, about, kind, overwrite, resume)
     finished = _finished(tasks)
     count = thread_count(settings, jobs)
     total, done = (sum(task.cost for task in some) for some in (tasks, finished))
@@ -214,10 +214,12 @@ def _check_picklable(inputs: Inputs) -> None:
         ) from error
 
 
-def _prepare(folder: Path, settings: CompareSettings, kind: str, overwrite: bool, resume: bool) -> None:
-    """Make the folder ready and write the settings; raise where something is in the way.
+def _prepare(
+    folder: Path, settings: CompareSettings, about: Mapping[str, Any], kind: str, overwrite: bool, resume: bool
+) -> None:
+    """Make the folder ready and write the settings and what data and model are; raise where something is in the way.
 
-    Settings may change until a method is finished. What was begun under others is removed, and what was begun under the
+    Both may change until a method is finished. What was begun under others is removed, and what was begun under the
     same ones goes on.
     """
     if overwrite and resume:
@@ -235,14 +237,20 @@ def _prepare(folder: Path, settings: CompareSettings, kind: str, overwrite: bool
             raise ValueError(
                 f"{folder} holds a {kind} already: resume=True goes on with it, overwrite=True starts over"
             )
-        now = json.loads(json.dumps(asdict(settings)))  # tuples become lists, as in the file
-        differing = changed(_settings_in(path, kind), settings, now)
+        now, found = json.loads(json.dumps([asdict(settings), about]))  # tuples become lists, as in the file
+        record = read_json(path)
+        before = record.get("about") or record.get("begun") or {}
+        differing = changed(_settings_in(path, kind), settings, now) or [
+            f"{name} (was {before[name]}, now {value})"
+            for name, value in found.items()
+            if before.get(name, value) != value
+        ]
         if finished and differing:
             raise ValueError(f"cannot resume the {kind} in {folder} with other settings: {', '.join(differing)}")
     if held and (overwrite or differing):
-        for found in folder.glob("seed-*"):
-            shutil.rmtree(found)
-    write_json(path, {"settings": asdict(settings)})
+        for run in folder.glob("seed-*"):
+            shutil.rmtree(run)
+    write_json(path, {"settings": asdict(settings), "begun": about})
 
 
 def _settings_in(path: Path, kind: str) -> dict[str, Any]:
