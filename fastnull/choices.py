@@ -1,7 +1,7 @@
-"""Which implementation of an op may serve which problem on this machine's GPUs: what the self-test found.
+"""Results of the self-test: which implementations of an op may be used for a problem on this machine's GPUs.
 
-Plain data: the ops look here at their first call for a problem, and records name what is in use. A problem is an op
-with what decides about its speed, as text: "attention_out bfloat16 197 64" (fastnull/ops/dispatch.py).
+The ops look here at their first call for a problem, and records name what is in use. A problem is the name of an op
+with its dtype and sizes: "attention_out bfloat16 197 64" (fastnull/ops/dispatch.py).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ KERNELS = ("triton", "cuda")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the self-test found of one implementation of one problem.
+    """Result of the self-test for one implementation of one problem.
 
     Attributes:
-        ms: of one call; None where it is left out.
-        error: largest error against float64, over the largest value.
-        floor: the least time that the machine needs for the problem, over `ms`.
-        problem: why it is left out; empty where it is right.
+        ms: milliseconds per call; None if the implementation is not used.
+        error: largest error against float64, divided by the largest value.
+        floor: lower bound of the time on this machine, divided by `ms`.
+        problem: why the implementation is not used; empty if it is correct.
     """
 
     ms: float | None = None
@@ -37,7 +37,7 @@ class Outcome:
 
 
 Found = Mapping[str, Outcome]
-"""Implementation → outcome, of one problem."""
+"""Implementation → outcome, for one problem."""
 
 _found: dict[tuple[str, str], Found] = {}  # (name of the GPU, problem) → outcomes
 _pinned: dict[str, str] = {}
@@ -47,44 +47,47 @@ _listeners: list[Callable[[], None]] = []
 
 
 def mode(asked: str | None = None) -> str:
-    """`asked`, else what FASTNULL_SELFTEST says, else auto; off where FASTNULL_SELFTEST says so, whatever is asked.
+    """The mode of the self-test: `asked`, else FASTNULL_SELFTEST, else auto. FASTNULL_SELFTEST=off overrides `asked`.
 
     Raises:
-        ValueError: it is none of MODES.
+        ValueError: the mode is not one of MODES.
     """
     value = check_choice(SWITCH, os.environ.get(SWITCH) or "auto", MODES)
     return value if asked is None or value == "off" else check_choice("selftest", asked, MODES)
 
 
 def forced() -> str:
-    """The kernels that FASTNULL_KERNELS makes every op run, proven or not (for tests of the kernels); empty: none."""
+    """The kernels that FASTNULL_KERNELS forces every op to use, checked or not (for testing them); empty if unset."""
     value = os.environ.get(FORCED)
     return check_choice(FORCED, value, KERNELS) if value else ""
 
 
 def add(gpu: str, results: Mapping[str, Found]) -> None:
-    """Take over results of a GPU: problem → outcomes."""
+    """Add results for a GPU: problem → outcomes."""
     _found.update({(gpu, problem): outcomes for problem, outcomes in results.items()})
     _changed()
 
 
 def found(gpu: str, problem: str) -> Found:
-    """What is known of a problem; empty where nothing is."""
+    """The outcomes of a problem; empty if it was not checked."""
     return _found.get((gpu, problem), {})
 
 
 def ranked(gpu: str, problem: str) -> list[str]:
-    """The implementations that are right for a problem, fastest first; one that a resumed run asks for before them."""
+    """The correct implementations for a problem, fastest first; a pinned one comes before all others."""
     right = {name: each.ms for name, each in found(gpu, problem).items() if each.ms is not None}
     return sorted(right, key=lambda name: (name != _pinned.get(problem), right[name]))
 
 
 def pin(wanted: Mapping[str, str], gpu: str) -> list[str]:
-    """From now on take these implementations, problem → name, where they are right here; where not, why, a line each.
+    """Use the implementations of a resumed run, if they are correct on this machine.
 
     Args:
-        wanted: what `in_use` said in the run that is resumed.
-        gpu: name of the GPU that the run goes on with.
+        wanted: problem → name, from `in_use` in the run that is resumed.
+        gpu: name of the GPU.
+
+    Returns:
+        For each implementation that cannot be used, a line with the reason.
     """
     _pinned.clear()
     refused = []
@@ -92,7 +95,7 @@ def pin(wanted: Mapping[str, str], gpu: str) -> list[str]:
         outcome = found(gpu, problem).get(name)
         if outcome is not None and outcome.ms is not None:
             _pinned[problem] = name
-        elif name != "library":  # which is what an unproven problem gets anyway
+        elif name != "library":  # the default for unchecked problems
             why = "was not checked here" if outcome is None else outcome.problem
             refused.append(f"{problem}: {name} {why}")
     _changed()
@@ -100,17 +103,17 @@ def pin(wanted: Mapping[str, str], gpu: str) -> list[str]:
 
 
 def use(problem: str, name: str) -> None:
-    """Note that an implementation serves a problem."""
+    """Record that an implementation is used for a problem."""
     _used[problem] = name
 
 
 def in_use() -> dict[str, str]:
-    """Problem → the implementation that served it in this process, on a GPU."""
+    """Problem → the implementation used for it in this process, on a GPU."""
     return dict(sorted(_used.items()))
 
 
 def in_records() -> dict[str, dict[str, str]]:
-    """`in_use` as an entry of a record; none where nothing ran on a GPU."""
+    """`in_use` as an entry of a record; empty if no op ran on a GPU."""
     return {"implementations": in_use()} if _used else {}
 
 
@@ -121,7 +124,7 @@ def library_only() -> bool:
 
 @contextmanager
 def library_calls() -> Iterator[None]:
-    """Inside, ops on a GPU take library calls and references alone: never a kernel of this package."""
+    """Inside, ops on a GPU use only library calls and references, no kernel of this package."""
     global _library_only
     before, _library_only = _library_only, True
     try:
@@ -131,11 +134,11 @@ def library_calls() -> Iterator[None]:
 
 
 def on_change(forget: Callable[[], None]) -> None:
-    """Have `forget` called whenever another implementation may be chosen than before."""
+    """Register a function to call whenever the choice of implementations may have changed."""
     _listeners.append(forget)
 
 
 def _changed() -> None:
-    _used.clear()  # what is used from now on says so again
+    _used.clear()  # filled again by later calls
     for forget in _listeners:
         forget()

@@ -15,16 +15,20 @@ except ImportError:  # no locks on non-POSIX systems
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
-"""The lock file, which names the process that holds the lock."""
+"""Name of the lock file, which holds the name of the locking process."""
 
 _held: set[int] = set()
 
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Lock an existing folder for this process; where another process holds the lock, `wait` waits for it.
+    """Lock an existing folder for this process.
 
-    The system releases the lock when the process ends. File systems without locks give a warning and no lock.
+    The system releases the lock when the process ends. On file systems without locks it only warns.
+
+    Args:
+        folder: the folder to lock.
+        wait: wait until the lock is free instead of raising an error.
 
     Raises:
         ValueError: another process, or another run in this one, holds the lock; the message names the process.
@@ -38,12 +42,12 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         _held.discard(handle)
-        (folder / NAME).unlink(missing_ok=True)  # while locked, so that no other process has it
+        (folder / NAME).unlink(missing_ok=True)  # before the release, so that no other process holds the file
         os.close(handle)
 
 
 def check_unlocked(folder: Path) -> None:
-    """Raise as `locked` would, without writing."""
+    """Raise the error of `locked` if the folder is locked, without writing."""
     if fcntl is None or not (folder / NAME).exists():
         return
     with open(folder / NAME, "rb") as file:
@@ -56,7 +60,7 @@ def check_unlocked(folder: Path) -> None:
 
 
 def _acquire(folder: Path, wait: bool) -> int | None:
-    """The locked file; None without support for locks."""
+    """File descriptor of the locked file; None if locks are not supported."""
     if fcntl is None:
         return None
     path = folder / NAME
@@ -79,7 +83,7 @@ def _acquire(folder: Path, wait: bool) -> int | None:
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
             return handle
-        os.close(handle)  # the previous holder removed the file after we opened it: try the new one
+        os.close(handle)  # the previous holder removed the file after it was opened here: try again
 
 
 def _in_use(folder: Path) -> ValueError:
@@ -93,7 +97,7 @@ def _in_use(folder: Path) -> ValueError:
 
 
 def _let_go() -> None:
-    """In a forked child: a loader's worker would hold the lock of a parent that was killed."""
+    """Close the handles in a forked child: a DataLoader worker would keep the lock of a killed parent."""
     while _held:
         os.close(_held.pop())
 

@@ -1,9 +1,10 @@
-"""Random numbers that do not depend on, and do not disturb, the caller's.
+"""Random numbers that are independent of the global random state and do not change it.
 
-`generator` makes a keyed generator on the CPU, for orders and choices of the host. `KeyedRandom` makes numbers per
-image on the image's device. With torch's generators an image's numbers depend on the images before it, the batch size
-and the device. Here every number is a hash of its address (splitmix64 on 64-bit integers), so the integers are the same
-in every batch and on every device. Philox would do the same, but costs several times as much without its own kernel.
+`generator` returns a keyed generator on the CPU, for example for the order of images. `KeyedRandom` generates numbers
+per image on the image's device. With torch's generators, the numbers of an image depend on the images before it, the
+batch size and the device. Here every number is a hash of its key and position (splitmix64 on 64-bit integers), so the
+integers are the same in every batch and on every device. Philox would work too, but is several times slower without its
+own kernel.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from torch import Tensor
 
 
 class Place(NamedTuple):
-    """Where the images of a batch lie in a larger one, which is split over processes or taken in parts.
+    """Position of a batch in a larger one that is split over processes or into micro-batches.
 
-    What is drawn for an image is then what it would get in the larger batch.
+    Each image gets the random numbers that it would have in the larger batch.
     """
 
     rows: Tensor
-    """[B], on the CPU."""
+    """Rows of the images in the larger batch [B], on the CPU."""
     total: int
-    """Images of the larger batch."""
+    """Number of images in the larger batch."""
 
 
 def fraction_of(place: Place, fraction: float, step: int) -> tuple[Tensor, Place]:
-    """Choose a fraction of the larger batch, at even distances; return which of the images at a place are in it.
+    """Choose an evenly spaced fraction of the larger batch, and return which images at `place` are in it.
 
-    The choice is the same however the batch is divided. Where the fraction is less than one image, some steps have one
-    and others none, by `step`; else it is the same rows in every step, as many as a graph was captured for.
+    The choice does not depend on how the batch is split. If the fraction is less than one image, some steps have one
+    image and others none. Otherwise every step has the same rows, so that a CUDA graph can be replayed.
 
     Returns:
-        positions among the images at the place [k], and the place of those.
+        positions of the chosen images [k], and their place.
     """
     rows = place.rows.double() + (step * place.total if place.total * fraction < 1 else 0)
     chosen = ((rows + 1) * fraction).floor() > (rows * fraction).floor()
@@ -48,7 +49,7 @@ def fraction_of(place: Place, fraction: float, step: int) -> tuple[Tensor, Place
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU generator keyed by integers such as (seed, step); nearby keys give unrelated streams."""
+    """A CPU generator keyed by integers such as (seed, step). Nearby keys give unrelated streams."""
     state = 0
     for part in key:
         # splitmix64: the finaliser spreads every bit of the key over the whole word
@@ -60,7 +61,7 @@ def generator(*key: int) -> torch.Generator:
 
 
 def carried(value: Tensor, device: torch.device) -> Tensor:
-    """A tensor on another device; from pinned memory, so that the host does not wait until a GPU has it."""
+    """Copy a tensor to another device; through pinned memory, so that the host does not wait for a GPU."""
     if device.type == "cuda" and value.device.type == "cpu":
         value = value.pin_memory()
     return value.to(device, non_blocking=device.type != "cpu")
@@ -74,7 +75,7 @@ _GOLDEN = _signed(0x9E3779B97F4A7C15)  # splitmix64: increment and the two multi
 _FIRST = _signed(0xBF58476D1CE4E5B9)
 _SECOND = _signed(0x94D049BB133111EB)
 _CACHED_WORDS = 1 << 16
-"""Words that a processor hashes at once, so that they stay in its cache."""
+"""Number of words that a CPU hashes at once, so that they stay in its cache."""
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
@@ -93,15 +94,16 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 class KeyedRandom:
-    """Random numbers for a batch of images. Every draw is new; another object with the same arguments repeats them.
+    """Random numbers for a batch of images.
 
-    The numbers of an image depend only on seed, purpose and its index, not on the batch, the device or the process. No
-    global state is read or changed, and the host does not wait for a device.
+    Successive draws are independent; a new object with the same arguments repeats them. The numbers of an image depend
+    only on seed, purpose and its index, not on the batch, the device or the process. No global state is read or
+    changed, and the host does not wait for the device.
 
     Args:
-        seed: of the experiment.
+        seed: seed of the experiment.
         purpose: use of the numbers ("shot_noise/3"); different purposes are independent.
-        indices: [B] integers that identify the images; the numbers are on its device.
+        indices: [B] integers that identify the images; numbers are generated on their device.
     """
 
     def __init__(self, seed: int, purpose: str, indices: Tensor) -> None:
@@ -131,8 +133,8 @@ class KeyedRandom:
         return _open_unit(_shifted(self._bits(shape), 41))
 
     def symmetric(self, *shape: int, limit: float = 1.0) -> Tensor:
-        """[B, *shape] float32, uniform on [-limit, limit]; the same bits on every device. Two numbers a hash: faster
-        than `uniform`."""
+        """[B, *shape] float32, uniform on [-limit, limit]; the same bits on every device. Faster than `uniform`: two
+        numbers per hash."""
         count = math.prod(shape)
         halves = self._words((count + 1) // 2).view(torch.int32)[:, :count]
         return halves.to(torch.float32).mul_(limit * 2.0**-31).view(self.batch, *shape)
@@ -151,13 +153,13 @@ class KeyedRandom:
 
 
 def _open_unit(integers: Tensor) -> Tensor:
-    """0 .. 2^23 - 1 → the middle of its cell of (0, 1); exact in float32."""
+    """Map 0 .. 2^23 - 1 to the middle of its cell in (0, 1); exact in float32."""
     return integers.float().add_(0.5).mul_(2.0**-23)
 
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """torch's CPU, Python's and (where loaded) NumPy's global generators are after the block as they were before it.
+    """Restore the global generators of torch (CPU), Python and (if imported) NumPy after the block.
 
     Iterating a DataLoader draws from them, and so do transforms in the main process.
     """

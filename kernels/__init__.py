@@ -1,8 +1,8 @@
 """The Triton kernels of the ops.
 
-One file an op: table of tiles, kernels, launchers. A launcher has the arguments of its `torch.ops.fastnull` op and
-writes into the tensors it is given. fastnull.ops imports this package at the first CUDA tensor, and not before; which
-implementation such a tensor gets is decided in fastnull/ops/dispatch.py.
+Each op has one file with its table of tiles, kernels and launchers. A launcher has the arguments of its
+`torch.ops.fastnull` op and writes into the given tensors. fastnull.ops imports this package at the first CUDA tensor;
+fastnull/ops/dispatch.py chooses the implementation.
 """
 
 from __future__ import annotations
@@ -48,4 +48,4 @@ CANDIDATES: dict[str, Sequence[Change]] = {
     "attention_dqkv_out": attention.CANDIDATES,
     "patch_project_out": patch_project.CANDIDATES,
 }
-"""Changes to the tiles of an op's kernels."""
+"""Op → changes to the tiles of its kernels to try."""

@@ -1,16 +1,17 @@
 """Attention over short sequences from packed qkv, and its backward into packed dqkv (formulas: ops/attention).
 
-A program has one image, one head and one block of rows; nothing is added up across programs, so results repeat bit
-for bit. Scores never leave the chip: where the keys fit in one block the whole row is there, else blocks of keys pass
-by with an online softmax. The backward needs neither o nor row sums of the forward. It is two kernels:
+Each program handles one image, one head and one block of rows. There are no sums across programs, so results are
+bitwise reproducible. Scores are never written to memory. If the keys fit in one block, a program holds whole rows of
+scores; otherwise it loops over blocks of keys with an online softmax. The backward needs neither o nor row sums of the
+forward. It has two kernels:
 
     dq:      S = q k^T;  P;  dP = do v^T;  delta = rowsum(P dP);  dS = P (dP - delta);  dq = scale dS k
-             and, for the other one, log2 of each row's sum of powers and delta: 8 bytes a row and head
+             also writes log2 of each row's sum of powers and delta for the other kernel: 8 bytes per row and head
     dk, dv:  S^T = k q^T;  P^T;  dP^T = v do^T;  dS^T = P^T (dP^T - delta);  dv = P^T do;  dk = scale dS^T q
 
-Products: 7 where dq has whole rows, else 9 (delta must be known before dS, so S and dP are made twice), against
-the 5 of an implementation with atomics. The second kernel works on the transposed scores from the start: Triton before
-3.7.1 silently miscompiles the transpose of a product on sm_90.
+Products: 7 if dq has whole rows, else 9 (dS needs delta first, so S and dP are computed twice); an implementation with
+atomics has 5. The second kernel computes the transposed scores directly, because Triton before 3.7.1 silently
+miscompiles the transpose of a product on sm_90.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from fastnull.kernels.tiles import changed
 from fastnull.ops.attention import WIDEST_HEAD
 from fastnull.ops.common import empty
 
-LOG2_E = tl.constexpr(1.4426950408889634)  # a kernel reads globals of this type alone
+LOG2_E = tl.constexpr(1.4426950408889634)  # kernels can only read globals of this type
 
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Block of queries and of keys, for heads up to `head` wide, up to `tokens` tokens, and generations of GPUs (see
+    """Block sizes of queries and keys, for heads up to `head` wide, up to `tokens` tokens, and GPU generations (see
     `generation`) from `since` on.
 
-    Where keys + tail hold all tokens, a program has whole rows of scores, as two tiles: powers of two are all that
-    Triton has, and 257 keys as 256 + 16 are half of 512.
+    If keys + tail cover all tokens, a program holds whole rows of scores in two tiles. Triton's tile sizes are powers
+    of two, so 257 keys need 256 + 16, about half of the 512 of a single tile.
     """
 
     head: int
@@ -58,7 +59,7 @@ FORWARD = (
     AttentionTile(64, 80, 64, 64, 4, tail=16),  # 65 tokens
     AttentionTile(64, 256, 64, 256, 4, since=90),  # /16 at 224: 197 tokens; a warpgroup has 64 rows
     AttentionTile(64, 272, 64, 256, 4, tail=16, since=90),  # /14 at 224: 257 tokens
-    AttentionTile(32, 256, 64, 64, 4),  # of heads of 32, even 32 whole rows spill on sm_80
+    AttentionTile(32, 256, 64, 64, 4),  # with heads of 32, even 32 whole rows spill on sm_80
     AttentionTile(64, 256, 32, 256, 4),  # 64 whole rows spill on sm_80
     AttentionTile(64, 272, 32, 256, 4, tail=16),
     AttentionTile(64, ANY, 128, 128, 8),  # 577 = 4.5 blocks: each key is read half as often as with 64 queries
@@ -72,7 +73,7 @@ QUERY_GRADIENT = (
     AttentionTile(64, 272, 64, 256, 8, tail=16, since=100),
     # On sm_90, 64 whole rows of S and dP spill, and 32 are too few for wgmma.
     AttentionTile(64, ANY, 64, 64, 4, since=90),
-    AttentionTile(32, 272, 64, 64, 4),  # whole rows of heads of 32 spill on sm_80, and blocks of 128 keys
+    AttentionTile(32, 272, 64, 64, 4),  # with heads of 32, whole rows and blocks of 128 keys spill on sm_80
     AttentionTile(64, 256, 32, 256, 8),
     AttentionTile(64, 272, 32, 256, 8, tail=16),
     AttentionTile(64, ANY, 64, 64, 4),  # 64 x 128 with 4 warps spills
@@ -84,9 +85,9 @@ KEY_GRADIENT = (
     AttentionTile(64, ANY, 32, 64, 4),  # 64 x 64 spills under 3.6
     AttentionTile(128, ANY, 64, 64, 8),
 )
-# float32 products are exact ("ieee"), thus on the plain cores; with 4 warps the operands of a tile spill.
+# float32 products are exact ("ieee") and run on CUDA cores; with 4 warps the operands of a tile spill.
 FLOAT32 = (AttentionTile(64, ANY, 32, 32, 8), AttentionTile(128, ANY, 16, 16, 8))
-# What `fastnull selftest --tiles` tries in place of an entry; a tile that does not hold the row walks over the keys.
+# Changes that `fastnull selftest --tiles` tries; a tile smaller than the row loops over the keys.
 CANDIDATES = (
     {"queries": 64, "keys": 64, "warps": 4, "tail": 0},
     {"queries": 64, "keys": 64, "warps": 4, "stages": 3, "tail": 0},
@@ -281,8 +282,8 @@ def attention_dkdv_kernel(
     qkv,  # [B, N, 3, H, d], dense in d
     grad_o,  # [B, N, H, d], dense in d
     dqkv,  # [B, N, 3, H, d], dense in d
-    logs,  # [B, H, N] float32, of attention_dq_kernel
-    deltas,  # [B, H, N] float32, of attention_dq_kernel
+    logs,  # [B, H, N] float32, from attention_dq_kernel
+    deltas,  # [B, H, N] float32, from attention_dq_kernel
     N,
     H,
     scale,
@@ -316,7 +317,7 @@ def attention_dkdv_kernel(
         q = _rows(source, query, N, qkv_n, HEAD, WIDTH)
         do = _rows(grad_o + image * grad_b + head * grad_h, query, N, grad_n, HEAD, WIDTH)
         row = (image * H + head) * N + query
-        # Infinity makes the probabilities of queries beyond N zero. Keys beyond N are whole rows, and not stored.
+        # Infinity makes the probabilities of queries beyond N zero. Rows of keys beyond N are not stored.
         log = tl.load(logs + row, query < N, float("inf"))
         delta = tl.load(deltas + row, query < N, 0.0)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - log[None, :])  # [keys, queries]
@@ -340,7 +341,7 @@ def _tile(entries: tuple[AttentionTile, ...], qkv: Tensor) -> AttentionTile:
 
 
 def _row(tile: AttentionTile, N: int) -> dict[str, int | bool]:
-    """Whether a program has whole rows of scores, and the second tile that this takes."""
+    """Whether a program holds whole rows of scores, and the size of the second tile for it."""
     return {"WHOLE": tile.keys + tile.tail >= N, "TAIL": tile.tail}
 
 

@@ -1,4 +1,4 @@
-"""What every launcher needs: the device to launch on, checks of dtypes, and compile options."""
+"""Helpers of all launchers: device to launch on, dtype checks and compile options."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Set at every launch: Triton announced another default, which would change numbers and speed.
+# Set at every launch, because Triton announced a change of the default, which would change results and speed.
 COMPILE = {"enable_fp_fusion": True}
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device; this makes it the tensor's."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def generation_of(x: Tensor) -> int:
-    """`generation` of the tensor's GPU; 80 where it is on none, as in the interpreter."""
+    """`generation` of the tensor's GPU; 80 for CPU tensors (in the interpreter)."""
     return _generation(x.device) if x.is_cuda else 80
 
 
 def generation(major: int) -> int:
-    """80, 90 or 100: whose tensor-core instructions a GPU of compute capability `major` has. sm_120 has sm_80's."""
+    """80, 90 or 100: the tensor-core instructions of a GPU of compute capability `major`. sm_120 has those of sm_80."""
     return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
@@ -35,10 +35,10 @@ def _generation(device: torch.device) -> int:
 
 
 def check_dtypes(**tensors: Tensor | None) -> None:
-    """The kernels compute in float32: float64 would silently lose precision.
+    """Check dtypes: the kernels compute in float32, so float64 would silently lose precision.
 
     Raises:
-        TypeError: a tensor is neither float32 nor bfloat16 nor float16.
+        TypeError: a tensor is not float32, bfloat16 or float16.
     """
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in DTYPES:
@@ -46,7 +46,7 @@ def check_dtypes(**tensors: Tensor | None) -> None:
 
 
 def check_dense(**tensors: Tensor | None) -> None:
-    """Raise ValueError for a tensor whose elements the kernel would address wrongly because it is not dense."""
+    """Raise ValueError for a tensor that is not dense, which the kernel would address wrongly."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} must be dense; its strides are {tensor.stride()}")

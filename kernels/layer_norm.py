@@ -1,7 +1,7 @@
 """LayerNorm with its statistics, and its input gradient fused with the residual's gradient (formulas: ops/layer_norm).
 
-A program holds a few whole rows in registers, so each input is read once: forward 2 T, backward 4 T with dres, 3 T
-without (T = bytes of x).
+A program holds a few whole rows in registers, so each input is read once. Bytes moved (T = bytes of x): forward 2 T,
+backward 4 T with dres, 3 T without.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastnull.kernels.tiles import changed
 
 @dataclass(frozen=True)
 class RowTile:
-    """Rows of a program, for widths up to `width` (padded to a power of two)."""
+    """Rows per program, for widths up to `width` (padded to a power of two)."""
 
     width: int
     rows: int
@@ -28,7 +28,7 @@ class RowTile:
 # Untuned. A lane holds 16 values of a tensor, up to 32 in the widest rows; with 32 the backward, three tensors at once,
 # spills on sm_80 at width 1024. Several rows per program keep enough loads in flight where rows are short.
 TILES = (RowTile(512, 4, 4), RowTile(1024, 2, 4), RowTile(2048, 1, 4), RowTile(4096, 1, 8), RowTile(16384, 1, 16))
-# What `fastnull selftest --tiles` tries in place of an entry.
+# Changes that `fastnull selftest --tiles` tries.
 CANDIDATES = tuple({"rows": rows, "warps": warps} for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8))
 
 
@@ -111,7 +111,7 @@ def layer_norm_dx_kernel(
     row_rstd = tl.load(rstd + row, valid_row, 0.0)
     if mean is not None:
         values = (values - tl.load(mean + row, valid_row, 0.0)[:, None]) * row_rstd[:, None]
-    # g is 0 outside the row, so neither sum needs a mask.
+    # g is 0 outside the row, so the sums need no mask.
     c1, c2 = tl.sum(g, 1) / D, tl.sum(g * values, 1) / D
     result = row_rstd[:, None] * (g - c1[:, None] - values * c2[:, None])
     if dres is not None:

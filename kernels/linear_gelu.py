@@ -1,10 +1,10 @@
 """The two products of an MLP with GELU in their epilogues (formulas: ops/linear_gelu).
 
-    h = gelu(x W^T + b), and gelu' of it        z is never written: two of its three passes over memory are saved
-    dz = (dy W) * gelu'                          the same
+    h = gelu(x W^T + b), and gelu'      z = x W^T + b is never written, which saves two of three passes over memory
+    dz = (dy W) * gelu'                 the same for dy W
 
-bfloat16 and float16. Whether this beats the library's product followed by kernels/gelu.py is unmeasured, and the
-library is hard to beat at these sizes.
+For bfloat16 and float16. It is unmeasured whether this is faster than the library's product followed by
+kernels/gelu.py; the library is hard to beat at these sizes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastnull.kernels.tiles import changed
 
 @dataclass(frozen=True)
 class GemmTile:
-    """Tile [m, n] of the output, its step k through the inner dimension, and how many row tiles share a band."""
+    """Tile [m, n] of the output, step k through the inner dimension, and number of row tiles per band."""
 
     m: int
     n: int

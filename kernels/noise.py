@@ -1,7 +1,7 @@
-"""What a synthesis step does around the encoder: objective, and gated step (formulas: ops/noise_objective, noise_step).
+"""Objective and gated step of noise synthesis (formulas: ops/noise_objective, noise_step).
 
-Objective: a program reads one pair of rows of logits once and writes loss, cotangent and influence. Steps: programs
-take chunks of a noise [M, n]; each reads its noise's gate, and where that is 0 writes nothing.
+Objective: a program reads one pair of rows of logits once and writes loss, cotangent and influence. Steps: a program
+handles a chunk of a row of the noise [M, n]. It reads the gate of the row and writes nothing if the gate is 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastnull.ops.common import empty
 
 # Untuned: 8 elements a lane. A chunk is also the unit of the partial sums of squares.
 CHUNK, WARPS = 1024, 4
-LOG2_E = tl.constexpr(1.4426950408889634)  # a kernel reads globals of this type alone
+LOG2_E = tl.constexpr(1.4426950408889634)  # kernels can only read globals of this type
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def adamw_step_(
     _check_noise(noise, grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, steps=steps, gate=gate, lr=lr)
     if not noise.numel():
         return
-    # Counted before the kernel: its programs all read the count, none may change it.
+    # Counted before the kernel, because all of its programs read the count.
     steps.add_(gate != 0)
     n = noise[0].numel()
     logs = [math.log2(beta) if beta else -math.inf for beta in (beta1, beta2)]

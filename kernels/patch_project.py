@@ -1,12 +1,13 @@
-"""Projection of image noise on the nullspace of a patch embedding, from and to NCHW (formulas: ops/patch_project).
+"""Projection of image noise in NCHW onto the nullspace of a patch embedding (formulas: ops/patch_project).
 
 Two products with the basis between images and coefficients, both in exact float32 ("ieee"):
 
     coefficients = v Q            v gathered from the image       [B gh gw, C p^2] x [C p^2, n]
-    result = coefficients Q^T     scattered into the image; v minus it where Q spans the row space; plus images
+    result = coefficients Q^T     scattered into the image; v minus it if Q spans the row space; plus images
 
-An element of patch row m and column k is at rows_at[m] + columns_at[k], so neither product unfolds anything. Kept
-between the two: the coefficients, n / (C p^2) of the noise in float32, at most half of it with the smaller basis.
+The element in patch row m and column k is at rows_at[m] + columns_at[k], so no product needs an unfolded copy. Only
+the coefficients are stored in between: n / (C p^2) of the size of the noise in float32, at most half with the smaller
+basis.
 """
 
 from __future__ import annotations

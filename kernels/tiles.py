@@ -1,4 +1,4 @@
-"""Tiles: each kernel's file has a table of them, and CANDIDATES, changes that `fastnull selftest --tiles` tries."""
+"""Tile sizes. Each kernel file has a table of them, and CANDIDATES: changes that `fastnull selftest --tiles` tries."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _launch = threading.local()
 
 
 def changed(tile: Tile) -> Tile:
-    """A table's tile as the launch that is being made has it."""
+    """A tile of the table with the changes of the current launch."""
     change: Change = getattr(_launch, "change", {})
     return replace(tile, **change) if change else tile  # type: ignore[type-var]
 
 
 def with_change(launcher: Callable[..., None], change: Change) -> Callable[..., None]:
-    """The launcher with this change to its tiles: all kernels that it launches have it."""
+    """Return a launcher that applies a change to the tiles of all its kernels."""
 
     def launch(*args: Any) -> None:
         _launch.change = change
@@ -33,5 +33,5 @@ def with_change(launcher: Callable[..., None], change: Change) -> Callable[..., 
 
 
 def change_name(change: Change) -> str:
-    """As results name it: "queries=64,keys=128,warps=8"."""
+    """Name of a change in the results: "queries=64,keys=128,warps=8"."""
     return ",".join(f"{field}={value}" for field, value in change.items())

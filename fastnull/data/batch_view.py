@@ -13,8 +13,8 @@ from fastnull.rng import KeyedRandom
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 _ASPECT = (math.log(3 / 4), math.log(4 / 3))
-_ATTEMPTS = 10  # of a random crop, as in timm
-_AT_ONCE = 2**18  # values, which stay in the cache of a CPU
+_ATTEMPTS = 10  # attempts to draw a random crop, as in timm
+_AT_ONCE = 2**18  # values processed at once, so that they stay in the cache of a CPU
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class RandomView:
     PIL's up to two grey levels. The jitter equals PIL's, but acts on the crop before it is resized, not after.
 
     Args:
-        size: of the views (H, W).
+        size: size of the views (H, W).
         interpolation: one of INTERPOLATIONS.
         crop_scale, hflip, color_jitter: as in FinetuneConfig.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
     """
 
     size: tuple[int, int]
@@ -43,8 +43,8 @@ class RandomView:
 
         Args:
             images: bytes [B, C, H, W], on any device.
-            sizes: height and width of the originals [B, 2]; other ones than (H, W) if the images were resized.
-            indices: numbers of the images [B], on the CPU.
+            sizes: height and width of the originals [B, 2]; not (H, W) if the images were resized.
+            indices: indices of the images [B], on the CPU.
             epoch: any integer.
 
         Returns:
@@ -61,7 +61,7 @@ class RandomView:
             step = max(1, _AT_ONCE // images[0].numel()) if on_cpu else len(images)
             parts = (part.split(step) for part in (images, factors, order, boxes))
             images = torch.cat([jittered(*part) for part in zip(*parts, strict=True)])
-        if not on_cpu:  # only CPUs resize bytes
+        if not on_cpu:  # torch resizes uint8 only on the CPU
             images = images.float()
         views = torch.empty(*images.shape[:2], *self.size, dtype=images.dtype, device=images.device)
         for image, view, (top, left, height, width), flip in zip(images, views, boxes.tolist(), flips, strict=True):
@@ -77,7 +77,7 @@ class RandomView:
         aspect = torch.exp(_ASPECT[0] + (_ASPECT[1] - _ASPECT[0]) * drawn[..., 1])  # width over height
         tried = torch.stack([area / aspect, area * aspect], 2).sqrt().round()  # [B, attempts, 2]
         fits = ((tried >= 1) & (tried <= sizes.unsqueeze(1))).all(2)
-        # if no attempt fits: the largest crop of an aspect in the range, in the middle
+        # if no attempt fits: the largest centred crop with an aspect ratio in the range
         largest = torch.minimum(sizes, (sizes.flip(1) * math.exp(_ASPECT[1])).round())
         found = fits.any(1, keepdim=True)
         length = tried[torch.arange(len(tried)), fits.int().argmax(1)].where(found, largest)
@@ -91,9 +91,9 @@ def jittered(images: Tensor, factors: Tensor, order: Tensor, boxes: Tensor) -> T
 
     Args:
         images: bytes [B, C, H, W].
-        factors: of brightness, contrast and saturation [B, 3].
+        factors: factors of brightness, contrast and saturation [B, 3].
         order: permutations of 0, 1, 2 [B, 3].
-        boxes: the crops (top, left, height, width) [B, 4], whose mean counts for the contrast.
+        boxes: the crops (top, left, height, width) [B, 4], whose mean grey level the contrast uses.
 
     Returns:
         bytes [B, C, H, W].
@@ -106,17 +106,17 @@ def jittered(images: Tensor, factors: Tensor, order: Tensor, boxes: Tensor) -> T
     pixels = images.float()
     for operation in order.unbind(1):
         grey = pixels if pixels.shape[1] == 1 else _grey(pixels)  # [B, 1, H, W]
-        # sums of a row are exact in float32, those of an image in float64
+        # row sums are exact in float32, image sums in float64
         total = ((grey.squeeze(1) * columns.unsqueeze(1)).sum(2) * rows).double().sum(1)
         mean = (total / boxes[:, 2:].prod(1) + 0.5).floor().float().view(-1, 1, 1, 1)
         factor = factors.gather(1, operation[:, None]).view(-1, 1, 1, 1)
         operation = operation.view(-1, 1, 1, 1)
         target = torch.where(operation == 2, grey, mean * (operation == 1))
         pixels.sub_(target).mul_(factor).add_(target).floor_().clamp_(0, 255)
-    return pixels.to(torch.int16).to(torch.uint8)  # at once, torch takes five times as long
+    return pixels.to(torch.int16).to(torch.uint8)  # a direct conversion takes five times as long
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    """PIL's grey levels [B, 1, H, W] of colours [B, 3, H, W]; the sums are below 2^24, so exact."""
+    """PIL's grey levels [B, 1, H, W] of RGB images [B, 3, H, W]; the sums are below 2^24, so exact."""
     red, green, blue = pixels.split(1, 1)
     return (red * 19595 + green * 38470 + blue * 7471 + 32768).mul_(2.0**-16).floor_()

@@ -1,4 +1,4 @@
-"""Decoded images in memory, where they fit, in place of decoding them for each batch."""
+"""Keeps decoded images in memory if they fit, instead of decoding them for each batch."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from fastnull.rng import carried
 
 CACHES = ("auto", "ram", "device", "none")
 AUTO_PART = {"device": 1 / 4, "ram": 1 / 2}
-"""Part of the free memory of a GPU and of the computer that `auto` fills at most."""
+"""Largest fraction of the free memory of the GPU or the computer that `auto` uses."""
 LARGEST = 2
-"""Training images are kept as they are up to this many times the height and width of the model's."""
+"""Largest side of training images that are stored unchanged, in multiples of the model's image size."""
 RESIZED = 8 / 7
-"""Sides of training images that are kept resized, in sides of the model's: 256 for 224 pixels."""
+"""Side of training images that are stored resized, in multiples of the model's image size: 256 for 224 pixels."""
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
-_UNKNOWN = 4 * 2**30  # bytes of free memory, where the system does not tell
+_UNKNOWN = 4 * 2**30  # bytes of free memory assumed if the system does not report it
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Where the image files of a run are kept.
+    """Where decoded images are stored.
 
     Attributes:
-        place: ram or device; none: they are decoded for each batch.
-        about: for users: bytes, or why there is no cache.
+        place: ram or device; none: images are decoded for each batch.
+        about: size of the cache, or why there is none, for messages.
         view: makes training views; None without a cache.
         size: height and width of the training images in memory.
         resized: whether the originals have other sizes.
@@ -62,15 +62,15 @@ def plan_cache(
     processes: int = 1,
     several_sizes: bool = False,
 ) -> Cache:
-    """Choose where to keep the images, from the size of the first one and the free memory.
+    """Choose where to store the images, from the size of the first one and the free memory.
 
     Args:
-        cache: one of CACHES. `auto` keeps images only as they are (all of one size, up to LARGEST), within AUTO_PART of
+        cache: one of CACHES. `auto` stores images only unchanged (all of one size, up to LARGEST), within AUTO_PART of
             the free memory. `ram` and `device` also resize images.
         train, held_out: image files with their transforms.
-        view: for the training images; None: their transforms cannot be applied to batches.
-        device: of the model. On a CPU `device` is `ram`.
-        processes: number of processes on this computer, each of which keeps all images.
+        view: view of the training images; None: their transforms cannot be applied to batches.
+        device: device of the model. On a CPU `device` is `ram`.
+        processes: number of processes on this computer, each of which stores all images.
         several_sizes: whether the images are known to have several sizes.
 
     Raises:
@@ -110,10 +110,10 @@ def plan_cache(
 def keep(
     cache: Cache, train: Samples, held_out: Samples | None, device: torch.device, show: bool = True
 ) -> tuple[CachedImages, Samples | CachedImages | None] | None:
-    """Decode all images in threads: training images as `cache` says, held-out ones through their transform.
+    """Decode all images in threads: training images according to `cache`, held-out ones with their transform.
 
     Returns:
-        training and held-out images; None if training images turn out to have several sizes and are not to be resized.
+        training and held-out images; None if the training images have several sizes and `cache` does not resize them.
     """
     height, width = cache.size
 
@@ -143,14 +143,14 @@ def keep(
 
 @dataclass
 class CachedImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images in memory, which a DataLoader fetches in batches.
+    """Images in memory. A DataLoader fetches them in batches.
 
     Args:
         images: bytes [n, C, H, W], on any device.
         sizes: height and width of the originals [n, 2].
         targets: class indices [n].
         view: makes random views; None: images are used as they are.
-        batch_device: of the batches.
+        batch_device: device of the batches.
     """
 
     images: Tensor
@@ -177,7 +177,7 @@ class CachedImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 class _OtherSizeError(Exception):
-    """An image has another size than the first one."""
+    """An image differs in size from the first one."""
 
 
 def _decoded(samples: Samples, convert: Callable[[Any], Any], show: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +185,7 @@ def _decoded(samples: Samples, convert: Callable[[Any], Any], show: bool) -> tup
     count = len(samples)
     images = torch.empty(count, *convert(samples.read(0)[0]).shape, dtype=torch.uint8)
     sizes, labels = torch.empty(count, 2, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
-    arrays = (images.numpy(), sizes.numpy(), labels.numpy())  # writing to tensors costs more than decoding small images
+    arrays = (images.numpy(), sizes.numpy(), labels.numpy())  # writing to tensors is slower than decoding small images
 
     def decode(part: range) -> int:
         for index in part:
@@ -199,7 +199,7 @@ def _decoded(samples: Samples, convert: Callable[[Any], Any], show: bool) -> tup
         try:
             for done in pool.map(decode, parts):
                 bar.update(done)
-        finally:  # an error or Ctrl-C does not wait for the other parts
+        finally:  # do not wait for the other parts after an error or Ctrl-C
             pool.shutdown(cancel_futures=True)
     return images, sizes, labels
 
@@ -209,18 +209,18 @@ def _cores() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process can still use: the least of the system's and its control group's."""
+    """Bytes of memory that this process can still use: the minimum over the system and its control group."""
     found = []
     with suppress(OSError):  # not Linux
         found.append(1024 * _value(Path("/proc/meminfo"), "MemAvailable:"))
     with suppress(OSError, ValueError):  # no control group, or no limit ("max")
         limit, used = (int((_CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        # cached files are given back on demand
+        # memory of cached files is reclaimable
         found.append(limit - used + _value(_CONTROL_GROUP / "memory.stat", "inactive_file"))
     return min(found, default=_UNKNOWN)
 
 
 def _value(file: Path, name: str) -> int:
-    """The number of a line `name number ...`; 0 without one."""
+    """The number in a line `name number ...`; 0 if there is no such line."""
     lines = map(str.split, file.read_text().splitlines())
     return next((int(line[1]) for line in lines if line[0] == name), 0)

@@ -1,10 +1,10 @@
-"""A comparison: one model finetuned in several ways over several seeds at equal compute, all measured alike.
+"""Compares methods: finetunes a model with each of them, over several seeds at equal compute, and evaluates all alike.
 
     fastnull compare --data digits --seeds 5 --out runs/digits
     fastnull compare --model vit_small_patch16_224 --pretrained --data images --out runs/images
 
-All runs go through `finetune` and `evaluate`. Each seed and method has a folder of its own. A finished run is not done
-again, and one that was stopped continues. `settings.py` says what is compared, `tasks.py` does the runs.
+All runs use `finetune` and `evaluate`. Each seed and method has its own folder. A finished run is not repeated, and a
+stopped run continues. The settings are in `settings.py`, the runs in `tasks.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fastnull.report.comparison import format_comparison, summarize_runs
 from fastnull.report.runs import RESULTS, load_runs
 
 OWN_FILES = ("seed-*", "workers.log", "report/report.html", "report/report.md", "report/figures/*.png")
-"""Patterns of what lies in the folder beside the settings."""
+"""Patterns of the files in the folder, besides the settings."""
 _NEEDED = {"digits": ("scikit-learn", "sklearn"), "photos": ("scikit-image", "skimage")}
 
 
@@ -52,20 +52,20 @@ def run_compare(
     jobs: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train the starts, finetune with every method, evaluate, and put the numbers together.
+    """Train the starts, finetune with every method, evaluate, and summarise the results.
 
     Args:
-        out: folder; gets comparison.json, comparison.md and a report with plots beside the folders of the runs.
+        out: output folder for comparison.json, comparison.md, a report with plots and the folders of the runs.
         settings: see CompareSettings.
         model: a function that makes the model, which takes pixels in [0, 1] and returns logits [B, K]; called once for
-            each run. None makes the one that `settings` name.
-        train_data: a dataset of (image, label) as for `finetune`; None opens `settings.data`. Else `settings.data` is
-            its name in the report.
+            each run. None: the model that `settings` name.
+        train_data: a dataset of (image, label) as for `finetune`, whose name in the report is `settings.data`. None
+            opens `settings.data`.
         test_data: a dataset of (image [C, H, W] in [0, 1], label), or a pair (images, labels) of tensors.
         overwrite, resume, jobs, progress: see run_methods.
 
     Returns:
-        What comparison.json holds: settings, `about` (data, model and the accuracy at the start), a record of each
+        The contents of comparison.json: settings, `about` (data, model and the accuracy at the start), a record of each
         method (see report.comparison.summarize_runs), paired differences with 95 % confidence intervals, and
         provenance.
 
@@ -73,7 +73,7 @@ def run_compare(
         ValueError, TypeError: settings that do not fit model or data, reported before anything is written; the folder
             holds a comparison and neither overwrite nor resume is given, or one with other settings.
         ImportError: scikit-learn, scikit-image or matplotlib is missing.
-        KeyboardInterrupt: on Ctrl-C, after the runs that were going have saved their state.
+        KeyboardInterrupt: on Ctrl-C, after the current runs have saved their state.
     """
     settings = settings or CompareSettings()
     folder = Path(out)
@@ -118,23 +118,23 @@ def run_methods(
     progress: bool = True,
     label: bool = False,
 ) -> dict[str, Any]:
-    """Do every run that is not done yet, each in folder/seed-S/METHOD.
+    """Do all runs that are not finished, each in folder/seed-S/METHOD.
 
     Args:
-        folder: gets `kind`.json with the settings.
+        folder: output folder; the settings are written to `kind`.json.
         settings: see CompareSettings.
-        inputs: model and data in place of names.
-        kind: what the whole is called in files and messages.
-        overwrite: start over in a folder that holds one.
-        resume: continue in it; finished runs are not done again.
-        jobs: processes. The small models are computed with one thread in each, so the numbers do not depend on it;
-            other models share the threads out. With more than one, model and data must be picklable, and a script that
-            calls this needs the usual `if __name__ == "__main__"`.
-        progress: show a progress bar over all runs, and a line for each finished one.
-        label: reports call the runs by the names of their methods.
+        inputs: model and data given as objects instead of names.
+        kind: name of the experiment in files and messages.
+        overwrite: start over if the folder holds one.
+        resume: continue it; finished runs are not repeated.
+        jobs: number of processes. Small models use one thread in each, so results do not depend on `jobs`; other models
+            divide the threads. With more than one, model and data must be picklable, and a script that calls this needs
+            the usual `if __name__ == "__main__"`.
+        progress: show a progress bar for all runs, and a line for each finished one.
+        label: name the runs in reports by their methods.
 
     Returns:
-        What reports say of data and model, with `start_accuracy`: seed → clean accuracy at the start in %.
+        Description of data and model for reports, with `start_accuracy`: seed → clean accuracy at the start in %.
 
     Raises: as run_compare.
     """
@@ -171,17 +171,17 @@ def run_methods(
 
 
 def weights(folder: Path, seed: int) -> Path:
-    """Where the model lies that the methods of a seed start from."""
+    """Path of the weights that the methods of a seed start from."""
     return place(folder, seed, START) / WEIGHTS
 
 
 def thread_count(settings: CompareSettings, jobs: int) -> int:
-    """Threads of each process: two threads of a small model wait for each other longer than they work."""
+    """Number of threads per process; one for small models, where synchronisation costs more than it gains."""
     return 1 if settings.network in SMALL_MODELS else max(1, torch.get_num_threads() // jobs)
 
 
 def _finished(tasks: Sequence[Task]) -> list[Task]:
-    """Tasks with results. A start without its weights is to be done again if a method of its seed needs them."""
+    """Tasks with results, except starts whose weights are missing and needed by a method of their seed."""
     needed = {task.after for task in tasks if not task.results.exists()}
     return [
         task
@@ -192,7 +192,7 @@ def _finished(tasks: Sequence[Task]) -> list[Task]:
 
 
 def _check_extras(settings: CompareSettings, kind: str) -> None:
-    """Raise ImportError for what data and report need, before any work is done."""
+    """Raise ImportError for missing packages of data and report, before any work is done."""
     data = [_NEEDED[settings.data]] if settings.data in _NEEDED else []
     for package, module in (*data, *((name, name.replace("-it-py", "_it")) for name in _OF_REPORTS)):
         try:
@@ -209,18 +209,18 @@ def _check_picklable(inputs: Inputs) -> None:
         pickle.dumps(inputs)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"jobs must be 1 here: other processes get model and data pickled, and that fails ({error}). A function of "
-            "a module can be pickled, a lambda cannot"
+            f"jobs must be 1 here: model and data cannot be pickled for other processes ({error}). A function at the "
+            "top level of a module can be pickled, a lambda cannot"
         ) from error
 
 
 def _prepare(
     folder: Path, settings: CompareSettings, about: Mapping[str, Any], kind: str, overwrite: bool, resume: bool
 ) -> None:
-    """Make the folder ready and write the settings and what data and model are; raise where something is in the way.
+    """Prepare the folder, write the settings and what data and model are; raise ValueError if it cannot be used.
 
-    Both may change until a method is finished. What was begun under others is removed, and what was begun under the
-    same ones goes on.
+    Both may change until a method is finished. Runs begun with others are removed, and runs begun with the same
+    continue.
     """
     if overwrite and resume:
         raise ValueError("give either resume or overwrite, not both")
@@ -234,9 +234,7 @@ def _prepare(
     if held and not overwrite:
         finished = any(folder.glob(f"seed-*/*/{RESULTS}"))
         if finished and not resume:
-            raise ValueError(
-                f"{folder} holds a {kind} already: resume=True goes on with it, overwrite=True starts over"
-            )
+            raise ValueError(f"{folder} holds a {kind} already: resume=True continues it, overwrite=True starts over")
         now, found = json.loads(json.dumps([asdict(settings), about]))  # tuples become lists, as in the file
         record = read_json(path)
         before = record.get("about") or record.get("begun") or {}
@@ -256,5 +254,5 @@ def _prepare(
 def _settings_in(path: Path, kind: str) -> dict[str, Any]:
     settings = read_json(path).get("settings")
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} is no record of a {kind}: it holds no settings; overwrite=True starts over")
+        raise ValueError(f"{path} is not a record of a {kind}: it has no settings; overwrite=True starts over")
     return settings

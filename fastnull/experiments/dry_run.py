@@ -1,4 +1,4 @@
-"""How long a comparison will take here, from a few timed steps of each method and a few images of each suite."""
+"""Estimates the time of a comparison on this machine from a few steps of each method and a few images of each suite."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from fastnull.robustness.settings import EvaluationSettings
 from fastnull.robustness.suites import FOLDER_SUITES
 
 TIMED_STEPS, TIMED_IMAGES, COSTLY_IMAGES = 2, 16, 2
-"""Steps of each method, after one to warm up; images of each suite, and of each in COSTLY."""
+"""Timed steps per method (after one warm-up step), and timed images per suite and per suite in COSTLY."""
 STILL = 1e-12
-"""Learning rate of the timed steps: all methods are timed on the same model."""
+"""Learning rate of the timed steps, so small that all methods are timed on the same model."""
 
 
 class Row(NamedTuple):
-    """Of a table: what, how many steps or images, seconds of one, images per second, seconds of all."""
+    """Row of a table: name, number of steps or images, seconds for one, images per second, total seconds."""
 
     name: str
     number: int
@@ -65,9 +65,9 @@ def dry_run(
     jobs: int = 1,
     progress: bool = True,
 ) -> str:
-    """Lines for a person: memory, and the time of each method, each suite and the whole. Writes nothing.
+    """Text with the memory, and the time of each method, each suite and the whole comparison. Writes no files.
 
-    Raises: as run_compare, for everything that it would refuse before its first step.
+    Raises: the errors that run_compare raises before its first step.
     """
     inputs = Inputs(model, train_data, test_data)
     tasks, about, ready = plan_tasks(Path(), settings, inputs)
@@ -117,14 +117,14 @@ def _table(title: str, what: str, one: str, rows: Sequence[Row]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _seconds(task: Task, ready: Prepared) -> tuple[float, float]:
-    """Seconds of a training step with loading, and of learning a universal bank once (0 for other methods)."""
+    """Seconds per training step with loading, and per update of a universal noise bank (0 for other methods)."""
     assert task.plan is not None
     config, device = replace(task.config, lr=STILL, min_lr=0.0), torch.device(task.settings.where)
     synthesis = config.synthesis()
@@ -146,7 +146,7 @@ def _seconds(task: Task, ready: Prepared) -> tuple[float, float]:
 
 
 def _seconds_per_image(task: Task, settings: EvaluationSettings, suite: str, ready: Prepared) -> float:
-    """Seconds of one number of a suite for one image, with loading."""
+    """Seconds per image for one measurement of a suite, with loading."""
     data = evaluation_set(task.settings, task.config, task.inputs, ready.model)
     indices = range(min(COSTLY_IMAGES if suite in COSTLY else TIMED_IMAGES, len(data)))  # type: ignore[arg-type]
     found: list[Any] = []
@@ -156,7 +156,7 @@ def _seconds_per_image(task: Task, settings: EvaluationSettings, suite: str, rea
     noise = None if task.settings.noise is None else Noise.load(task.settings.noise)
     # an image of a published set costs as much as a clean one
     timed = "clean" if suite in FOLDER_SUITES else suite
-    # a model that is right about nothing yet would not be attacked: attacks are timed to their last step, their most
+    # misclassified images are not attacked, so time attacks with all steps on all images: the upper bound
     settings = replace(
         settings, eps=settings.eps[:1], limit=None, severities=settings.severities[:1], final_iterate=True
     )
@@ -165,7 +165,7 @@ def _seconds_per_image(task: Task, settings: EvaluationSettings, suite: str, rea
         alone = replace(settings, suites=(name,))
         return _timed(lambda: evaluate(ready.model, (images, labels), alone, noise=noise), device)
 
-    overhead = seconds("clean", images[:1], labels[:1])  # digests of the weights and the like
+    overhead = seconds("clean", images[:1], labels[:1])  # e.g. digests of the weights
     measuring = max(0.0, seconds(timed, images, labels) - overhead) / numbers_of(timed, settings)
     return (loading + measuring) / len(indices)
 

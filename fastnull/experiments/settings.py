@@ -1,4 +1,4 @@
-"""CompareSettings: what a comparison trains and measures; RECIPES: the methods that it knows."""
+"""CompareSettings: what a comparison trains and measures; RECIPES: its built-in methods."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fastnull.robustness.settings import EvaluationSettings
 from fastnull.robustness.suites import FOLDER_SUITES
 
 NORM_OF = "norm_of"
-"""In a recipe of random noise: the limits of its noise are scaled so that the mean L2 norm equals that of this method,
-measured in the run of the same seed."""
+"""Key in a recipe of random noise: the method whose mean L2 norm the noise has, measured in the run of the same seed.
+The limits of the noise are scaled to reach it."""
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # method → changes to the configuration that all share; settings from held-out splits, see docs/recipe.md
+    # method → changes to the shared configuration; settings chosen on held-out splits, see docs/recipe.md
     "none": {"augment": "none"},
     "random": {"augment": "random"},
     "random-tokens": {"augment": "random", NORM_OF: "boundary-tokens"},
     "random-pixels": {"augment": "random", "site": "pixels", "noise_fraction": 0.5, NORM_OF: "boundary-pixels"},
-    # the start of boundary-pixels, without its steps
+    # the start of boundary-pixels, without any steps
     "random-smooth": {
         "augment": "random", "site": "pixels", "noise_fraction": 0.5,
         "noise": {"limit": 8 / 255, "smooth_limit": 48 / 255, "contrast": 0.2}, NORM_OF: "boundary-pixels",
@@ -52,18 +52,18 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 RENAMED_METHODS = {"clean-only": "none", "per-image": "per_image"}
 START = "start"
-"""Folder of the training that all methods of a seed start from."""
+"""Name of the folder with the training that all methods of a seed start from."""
 SPLITS = ("test", "held-out")
 HELD_OUT = 0.2
-"""Fraction of the training images that the split `held-out` keeps out of training."""
+"""Fraction of the training images that the split `held-out` excludes from training."""
 COSTLY = ("apgd", "apgd_t", "autoattack", "cw", "patch")
-"""Suites that take `costly_images`."""
+"""Suites limited by `costly_images`."""
 WARMUP_EPOCHS, WARMUP_FRACTION = 2, 0.2
-"""Warm-up of a finetuning: so many epochs, but at most this fraction of the run."""
+"""Warm-up epochs of a finetuning run, and the largest fraction of the run that they may take."""
 START_EPOCHS = {"random": 40, "new head": 2, "trained": 0}
-"""Epochs of the start where none are given, by what the weights are."""
+"""Default epochs of the start, by the kind of the weights."""
 SMALL_START_LR = 2e-3
-"""Learning rate of the start of SMALL_MODELS."""
+"""Default learning rate of the start for SMALL_MODELS."""
 
 _OF_ALL = frozenset(
     {"model", "num_classes", "img_size", "pretrained", "checkpoint", "data", "data_dir", "download", "val_fraction"}
@@ -72,13 +72,13 @@ _OF_ALL = frozenset(
 )
 """Fields of FinetuneConfig that are the same for all methods of a comparison, or that the comparison sets itself."""
 _OWN = frozenset({"lr", "layer_decay", "batch_size", "workers", "augment", "site", "noise", "warmup_epochs"})
-"""Fields that `common` cannot have either: CompareSettings or the recipes have them."""
+"""Further fields that `common` cannot have: CompareSettings or the recipes set them."""
 _NAME = re.compile(r"\w([\w .+=,()-]{0,78}[\w+)])?")
 
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """What is compared, and how much is done.
+    """Settings of a comparison.
 
     Attributes:
         model: timm model, vit_digits or vit_photos; none: the small model of digits or photos.
@@ -92,36 +92,36 @@ class CompareSettings:
         methods: names in RECIPES or in `recipes`.
         recipes: further methods, name → fields of FinetuneConfig; random noise may have `norm_of`, see NORM_OF.
         common: fields of FinetuneConfig that all trainings share, such as crop_scale.
-        seeds: how many; all methods of a seed have the same start.
-        first_seed: the others follow it. Choose settings on seeds that the final table does not use.
+        seeds: number of seeds; all methods of a seed have the same start.
+        first_seed: the first seed; the others follow. Choose settings on seeds that the final table does not use.
         split: test, or held-out: a fifth of the training images, kept out of training, to choose settings on.
         start_epochs: epochs of clean training before the methods, shared by those of a seed; none: 40 from random
             weights, 2 where the head is new, else 0.
-        start_lr: its highest learning rate; none: 2e-3 for vit_digits and vit_photos, else lr.
-        budget: of each finetuning, in forward passes for each training image; 156 are 52 clean epochs, or 34.7 epochs
-            of boundary noise in pixels with its defaults.
+        start_lr: highest learning rate of the start; none: 2e-3 for vit_digits and vit_photos, else lr.
+        budget: compute of each finetuning run, in forward passes per training image; 156 are 52 clean epochs, or 34.7
+            epochs of boundary noise in pixels with its defaults.
         lr: highest learning rate of each finetuning; none: 4e-3 for vit_digits and vit_photos, else 5e-4.
         layer_decay: factor on the learning rate from each layer to the one below (0, 1].
-        batch_size: images a step in all trainings.
-        suites: what is measured, suites of `evaluate`.
+        batch_size: images per step in all trainings.
+        suites: suites of `evaluate` to measure.
         eps: radii of the attacks in 1/255 of the pixel range, L-infinity.
         pgd_steps: steps of PGD, MI-FGSM and APGD.
         corruptions: names of fastnull.robustness.CORRUPTIONS.
-        severities: of the corruptions, 1 to 5.
+        severities: severities of the corruptions, 1 to 5.
         images: test images for all suites but clean, drawn evenly from all classes; none: all. Suite clean always
             takes all.
         costly_images: the same for apgd, apgd_t, autoattack, cw and patch; none: `images`.
         root: folder of the published test sets, for suites such as imagenet-c.
         noise: file with the noise of suite noise, from `fastnull synthesize`.
-        eval_batch_size: images at once in the evaluation.
-        workers: processes that load images; 0 loads in the main one.
-        device: torch device; none: the CPU for digits and photos, else cuda where there is one.
+        eval_batch_size: batch size of the evaluation.
+        workers: processes that load images; 0 loads in the main process.
+        device: torch device; none: the CPU for digits and photos, else cuda if available.
         keep_weights: keep the weights of a run after its evaluation.
 
     Raises:
         TypeError: a field of another type.
-        ValueError: a value that is not allowed; an unknown method, or a name that cannot be a folder's; a recipe that
-            is not valid, or sets what all methods share.
+        ValueError: a value that is not allowed; an unknown method, or a name that cannot be a folder name; a recipe
+            that is not valid, or sets fields that all methods share.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"pretrain_epochs": "start_epochs", "pretrain_lr": "start_lr"}
@@ -212,15 +212,15 @@ class CompareSettings:
             raise ValueError(f"split held-out measures training images: leave out suite {self._folder_suites[0]}")
 
     def _check_other(self, method: str, other: Any) -> None:
-        """Check the method whose norm another one takes: it runs too, adds noise, and takes no other norm itself."""
+        """Check the method that a recipe names in NORM_OF: it must run too, add noise, and have no NORM_OF itself."""
         if other not in self.methods:
             raise ValueError(f"method {method} takes the norm of {other}, which must be among the methods too")
         if NORM_OF in self.recipe(other) or self.configuration(other).augment == "none":
-            why = "takes another one's itself" if NORM_OF in self.recipe(other) else "adds no noise"
+            why = f"has {NORM_OF} too" if NORM_OF in self.recipe(other) else "adds no noise"
             raise ValueError(f"recipe of {method}: {NORM_OF} must name a method with a norm of its own; {other} {why}")
 
     def recipe(self, method: str) -> Mapping[str, Any]:
-        """The changes that make a method. Raises ValueError for an unknown one."""
+        """The changes to the configuration for a method. Raises ValueError for an unknown one."""
         known = {**RECIPES, **self.recipes}
         if method in RENAMED_METHODS and method not in known:
             raise ValueError(f"method {method} is called {RENAMED_METHODS[method]} since version 0.2")
@@ -244,15 +244,15 @@ class CompareSettings:
         return replace(config, warmup_epochs=min(WARMUP_EPOCHS, WARMUP_FRACTION * epochs))
 
     def start(self, kind: str, seed: int, **changes: Any) -> FinetuneConfig | None:
-        """The configuration of the clean training before the methods; None where there is none.
+        """The configuration of the clean training before the methods; None if there is none.
 
         Args:
-            kind: what the weights are: a key of START_EPOCHS.
-            seed: of the run.
+            kind: kind of the weights, a key of START_EPOCHS.
+            seed: seed of the run.
             changes: further fields.
 
         Raises:
-            ValueError: start_epochs is 0, but there is something to train first.
+            ValueError: start_epochs is 0, but the weights or the head are not trained.
         """
         epochs = START_EPOCHS[kind] if self.start_epochs is None else self.start_epochs
         if epochs == 0:
@@ -268,7 +268,7 @@ class CompareSettings:
         return _configuration("common", {**self._shared(), "augment": "none", **changes})
 
     def _shared(self) -> dict[str, Any]:
-        """Fields of every training."""
+        """Fields that all trainings share."""
         return {
             **self.common,
             "model": self.network, "data": self.data, "data_dir": self.data_dir, "download": self.download,
@@ -278,7 +278,7 @@ class CompareSettings:
         }  # fmt: skip
 
     def evaluations(self, **changes: Any) -> Iterator[EvaluationSettings]:
-        """The evaluations of a model: suites with the same number of images go together."""
+        """The evaluations of a model, one for all suites with the same number of images."""
         costly = self.images if self.costly_images is None else self.costly_images
         limits = {
             suite: costly if suite in COSTLY else None if suite == "clean" else self.images for suite in self.suites
@@ -293,7 +293,7 @@ class CompareSettings:
 
     @property
     def network(self) -> str:
-        """The name of the model; empty where nobody gave one."""
+        """The name of the model; empty if none is given."""
         return self.model or (EMBEDDED[self.data].model if self.data in EMBEDDED else "")
 
     @property
@@ -314,12 +314,12 @@ class CompareSettings:
 
 
 def changed(before: Mapping[str, Any], settings: CompareSettings, now: Mapping[str, Any]) -> list[str]:
-    """The fields in which the settings of a file, `before`, and those of now (as JSON) differ."""
+    """Names of the fields in which the settings of a file (`before`) and the current ones (`now`, as JSON) differ."""
     return [entry.name for entry in fields(settings) if before.get(entry.name) != now[entry.name]]
 
 
 def _configuration(where: str, values: Mapping[str, Any]) -> FinetuneConfig:
-    """A FinetuneConfig; its errors say where the values come from."""
+    """Make a FinetuneConfig; error messages begin with `where` the values come from."""
     try:
         return FinetuneConfig.from_dict(dict(values))
     except (TypeError, ValueError) as error:
@@ -327,9 +327,9 @@ def _configuration(where: str, values: Mapping[str, Any]) -> FinetuneConfig:
 
 
 def _check_name(name: str) -> None:
-    """Raise ValueError for a method's name that cannot be a folder's in the comparison, everywhere and in tables."""
+    """Raise ValueError for a method name that cannot be a folder name on every system, or an entry in tables."""
     if not _NAME.fullmatch(name) or name.lower() == START:
         raise ValueError(
-            f"a method's name is a folder's too: it must begin with a letter or digit, hold only letters, digits, "
+            f"a method's name is also a folder name: it must begin with a letter or digit, hold only letters, digits, "
             f"spaces and . _ - + = , ( ), not end in a dot, and not be {START!r}; got {name!r}"
         )

@@ -1,7 +1,7 @@
 """The runs of a comparison: for each seed a start, then the finetuning and the evaluation of each method.
 
-`plan_tasks` opens the data and makes the model once, checks everything that would otherwise stop a run after hours, and
-returns the tasks; `work` does one of them.
+`plan_tasks` opens the data, makes the model once, checks all settings so that no run fails after hours, and returns the
+tasks. `work` runs one of them.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ START_RESULTS = "start.json"
 WEIGHTS = "last.safetensors"
 CALIBRATION_IMAGES = 256
 NEEDY = ("apgd_t", "patch", "noise")
-"""Suites that refuse some models."""
+"""Suites that do not support all models."""
 FOLDER_IMAGES = 10_000
-"""Images that the progress bar assumes of a published test set: to count its files can take minutes."""
+"""Number of images that the progress bar assumes for a published test set. Counting its files can take minutes."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a Python caller hands over in place of names. With several processes all of it is pickled.
+    """Model and data given as Python objects instead of names. They are pickled if there are several processes.
 
     Attributes:
         model: makes a model that takes pixels in [0, 1] and returns logits; called once for every run.
@@ -68,8 +68,8 @@ class Inputs:
     test_data: Data | None = None
 
     def make(self, seed: int, start: Path | None = None) -> nn.Module | None:
-        """A new model with the weights in the folder `start`; None without a factory. Weights that the factory draws
-        are the same for all runs of a seed."""
+        """A new model with the weights in the folder `start`; None if no function is given. Random weights are the same
+        for all runs of a seed."""
         if self.model is None:
             return None
         with keyed(seed):
@@ -83,14 +83,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Task:
-    """A finetuning (or the start, which has no `method`) and its evaluation.
+    """A finetuning run (or the start, if `method` is None) and its evaluation.
 
     Attributes:
-        plan: steps of the training; None where the start is measured only.
-        after: folder of the run that must be finished before; None can begin at once.
-        start: folder of the run whose weights this one begins with, where `inputs` make the model.
-        norm_of: whether the noise takes its norm from the run in `after`.
-        cost: of training and evaluation, in forward passes of the model for one image; a rough estimate.
+        plan: steps of the training; None if the start is only evaluated.
+        after: folder of the run that must be finished before; None if the task can begin at once.
+        start: folder of the run whose weights this one begins with, if `inputs` make the model.
+        norm_of: whether the noise has the norm of the noise in the run in `after`.
+        cost: rough cost of training and evaluation, in forward passes of the model for one image.
     """
 
     seed: int
@@ -107,21 +107,21 @@ class Task:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for messages."""
         return f"seed {self.seed}, {self.method or START}"
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
+        """Output folder of the run."""
         return Path(self.config.out or "")
 
     @property
     def results(self) -> Path:
-        """The small file that is written last: where it is, the run is finished."""
+        """The file that is written last; the run is finished if it exists."""
         return self.folder / (START_RESULTS if self.method is None else RESULTS)
 
     def model(self) -> nn.Module | None:
-        """A new model with the weights that the run begins with; None where the configuration names it."""
+        """A new model with the weights that the run begins with; None if the configuration names the model."""
         return self.inputs.make(self.seed, self.start)
 
 
@@ -133,13 +133,13 @@ def place(folder: Path, seed: int, name: str) -> Path:
 def plan_tasks(
     folder: Path, settings: CompareSettings, inputs: Inputs, *, label: bool = False
 ) -> tuple[list[Task], dict[str, Any], Prepared]:
-    """Open data and model, check all settings against them, and list the runs, each after those that it needs.
+    """Open data and model, check all settings against them, and list the runs in an order in which they can run.
 
     Returns:
-        The tasks; what reports say of data and model (JSON-able); and the data with a model at the start.
+        The tasks; the description of data and model for reports (JSON-able); and the data with a model at the start.
 
     Raises:
-        ValueError, TypeError: whatever would stop a run later: see run_compare.
+        ValueError, TypeError: errors that would otherwise stop a run later, see run_compare.
     """
     check_device(settings.where)
     if inputs.model is None and not settings.network:
@@ -147,7 +147,7 @@ def plan_tasks(
     if inputs.train_data is not None and inputs.test_data is None and settings.split == "test":
         raise ValueError("train_data needs test_data beside it, or split='held-out'")
     if inputs.model is not None and (settings.checkpoint is not None or settings.pretrained):
-        raise ValueError("checkpoint and pretrained are for a model by name; the factory brings its own weights")
+        raise ValueError("checkpoint and pretrained are for a model by name; the function makes its own weights")
     given: dict[str, Any] = {"checkpoint": settings.checkpoint, "pretrained": settings.pretrained}
     model = inputs.make(settings.first_seed)
     if model is not None and inputs.make(settings.first_seed) is model:
@@ -191,7 +191,7 @@ def _tasks(
     clean = (
         EvaluationSettings(("clean",), batch_size=settings.eval_batch_size, workers=settings.workers, progress=False),
     )
-    # a noise that gives another its norm goes first
+    # methods that need the norm of another one go last
     methods = sorted(settings.methods, key=lambda method: NORM_OF in settings.recipe(method))
     measuring = sum(evaluation_cost(each, test) for each in evaluations)
     for seed in settings.seed_list:
@@ -203,7 +203,7 @@ def _tasks(
             yield Task(
                 seed, None, start, clean, settings, inputs, plan, None, None, False, plan.total_cost + test
             )  # fmt: skip
-        elif seed == settings.first_seed:  # the others begin with the same weights
+        elif seed == settings.first_seed:  # the other seeds begin with the same weights
             config = settings.clean(**given, **writing, out=str(first))
             yield Task(seed, None, config, clean, settings, inputs, None, None, None, False, test)
         for method in methods:
@@ -230,7 +230,7 @@ def _plan(name: str, config: FinetuneConfig, images: int) -> Plan:
 
 
 def _check_training(task: Task, ready: Prepared) -> None:
-    """Raise the error that the run would raise before its first step."""
+    """Raise the error that the training would raise before its first step."""
     assert task.plan is not None
     try:
         Training(task.config, ready.model, task.plan, ready.num_classes, torch.device(task.settings.where), Processes())
@@ -239,7 +239,7 @@ def _check_training(task: Task, ready: Prepared) -> None:
 
 
 def _check_evaluation(settings: CompareSettings, model: nn.Module, test: Dataset[Any]) -> None:
-    """Raise ValueError for test images, corruptions and test sets that the evaluation would refuse."""
+    """Raise ValueError for test images, corruptions and test sets that the evaluation does not support."""
     count = len(test)  # type: ignore[arg-type]
     if settings.split == "held-out" and count < settings.batch_size:
         raise ValueError(
@@ -260,7 +260,7 @@ def _check_evaluation(settings: CompareSettings, model: nn.Module, test: Dataset
             suite_classes(part, settings.root or "", model)
         tried = tuple(suite for suite in each.suites if suite in NEEDY)
         if tried:
-            # they need a number of classes, tokens that tile the image, or tokens of a shape
+            # they have requirements on the number of classes, the tiling of the image or the shape of the tokens
             once = replace(each, suites=tried, eps=each.eps[:1], steps=1, limit=None)
             evaluate(model, (images, labels), once, noise=noise)
 
@@ -271,7 +271,7 @@ def file_digest(path: str) -> str:
 
 
 def evaluation_set(settings: CompareSettings, config: FinetuneConfig, inputs: Inputs, model: nn.Module) -> Dataset[Any]:
-    """The images that are measured, with the labels of the model."""
+    """The evaluation images, with labels that are class indices of the model."""
     if settings.split == "test" and inputs.test_data is None:
         return evaluation_data(config.data, model, data_dir=config.data_dir, download=config.download)
     other = inputs.test_data if settings.split == "test" else None
@@ -284,15 +284,15 @@ def work(task: Task, tell: Callable[[float], None] = lambda _: None) -> str:
     """Finetune and evaluate.
 
     Args:
-        task: what to do.
-        tell: is called with the forward passes that were done since the last call.
+        task: the run.
+        tell: called with the number of forward passes since the last call.
 
     Returns:
-        The line that says what came out.
+        A line with the results.
     """
     config, device = task.config, torch.device(task.settings.where)
     with Quiet():
-        # what this run did before it was stopped is told too
+        # steps of this run from before it was stopped are reported too
         if task.plan is None:
             with preserved(), keyed(task.seed):
                 model = prepare(config, device, task.model(), task.inputs.train_data).model
@@ -305,14 +305,14 @@ def work(task: Task, tell: Callable[[float], None] = lambda _: None) -> str:
             per_step = task.plan.total_cost / task.plan.steps
 
             def trained(bar: str, steps: float) -> None:
-                if bar == config.augment:  # images that are decoded and noise that is refreshed have bars too
+                if bar == config.augment:  # decoding of images and refreshing of noise have their own bars
                     tell(steps * per_step)
 
             with listening(trained):
                 result = finetune(config, task.model(), task.inputs.train_data)
             model, line = result.model, f"{task.name}: {result.plan.steps} steps, {result.seconds['total']:.0f} s"
         summary = _measure(task, config, model, tell)["summary"]
-    # the results are whole: nothing will go on from the states
+    # the results are complete: the training states are no longer needed
     unneeded = ["state-*.pt"]
     if not task.settings.keep_weights and task.method is not None:
         unneeded.append("*.safetensors")
@@ -325,7 +325,7 @@ def work(task: Task, tell: Callable[[float], None] = lambda _: None) -> str:
 
 
 def _measure(task: Task, config: FinetuneConfig, model: nn.Module, tell: Callable[[float], None]) -> dict[str, Any]:
-    """Every evaluation, each in a file of its own until all are there; then one file has them together."""
+    """Run all evaluations, each with its own file, then merge them into one file."""
     data = evaluation_set(task.settings, config, task.inputs, model)
     noise = None if task.settings.noise is None else Noise.load(task.settings.noise)
     parts, records = [], []
@@ -346,9 +346,9 @@ def _measure(task: Task, config: FinetuneConfig, model: nn.Module, tell: Callabl
 
 
 def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Results of `evaluate` on the same data and model as one: other suites, and other numbers of images.
+    """Merge results of `evaluate` for the same data and model, with different suites and numbers of images.
 
-    The protocol is that of the first, with all suites, and under `suite_images` how many images each suite had.
+    The protocol is that of the first result, with all suites; `suite_images` has the number of images of each suite.
     """
     results: dict[str, Any] = {}
     images: dict[str, Any] = {}
@@ -364,7 +364,7 @@ def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def number_cost(suite: str, settings: EvaluationSettings) -> float:
-    """Forward passes for one image and one number of a suite; rough."""
+    """Rough number of forward passes per image for one measurement of a suite."""
     walk = 2 * settings.steps * settings.restarts + 1
     costs = {
         "fgsm": 3, "mi_fgsm": walk, "pgd": walk, "apgd": walk, "apgd_t": 9 * walk, "autoattack": 3000,
@@ -374,7 +374,7 @@ def number_cost(suite: str, settings: EvaluationSettings) -> float:
 
 
 def numbers_of(suite: str, settings: EvaluationSettings) -> int:
-    """How many numbers a suite has."""
+    """Number of measurements in a suite."""
     if suite in BALL_ATTACKS:
         return len(settings.eps)
     if suite == "corruptions":
@@ -385,13 +385,13 @@ def numbers_of(suite: str, settings: EvaluationSettings) -> int:
 
 
 def images_of(suite: str, settings: EvaluationSettings, test: int) -> int:
-    """How many images a suite takes of `test`, or of a published set."""
+    """Number of images that a suite uses out of `test`, or of a published set."""
     there = FOLDER_IMAGES if suite in FOLDER_SUITES else test
     return there if settings.limit is None else min(there, settings.limit)
 
 
 def evaluation_cost(settings: EvaluationSettings, test: int) -> float:
-    """Forward passes of an evaluation on `test` images; rough."""
+    """Rough number of forward passes of an evaluation on `test` images."""
     return sum(
         number_cost(suite, settings) * numbers_of(suite, settings) * images_of(suite, settings, test)
         for suite in settings.suites
@@ -399,7 +399,7 @@ def evaluation_cost(settings: EvaluationSettings, test: int) -> float:
 
 
 def _equal_norm(config: FinetuneConfig, other: Path, ready: Prepared) -> FinetuneConfig:
-    """Random noise with limits scaled to the mean norm that the noise of another run had over its steps."""
+    """Scale the limits of random noise to the mean norm of another run's noise over its steps."""
     records = read_metrics(other / METRICS)
     seen = [record["norm"] for record in records if record.get("kind") == "step" and "norm" in record]
     if not seen:
@@ -418,17 +418,17 @@ def _equal_norm(config: FinetuneConfig, other: Path, ready: Prepared) -> Finetun
 
 
 def scale_of_norm(norm: float, inputs: Tensor, start: SynthesisConfig) -> float:
-    """The factor on the limits of a start with which the noise on `inputs` has the mean L2 norm `norm`.
+    """The factor on the limits of a start for which the noise on `inputs` has the mean L2 norm `norm`.
 
-    Noise in pixels is cut to [0, 1]. Dark and bright pixels lose more of it, so the factor is found by bisection.
+    Noise in pixels is clipped so that pixels stay in [0, 1], so the factor is found by bisection.
 
     Args:
         norm: in units of the site.
-        inputs: what the noise is added to, [B, ...].
-        start: its site and limits are used.
+        inputs: [B, ...], what the noise is added to.
+        start: settings with the site and the limits.
 
     Raises:
-        ValueError: no noise of this kind in pixels is as long.
+        ValueError: no noise of this kind in pixels has so large a norm.
     """
     source = KeyedRandom(0, "scale", torch.arange(len(inputs), device=inputs.device))
     noise = draw_start(inputs, start, source).noise
@@ -446,7 +446,7 @@ def scale_of_norm(norm: float, inputs: Tensor, start: SynthesisConfig) -> float:
 
 
 class Quiet(warnings.catch_warnings):
-    """No warnings of what every report shows: a universal noise that did not meet ε, and a head that is new."""
+    """Suppress warnings about what every report shows: universal noise that did not reach ε, and a new head."""
 
     def __enter__(self) -> Any:
         found = super().__enter__()

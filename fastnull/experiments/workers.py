@@ -1,4 +1,4 @@
-"""Tasks in several processes, which end with their parent; and the progress bar over all of them."""
+"""Runs tasks in several processes, which end with their parent, and shows one progress bar for all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastnull.progress import watched
 
 
 class Ordered(Protocol):
-    """A task with a folder of its own, which may have to wait for another one's."""
+    """A task with its own folder. It may have to wait for the task of another folder."""
 
     @property
     def name(self) -> str: ...
@@ -36,16 +36,16 @@ class Ordered(Protocol):
 
 Task = TypeVar("Task", bound=Ordered)
 Work = Callable[[Task, Callable[[float], None]], str]
-"""Does a task and returns the line that says what came out; calls its second argument with the cost of what it did."""
+"""Runs a task and returns a line with its results; reports the cost of finished work to its second argument."""
 
 
 class Progress:
-    """A bar whose unit is the cost of tasks.
+    """A progress bar in units of task cost.
 
     Args:
-        bar: of `progress_bar`; its total is the cost of all tasks.
+        bar: a bar of `progress_bar`; its total is the cost of all tasks.
         total: number of tasks.
-        done: how many are finished already.
+        done: number of tasks that are finished already.
     """
 
     def __init__(self, bar: Any, total: int, done: int) -> None:
@@ -53,17 +53,17 @@ class Progress:
         self._seen: dict[Path, float] = {}
 
     def begin(self, task: Ordered) -> None:
-        """Name the task that runs."""
+        """Show the name of the running task."""
         self._bar.set_description(f"{self._done}/{self._total} runs; {task.name}", refresh=watched())
 
     def advance(self, task: Ordered, cost: float) -> None:
-        """Count work of a task; never more than its cost, which is an estimate."""
+        """Add finished work of a task, at most its cost (which is an estimate)."""
         before = self._seen.get(task.folder, 0.0)
         self._seen[task.folder] = min(task.cost, before + cost)
         self._bar.update(self._seen[task.folder] - before)
 
     def finish(self, task: Ordered, line: str) -> None:
-        """Show the line of a finished task above the bar, and count the rest of its cost."""
+        """Show the line of a finished task above the bar, and add the rest of its cost."""
         if not self._bar.disable:
             self._bar.write(line)
         self.advance(task, task.cost)
@@ -71,7 +71,7 @@ class Progress:
         self._bar.set_description(f"{self._done}/{self._total} runs", refresh=watched())
 
     def refresh(self) -> None:
-        """Let the clock of a bar on a terminal go on."""
+        """Update the elapsed time of a bar on a terminal."""
         if watched():
             self._bar.refresh()
 
@@ -85,15 +85,15 @@ def run_in_processes(
     threads: int = 1,
     finished: Collection[Path] = (),
 ) -> None:
-    """Do every task once the one that it waits for is finished.
+    """Run all tasks; each starts when the task that it waits for is finished.
 
     Args:
-        work: a function of a module.
-        tasks: to be pickled.
-        jobs: processes.
-        log: where their messages go.
-        progress: of all tasks.
-        threads: of each process.
+        work: a function at the top level of a module, so that it can be pickled.
+        tasks: the tasks, which are pickled.
+        jobs: number of processes.
+        log: file for the messages of the processes.
+        progress: progress bar for all tasks.
+        threads: number of threads of each process.
         finished: folders of tasks that were finished before.
     """
     context = get_context("spawn")
@@ -108,7 +108,7 @@ def run_in_processes(
     with pool:
         while waiting or running:
             ready = [task for task in waiting if task.after is None or task.after in ended]
-            # no more than can start: a pool finishes what it has taken in, also after Ctrl-C
+            # submit only tasks that can start now: a pool runs all submitted tasks, even after Ctrl-C
             for task in ready[: jobs - len(running)]:
                 waiting.remove(task)
                 running[pool.submit(_do, work, task)] = task
@@ -124,7 +124,7 @@ def run_in_processes(
 
 
 _reports: Any = None
-"""In a worker: the queue to the parent."""
+"""Queue to the parent, in a worker."""
 
 
 def _do(work: Work[Task], task: Task) -> str:
@@ -133,7 +133,7 @@ def _do(work: Work[Task], task: Task) -> str:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Inside, torch uses so many threads."""
+    """Set the number of torch's threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -143,7 +143,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def _start_worker(log: Path, threads: int, reports: Any) -> None:
-    """Leave Ctrl-C to `finetune`, which saves its state; write messages to a file; end when the parent ends."""
+    """Ignore Ctrl-C until `finetune` handles it and saves its state; write messages to a file; end with the parent."""
     global _reports
     _reports = reports
     torch.set_num_threads(threads)

@@ -1,6 +1,6 @@
-"""What every op needs: allocation that tests can poison, definition of an op with its reference, choice of the backend.
+"""Helpers of all ops: allocation that tests can poison, definition of an op with its reference, choice of the backend.
 
-Each op is one schema in `torch.ops.fastnull` that only writes into tensors it is given, so its fake does nothing. The
+Each op has one schema in `torch.ops.fastnull` and only writes into given tensors, so its fake does nothing. The
 pure-torch reference serves every device (key CompositeExplicitAutograd); native libraries add faster kernels for a
 device. None of the ops has an autograd kernel: the public functions wrap them in an `autograd.Function`.
 """
@@ -27,20 +27,20 @@ OPS = (
     "noise_step",
     "patch_project",
 )
-"""Names of the ops: of their files."""
+"""Names of the ops, which are the names of their files."""
 
 LIBRARY = torch.library.Library("fastnull", "FRAGMENT")
 REFERENCES: dict[str, Callable[..., None]] = {}
-"""Of every op of `define`, by its name in `torch.ops.fastnull`."""
-# of the C++ ops on the CPU, and of the Triton kernels
+"""Name in `torch.ops.fastnull` → reference, for every op."""
+# dtypes of the C++ ops on the CPU, and of the Triton kernels
 NATIVE_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-OLDEST_GPU = (8, 0)  # older ones have no bfloat16 in their tensor cores
+OLDEST_GPU = (8, 0)  # older tensor cores do not support bfloat16
 
 told: set[torch.device] = set()
-"""GPUs of which a user knows already that the kernels do not run there."""
+"""GPUs for which a warning was given that the kernels do not run there."""
 
 _allocate = torch.empty  # fastnull.testing.poisoned swaps it
 
@@ -61,7 +61,7 @@ def define(schema: str, reference: Callable[..., None]) -> None:
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
 
     def fake(*args: object) -> None:
-        """Outputs exist already: there is no shape to work out."""
+        """Outputs are arguments, so there is no shape to infer."""
 
     torch.library.register_fake(f"fastnull::{name}", fake, lib=LIBRARY)
 
@@ -78,10 +78,10 @@ _on_reference = _named(
 
 @contextmanager
 def references(*names: str) -> Iterator[None]:
-    """Run the block with these ops on their torch references, all of OPS where none is named; on every device.
+    """Run these ops (by default all) on their torch references inside the block, on every device.
 
-    FASTNULL_REFERENCE_OPS=attention,layer_norm does so for the whole process. The choice of an encoder's backend is
-    another matter: it stays as it is, and its code runs on the references.
+    FASTNULL_REFERENCE_OPS=attention,layer_norm does so for the whole process. The backend of an encoder does not
+    change; its code runs on the references.
 
     Raises:
         ValueError: a name is not one of OPS.
@@ -95,7 +95,7 @@ def references(*names: str) -> Iterator[None]:
 
 
 def use_native(op: str, *tensors: Tensor | None) -> bool:
-    """True if a native kernel of the op serves these tensors: there, on one device it knows, of a dtype it knows."""
+    """True if a native kernel of the op is available and supports the device and dtypes of these tensors."""
     if op in _on_reference:
         return False
     given = [t for t in tensors if t is not None]
@@ -122,14 +122,14 @@ def _triton_serves(device: torch.device) -> bool:
 
 
 def switched_off() -> bool:
-    """True where all native code is kept out by hand."""
+    """True if the user has switched off all native code."""
     return _C._disabled or os.environ.get("FASTNULL_NATIVE") == "0"
 
 
 @functools.cache
 def triton_problem(device: torch.device) -> str:
-    """Why the Triton kernels do not run on this GPU; empty where they do. The first call imports them and registers for
-    every op what chooses among its implementations."""
+    """Why the Triton kernels do not run on this GPU; empty if they do. The first call imports them and registers the
+    dispatchers of all ops."""
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_GPU:
         have, need = (f"sm_{major}{minor}" for major, minor in (capability, OLDEST_GPU))
@@ -144,7 +144,7 @@ def triton_problem(device: torch.device) -> str:
 
 @functools.cache
 def register_choices() -> None:
-    """Have every op on CUDA tensors choose among its implementations: fastnull/ops/dispatch.py."""
+    """Register the dispatchers (fastnull/ops/dispatch.py) of all ops for CUDA tensors."""
     from fastnull.ops.dispatch import SIGNATURES, dispatcher
 
     for name in SIGNATURES:
@@ -152,10 +152,8 @@ def register_choices() -> None:
 
 
 def check_positive(name: str, value: int) -> None:
-    """Raise TypeError or ValueError unless value is a whole number of at least 1: kernels divide by it."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # where it may be a symbol, whose value is checked when it is known: by the kernel
+    """Raise TypeError or ValueError unless value is an integer of at least 1: kernels divide by it."""
+    if torch.compiler.is_compiling():  # it may be a symbol; the kernel checks its value
         return
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer; got {value!r}")
@@ -169,7 +167,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """Inside, arithmetic is in the tensors' own dtypes, also where the caller has an autocast region."""
+    """Disable autocast inside, so that arithmetic is in the dtypes of the tensors."""
     return torch.autocast(device.type, enabled=False)
 
 

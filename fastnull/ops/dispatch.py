@@ -1,9 +1,9 @@
-"""Which implementation of an op a CUDA tensor gets: the fastest that the self-test found right, else the library's.
+"""Dispatch of ops on CUDA tensors: to the fastest implementation that passed the self-test, else to `library`.
 
-The names of implementations: `library` is torch's own way to the result, with the layout copies that it needs, or the
-reference in the op's file (on a CPU always the reference); `flash`, `cudnn`, `efficient` and `math` are torch's
-attentions one by one; `triton` is the kernel of kernels/, `cuda` that of csrc/cuda, `cpu` that of csrc/cpu.
-FASTNULL_KERNELS=triton or cuda takes a kernel that nobody has checked: for the tests of the kernels themselves.
+The names of implementations: `library` is torch's own operators, with the layout copies they need, or the reference in
+the op's file (on a CPU always the reference); `flash`, `cudnn`, `efficient` and `math` are torch's attention backends;
+`triton` is the kernel in kernels/, `cuda` in csrc/cuda, `cpu` in csrc/cpu. FASTNULL_KERNELS=triton or cuda runs these
+kernels without the self-test, for testing the kernels.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fastnull.ops.layer_norm import layer_norm_dx_library, layer_norm_library
 from fastnull.ops.linear_gelu import linear_dgelu_apart, linear_gelu_apart
 
 CUDA_NAMESPACE = "fastnull_cuda"
-"""Of csrc/cuda/binding.cpp."""
+"""Namespace of the ops in csrc/cuda/binding.cpp."""
 LIBRARY = "library"
 Signature = tuple[torch.dtype, tuple[int, ...]]
 Run = Callable[..., None]
 
 
 def _given(*optional: Tensor | None) -> int:
-    """Which of the arguments are there, a bit each."""
+    """Bit mask of the optional arguments that are given."""
     return sum((each is not None) << place for place, each in enumerate(optional))
 
 
@@ -49,16 +49,16 @@ SIGNATURES: dict[str, Callable[..., Signature]] = {
     "adamw_step_": lambda noise, grad, *_: (grad.dtype, ()),
     "direct_step_": lambda noise, grad, gate, lr, sign: (grad.dtype, (int(sign),)),
 }
-"""Op → what of its arguments decides which implementation is right and fast: not the batch."""
+"""Op → function that returns the dtype and sizes that determine its implementation (not the batch size)."""
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to an op's result.
+    """One implementation of an op.
 
     Attributes:
         run: takes the arguments of `torch.ops.fastnull.<op>`.
-        serves: whether it takes these arguments, with what they say of dtype, sizes, alignment and the GPU's memory.
+        serves: whether it supports these arguments: their dtype, sizes, alignment and the GPU's shared memory.
     """
 
     run: Run
@@ -66,9 +66,9 @@ class Implementation:
 
 
 def implementations(op: str, device: torch.device, tiles: bool = False) -> dict[str, Implementation]:
-    """Name → the implementations of an op that this machine has for a device; `library` is always there.
+    """Name → implementation, for all that are available on a device; always includes `library`.
 
-    With `tiles` also Triton's kernel with other tiles than its table's: "triton queries=64,keys=128,warps=8".
+    With `tiles`, also the Triton kernel with other tiles than those of its table: "triton queries=64,keys=128,warps=8".
     """
     if device.type == "cpu":
         return {LIBRARY: Implementation(REFERENCES[op])} | _cpu(op) | _triton(op, interpreted=True, tiles=tiles)
@@ -77,7 +77,7 @@ def implementations(op: str, device: torch.device, tiles: bool = False) -> dict[
 
 
 def dispatcher(op: str) -> Run:
-    """What to register for an op's CUDA key."""
+    """The function to register for an op's CUDA key."""
     signature = SIGNATURES[op]
     known: dict[tuple[bool, torch.device, Signature], list[Implementation]] = {}
     choices.on_change(known.clear)
@@ -93,13 +93,13 @@ def dispatcher(op: str) -> Run:
 
 
 def problem_name(op: str, signature: Signature) -> str:
-    """The problem as results name it: "attention_out bfloat16 197 64"."""
+    """Name of a problem in the results: "attention_out bfloat16 197 64"."""
     dtype, sizes = signature
     return " ".join([op, str(dtype).removeprefix("torch."), *map(str, sizes)])
 
 
 def _ranked(op: str, library_only: bool, device: torch.device, signature: Signature) -> list[Implementation]:
-    """What to try in turn; the last one serves everything."""
+    """Implementations in the order to try; the last one supports all arguments."""
     problem, here = problem_name(op, signature), implementations(op, device, tiles=True)
     if library_only or choices.mode() == "off":
         names = []
@@ -159,11 +159,11 @@ def _cuda(op: str) -> dict[str, Implementation]:
 
 
 CUDA_TOKENS = (64, 80, 208, 272)
-"""Numbers of tokens that attention.cu and attention_dqkv.cu are compiled for: others are padded to the next."""
+"""Numbers of tokens that attention.cu and attention_dqkv.cu are compiled for; others are padded to the next one."""
 
 
 def _cuda_attends(qkv: Tensor, *rest: object) -> bool:
-    """Whether csrc/cuda's attention takes these arguments; all its rows of a head lie in shared memory."""
+    """Whether csrc/cuda's attention supports these arguments; it keeps all rows of a head in shared memory."""
     tensors = [qkv, *(x for x in rest if isinstance(x, Tensor))]
     padded = next((tokens for tokens in CUDA_TOKENS if tokens >= qkv.shape[1]), None)
     if padded is None or qkv.shape[4] not in (32, 64) or qkv.dtype.itemsize != 2:
@@ -175,7 +175,7 @@ def _cuda_attends(qkv: Tensor, *rest: object) -> bool:
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have on this GPU: 99 KB on sm_86, 89 and 120, 227 KB on sm_90."""
+    """Maximum bytes of shared memory per block: 99 KB on sm_86, 89 and 120, 227 KB on sm_90."""
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
@@ -190,11 +190,11 @@ _SDPA = {
     "math": SDPBackend.MATH,
 }
 CUDNN = 91501
-"""Oldest cuDNN whose attention reads nothing beyond lengths that are no multiple of 128 (pytorch issue 169849)."""
+"""Oldest cuDNN whose attention has no out-of-bounds reads at lengths not divisible by 128 (pytorch issue 169849)."""
 
 
 def _attentions(op: str) -> dict[str, Implementation]:
-    """Each of torch's implementations of attention, by name."""
+    """Name → each of torch's attention backends."""
     if not op.startswith("attention"):
         return {}
     run = _LIBRARY[op]
@@ -221,4 +221,4 @@ _LIBRARY: Mapping[str, Run] = {
     "linear_gelu_out": linear_gelu_apart,
     "linear_dgelu_out": linear_dgelu_apart,
 }
-"""Ops whose library way is another than their reference."""
+"""Ops whose `library` implementation differs from their reference."""

@@ -1,7 +1,7 @@
-"""evaluate(): accuracy clean, under attack, under corruptions and on published test sets, with its protocol.
+"""evaluate(): accuracy on clean, attacked and corrupted images and on published test sets, with the protocol.
 
-Every number is written as soon as it is known, and the counts so far every 30 seconds, so a killed run resumes where it
-stopped. A file made under another protocol is refused. Under torchrun the images are split over the processes.
+Results are saved after each measurement, and partial counts every 30 seconds, so a killed run can be resumed. A file
+with another protocol raises an error. Under torchrun the images are split over the processes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from fastnull.encoder.frozen import FrozenEncoder
 
 SAVE_SECONDS = 30.0
-"""Time between two saves of the counts within a measurement."""
+"""Seconds between two saves of the counts within a measurement."""
 WORST = "correctly classified images, each until the first point that fools the model (worst iterate)"
 SYNC_ROUNDS = 8
 """Batches per process between two synchronisations."""
@@ -72,21 +72,21 @@ def evaluate(
     noise: Noise | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Measure a model's accuracy (in %) clean, under attack, under corruptions and on published test sets.
+    """Measure a model's accuracy (in %) on clean, attacked and corrupted images and on published test sets.
 
     Noise is keyed by (seed, index of the image), so results do not depend on batch size, number of processes or the
-    global random state, which is restored, as are the modes of the model's modules. An image counts as robust if the
-    model is right about it and about every point that the attack tried (see `final_iterate`). If a torch.distributed
-    group exists, every process must make the same call; each returns the whole result, and rank 0 writes it.
+    global random state. The random state and the modes of the model's modules are restored. An image counts as robust
+    if it and every point that the attack tried are classified correctly (see `final_iterate`). If a torch.distributed
+    group exists, every process must make the same call; all return the whole result, and rank 0 writes it.
 
     Args:
         model: pixels in [0, 1] → logits [B, K] (or an output with `.logits`); evaluated in eval mode, in its own dtype.
         data: images [n, C, H, W] in [0, 1] and classes [n]; or a map-style data set of such pairs; or a DataLoader of
             such batches, in a fixed order. None: root/imagenet-val, if a suite needs it.
-        settings: what is measured and how; None: the defaults.
-        source: for transfer attacks: computed on this model, which has the same classes, and tested on `model`.
-        noise: for suite `noise`, from any model whose site has the same shape: image i gets noise i mod M. Its
-            permutation, of equal norm, is measured too.
+        settings: what to measure and how; None: the defaults.
+        source: for transfer attacks, which are computed on this model and tested on `model`; same classes.
+        noise: for suite `noise`, from any model whose site has the same shape. Image i gets noise i mod M. Its
+            permutation, which has the same norm, is measured too.
         changes: fields of EvaluationSettings that override `settings`: evaluate(model, data, suites=("pgd",)).
 
     Returns:
@@ -99,8 +99,8 @@ def evaluate(
         TypeError: data of an unknown kind, or a setting that does not exist or is of another type.
         ValueError: no images, a shuffled DataLoader, pixels outside [0, 1], labels out of range, NaN logits (the
             message names the suite), an unknown suite or corruption, eps out of range, a test set that is missing or
-            laid out differently, a file that cannot be read, a DataLoader with several processes, or `out`
-            made under another protocol (the message names what differs).
+            has another layout, a file that cannot be read, a DataLoader with several processes, or `out` with another
+            protocol (the message names the differences).
     """
     settings = replace(settings or EvaluationSettings(), **changes)
     device = _on_device(model, source, settings)
@@ -178,7 +178,7 @@ def _images(
     settings: EvaluationSettings,
     device: torch.device,
 ) -> tuple[EvaluationData | None, str]:
-    """The images of all suites that have no folder (None if there is no such suite), and their transform."""
+    """The images of all suites without a folder (None if there is no such suite), and their transform."""
     transform = "none: the images as given, pixels in [0, 1]"
     if not settings.on_data:
         return None, transform
@@ -197,7 +197,7 @@ def _images(
 def _before_resizing(
     model: nn.Module, main: EvaluationData | None, settings: EvaluationSettings, device: torch.device
 ) -> EvaluationData | None:
-    """The images in the size in which they are corrupted."""
+    """The images at the size at which they are corrupted."""
     if main is None or "corruptions" not in settings.suites:
         return main
     if not isinstance(main.data, (ImageFiles, Samples)):
@@ -225,7 +225,7 @@ def _protocol(
     transform: str,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Everything that the numbers depend on; a file holds results of one protocol only."""
+    """Everything that the results depend on. A file contains results of one protocol only."""
     suites, limit = settings.suites, settings.limit
     return {
         "suites": list(suites),
@@ -261,7 +261,7 @@ def _measurements(
     model: nn.Module, source: nn.Module | None, noise: Noise | None, settings: EvaluationSettings, worst: bool,
     encoder: FrozenEncoder | None,
 ) -> list[Measurement]:  # fmt: skip
-    """Every number that the settings ask for, in the order of the result."""
+    """All measurements of the settings, in the order of the results."""
     found = clean_and_attacked(model, source or model, settings, worst, encoder)
     if noise is not None and "noise" in settings.suites:
         found += noisy(model, noise)
@@ -301,7 +301,7 @@ class _Run:
         self, model: nn.Module, measurement: Measurement, data: EvaluationData, mask: Tensor | None,
         started: Mapping[str, Any],
     ) -> tuple[Accuracy, list[str]]:  # fmt: skip
-        """The counts over all images and processes, and the files that could not be read."""
+        """Counts over all images and processes, and names of the files that could not be read."""
         rank, world = (distributed.get_rank(), distributed.get_world_size()) if _is_distributed() else (0, 1)
         position = started["position"]
         if self.bar.total is not None:
@@ -351,7 +351,7 @@ class _Run:
         self, measurement: Measurement, position: int, accuracy: Accuracy, skipped: list[str],
         started: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        """Save the counts up to a position, including those of earlier runs."""
+        """Save the counts up to a position, including those from before a resume."""
         counts = Accuracy()
         counts.add(accuracy.counts())
         counts.add(started)
@@ -414,14 +414,14 @@ def _gathered(accuracy: Accuracy, skipped: list[str]) -> tuple[Accuracy, list[st
 
 
 def _autoattack(model: nn.Module, data: EvaluationData) -> list[str]:
-    """The attacks that AutoAttack will run, which depend on the number of classes."""
+    """The attacks that AutoAttack runs for the model's number of classes."""
     some = next(data.batches()).images[:1]
     with torch.no_grad(), frozen(model):
         return list(attacks_for(model_logits(model, some).shape[1]))
 
 
 def _digest(data: EvaluationData) -> str:
-    """Digest of the first images. A DataLoader is read twice: streams and transforms may be random."""
+    """Digest of the first images. A DataLoader is read twice, to detect random order or random transforms."""
     digest = data_digest(data)
     if not data.indexed and data_digest(data) != digest:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The measurements of evaluate(): for each number, the function that gives its logits."""
+"""The measurements of evaluate(): for each reported number, the function that computes the logits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BALL_ATTACKS = ("fgsm", "pgd", "mi_fgsm", "apgd", "apgd_t", "autoattack")
 """Suites with one number per radius."""
 ATTACKS = (*BALL_ATTACKS, "cw", "patch")
 
-# of the cw suite: the defaults of torchattacks, without a search for the constant
+# settings of the suite cw: the defaults of torchattacks, without a search for the constant
 CW: dict[str, Any] = {"initial_const": 1.0, "search_steps": 1, "steps": 50, "lr": 0.01}
 
 Response = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,8 +37,8 @@ GRADIENT_ATTACKS = ("fgsm", "pgd", "mi_fgsm", "apgd", "apgd_t")
 
 
 def pixel_encoder(model: nn.Module) -> FrozenEncoder | None:
-    """An encoder that is proven to give the input gradients of a float32 model, faster than autograd; None: there is
-    none."""
+    """An encoder that computes the input gradients of a float32 model faster than autograd and was checked against it;
+    None if there is none."""
     from fastnull.encoder.frozen import FrozenEncoder
 
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
@@ -74,12 +74,12 @@ def clean_and_attacked(
 ) -> list[Measurement]:
     """Clean accuracy, and attacks computed on `source` and tested on `model`, in the order in which they run.
 
-    With `worst` (and `source` the model itself), images that the model gets wrong are not attacked, and those that are
-    fooled are attacked no further. `encoder`, of the source, gives input gradients. What counts in the end are the
-    model's own logits of the points that the attack returns.
+    With `worst` (and `source` the model itself), misclassified images are not attacked, and the attack on an image
+    stops when it succeeds. `encoder` (of the source) computes input gradients. The accuracy is always that of the
+    model's own logits on the images that the attack returns.
     """
     norm, steps, seed = settings.norm, settings.steps, settings.seed
-    right: dict[int, bool] = {}  # number of the image → whether the model is right without an attack
+    right: dict[int, bool] = {}  # index of the image → whether the clean prediction is correct
 
     def clean(images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         logits = model_logits(model, images)
@@ -87,13 +87,13 @@ def clean_and_attacked(
         return logits
 
     def response(attack: Response) -> Response:
-        """`attack` gives the attacked images."""
+        """Logits on the images that `attack` returns."""
 
         def respond(images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
             if not worst:
                 return model_logits(model, attack(images, labels, indices))
             numbers = indices.tolist()
-            if not right.keys() >= set(numbers):  # of a resumed run, or without the suite clean
+            if not right.keys() >= set(numbers):  # a resumed run, or no suite clean
                 clean(images, labels, indices)
             rows = torch.tensor([right[number] for number in numbers]).nonzero()[:, 0].to(images.device)
             attacked = images.clone()
@@ -133,7 +133,7 @@ def clean_and_attacked(
 
 
 def _shown(images: Tensor, show: Callable[[Any], Tensor]) -> Tensor:
-    """Images [B, C, H, W] rounded down to 8 bits, as published files are, and put through a transform of PIL images."""
+    """Round images [B, C, H, W] down to 8 bits, as in the published files, and apply a transform of PIL images."""
     from PIL import Image
 
     pixels = images.mul(255).add(1e-3).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -141,7 +141,7 @@ def _shown(images: Tensor, show: Callable[[Any], Tensor]) -> Tensor:
 
 
 def noisy(model: nn.Module, noise: Noise) -> list[Measurement]:
-    """The noise at its site, and its permutation."""
+    """Measurements with the noise at its site and with its permutation."""
     from fastnull.encoder.frozen import FrozenEncoder
     from fastnull.synthesis.solvers import perturb
 
@@ -167,7 +167,8 @@ def noisy(model: nn.Module, noise: Noise) -> list[Measurement]:
 
 
 def corrupted(model: nn.Module, settings: EvaluationSettings) -> list[Measurement]:
-    """One number per corruption (computed in memory) and severity; images of `corruption_size` are then resized."""
+    """One measurement per corruption (computed in memory) and severity. With `corruption_size`, images are resized
+    afterwards."""
     constants = "cifar10-c" if settings.corruption_size == 32 else "imagenet-c"
     show = None if settings.corruption_size is None else View.of(model).evaluation()
     same: dict[str, Any] = {"seed": settings.seed, "frost_folder": settings.frost_folder, "constants": constants}

@@ -1,13 +1,13 @@
-"""The published test sets as folders on disk: ImageNet val, A, R, C, V2, Sketch, Stylized and DAmageNet.
+"""The published test sets on disk: ImageNet val, A, R, C, V2, Sketch, Stylized, DAmageNet and CIFAR-10-C.
 
 Each is in ROOT/NAME (which may be a link), with one folder of images per class, named by its WordNet id (n01440764,
 ...). The folders of imagenet-v2 are named by class number, and those of imagenet-c are in
-ROOT/imagenet-c/CORRUPTION/SEVERITY/, as published. If the model names its classes (see fastnull.data.classes), by
-WordNet ids or by ImageNet's names, labels follow these names. A model without names must have ImageNet's 1000 classes
-in the order of their ids.
+ROOT/imagenet-c/CORRUPTION/SEVERITY/, as published. If the model has class names (see fastnull.data.classes), which are
+WordNet ids or ImageNet's names, classes are matched by name. A model without names must have ImageNet's 1000 classes in
+the order of their ids.
 
-cifar10-c is ROOT/cifar10-c/CORRUPTION.npy and labels.npy, as published: [50000, 32, 32, 3] bytes, a fifth for each
-severity.
+cifar10-c has the published files ROOT/cifar10-c/CORRUPTION.npy and labels.npy: [50000, 32, 32, 3] bytes, a fifth for
+each severity.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Layout:
         classes: number of class folders; if fewer than 1000, the model's other classes are masked out.
         numbered: folders are named by class numbers, not by WordNet ids.
         as_is: images are neither resized nor cropped if they have the model's size.
-        arrays: all images of a corruption are one file of NumPy's.
+        arrays: all images of a corruption are in one .npy file.
     """
 
     classes: int = 1000
@@ -61,14 +61,14 @@ FOLDER_SUITES = {
     "imagenet-stylized": Layout(),
     "cifar10-c": Layout(classes=10, arrays=True),
 }
-"""Name of the suite and its folder → its layout."""
+"""Name of the suite, which is also its folder name → layout."""
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_CORRUPTIONS = (
     "shot_noise", "motion_blur", "snow", "pixelate", "gaussian_noise", "defocus_blur", "brightness", "fog", "zoom_blur",
     "frost", "glass_blur", "impulse_noise", "contrast", "jpeg_compression", "elastic_transform",
 )  # fmt: skip
-"""In RobustBench's order."""
+"""Corruptions of CIFAR-10-C in RobustBench's order."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ class FolderSet:
     """An opened test set.
 
     Attributes:
-        images: yields (image [C, H, W] in [0, 1], class of the model); the class of a skipped file is BAD.
+        images: yields (image [C, H, W] in [0, 1], class index of the model); the class of a skipped file is BAD.
         mask: [K] bool, the classes that the model may predict; None: all.
         transform: description of the image transform.
     """
@@ -90,13 +90,13 @@ def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, ski
     """Open ROOT/NAME, or a part of it such as "imagenet-c/fog/3" or "cifar10-c/fog/3", with the model's transforms.
 
     Args:
-        name: of FOLDER_SUITES.
+        name: a key of FOLDER_SUITES, or a part of it.
         root: the folder above the test sets.
         model: determines image size, crop, interpolation and labels.
         skip_bad: give unreadable files the label BAD; False: raise an error.
 
     Raises:
-        ValueError: a folder is missing, or its classes are not those of the test set or not known to the model.
+        ValueError: a folder is missing, or its classes are not those of the test set or of the model.
     """
     layout = FOLDER_SUITES[name.partition("/")[0]]
     places, count = suite_classes(name, root, model)
@@ -109,7 +109,7 @@ def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, ski
     folder, _, known = check_layout(name, root)
     files = ImageFolder(folder, known)
     files.files = [(path, places[known[label]]) for path, label in files.files]
-    # images that were cropped before they were corrupted are not cropped again
+    # these images were already cropped before the corruption
     transform = (replace(view, crop=1.0) if layout.as_is else view).evaluation()
     mask = None
     if layout.classes < 1000:
@@ -123,7 +123,7 @@ def _resized(view: View) -> str:
 
 
 class ArrayPart(Dataset[Sample]):
-    """One corruption and severity of cifar10-c, which stays on disk: PIL images and labels.
+    """One corruption and severity of cifar10-c as PIL images and labels. The images stay on disk (memory-mapped).
 
     Raises:
         ValueError: a file is missing or cannot be read, or its contents are not as published.
@@ -170,7 +170,7 @@ def check_layout(name: str, root: str | os.PathLike[str]) -> tuple[Path, set[str
     """The folder of a test set (or of a part of imagenet-c), its class folders, and the names of all classes.
 
     Raises:
-        ValueError: as `open_suite`. Images are not checked.
+        ValueError: the same errors as in `open_suite`. Images are not checked.
     """
     kind, *inner = name.split("/")
     layout = FOLDER_SUITES[check_choice("suite", kind, FOLDER_SUITES)]
@@ -187,7 +187,7 @@ def check_layout(name: str, root: str | os.PathLike[str]) -> tuple[Path, set[str
 
 
 def suite_classes(name: str, root: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, int], int]:
-    """The model's class for each class folder of a test set, and how many classes it has.
+    """Class folder of a test set → class index of the model; and the model's number of classes.
 
     Raises:
         ValueError: the model has no class names and not 1000 classes, or names that are not ImageNet's. The message
@@ -211,9 +211,9 @@ def suite_classes(name: str, root: str | os.PathLike[str], model: nn.Module) -> 
 
 
 def _wordnet_id(name: str, place: int) -> str:
-    """The WordNet id of a class given by id or by name; the name itself if ImageNet does not have it.
+    """The WordNet id of a class given by id or by name; the name itself if it is not in ImageNet.
 
-    Two classes are called crane; the class at the same index is preferred.
+    If several classes have the same name (crane, for example), the class at the same index is preferred.
     """
     meant = _wordnet_names().get(_plain(name), [])
     if name in wordnet_ids() or (place not in meant and len(meant) != 1):

@@ -1,6 +1,6 @@
-"""Kernels prove themselves on the machine they run on: checked against their references and timed, in a child process.
+"""The self-test: checks kernels against their references on this machine and times them, in a child process.
 
-`prove` is what the encoder calls; `fastnull selftest` prints what it found.
+The encoder calls `prove`; `fastnull selftest` prints the results.
 """
 
 from __future__ import annotations

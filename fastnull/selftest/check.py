@@ -1,4 +1,4 @@
-"""Whether an implementation of an op is right, and how long it takes: on this machine, for one problem."""
+"""Checks and times an implementation of an op on this machine, for one problem."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from fastnull.ops.linear_gelu import decode_derivative
 from fastnull.selftest.problems import Problem
 
 SEEDS = (0, 1)
-"""Of the random arguments: what is right for one set by chance, such as what an earlier call left, is not for both."""
+"""Seeds of the random arguments. Two, since one output may be right by chance, e.g. left over from an earlier call."""
 SECONDS = {"cuda": 0.05, "cpu": 0.02}
-"""That an implementation is timed for."""
+"""Seconds of timing per implementation."""
 CACHES = 3
-"""Times the last-level cache that the arguments of the timed calls exceed together."""
+"""Total size of the arguments of the timed calls, in multiples of the last-level cache."""
 
 
 class Judge:
     """Checks implementations of a problem; the references are computed once.
 
-    The rule is that of fastnull.testing, against float64: twice the error of torch's own way in the same dtype, plus a
-    rounding; gradients also as a direction.
+    The tolerance is that of fastnull.testing: against float64, twice the error of torch's own operators in the same
+    dtype, plus one rounding. For gradients the direction is checked too.
     """
 
     def __init__(self, problem: Problem, images: int, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Judge:
             self._expected[seed] = (problem.written(tuple(exact)), problem.written(tuple(own)))
 
     def __call__(self, implementation: Implementation) -> Outcome:
-        """The outcome, without a time. What the implementation raises is the caller's matter."""
+        """The outcome, without a time. Exceptions of the implementation are not caught."""
         if not implementation.serves(*self._arguments(SEEDS[0])):
             return Outcome(problem="does not take this problem here")
         worst = 0.0
@@ -68,9 +68,9 @@ class Judge:
         return self._problem.written(arguments)
 
     def _error(self, result: Tensor, reference: Tensor, baseline: Tensor) -> float:
-        """Largest error over the largest value. Raises AssertionError where it is too large."""
+        """Largest error divided by the largest value. Raises AssertionError if it is too large."""
         name = self._problem.op
-        if result.dtype == torch.uint8:  # kept derivatives: a code next to the right one is a rounding
+        if result.dtype == torch.uint8:  # stored derivatives: an error of one code is a rounding
             result, reference, baseline = (decode_derivative(x, torch.float64) for x in (result, reference, baseline))
             step = float(decode_derivative(torch.ones(1, dtype=torch.uint8)) - decode_derivative(torch.zeros(1).byte()))
             error, allowed = ((x - reference).abs().max().item() for x in (result, baseline))
@@ -78,7 +78,7 @@ class Judge:
         elif not result.is_floating_point():
             assert result.equal(reference), f"{name}: {result.dtype} values differ"
         else:
-            # q, k and v apart: the gradient of one may be far smaller than that of another
+            # q, k and v separately: the gradient of one may be far smaller than that of another
             parts = zip(*(x.unbind(2) if x.ndim == 5 else (x,) for x in (result, reference, baseline)), strict=True)
             check = testing.assert_gradient_close if self._problem.is_gradient else testing.assert_within_budget
             for a, b, c in parts:
@@ -87,10 +87,10 @@ class Judge:
 
 
 def milliseconds(problem: Problem, implementation: Implementation, images: int, device: torch.device) -> float:
-    """Of one call, over arguments that exceed the caches; on a GPU in a graph, as synthesis runs it.
+    """Median milliseconds per call, with arguments larger than the caches; on a GPU in a CUDA graph, as in synthesis.
 
     Raises:
-        RuntimeError: a graph cannot hold it.
+        RuntimeError: the call cannot be captured in a CUDA graph.
     """
     first = problem.arguments(images, 0, device)
     copies = _copies(problem.bytes(first), device)
@@ -141,28 +141,28 @@ def _wall_time(calls: Sequence[Callable[[], object]]) -> float:
 
 
 class Machine:
-    """What this device reaches: products and copies, measured once."""
+    """Rates of matrix products and copies on this device, measured once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._timed = _graph_time if device.type == "cuda" else _wall_time
 
     def floor(self, problem: Problem, images: int) -> float:
-        """Least milliseconds of a problem: for its products, or for its arguments to pass through memory once."""
+        """Lower bound in milliseconds: the time for the FLOPs, or to move the arguments once, whichever is longer."""
         arguments = problem.arguments(images, 0, self.device)
         flop = problem.flop(arguments)
         return max(flop / self._rate(problem.signature[0]) if flop else 0.0, problem.bytes(arguments) / self._bandwidth)
 
-    @functools.cache  # noqa: B019 - of a process that ends soon
+    @functools.cache  # noqa: B019 - the process is short-lived
     def _rate(self, dtype: torch.dtype) -> float:
-        """Operations a millisecond of a large product."""
+        """FLOPs per millisecond of a large matrix product."""
         side = 4096 if self.device.type == "cuda" else 256
         a, b, out = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(3))
         return 2 * side**3 / self._timed([lambda: torch.mm(a, b, out=out)])
 
     @functools.cached_property
     def _bandwidth(self) -> float:
-        """Bytes read and written a millisecond by a large copy."""
+        """Bytes read and written per millisecond by a large copy."""
         size = 2**28 if self.device.type == "cuda" else 2**22
         source = torch.zeros(size, dtype=torch.float32, device=self.device)
         target = torch.empty_like(source)

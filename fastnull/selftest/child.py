@@ -1,7 +1,7 @@
-"""The process that runs the implementations, one after the other, and says what came of each: it may well crash.
+"""The child process, which runs the implementations one after the other and reports the outcomes. It may crash.
 
-It writes a line of JSON for each implementation before it runs it ("begins") and after it ("ends"). What began and did
-not end when the process is gone is what ended it. fastnull/selftest/supervise.py starts it and reads the lines.
+It writes a line of JSON before ("begins") and after ("ends") each implementation. If the process dies, the
+implementation that began and did not end is the cause. fastnull/selftest/supervise.py starts it and reads the lines.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from fastnull.selftest.check import Judge, Machine, milliseconds
 from fastnull.selftest.problems import Problem
 
 GRACE = 10.0
-"""Seconds after the limit at which the process ends itself, where nobody is left to do it."""
+"""Seconds after the time limit when the process exits by itself, in case the parent is gone."""
 
 
 def main(task: dict[str, Any]) -> None:
-    """Run a task: problems by name, what of them is done (problem → implementation → outcome), device, images, limit.
-
-    `module` names the module whose `implementations` are asked for.
+    """Run a task: a dict with problem names, outcomes so far (problem → implementation → outcome), device, images and
+    limit. `module` is the name of the module that has `implementations`.
     """
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as lines:
-        os.dup2(2, 1)  # what compilers print is no answer
+        os.dup2(2, 1)  # keep compiler output out of the JSON lines
         device = torch.device(task["device"])
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -60,7 +59,7 @@ def _solve(name: str, done: dict[str, Outcome], task: dict[str, Any], machine: M
         _tell(lines, begins=[name, each])
         outcome = done[each] = _outcome(problem, here[each], judge, images, floor)
         if device.type == "cuda":
-            torch.cuda.synchronize()  # raises where the context is lost: the process ends, as if it had crashed
+            torch.cuda.synchronize()  # raises if the context is lost: the process ends, as after a crash
             torch.cuda.empty_cache()
         _tell(lines, ends=[name, each, asdict(outcome)])
     if device.type == "cuda":  # the implementations of later problems may call this op
@@ -70,12 +69,12 @@ def _solve(name: str, done: dict[str, Outcome], task: dict[str, Any], machine: M
 def _outcome(problem: Problem, implementation: Implementation, judge: Judge, images: int, floor: float) -> Outcome:
     try:
         outcome = judge(implementation)
-    except Exception as error:  # of the compiler, the launch, the memory: the implementation is left out
+    except Exception as error:  # compiler, launch or memory error: the implementation is not used
         text = " ".join(str(error).split())
         return Outcome(problem=f"{type(error).__name__}: {text[:200]}")
     if outcome.problem:
         return outcome
-    # an error here ends the process: after a graph that could not be captured torch is not as it was
+    # not caught: after a failed graph capture torch's state is not reliable, so the process ends
     ms = milliseconds(problem, implementation, images, judge.device)
     return Outcome(ms, outcome.error, floor / ms)
 

@@ -1,4 +1,4 @@
-"""The problems of the self-test: an op at the sizes of a model, with random arguments of any number of images."""
+"""The problems of the self-test: an op at the sizes of a model, with random arguments for any number of images."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from fastnull.ops.noise_objective import means_after
 
 ATTENTIONS: dict[str, Run] = {"attention_out": attention_out_sdpa, "attention_dqkv_out": attention_dqkv_sdpa_out}
 TOKENS = 197
-"""Of an image, where an op's speed does not depend on it."""
+"""Tokens per image for ops whose speed per row does not depend on it."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """An op with what of its arguments decides about its implementation."""
+    """An op with the dtype and sizes that determine the choice of its implementation."""
 
     op: str
     signature: Signature
 
     @property
     def name(self) -> str:
-        """As results name it."""
+        """Name in the results."""
         return problem_name(self.op, self.signature)
 
     @classmethod
@@ -43,19 +43,19 @@ class Problem:
         return cls(op, (getattr(torch, dtype), tuple(map(int, sizes))))
 
     def arguments(self, images: int, seed: int, device: torch.device) -> tuple[Any, ...]:
-        """Random arguments; what the op only writes holds NaN (integers: 0xEE)."""
+        """Random arguments; outputs are filled with NaN (integers: 0xEE)."""
         dtype, sizes = self.signature
         return _ARGUMENTS[self.op](_Draw(images, dtype, torch.Generator(device).manual_seed(seed)), *sizes)
 
     def written(self, arguments: tuple[Any, ...]) -> list[Tensor]:
-        """Those of the arguments that the op writes to."""
+        """The arguments that the op writes to."""
         schema = getattr(torch.ops.fastnull, self.op).default._schema.arguments
         changed = [given for given, each in zip(arguments, schema, strict=True) if each.alias_info is not None]
         return [given for given in changed if isinstance(given, Tensor)]
 
     @property
     def parts(self) -> list[Problem]:
-        """The problems that the library's way to this one leaves to implementations of their own."""
+        """Problems that the `library` implementation of this one dispatches to."""
         dtype, sizes = self.signature
         if self.op == "linear_gelu_out":
             return [Problem("gelu_out", (dtype, (sizes[0], sizes[2])))]
@@ -63,21 +63,21 @@ class Problem:
 
     @property
     def is_gradient(self) -> bool:
-        """Whether the result has a direction that counts."""
+        """Whether the result is a gradient, whose direction is checked too."""
         return self.op in ("layer_norm_dx_out", "dgelu_", "linear_dgelu_out", "attention_dqkv_out")
 
     def reference(self) -> Run:
         """The formula, for float64."""
-        if self.op == "noise_objective_means_out":  # its own asks for the op of the rows, which may have a kernel
+        if self.op == "noise_objective_means_out":  # its registered reference calls the op, which may run a kernel
             return functools.partial(means_after, REFERENCES["noise_objective_out"])
         return REFERENCES[self.op]
 
     def torchs_own(self) -> Run:
-        """Whose error in the problem's dtype is the measure for the others."""
+        """Torch's own operators, whose error in the problem's dtype sets the tolerance."""
         return ATTENTIONS.get(self.op, self.reference())
 
     def flop(self, arguments: tuple[Any, ...]) -> float:
-        """Operations of the products that the task needs."""
+        """FLOPs of the matrix products that the problem needs."""
         first, second = arguments[:2]
         if self.op.startswith("attention"):
             B, N, _, H, d = first.shape
@@ -89,14 +89,14 @@ class Problem:
         return 0.0
 
     def bytes(self, arguments: tuple[Any, ...]) -> float:
-        """Bytes of every argument once, twice where it is changed in place."""
+        """Bytes of all arguments; those changed in place count twice."""
         tensors = [given for given in arguments if isinstance(given, Tensor)]
         tensors += self.written(arguments) if self.op.endswith("_") else []
         return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
 class _Draw:
-    """Random tensors of a problem: for so many images, of its dtype, on the generator's device."""
+    """Random tensors for a problem, on the generator's device."""
 
     def __init__(self, images: int, dtype: torch.dtype, source: torch.Generator) -> None:
         self.images, self.dtype, self._source = images, dtype, source
@@ -112,7 +112,7 @@ class _Draw:
         return torch.full(shape, fill, dtype=dtype, device=self._source.device)
 
     def derivative(self, *shape: int) -> Tensor:
-        """gelu' as it is kept."""
+        """A random gelu' in its stored dtype."""
         drawn = torch.rand(shape, generator=self._source, device=self._source.device)
         kept = derivative_dtype(self.dtype)
         return (drawn * 226 if kept == torch.uint8 else drawn).to(kept)
@@ -184,7 +184,7 @@ def _objective_means(draw: _Draw, K: int) -> tuple[Any, ...]:
 
 
 def _steps(draw: _Draw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noises, their gradients, and their gates and step sizes: one stays, the others go either way."""
+    """Noise, gradients, gates (-1, 0 and 1 in turn) and step sizes."""
     M = draw.images
     noise, grad = draw(M, TOKENS * 384, dtype=draw.wide), draw(M, TOKENS * 384)
     gate = torch.arange(M, device=noise.device).remainder(3).sub(1).to(torch.float32)
@@ -218,7 +218,7 @@ _ARGUMENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "direct_step_": _direct,
 }
 OPS = tuple(_ARGUMENTS)
-"""In an order in which passes come before the products that take them."""
+"""Names of the ops, ordered so that pointwise ops come before the products that use them."""
 
 
 class _Trace(TorchDispatchMode):
@@ -235,6 +235,6 @@ class _Trace(TorchDispatchMode):
 
 @contextmanager
 def traced() -> Iterator[set[Problem]]:
-    """The problems that ops solve inside."""
+    """Collect the problems of all ops called inside."""
     with _Trace() as trace:
         yield trace.problems

@@ -1,4 +1,4 @@
-"""The self-test: which implementations of a model's ops are right on this machine, and which is the fastest."""
+"""Runs the self-test: finds the fastest correct implementation of each of a model's ops on this machine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastnull.selftest.problems import OPS, Problem
 from fastnull.selftest.supervise import outcomes
 
 IMAGES = {"cuda": 64, "cpu": 2}
-"""In a batch of the self-test, where nobody says otherwise. What is fastest hardly depends on it."""
+"""Default batch size of the self-test. The ranking hardly depends on it."""
 KERNELS = ("triton", "cuda", "cpu")
-"""Implementations of this package: a user hears of one that is left out."""
+"""Implementations of this package; a warning reports any that fails the self-test."""
 
 _told: set[str] = set()
-_tried: set[tuple[str, str]] = set()  # (device, problem) that this process has checked, or could not
+_tried: set[tuple[str, str]] = set()  # (device, problem) that this process has tried to check
 
 
 def prove(
@@ -34,18 +34,19 @@ def prove(
     images: int | None = None,
     tiles: bool = False,
 ) -> dict[str, Found]:
-    """Have the implementations of problems checked and timed, now or at an earlier time on this machine, and from now
-    on take the fastest right ones.
+    """Check and time all implementations of the problems, and use the fastest correct ones from now on.
+
+    Results stored on this machine by an earlier run are reused.
 
     Args:
-        problems: of an encoder.
-        device: where.
-        asked: `auto`, `off` (nothing is done) or `force` (what is stored is not believed); None: FASTNULL_SELFTEST.
-        images: in a batch; None: IMAGES.
-        tiles: where it runs, try the Triton kernels with other tiles too, which takes some minutes.
+        problems: the problems of an encoder.
+        device: device to check on.
+        asked: `auto`, `off` (do nothing) or `force` (ignore stored results); None: FASTNULL_SELFTEST.
+        images: batch size; None: IMAGES.
+        tiles: also try the Triton kernels with other tiles, which takes some minutes.
 
     Returns:
-        Problem → implementation → outcome. What could not be checked is missing: library calls serve it.
+        Problem → implementation → outcome. Problems that could not be checked are missing; they use library calls.
     """
     mode, name = choices.mode(asked), device_name(device)
     if mode == "off" or choices.forced():
@@ -61,7 +62,7 @@ def prove(
 
 
 def _checked(missing: list[str], device: torch.device, force: bool, images: int, tiles: bool) -> dict[str, Found]:
-    """Run what no other process has run in the meantime, and keep it for later ones."""
+    """Check the problems that no other process has checked in the meantime, and store the results."""
     name = device_name(device)
     with _alone():
         stored = store.read(device)
@@ -73,30 +74,30 @@ def _checked(missing: list[str], device: torch.device, force: bool, images: int,
         try:
             fresh = outcomes(missing, device, images, tiles=tiles)
         except RuntimeError as error:
-            _warn(f"kernels cannot be checked on {name}, library calls serve in their place: {error}")
+            _warn(f"kernels cannot be checked on {name}, using library calls instead: {error}")
             return stored
         _tell_what_is_left_out(fresh)
         kept = {each: found for each, found in fresh.items() if not _short_of_memory(found)}
         try:
             store.write(device, stored | kept)
         except (OSError, ValueError) as error:
-            _warn(f"what was found of the kernels cannot be kept, every process will check them anew: {error}")
+            _warn(f"results of the self-test cannot be kept, every process will check the kernels again: {error}")
         return stored | fresh
 
 
 def _short_of_memory(found: Found) -> bool:
-    """Whether another process, with more of the GPU's memory to itself, may find something else."""
+    """Whether an implementation ran out of memory: the result may differ in a process with more free GPU memory."""
     return any("OutOfMemoryError" in outcome.problem for outcome in found.values())
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Inside, other processes of this machine wait; where the folder cannot be made, nobody does."""
+    """Lock the folder of results: other processes on this machine wait. No lock if the folder cannot be created."""
     folder = store.folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".tried").touch()
-    except OSError:  # the caller says so when it writes
+    except OSError:  # reported when the results are written
         yield
         return
     with locked(folder, wait=True):
@@ -107,7 +108,7 @@ def _tell_what_is_left_out(found: Mapping[str, Found]) -> None:
     for problem, outcomes_ in found.items():
         for name, outcome in outcomes_.items():
             if outcome.problem and name in KERNELS and not outcome.problem.startswith("does not take"):
-                _warn(f"{problem}: the {name} kernel is left out here: {outcome.problem}")
+                _warn(f"{problem}: the {name} kernel is not used here: {outcome.problem}")
 
 
 def _say(text: str) -> None:
@@ -122,7 +123,7 @@ def _warn(text: str) -> None:
 
 
 def table(found: Mapping[str, Found]) -> list[tuple[str, ...]]:
-    """What was found as lines of columns, the header first; `<` marks what is taken."""
+    """The results as rows of columns, header first; `<` marks the implementation in use."""
     lines: list[tuple[str, ...]] = [("problem", "implementation", "ms", "of floor", "error", "")]
     for problem, outcomes_ in found.items():
         right = {name: each.ms for name, each in outcomes_.items() if each.ms is not None}

@@ -1,4 +1,4 @@
-"""Where the results of the self-test lie: a file for each GPU and each version of what runs on it."""
+"""Stored results of the self-test: one file for each GPU and each version of the software."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fastnull.record import device_name, read_json, version_of, write_json
 
 
 def folder() -> Path:
-    """`fastnull` in the user's cache folder: XDG_CACHE_HOME, else ~/.cache."""
+    """`fastnull/selftest` in the user's cache folder: XDG_CACHE_HOME, else ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnull" / "selftest"
 
 
 @functools.cache
 def identity(device: torch.device) -> dict[str, Any]:
-    """What results hold for: another GPU, driver, version or build has results of its own."""
+    """What the results depend on: GPU, driver, versions and build."""
     about = {"device": device_name(device), "torch": torch.__version__, "triton": version_of("triton")}
     about |= {"fastnull": fastnull.__version__, "build": _build()}
     if device.type == "cuda":
@@ -42,7 +42,7 @@ def path(device: torch.device) -> Path:
 
 
 def read(device: torch.device) -> dict[str, Found]:
-    """Problem → implementation → outcome; empty where there is no file, or one that is damaged or of something else."""
+    """Problem → implementation → outcome; empty if the file is missing, damaged or of another identity."""
     try:
         held = read_json(path(device))
         if held["identity"] != identity(device):
@@ -56,7 +56,7 @@ def read(device: torch.device) -> dict[str, Found]:
 
 
 def write(device: torch.device, results: Mapping[str, Found]) -> None:
-    """Write the results beside and rename. Raises OSError or ValueError where the folder or the file cannot be."""
+    """Write the results atomically. Raises OSError or ValueError if the folder or the file cannot be written."""
     plain = {problem: {name: asdict(each) for name, each in found.items()} for problem, found in results.items()}
     write_json(path(device), {"identity": identity(device), "results": plain})
 
@@ -65,12 +65,12 @@ def _outcome(fields: Mapping[str, Any]) -> Outcome:
     outcome = Outcome(**fields)
     for number in (outcome.ms, outcome.error, outcome.floor):
         if number is not None and not isinstance(number, (int, float)):
-            raise TypeError(f"no number: {number!r}")
+            raise TypeError(f"not a number: {number!r}")
     return outcome
 
 
 def _driver() -> str:
-    """The version of the GPU's driver; empty where the system does not say."""
+    """The version of the GPU's driver; empty if unknown."""
     try:
         return Path("/sys/module/nvidia/version").read_text(encoding="ascii").strip()
     except OSError:
@@ -79,7 +79,7 @@ def _driver() -> str:
 
 @functools.cache
 def _build() -> str:
-    """Digest of the kernels and of what checks them: the built libraries, and the sources that run as they are."""
+    """Digest of the kernels and of the self-test: the built libraries and the Python sources."""
     root = Path(fastnull.__file__).resolve().parent
     digest = hashlib.sha256(json.dumps(_C.build_record(), sort_keys=True).encode())
     for room in ("kernels", "ops", "selftest"):

@@ -1,4 +1,4 @@
-"""The child process of the self-test, with a time limit: a crash or a hang costs one implementation, nothing else."""
+"""Runs the child process of the self-test with a time limit: a crash or hang rules out one implementation only."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import torch
 from fastnull.choices import Found, Outcome
 
 LIMIT = 60.0
-"""Seconds that an implementation of a problem may take: compiled, checked and timed."""
+"""Time limit in seconds to compile, check and time one implementation of a problem."""
 START = 120.0
-"""Seconds until the process must have begun: torch is imported and the device is there."""
+"""Time limit in seconds for the process to start: import torch and initialise the device."""
 CODE = (
     "import json, sys; task = json.load(sys.stdin); sys.path[:] = task['path'];"
     "from fastnull.selftest.child import main; main(task)"
@@ -39,18 +39,18 @@ def outcomes(
     limit: float = LIMIT,
     module: str = "fastnull.ops.dispatch",
 ) -> dict[str, Found]:
-    """Problem → implementation → what came of it. Problems whose references fail are left out, with a warning.
+    """Problem → implementation → outcome. Problems whose references fail are left out, with a warning.
 
     Args:
-        problems: by name, in the order in which they are solved.
-        device: where.
-        images: in a batch.
-        tiles: try the Triton kernels with other tiles too.
-        limit: seconds for an implementation.
-        module: whose `implementations` are tried.
+        problems: names of the problems, in the order in which they run.
+        device: device to run on.
+        images: batch size.
+        tiles: also try the Triton kernels with other tiles.
+        limit: time limit in seconds per implementation.
+        module: name of the module that has `implementations`.
 
     Raises:
-        RuntimeError: the process does not even start.
+        RuntimeError: the process does not start.
     """
     found: dict[str, dict[str, Outcome]] = {name: {} for name in problems}
     failed: set[str] = set()
@@ -78,7 +78,11 @@ def outcomes(
 
 
 def _run(task: Mapping[str, Any], found: dict[str, dict[str, Outcome]]) -> tuple[str, str, str] | None:
-    """Run a process until it ends, and take over what it says; problem, implementation and why, where one ended it."""
+    """Run a process until it ends and collect its outcomes.
+
+    Returns:
+        (problem, implementation, reason) if an implementation ended the process, else None.
+    """
     current: tuple[str, str] | None = None
     with _process(task) as (process, lines, errors):
         while True:
@@ -108,7 +112,7 @@ def _run(task: Mapping[str, Any], found: dict[str, dict[str, Outcome]]) -> tuple
 @contextmanager
 def _process(task: Mapping[str, Any]) -> Iterator[tuple[Any, queue.SimpleQueue[str | None], IO[bytes]]]:
     """The process, the lines that it writes (None after the last), and the file of its standard error."""
-    # with PYTHONOPTIMIZE its checks would be skipped
+    # PYTHONOPTIMIZE would skip the checks
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -125,7 +129,7 @@ def _process(task: Mapping[str, Any]) -> Iterator[tuple[Any, queue.SimpleQueue[s
             yield process, lines, errors
         finally:
             process.kill()
-            with suppress(subprocess.TimeoutExpired):  # one that waits for its GPU may take its time
+            with suppress(subprocess.TimeoutExpired):  # a process that waits for its GPU may end late
                 process.wait(timeout=5)
 
 
@@ -143,4 +147,4 @@ def _told(code: int) -> str:
 def _last_line(errors: IO[bytes]) -> str:
     errors.seek(0)
     text = errors.read().decode(errors="replace").strip()
-    return text.splitlines()[-1][:200] if text else "it said nothing"
+    return text.splitlines()[-1][:200] if text else "no error output"

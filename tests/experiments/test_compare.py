@@ -248,4 +248,4 @@ def test_command_with_recipes_from_a_file(tmp_path: Path, capsys: pytest.Capture
     config = json.loads((tmp_path / "out" / "seed-0" / "mine" / "config.json").read_text())["config"]
     assert (config["model"], config["augment"], config["trades_beta"]) == ("vit_photos", "trades", 1)
     assert main(words) == 2
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "--resume continues" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:
         ({"methods": ("x",), "recipes": {"x": {"augment": "random", "norm_of": 5}}}, "takes the norm of 5"),
         (
             {"methods": ("x",), "recipes": {"x": {"augment": "random", "norm_of": "x"}}},
-            "norm of its own; x takes another one's itself",
+            "norm of its own; x has norm_of too",
         ),
         (
             {"methods": ("x", "none"), "recipes": {"x": {"augment": "random", "norm_of": "none"}}},
@@ -100,7 +100,7 @@ BAD_NAMES = (
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_are_no_folders(name: str) -> None:
     for methods in ((name,), ("none",)):  # also where it does not run
-        with pytest.raises(ValueError, match="a method's name is a folder's too"):
+        with pytest.raises(ValueError, match="a method's name is also a folder name"):
             CompareSettings(methods=methods, recipes={name: {"augment": "none"}})
 
 
