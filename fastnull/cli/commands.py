@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -201,9 +202,10 @@ def finetune(args: argparse.Namespace) -> None:
         f"{result.plan.steps} steps, {result.cost['spent']:g} forward passes, {seconds['total']:.1f} s "
         f"({100 * seconds['synthesis_fraction']:.0f} % of it synthesis)"
     )
-    data = f"--data {config.data}" + (f" --data-dir {config.data_dir}" if config.data_dir else "")
+    after = ["fastnull", "evaluate", "--model", str(result.last_path), "--data", config.data]
+    after += ["--data-dir", str(config.data_dir)] if config.data_dir else []
     print(f"weights: {result.last_path}")
-    print(f"next: fastnull evaluate --model {result.last_path} {data} --out {Path(config.out) / 'results.json'}")
+    print(f"next: {shlex.join([*after, '--out', str(Path(config.out) / 'results.json')])}")
 
 
 def _together(work: Callable[[], Any]) -> Any:

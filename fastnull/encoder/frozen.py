@@ -107,6 +107,10 @@ class FrozenEncoder:
         self.generation = 0
         self._choose()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copies and pickles are made anew from the model: buffers may be in a layout that neither can read."""
+        return type(self), (self._model, self.dtype, self._asked, self.site, self._selftest)
+
     def _choose(self) -> None:
         """Take the fast encoder if it is allowed and proven, otherwise the model's own modules."""
         for dtype in self._dtypes:

@@ -15,7 +15,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def run_methods(
     if jobs > 1:
         _check_picklable(inputs)
     tasks, about = plan_tasks(folder, settings, inputs, label=label)[:2]
-    _prepare(folder, settings, kind, overwrite, resume)
+    _prepare(folder, settings, about, kind, overwrite, resume)
     finished = _finished(tasks)
     count = thread_count(settings, jobs)
     total, done = (sum(task.cost for task in some) for some in (tasks, finished))
@@ -214,11 +214,13 @@ def _check_picklable(inputs: Inputs) -> None:
         ) from error
 
 
-def _prepare(folder: Path, settings: CompareSettings, kind: str, overwrite: bool, resume: bool) -> None:
-    """Prepare the folder and write the settings; raise ValueError if the folder cannot be used.
+def _prepare(
+    folder: Path, settings: CompareSettings, about: Mapping[str, Any], kind: str, overwrite: bool, resume: bool
+) -> None:
+    """Prepare the folder, write the settings and what data and model are; raise ValueError if it cannot be used.
 
-    Settings may change until a method is finished. Runs begun with other settings are removed, and runs begun with the
-    same settings continue.
+    Both may change until a method is finished. Runs begun with others are removed, and runs begun with the same
+    continue.
     """
     if overwrite and resume:
         raise ValueError("give either resume or overwrite, not both")
@@ -233,14 +235,20 @@ def _prepare(folder: Path, settings: CompareSettings, kind: str, overwrite: bool
         finished = any(folder.glob(f"seed-*/*/{RESULTS}"))
         if finished and not resume:
             raise ValueError(f"{folder} holds a {kind} already: resume=True continues it, overwrite=True starts over")
-        now = json.loads(json.dumps(asdict(settings)))  # tuples become lists, as in the file
-        differing = changed(_settings_in(path, kind), settings, now)
+        now, found = json.loads(json.dumps([asdict(settings), about]))  # tuples become lists, as in the file
+        record = read_json(path)
+        before = record.get("about") or record.get("begun") or {}
+        differing = changed(_settings_in(path, kind), settings, now) or [
+            f"{name} (was {before[name]}, now {value})"
+            for name, value in found.items()
+            if before.get(name, value) != value
+        ]
         if finished and differing:
             raise ValueError(f"cannot resume the {kind} in {folder} with other settings: {', '.join(differing)}")
     if held and (overwrite or differing):
-        for found in folder.glob("seed-*"):
-            shutil.rmtree(found)
-    write_json(path, {"settings": asdict(settings)})
+        for run in folder.glob("seed-*"):
+            shutil.rmtree(run)
+    write_json(path, {"settings": asdict(settings), "begun": about})
 
 
 def _settings_in(path: Path, kind: str) -> dict[str, Any]:

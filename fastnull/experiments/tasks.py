@@ -6,6 +6,7 @@ tasks. `work` runs one of them.
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -170,6 +171,7 @@ def plan_tasks(
         "model": settings.network or type(network_of(ready.model)).__name__,
         "parameters": sum(parameter.numel() for parameter in ready.model.parameters()),
         "weights": "random" if kind == "random" else weights,
+        "checkpoint": None if settings.checkpoint is None else file_digest(settings.checkpoint),
         "new_head": kind == "new head",
         "start_epochs": 0 if tasks[0].plan is None else tasks[0].config.epochs,
         "data": settings.data,
@@ -261,6 +263,11 @@ def _check_evaluation(settings: CompareSettings, model: nn.Module, test: Dataset
             # they have requirements on the number of classes, the tiling of the image or the shape of the tokens
             once = replace(each, suites=tried, eps=each.eps[:1], steps=1, limit=None)
             evaluate(model, (images, labels), once, noise=noise)
+
+
+def file_digest(path: str) -> str:
+    """Digest of the bytes of a file."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
 
 
 def evaluation_set(settings: CompareSettings, config: FinetuneConfig, inputs: Inputs, model: nn.Module) -> Dataset[Any]:

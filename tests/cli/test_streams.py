@@ -15,9 +15,9 @@ from fastnull.cli import main
 from fastnull.cli.streams import lasting_streams
 
 ROOT = str(Path(main.__code__.co_filename).resolve().parent.parent)
-FINETUNE = "finetune --augment none --epochs 1 --train-fraction 0.1 --out run --overwrite"
+FINETUNE = "finetune --augment none --epochs 1 --train-fraction 0.1 --out 'my run' --overwrite"
 
-EVALUATE = "evaluate --model run/last.safetensors --suite clean --limit 20 --out results.json"
+EVALUATE = "evaluate --model 'my run/last.safetensors' --suite clean --limit 20 --out results.json"
 
 
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -37,10 +37,10 @@ def test_a_closed_stream_ends_no_work(closed: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text())["results"]["clean"] >= 0
     assert "Traceback" not in done.stderr
     # no file got the number of a closed stream, and with it what was meant for that
-    assert "weights: " not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "weights: " not in (tmp_path / "my run" / "metrics.jsonl").read_text()
     if closed == "2>&-":
         assert (
-            "weights: run/last.safetensors\nnext: fastnull evaluate --model run/last.safetensors --data digits"
+            "weights: my run/last.safetensors\nnext: fastnull evaluate --model 'my run/last.safetensors' --data digits"
             in done.stdout
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -665,3 +666,23 @@ def test_the_encoder_runs_on_references_op_by_op(vit: NormalizedModel, images: T
         with ops.references(*names):
             got = frozen.input_gradient(tokens, cotangent)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
+def test_a_copy_has_a_model_of_its_own(
+    copied: Callable[[FrozenEncoder], FrozenEncoder], dtype: torch.dtype | None, make_vit: Factory
+) -> None:
+    model = make_vit()
+    own = FrozenEncoder(model, dtype)
+    twin = copied(own)
+    assert (twin.backend, twin.dtype, twin.site) == (own.backend, own.dtype, own.site)
+    tokens = own.embed(torch.rand(2, 3, 16, 16))
+    before = own(tokens)
+    torch.testing.assert_close(twin(tokens), before)
+    with torch.no_grad():
+        model.network.head.bias.add_(1)
+    for each in (own, twin):
+        each.sync()
+    torch.testing.assert_close(own(tokens), before + 1)
+    torch.testing.assert_close(twin(tokens), before)

@@ -192,9 +192,10 @@ def test_settings_without_a_finished_run_do_not_block(tmp_path: Path) -> None:
     out = tmp_path / "out"
     begun, state = out / "seed-3" / "start", out / "seed-3" / "start" / "state-000000001.pt"
 
-    def prepare(settings: CompareSettings, **how: bool) -> None:
+    def prepare(settings: CompareSettings, train: int = 48, **how: bool) -> None:
+        about = {"train": train, "pixels": (16, 16)}
         fastnull.experiments.compare._prepare(
-            out, settings, "comparison", how.get("overwrite", False), how.get("resume", False)
+            out, settings, about, "comparison", how.get("overwrite", False), how.get("resume", False)
         )
 
     prepare(TINY)
@@ -212,6 +213,8 @@ def test_settings_without_a_finished_run_do_not_block(tmp_path: Path) -> None:
         prepare(replace(TINY, seeds=3))
     with pytest.raises(ValueError, match=r"cannot resume the comparison in .* with other settings: seeds"):
         prepare(TINY, resume=True)
+    with pytest.raises(ValueError, match=r"with other settings: train \(was 48, now 47\)"):
+        prepare(replace(TINY, seeds=3), train=47, resume=True)
     assert (out / "seed-3" / "none" / "results.json").exists()
     prepare(TINY, overwrite=True)
     assert not (out / "seed-3").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,17 @@ def test_a_corruption_that_the_images_do_not_allow(
     with pytest.raises(ValueError, match="corruption contrast does not take these images: too small"):
         run_compare(tmp_path / "out", tiny, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_another_checkpoint_of_the_same_name_is_noticed(tiny: CompareSettings, tmp_path: Path) -> None:
+    copied = tmp_path / "start.safetensors"
+    shutil.copy(str(tiny.checkpoint), copied)
+    settings = replace(tiny, checkpoint=str(copied))
+    first, again = (plan_tasks(tmp_path, settings, Inputs())[1] for _ in range(2))
+    assert first == again
+    write_tensors(copied, fastnull.create_model("vit_digits").network.state_dict(), {})
+    now = plan_tasks(tmp_path, settings, Inputs())[1]
+    assert [name for name in now if now[name] != first[name]] == ["checkpoint"]
 
 
 def test_held_out_split_is_not_the_test_set(tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ def test_a_batch_that_is_fooled_at_once(name: str) -> None:
     assert (found - images).abs().max() <= 1 / 2550 + 1e-6
 
 
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_float64_model_and_float32_images(name: str) -> None:
+    model = make_model(dtype=torch.float64)
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    labels = model(images.double()).argmax(1)
+    found = ATTACKS[name](model, images, labels, EPS, leave=True)
+    assert found.dtype == torch.float32
+    assert (model(found.double()).argmax(1) != labels).any()
+
+
 @pytest.mark.parametrize("name", ["fgsm", *ATTACKS])
 def test_the_encoder_gives_the_flags_of_autograd(name: str, vit: NormalizedModel) -> None:
     attack = {"fgsm": lambda *a, leave=False, **k: fgsm(*a, **k), **ATTACKS}[name]

@@ -114,7 +114,7 @@ def _run(
     previous = point
     gradient, loss, logits = victim.gradient(point, criterion, goal)
     top_point, top_loss, top_gradient = point, loss, gradient
-    step = torch.full_like(loss, 2 * eps)
+    step = torch.full_like(loss, 2 * eps, dtype=point.dtype)
     last_step, last_top = step, top_loss
     rises = torch.zeros_like(loss)
     ends = _checkpoints(steps)
