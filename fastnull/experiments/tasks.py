@@ -37,8 +37,8 @@ from fastnull.record import write_json
 from fastnull.report.runs import METRICS, RESULTS, read_metrics
 from fastnull.rng import KeyedRandom, preserved
 from fastnull.robustness import corrupt, evaluate
-from fastnull.robustness.measurements import BALL_ATTACKS, CW
-from fastnull.robustness.settings import EvaluationSettings
+from fastnull.robustness.measurements import CW
+from fastnull.robustness.settings import BALL_ATTACKS, EvaluationSettings
 from fastnull.robustness.suites import FOLDER_SUITES, suite_classes, suite_parts
 from fastnull.robustness.table import summarize
 from fastnull.synthesis.config import SynthesisConfig

@@ -11,8 +11,8 @@ from typing import Any
 from fastnull.data.classes import shortened
 from fastnull.report.claims import MEASURES, SEEDS_NEEDED, compare, signed
 from fastnull.report.runs import Run
-from fastnull.robustness.measurements import ATTACKS
 from fastnull.robustness.metrics import ALEXNET_ERRORS
+from fastnull.robustness.settings import ATTACKS
 from fastnull.robustness.suites import FOLDER_SUITES
 
 COLUMNS = ("clean", "adversarial_mean", "corruption_mean")

@@ -23,7 +23,7 @@ from fastnull.report.comparison import describe
 from fastnull.report.document import Block, Bullets, Code, Details, Figure, Heading, Paragraph, Table, write_document
 from fastnull.report.plots import Series, accuracy_over_eps, corruption_bars
 from fastnull.report.runs import Run, load_runs, phrase
-from fastnull.robustness.measurements import BALL_ATTACKS
+from fastnull.robustness.settings import BALL_ATTACKS
 from fastnull.robustness.suites import FOLDER_SUITES
 
 DEMO, COMPARISON = "demo.json", "comparison.json"

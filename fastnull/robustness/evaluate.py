@@ -35,7 +35,6 @@ from fastnull.robustness.attacks.base import check_logits, is_broken, model_logi
 from fastnull.robustness.batches import Batch, EvaluationData
 from fastnull.robustness.corruptions import frost_source
 from fastnull.robustness.measurements import (
-    ATTACKS,
     GRADIENT_ATTACKS,
     Measurement,
     clean_and_attacked,
@@ -46,7 +45,7 @@ from fastnull.robustness.measurements import (
 )
 from fastnull.robustness.metrics import Accuracy
 from fastnull.robustness.protocol import data_digest, dtype_name, normalisation, resumed, tensor_digest, weights_digest
-from fastnull.robustness.settings import EvaluationSettings
+from fastnull.robustness.settings import ATTACKS, EvaluationSettings
 from fastnull.robustness.suites import FOLDER_SUITES, open_suite, suite_classes
 from fastnull.robustness.table import eps_name, summarize
 from fastnull.vit import frozen

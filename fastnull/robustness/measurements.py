@@ -16,16 +16,12 @@ from fastnull.robustness.attacks import apgd, autoattack, cw_l2, fgsm, mi_fgsm, 
 from fastnull.robustness.attacks.base import model_dtype, model_logits
 from fastnull.robustness.corruptions import corrupt
 from fastnull.robustness.metrics import correct
+from fastnull.robustness.settings import BALL_ATTACKS, EvaluationSettings
 from fastnull.robustness.table import eps_name
 from fastnull.vit import split
 
 if TYPE_CHECKING:
     from fastnull.encoder.frozen import FrozenEncoder
-    from fastnull.robustness.settings import EvaluationSettings
-
-BALL_ATTACKS = ("fgsm", "pgd", "mi_fgsm", "apgd", "apgd_t", "autoattack")
-"""Suites with one number per radius."""
-ATTACKS = (*BALL_ATTACKS, "cw", "patch")
 
 # settings of the suite cw: the defaults of torchattacks, without a search for the constant
 CW: dict[str, Any] = {"initial_const": 1.0, "search_steps": 1, "steps": 50, "lr": 0.01}

@@ -16,7 +16,7 @@ from fastnull.checks import as_type
 from fastnull.record import read_json
 from fastnull.robustness.attacks.base import model_dtype
 from fastnull.robustness.batches import EvaluationData
-from fastnull.robustness.measurements import BALL_ATTACKS
+from fastnull.robustness.settings import BALL_ATTACKS
 from fastnull.vit import unwrap
 
 DIGEST_IMAGES = 32

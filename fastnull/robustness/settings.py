@@ -9,9 +9,11 @@ import torch
 from fastnull.checks import check_choice, check_fields, check_number
 from fastnull.robustness.attacks.base import NORMS
 from fastnull.robustness.corruptions import CORRUPTIONS, DEMO_CORRUPTIONS, SEVERITIES
-from fastnull.robustness.measurements import ATTACKS
 from fastnull.robustness.suites import FOLDER_SUITES, suite_parts
 
+BALL_ATTACKS = ("fgsm", "pgd", "mi_fgsm", "apgd", "apgd_t", "autoattack")
+"""Suites with one number per radius."""
+ATTACKS = (*BALL_ATTACKS, "cw", "patch")
 SUITES = ("clean", *ATTACKS, "noise", "corruptions", *FOLDER_SUITES)
 
 

@@ -58,7 +58,7 @@ def test_every_augmentation_learns(half_trained, augment):
 def test_image_folder_is_finetuned_and_evaluated(tmp_path):
     pictures = write_pictures(tmp_path / "pictures")
     config = small(
-        "boundary", data=str(pictures), epochs=6, batch_size=8, val_fraction=0.2, crop_scale=0.5,
+        "boundary", data=str(pictures), epochs=30, batch_size=8, val_fraction=0.2, crop_scale=0.5,
         img_size=32, lr=3e-3,
     )  # fmt: skip
     result = finetune(config)
