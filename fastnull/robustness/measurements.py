@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastnull.data.image_files import to_pixels
 from fastnull.data.view import View
 from fastnull.noise import Noise
+from fastnull.ops.common import in_autocast
 from fastnull.robustness.attacks import apgd, autoattack, cw_l2, fgsm, mi_fgsm, patch_attack, pgd
 from fastnull.robustness.attacks.base import model_dtype, model_logits
 from fastnull.robustness.corruptions import corrupt
@@ -37,8 +38,8 @@ def pixel_encoder(model: nn.Module) -> FrozenEncoder | None:
     None if there is none."""
     from fastnull.encoder.frozen import FrozenEncoder
 
-    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    if model_dtype(model) != torch.float32 or torch.is_autocast_enabled(device):
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if model_dtype(model) != torch.float32 or in_autocast(device):
         return None
     try:
         encoder = FrozenEncoder(split(model), site="pixels")

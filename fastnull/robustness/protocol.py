@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnull.checks import as_type
+from fastnull.ops.common import in_autocast
 from fastnull.record import read_json
 from fastnull.robustness.attacks.base import model_dtype
 from fastnull.robustness.batches import EvaluationData
@@ -65,7 +66,7 @@ def normalisation(model: nn.Module) -> dict[str, list[float] | None]:
 def dtype_name(model: nn.Module, device: torch.device) -> str:
     """Dtype of the model's weights, and of autocast if it is enabled."""
     name = str(model_dtype(model) or torch.get_default_dtype()).removeprefix("torch.")
-    if torch.is_autocast_enabled(device.type):
+    if in_autocast(device):
         return f"{name}, autocast {str(torch.get_autocast_dtype(device.type)).removeprefix('torch.')}"
     return name
 
