@@ -1,8 +1,7 @@
 """In which dtype matrix products are fastest on this processor, and products with weights in the library's own order.
 
 bfloat16 instructions are not always fast: on Xeons without access to AMX the bfloat16 dot product has half the peak of
-float32 multiply-adds (docs/facts.md), on others two or eight times as much. So both are timed, once per process: a few
-milliseconds.
+float32 multiply-adds (docs/facts.md), on others two or eight times as much. So both are timed, once per process.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from fastnull.ops.common import in_autocast
 LEAST_WIDTH = 128
 """Width from which `auto` is bfloat16 on a CPU. In narrower models the products save less time than the copy of the
 weights in every training step costs (docs/facts.md)."""
+ROUNDS = 25
+"""Timed products of each dtype: a tenth of a second."""
 CHOICES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -55,20 +57,21 @@ def automatic_dtype(weight: Tensor) -> torch.dtype:
 
 @functools.cache
 def _faster() -> torch.dtype:
-    seconds = {dtype: _seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    """The dtype whose fastest product takes less time. Both are timed in turn, so that other load affects both."""
+    products = {dtype: _product(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = dict.fromkeys(products, float("inf"))
+    for _ in range(ROUNDS):
+        for dtype, multiply in products.items():
+            start = time.perf_counter()
+            multiply()
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 
-def _seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:
-    """Least wall time of one product of two [size, size] matrices."""
+def _product(dtype: torch.dtype, size: int = 512) -> Callable[[], object]:
+    """A product of two [size, size] matrices."""
     a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return functools.partial(torch.mm, a, b, out=torch.empty_like(a))
 
 
 @functools.cache
