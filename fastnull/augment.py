@@ -3,7 +3,8 @@
 It has two forms. `aug.loss(images, labels, criterion)` is the published one, CE(clean) + CE(noisy). With `fraction`,
 the default of boundary noise in pixels, each image has one view, which is noisy for that fraction of the images. With
 two views, modes that need no clean logits (universal, random) run both views in one pass with one patch embedding; the
-others run the clean view first and use its logits for the synthesis. The hook form (`attach()`, `detach()`, `with
+others run the clean view first and use its logits for the synthesis. In mode `free` the noisy view of an image comes
+one step later, see fastnull.synthesis.free. The hook form (`attach()`, `detach()`, `with
 aug:`) adds noise in any training loop that calls the model. Noise is added only if the model that is called is in
 training mode; the modes of its parts do not matter. It is computed with the current weights, and a training forward
 without the requested noise is a RuntimeError.
@@ -22,6 +23,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +37,8 @@ from fastnull.noise import Noise, check_noise
 from fastnull.rng import KeyedRandom, Place, carried, fraction_of, generator
 from fastnull.synthesis.batches import check_batch
 from fastnull.synthesis.config import ALL_MODES, SynthesisConfig, recommended_fraction
+from fastnull.synthesis.free import FreeNoise, Visited
+from fastnull.synthesis.objective import influence
 from fastnull.synthesis.replay import Replay
 from fastnull.synthesis.run import synthesize
 from fastnull.synthesis.solvers import norms, replayed_noise, valid_noise
@@ -81,11 +85,11 @@ class NullspaceAugment:
         model: the ViT as the training loop calls it (NormalizedModel, DDP, compiled or plain). Site `pixels` needs
             pixels in [0, 1]. Create the augmentation before a compiled model runs for the first time.
         mode: `boundary`: noise of each image with influence ε; `per_image`: below ε; `universal`: drawn from a bank
-            that `refresh` learns; `random`: U(−limit, limit) per image, without synthesis (a control). None: the mode
-            of `config`, or `boundary`.
+            that `refresh` learns; `free`: along the gradients of the training, for `loss` only; `random`: U(−limit,
+            limit) per image, without synthesis (a control). None: the mode of `config`, or `boundary`.
         eps: target influence; limit: of the uniform start, in units of the site; steps: of the synthesis.
             None: the recommended value of mode and site, see fastnull.synthesis.config.RECOMMENDED.
-        site: `patch`, `block0` or `pixels`. None: `pixels` for `boundary`, else `patch`.
+        site: `patch`, `block0` or `pixels`. None: `pixels` for `boundary` and `free`, else `patch`.
         count: universal: number of noises in the bank; every image of a batch gets one of them.
         seed: the same (seed, step) gives the same noise.
         fraction: 0: `loss` uses a clean and a noisy view of every image, the hook form a noisy one. In (0, 1]: one view
@@ -99,7 +103,8 @@ class NullspaceAugment:
         step: number of draws so far; set it to the global step for exact resume, or see `at`.
         enabled: False switches the hook form off without detaching.
         stats: of the last draw: `influence` (mean over images before the last step; of the bank in universal mode;
-            NaN in random mode) and `norm` (mean), as tensors on the device.
+            in free mode of the noise itself, with the clean view of the step before; NaN in random mode) and `norm`
+            (mean), as tensors on the device.
     """
 
     def __init__(
@@ -137,9 +142,12 @@ class NullspaceAugment:
         self.config = config
         self.fraction = recommended_fraction(mode, config.site) if fraction is None else fraction
         check_number("fraction", self.fraction, 0, 1)
+        if mode == "free" and self.fraction:
+            raise ValueError(f"fraction is for modes of one view: 'free' has two; got {self.fraction}")
         self.encoder = FrozenEncoder(model, dtype or config.encoder_dtype, backend, config.site)
         self.model = model
         self._solve = self._solver()
+        self._free = FreeNoise(config, partial(_mean, model)) if mode == "free" else None
         self.step = 0
         self.enabled = True
         self.stats: dict[str, Tensor] = {}
@@ -184,6 +192,9 @@ class NullspaceAugment:
     ) -> tuple[Tensor, Tensor]:
         """criterion(clean) + criterion(noisy); with `fraction` the criterion of the only view.
 
+        In mode `free` the criterion of the images without noise and those of the call before with noise, in one batch.
+        It needs `backward` after each call. The first call has no noise.
+
         Args:
             images: [B, C, H, W], the input of the model.
             labels: classes [B] or soft labels [B, K]. Integers and bools are converted to int64 [B], or to the logits'
@@ -200,6 +211,8 @@ class NullspaceAugment:
                 avoid synchronisation.
         """
         trusting = self._trusting(images)
+        if self._free is not None:
+            return self._free_loss(self._free, images, labels, criterion)
         if self.fraction:
             self._check(images)
             logits = self._forward(images, _View())
@@ -211,11 +224,40 @@ class NullspaceAugment:
             labels = _for_a_loss(labels, clean)
         return criterion(clean, labels) + criterion(noisy, labels), clean
 
+    def _free_loss(
+        self, free: FreeNoise, images: Tensor, labels: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        trusting = self._trusting(images)
+        self._check(images)
+        rows = torch.arange(len(images)) if self._place is None else self._place.rows
+        free.begin(self.step, images.device)
+        self.step += 1
+        images = images.detach().requires_grad_()
+        due = self._due(rows, images.device)
+        logits = logits_of(self.model(images if due is None else torch.cat([images, due[0].images + due[1]])))
+        clean, noisy = logits[: len(images)], logits[len(images) :]
+        with trusting:
+            labels = _for_a_loss(labels, clean)
+        found = logits.new_full((), torch.nan, dtype=torch.float32)
+        self.stats = {"influence": found, "norm": found}
+        every = labels
+        if due is not None:
+            found = influence(due[0].logits, noisy.detach()).mean().float()
+            self.stats = {"influence": found, "norm": norms(due[1]).mean()}
+            every = torch.cat([labels, due[0].labels])
+        free.keep(rows, images, labels, clean, found)
+        return criterion(logits, every), clean
+
+    def _due(self, rows: Tensor, device: torch.device) -> tuple[Visited, Tensor] | None:
+        assert self._free is not None
+        return self._free.due(rows, device)
+
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K] of the clean and of the noisy view, with their graph. Raises as `loss`.
 
         With `fraction` only that fraction of the noisy view has noise.
         """
+        self._not_free("views")
         self._check(images)
         if self.mode in ("universal", "random"):
             clean, noisy = self._forward(images, _View(both=True)).chunk(2)
@@ -233,6 +275,7 @@ class NullspaceAugment:
         Returns:
             the results for the clean and the noisy view; with `fraction` for the only view. Raises as `loss`.
         """
+        self._not_free("outputs")
         self._check(images)
         if self.fraction:
             return [self._call(len(images), _View(), forward)]
@@ -248,6 +291,12 @@ class NullspaceAugment:
             noisy.clean = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # else dropout was active: synthesis computes logits without it
         return clean, self._call(len(images), noisy, forward)
+
+    def _not_free(self, name: str) -> None:
+        if self._free is not None:
+            raise RuntimeError(
+                f"{name} is not for mode 'free', whose noise depends on the backward pass of the loss: use loss"
+            )
 
     def _check(self, images: Tensor) -> None:
         if not self.encoder.vit.model.training:
@@ -315,8 +364,9 @@ class NullspaceAugment:
         """Add noise in every training forward of the model until `detach`.
 
         Raises:
-            RuntimeError: another augmentation is attached to the model.
+            RuntimeError: another augmentation is attached to the model, or the mode is `free`.
         """
+        self._not_free("attach")
         hooks = self.encoder.vit.model._forward_pre_hooks.values()
         owners = [hook.owner for hook in hooks if isinstance(hook, _Hook)]
         if any(owner is not None and owner is not self and owner._attached for owner in owners):
@@ -352,12 +402,14 @@ class NullspaceAugment:
         self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """State for resuming: step, settings and the bank, as tensors and plain values."""
+        """State for resuming: step, settings and bank, or the images of the last step, as tensors and plain values."""
         bank = None
         if self._bank is not None:
             bank = {name: getattr(self._bank, name) for name in ("tokens", "influence", "norm", "converged", "steps")}
-        dtype = str(self.encoder.dtype)
-        return {"mode": self.mode, "config": asdict(self.config), "step": self.step, "bank": bank, "dtype": dtype}
+        return {
+            "mode": self.mode, "config": asdict(self.config), "step": self.step, "bank": bank,
+            "dtype": str(self.encoder.dtype), "free": None if self._free is None else self._free.state_dict(),
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state of `state_dict`. Warns if its noise was made in another dtype.
@@ -382,7 +434,11 @@ class NullspaceAugment:
             if state["bank"] is not None:
                 bank = Noise(**state["bank"], site=config.site)
                 check_noise(state["bank"], "the state's bank")
-        except (AttributeError, TypeError, ValueError) as error:
+            free = None
+            if self._free is not None:
+                free = FreeNoise(config, partial(_mean, self.model))
+                free.load_state_dict(state["free"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state must be what state_dict() returned: {error}") from None
         if state["dtype"] != str(self.encoder.dtype):
             warnings.warn(
@@ -390,7 +446,7 @@ class NullspaceAugment:
                 "what follows is not the same bit for bit, unless dtype is given",
                 stacklevel=2,
             )
-        self.config, self.step, self._bank = config, step, bank
+        self.config, self.step, self._bank, self._free = config, step, bank, free
         self._solve = self._solver()
 
     def draw(self, tokens: Tensor) -> Tensor:
@@ -611,11 +667,22 @@ def _reset_dynamo() -> None:
     _at_reset = _frames_traced()
 
 
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _mean(model: nn.Module, value: Tensor) -> Tensor:
+    """Mean over the processes, if they train one model."""
+    if not _several_processes() or _misses_exchange(model):
+        return value
+    torch.distributed.all_reduce(value)
+    return value / torch.distributed.get_world_size()
+
+
 def _misses_exchange(model: nn.Module) -> bool:
     """Whether there are several processes and this model does not exchange gradients."""
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    if not _several_processes():
         return False
     wrapped = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
     return torch.is_grad_enabled() and not wrapped and not any(map(is_sharded, model.parameters()))

@@ -19,9 +19,13 @@ from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
 from fastnull.rng import Place, fraction_of
 from fastnull.synthesis import SynthesisConfig, synthesize
-from fastnull.synthesis.config import ALL_MODES as MODES
+from fastnull.synthesis.config import ALL_MODES
 from fastnull.synthesis.objective import influence
 from fastnull.vit import SITES, NormalizedModel
+
+
+MODES = tuple(mode for mode in ALL_MODES if mode != "free")
+"""Free noise has tests of its own, in tests/synthesis/test_free.py."""
 
 
 @pytest.fixture

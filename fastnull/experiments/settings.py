@@ -38,6 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "boundary-tokens": {"augment": "boundary", "site": "patch", "noise": {"eps": 0.6}},
     # the default: one view, half of the images noisy
     "boundary-pixels": {"augment": "boundary"},
+    "free": {"augment": "free"},
     # one step from a random start (Wong et al. 2020) for half of the images, each seen once: at equal compute this was
     # better than three steps, and better than two views
     "adversarial": {

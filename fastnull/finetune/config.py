@@ -13,10 +13,12 @@ from fastnull.finetune.logs import LOGS
 from fastnull.synthesis.config import ALL_MODES, IN_TRAINING, SynthesisConfig, recommended_fraction, recommended_site
 from fastnull.vit import SITES
 
-AUGMENTS = ("none", "random", "universal", "per_image", "boundary", "adversarial", "trades")
+AUGMENTS = ("none", "random", "universal", "per_image", "boundary", "free", "adversarial", "trades")
 """`none` trains on clean images only; `random`, `adversarial` (PGD after Madry) and `trades` are controls; the
 others are modes of NullspaceAugment."""
 ATTACKS = ("adversarial", "trades")
+NO_FRACTION = {"none": "has no noise", "trades": "compares two", "free": "has noise on half of the images in any case"}
+"""Augmentations without `noise_fraction`, and why."""
 SMALL_MODELS = ("vit_digits", "vit_photos")
 LR, SMALL_LR = 5e-4, 4e-3
 """Default of the highest learning rate, and the one that docs/recipe.md found for SMALL_MODELS."""
@@ -100,7 +102,9 @@ class FinetuneConfig:
 
     # the augmentation
     augment: str = option("boundary", f"one of {', '.join(AUGMENTS)}")
-    site: str = option(None, "where noise is added: patch, block0 or pixels; none: pixels for boundary, else patch")
+    site: str = option(
+        None, "where noise is added: patch, block0 or pixels; none: pixels for boundary and free, else patch"
+    )
     noise: SynthesisConfig | None = field(
         default=None, metadata={"help": "how noise is made; none: the recommended recipe of augment and site"}
     )
@@ -123,7 +127,9 @@ class FinetuneConfig:
     compute_budget: float | None = option(
         None, "cost of the training in forward passes per training image (a clean epoch is 3); sets the steps"
     )
-    batch_size: int = option(64, "images per step, over all processes")
+    batch_size: int = option(
+        64, "images per step, over all processes; with augment free half of them are those of the step before"
+    )
     accumulate: int = option(1, "number of equal parts of a process's images in a step, to save memory")
     opt: str = option("adamw", "timm optimiser")
     lr: float | None = option(None, "highest learning rate; none: 4e-3 for vit_digits and vit_photos, else 5e-4")
@@ -188,11 +194,12 @@ class FinetuneConfig:
             raise ValueError(f"min_lr must be <= lr ({self.highest_lr:g}); got {self.min_lr:g}")
         if self.mixing and self.batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images; got {self.batch_size}")
-        if self.noise_fraction and self.augment in ("none", "trades"):
+        if self.noise_fraction and self.augment in NO_FRACTION:
             raise ValueError(
-                f"noise_fraction is for augmentations of one view: {self.augment!r} "
-                + ("has no noise" if self.augment == "none" else "compares two")
+                f"noise_fraction is for augmentations of one view: {self.augment!r} {NO_FRACTION[self.augment]}"
             )
+        if self.augment == "free" and self.batch_size % 2:
+            raise ValueError(f"batch_size must be even with augment 'free', half clean; got {self.batch_size}")
         if self.resume and self.overwrite:
             raise ValueError("give either resume or overwrite, not both")
         if self.force and not self.resume:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fastnull.augment import NullspaceAugment
 from fastnull.rng import Place, carried, fraction_of, generator
+from fastnull.synthesis.free import Visited
 from fastnull.vit import frozen, unwrap
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -64,6 +65,10 @@ class TimedAugment(NullspaceAugment):
     def draw(self, tokens: Tensor) -> Tensor:
         with self.watch:
             return super().draw(tokens)
+
+    def _due(self, rows: Tensor, device: torch.device) -> tuple[Visited, Tensor] | None:
+        with self.watch:
+            return super()._due(rows, device)
 
 
 class CleanOnly:

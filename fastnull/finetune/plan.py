@@ -18,7 +18,8 @@ class Plan:
 
     Attributes:
         steps, steps_per_epoch, epochs: the last epoch may be incomplete.
-        batch_size: that of the configuration, or all images of an epoch if these are fewer.
+        batch_size: that of the configuration (`free`: half of it, the new images), or all images of an epoch if these
+            are fewer.
         step_cost: per image and step, including synthesis; mean over a batch.
         refresh_cost: of learning a universal bank once, at most (it stops when ε is met).
         total_cost: of the run.
@@ -38,10 +39,11 @@ class Plan:
 def step_cost(config: FinetuneConfig) -> float:
     """Forward passes per image and step; mean over a batch.
 
-    A view costs 3 (forward, full backward); `none` and `noise_fraction` have one view, all others two. `boundary`,
-    `per_image` and `adversarial` add a forward and an input gradient per step of their search, `trades` the clean
-    probabilities too. `boundary` and `per_image` add a forward for clean logits if there is no clean view, or drop_path
-    in it. With `noise_fraction` only that fraction of the images has the cost of the search.
+    A view costs 3 (forward, full backward); `none` and `noise_fraction` have one view, all others two. `free` has the
+    noisy one in the next step, with noise that costs no pass. `boundary`, `per_image` and `adversarial` add a forward
+    and an input gradient per step of their search, `trades` the clean probabilities too. `boundary` and `per_image` add
+    a forward for clean logits if there is no clean view, or drop_path in it. With `noise_fraction` only that fraction
+    of the images has the cost of the search.
     """
     view = FORWARD + FULL_BACKWARD
     views = views_of(config)
@@ -84,17 +86,18 @@ def make_plan(config: FinetuneConfig, images: int, processes: int = 1) -> Plan:
         raise ValueError("the training data holds no images")
     per_epoch = max(1, int(config.train_fraction * images))
     parts = processes * config.accumulate
-    if config.batch_size % parts:
+    wanted = config.batch_size // 2 if config.augment == "free" else config.batch_size
+    if wanted % parts:
         raise ValueError(
-            f"batch_size must be divisible by {processes} processes x accumulate {config.accumulate}; "
-            f"got {config.batch_size}"
+            f"{'half of ' if config.augment == 'free' else ''}batch_size must be divisible by {processes} processes x "
+            f"accumulate {config.accumulate}; got {config.batch_size}"
         )
     if per_epoch < parts:
         raise ValueError(
             f"{processes} processes x accumulate {config.accumulate} need at least one image each per step; "
             f"an epoch has {per_epoch}"
         )
-    batch_size = min(config.batch_size, per_epoch)
+    batch_size = min(wanted, per_epoch)
     batch_size -= batch_size % parts
     if config.mixing:
         # each process mixes its own images

@@ -340,7 +340,7 @@ class Training:
             "step": self.step,
             **weights,
             "scaler": self.scaler.state_dict(),
-            "augment": self.augment.state_dict(),
+            "augment": self._augment_state(),
             "loss_sum": self.processes.mean(self._loss_sum),
             "history": self.history,
             "best": (self.best_epoch, self.best_accuracy),
@@ -348,6 +348,14 @@ class Training:
             "seconds": self.seconds(),
             **choices.in_records(),
         }
+
+    def _augment_state(self) -> dict[str, Any]:
+        """The state of the augmentation, in which free noise has the images of all processes."""
+        state = self.augment.state_dict()
+        if state.get("free") is not None:
+            found = self.processes.gathered(state["free"]["visited"])
+            state["free"]["visited"] = [visited for own in found for visited in own]
+        return state
 
     def shards(self) -> dict[str, Tensor]:
         """The sharded tensors of the state by name."""
@@ -419,7 +427,8 @@ class Training:
         if self.config.force:
             mine = self.augment.state_dict()
             alike = [made.get("mode") and (made["mode"], made["config"]["site"]) for made in (mine, state)]
-            state = {**mine, "bank": state.get("bank")} if alike[0] == alike[1] else mine
+            kept = {name: state.get(name) for name in ("bank", "free")}
+            state = {**mine, **kept} if alike[0] == alike[1] else mine
         self.augment.load_state_dict(state)
 
     def result(self, best_path: Path | None, last_path: Path | None) -> FinetuneResult:

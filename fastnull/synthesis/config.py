@@ -14,8 +14,8 @@ from fastnull.vit.base import SITES
 
 MODES = ("universal", "per_image", "boundary")
 """The modes of a synthesis."""
-ALL_MODES = (*MODES, "random")
-"""And `random`, which NullspaceAugment alone has: the noise is the random start."""
+ALL_MODES: tuple[str, ...] = (*MODES, "free", "random")
+"""And those that NullspaceAugment alone has: `free`, see fastnull.synthesis.free, and `random`, the random start."""
 MOST_NOISES = 100_000
 """Most noises in a bank. Each costs a pass over a batch of images in every step."""
 ON_UNMET = ("keep", "scale", "raise")
@@ -27,13 +27,14 @@ LEAST_EPS_IN_16_BITS = 0.01
 """Below it `auto` keeps the model's dtype: rounding to bfloat16 alone has an influence of up to 3e-4."""
 STOPS = ("check", "batch", "never")
 
+_IN_PIXELS: dict[str, Any] = {
+    "limit": 8 / 255, "step_size": 12 / 255, "step_range": 1.0, "smooth_limit": 48 / 255, "contrast": 0.2,
+}  # fmt: skip
 RECOMMENDED: dict[tuple[str, bool], dict[str, Any]] = {
     # (mode, in pixels): settings in token units, or in pixels in [0, 1]
     ("boundary", False): {"eps": 0.1, "limit": 0.25, "steps": 3},
-    ("boundary", True): {
-        "eps": 0.6, "limit": 8 / 255, "steps": 1, "step_size": 12 / 255, "step_range": 1.0, "smooth_limit": 48 / 255,
-        "contrast": 0.2, "objective": "prediction",
-    },
+    ("boundary", True): {**_IN_PIXELS, "eps": 0.6, "steps": 1, "objective": "prediction"},
+    ("free", True): {**_IN_PIXELS, "eps": 0.3},
     ("per_image", False): {"limit": 1.0, "steps": 30},
     ("per_image", True): {"limit": 8 / 255, "steps": 30, "lr": 2 / 255},
     ("universal", False): {"limit": 3.0},
@@ -55,8 +56,8 @@ FRACTIONS = {("boundary", True): 0.5}
 
 
 def recommended_site(augment: str) -> str:
-    """The default site: pixels for boundary noise, otherwise the patch embedding."""
-    return "pixels" if augment == "boundary" else "patch"
+    """The default site: pixels for boundary and free noise, otherwise the patch embedding."""
+    return "pixels" if augment in ("boundary", "free") else "patch"
 
 
 def recommended_fraction(augment: str, site: str) -> float:
@@ -76,7 +77,8 @@ class SynthesisConfig:
     `SynthesisConfig(mode="boundary", site="pixels")` is the recipe of docs/recipe.md.
 
     Attributes:
-        mode: `universal`, `per_image`, `boundary`, or `random` (the start itself; for NullspaceAugment only).
+        mode: `universal`, `per_image`, `boundary`, or, for NullspaceAugment only, `free` (from the gradients of the
+            training) and `random` (the start itself).
         site: `patch`, `block0` or `pixels`.
         count: universal: number M of noises in the bank.
         limit: the start is drawn from U(−limit, limit).
@@ -86,7 +88,7 @@ class SynthesisConfig:
         contrast: in pixels, not universal: start and step are meant for images of this contrast (standard
             deviation of an image's values) and are scaled for others, see
             fastnull.synthesis.starts.scale_to_contrast; 0: the same for all.
-        eps: the largest influence allowed; in mode boundary the influence to reach.
+        eps: the largest influence allowed; in mode boundary the influence to reach, in mode free its mean.
         solver: universal: `gauss_newton` uses the change of every single image's probabilities, see
             fastnull.synthesis.gauss_newton; `adamw` follows the gradient of the mean distance between logits
             (published). None is adamw if one of its settings is given (lr, weight_decay, an objective other than l2),
@@ -104,8 +106,8 @@ class SynthesisConfig:
         stop: universal: `check` stops when the influence on the check images is below ε, `batch` when that on the
             current minibatch is (published), `never` runs all steps.
         on_unmet: what happens to a noise that never met ε: `keep` reports it, `scale` bisects its scale to ε, `raise`.
-        step_size: boundary: length of a step; at the token sites None is 0.1 × the mean norm of the start.
-        step_range: boundary: each noise has its own step size, drawn from U((1 − range)·step_size, step_size).
+        step_size: boundary, free: length of a step; at the token sites None is 0.1 × the mean norm of the start.
+        step_range: boundary, free: each noise has its own step size, drawn from U((1 − range)·step_size, step_size).
         keep: universal: keep clean tokens and logits of the first round on the device for the later rounds, if half of
             a GPU's free memory can hold them (otherwise it warns). None keeps them for sequences, True for loaders too
             (whose later rounds then repeat the first), False never.
@@ -159,6 +161,8 @@ class SynthesisConfig:
     def __post_init__(self) -> None:
         for name, allowed in (("mode", ALL_MODES), ("site", SITES)):
             check_choice(name, as_type(name, getattr(self, name), str), allowed)
+        if self.mode == "free" and self.site != "pixels":
+            raise ValueError(f"mode 'free' is for site 'pixels'; got site={self.site!r}")
         self._resolve()
         check_fields(self)
         for name, allowed in (

@@ -43,6 +43,8 @@ def with_noise(changes: dict[str, Any]) -> dict[str, Any]:
     """The changes of a configuration, with noise of few steps where their augmentation has any."""
     if changes.get("augment") not in ALL_MODES:
         return changes
+    if changes["augment"] == "free":
+        changes = {**changes, "site": "pixels"}
     return {**changes, "noise": {"steps": 2, "limit": 0.25, "eps": 0.02, **changes.get("noise", {})}}
 
 
@@ -55,12 +57,14 @@ SHARED: dict[str, dict[str, Any]] = {
     "universal without held-out images": {"augment": "universal", "val_fraction": 0.0},
     "mixed": {"augment": "boundary", **MIXED},
     "in parts": {"augment": "boundary", "accumulate": 2, **MIXED},
+    "free, soft labels in parts": {"augment": "free", "soft": True, "accumulate": 2, **MIXED},
     "soft labels in parts": {"augment": "boundary", "soft": True, "accumulate": 2, **MIXED},
     "compiled, channels last": {"augment": "boundary", "compile": True, "channels_last": True},
 }
 ROUNDED: dict[str, dict[str, Any]] = {
     # SGD: the first steps of AdamW have the gradient's sign alone, which rounding turns
     "float16": {"augment": "boundary", "amp": "float16", "opt": "sgd", "lr": 0.05, "clip_grad": 1.0},
+    "free, float16": {"augment": "free", "amp": "float16", "opt": "sgd", "lr": 0.05},
     "bfloat16 and all": {
         "augment": "boundary", "amp": "bfloat16", "opt": "sgd", "lr": 0.05, "compile": True, "channels_last": True,
         "accumulate": 2, **MIXED,

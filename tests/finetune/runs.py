@@ -30,6 +30,8 @@ SGD = replace(SMALL, opt="sgd", lr=0.05)
 def small(augment, base=SMALL, noise=None, **changes):
     """SMALL with an augmentation, whose noise takes few steps."""
     noise = {"steps": 2, "limit": 0.25, **(noise or {})} if augment in ALL_MODES else None
+    if augment == "free":
+        changes = {"site": "pixels", "batch_size": 2 * base.batch_size, **changes}  # as many new images in a step
     return replace(base, augment=augment, noise=noise, **changes)
 
 

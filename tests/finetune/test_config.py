@@ -74,7 +74,7 @@ def test_every_setting_is_documented_and_survives_a_file():
 def test_defaults_are_one_recipe(augment):
     """Of a run, of NullspaceAugment, and of a SynthesisConfig of that mode and site, but for what a run affords."""
     config = FinetuneConfig(augment=augment)
-    assert config.site == ("pixels" if augment == "boundary" else "patch")
+    assert config.site == ("pixels" if augment in ("boundary", "free") else "patch")
     model = create_model("vit_digits")
     aug = NullspaceAugment(model, augment)
     in_training = {"steps": 3} if augment == "per_image" else {}
@@ -84,10 +84,10 @@ def test_defaults_are_one_recipe(augment):
     assert FinetuneConfig(augment=augment, noise={"limit": 0.5}).synthesis() == replace(config.synthesis(), limit=0.5)
     assert SynthesisConfig(mode="per_image").steps == 30
     assert (config.fraction, aug.fraction) == ((0.5, 0.5) if augment == "boundary" else (0, 0))
-    for site in SITES:
+    for site in ("pixels",) if augment == "free" else SITES:
         recipe = SynthesisConfig(mode=augment, site=site)
         assert recipe.limit <= 1 or (augment, site) in (("universal", "patch"), ("universal", "block0"))
-        assert (recipe.smooth_limit > 0) == (augment == "boundary" and site == "pixels")
+        assert (recipe.smooth_limit > 0) == (augment in ("boundary", "free") and site == "pixels")
 
 
 def test_the_learning_rate_is_that_of_the_model(tmp_path, few):

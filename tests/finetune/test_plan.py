@@ -19,7 +19,7 @@ from tests.finetune.runs import (
 # synthesis or attack 2 (forward 1, input gradient 1).
 COSTS = {
     "none": 3, "random": 6, "universal": 6, "per_image": 6 + 8, "boundary": 6 + 8, "adversarial": 6 + 6,
-    "trades": 6 + 1 + 6,
+    "trades": 6 + 1 + 6, "free": 6,
 }  # fmt: skip
 
 
@@ -29,7 +29,8 @@ COUNTED = {"per_image": {"steps": 4}, "boundary": {"steps": 4}, "universal": {"i
 @pytest.mark.parametrize("augment", AUGMENTS)
 def test_equal_budgets_cost_the_same(augment):
     config = FinetuneConfig(
-        augment=augment, noise=COUNTED.get(augment), site="patch", attack_steps=3, compute_budget=60.0, epochs=1
+        augment=augment, noise=COUNTED.get(augment), site="pixels" if augment == "free" else "patch", attack_steps=3,
+        compute_budget=60.0, epochs=1,
     )  # fmt: skip
     plan = make_plan(config, 1000)
     assert plan.step_cost == COSTS[augment]

@@ -268,7 +268,8 @@ def test_accuracy_of_soft_labels_is_that_of_the_likeliest_class(held_out):
 def test_soft_labels_train_with_every_augmentation(few, augment, changes):
     images, labels = few
     soft = TEN[labels] * 0.8 + 0.02
-    result = finetune(replace(SMALL, num_classes=10, epochs=1, augment=augment, **changes), None, (images, soft))
+    config = small(augment, num_classes=10, epochs=1, **changes)
+    result = finetune(config, None, (images, soft))
     assert math.isfinite(result.history[-1]["loss"])
     assert 0 <= result.best_accuracy <= 100
 
