@@ -56,6 +56,11 @@ START = "start"
 SPLITS = ("test", "held-out")
 HELD_OUT = 0.2
 """Fraction of the training images that the split `held-out` excludes from training."""
+AS_IN_EVALUATE = (
+    "restarts", "final_iterate", "corruptions", "corruption_size", "severities", "root", "frost_folder", "skip_bad",
+    "workers",
+)  # fmt: skip
+"""Fields of EvaluationSettings with the same name and meaning in CompareSettings."""
 COSTLY = ("apgd", "apgd_t", "autoattack", "cw", "patch")
 """Suites limited by `costly_images`."""
 WARMUP_EPOCHS, WARMUP_FRACTION = 2, 0.2
@@ -106,12 +111,18 @@ class CompareSettings:
         suites: suites of `evaluate` to measure.
         eps: radii of the attacks in 1/255 of the pixel range, L-infinity.
         pgd_steps: steps of PGD, MI-FGSM and APGD.
+        restarts: of PGD and APGD.
+        final_iterate: judge attacks by their last point, as other libraries do, instead of the worst one.
         corruptions: names of fastnull.robustness.CORRUPTIONS.
+        corruption_size: pixels at which image files are corrupted, before they are resized for the model; 32 has
+            CIFAR-10-C's constants; none: the model's size.
         severities: severities of the corruptions, 1 to 5.
         images: test images for all suites but clean, drawn evenly from all classes; none: all. Suite clean always
             takes all.
         costly_images: the same for apgd, apgd_t, autoattack, cw and patch; none: `images`.
-        root: folder of the published test sets, for suites such as imagenet-c.
+        root: folder of the published test sets, for suites such as imagenet-c and cifar10-c.
+        frost_folder: folder of pictures for the corruption frost; none: those that the package generates.
+        skip_bad: skip and list unreadable image files of the evaluation; false: raise an error.
         noise: file with the noise of suite noise, from `fastnull synthesize`.
         eval_batch_size: batch size of the evaluation.
         workers: processes that load images; 0 loads in the main process.
@@ -149,11 +160,16 @@ class CompareSettings:
     suites: tuple[str, ...] = ("clean", "fgsm", "pgd", "corruptions")
     eps: tuple[float, ...] = (1, 2, 4, 8)
     pgd_steps: int = 10
+    restarts: int = 1
+    final_iterate: bool = False
     corruptions: tuple[str, ...] = DEMO_CORRUPTIONS
+    corruption_size: int | None = None
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     images: int | None = None
     costly_images: int | None = None
     root: str | None = None
+    frost_folder: str | None = None
+    skip_bad: bool = False
     noise: str | None = None
     eval_batch_size: int = 256
     workers: int = 0
@@ -283,12 +299,12 @@ class CompareSettings:
         limits = {
             suite: costly if suite in COSTLY else None if suite == "clean" else self.images for suite in self.suites
         }
+        same: dict[str, Any] = {name: getattr(self, name) for name in AS_IN_EVALUATE}
         for limit in dict.fromkeys(limits.values()):
             yield EvaluationSettings(
                 suites=tuple(suite for suite in limits if limits[suite] == limit),
                 limit=limit, eps=tuple(radius / 255 for radius in self.eps), steps=self.pgd_steps,
-                corruptions=self.corruptions, severities=self.severities, root=self.root,
-                batch_size=self.eval_batch_size, workers=self.workers, progress=False, **changes,
+                batch_size=self.eval_batch_size, progress=False, **same, **changes,
             )  # fmt: skip
 
     @property

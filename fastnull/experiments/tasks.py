@@ -29,14 +29,14 @@ from fastnull.finetune.checkpoint import network_of
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.loop import finetune
 from fastnull.finetune.plan import Plan, make_plan
-from fastnull.finetune.prepare import Data, Prepared, prepare
+from fastnull.finetune.prepare import Data, Prepared, cache_of, prepare
 from fastnull.finetune.training import Training
 from fastnull.noise import Noise
 from fastnull.progress import listening
 from fastnull.record import write_json
 from fastnull.report.runs import METRICS, RESULTS, read_metrics
 from fastnull.rng import KeyedRandom, preserved
-from fastnull.robustness import corrupt, evaluate
+from fastnull.robustness import evaluate
 from fastnull.robustness.measurements import CW
 from fastnull.robustness.settings import BALL_ATTACKS, EvaluationSettings
 from fastnull.robustness.suites import FOLDER_SUITES, suite_classes, suite_parts
@@ -48,8 +48,8 @@ from fastnull.synthesis.starts import draw_start
 START_RESULTS = "start.json"
 WEIGHTS = "last.safetensors"
 CALIBRATION_IMAGES = 256
-NEEDY = ("apgd_t", "patch", "noise")
-"""Suites that do not support all models."""
+NEEDY = ("apgd_t", "patch", "noise", "corruptions")
+"""Suites that do not support all models and images: they need a number of classes, an image size, a shape of tokens."""
 FOLDER_IMAGES = 10_000
 """Number of images that the progress bar assumes for a published test set. Counting its files can take minutes."""
 
@@ -232,8 +232,10 @@ def _plan(name: str, config: FinetuneConfig, images: int) -> Plan:
 def _check_training(task: Task, ready: Prepared) -> None:
     """Raise the error that the training would raise before its first step."""
     assert task.plan is not None
+    device, alone = torch.device(task.settings.where), Processes()
     try:
-        Training(task.config, ready.model, task.plan, ready.num_classes, torch.device(task.settings.where), Processes())
+        Training(task.config, ready.model, task.plan, ready.num_classes, device, alone)
+        cache_of(task.config, ready, device, alone)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{task.method or START}: {error}") from error
 
@@ -249,20 +251,15 @@ def _check_evaluation(settings: CompareSettings, model: nn.Module, test: Dataset
     images, labels = default_collate([test[0]])
     check_images(images, name="test images")
     noise = None if settings.noise is None else Noise.load(settings.noise)
+    # corruption before resizing needs the files
+    data: Any = (images, labels) if settings.corruption_size is None else test
     for each in settings.evaluations():
-        for corruption in each.corruptions if "corruptions" in each.suites else ():
-            for severity in each.severities:
-                try:
-                    corrupt(images, corruption, severity)
-                except (ValueError, RuntimeError) as error:
-                    raise ValueError(f"corruption {corruption} does not take these images: {error}") from error
         for part in each.folders:
             suite_classes(part, settings.root or "", model)
         tried = tuple(suite for suite in each.suites if suite in NEEDY)
         if tried:
-            # they have requirements on the number of classes, the tiling of the image or the shape of the tokens
-            once = replace(each, suites=tried, eps=each.eps[:1], steps=1, limit=None)
-            evaluate(model, (images, labels), once, noise=noise)
+            once = replace(each, suites=tried, eps=each.eps[:1], steps=1, restarts=1, limit=1)
+            evaluate(model, data, once, noise=noise)
 
 
 def file_digest(path: str) -> str:
@@ -273,7 +270,8 @@ def file_digest(path: str) -> str:
 def evaluation_set(settings: CompareSettings, config: FinetuneConfig, inputs: Inputs, model: nn.Module) -> Dataset[Any]:
     """The evaluation images, with labels that are class indices of the model."""
     if settings.split == "test" and inputs.test_data is None:
-        return evaluation_data(config.data, model, data_dir=config.data_dir, download=config.download)
+        where: dict[str, Any] = {"data_dir": config.data_dir, "download": config.download}
+        return evaluation_data(config.data, model, **where, skip_bad=settings.skip_bad)
     other = inputs.test_data if settings.split == "test" else None
     found = prepare(config, next(model.parameters()).device, model, inputs.train_data, other).validation
     assert found is not None
@@ -348,7 +346,8 @@ def _measure(task: Task, config: FinetuneConfig, model: nn.Module, tell: Callabl
 def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Merge results of `evaluate` for the same data and model, with different suites and numbers of images.
 
-    The protocol is that of the first result, with all suites; `suite_images` has the number of images of each suite.
+    The protocol is that of the first result, with all suites and what only the others know; `suite_images` has the
+    number of images of each suite.
     """
     results: dict[str, Any] = {}
     images: dict[str, Any] = {}
@@ -358,6 +357,8 @@ def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         images |= record["images"]
         counts |= dict.fromkeys(record["protocol"]["suites"], record["protocol"]["n"])
     protocol = {**records[0]["protocol"], "suites": list(counts), "suite_images": counts}
+    for name, unused in (("backend", "autograd"), ("autoattack", None), ("folders", {})):
+        protocol[name] = next((r["protocol"][name] for r in records if r["protocol"][name] != unused), unused)
     if len(records) > 1:
         protocol["subset"] = "where fewer than all, drawn evenly over the classes by the seed"
     return {"protocol": protocol, "results": results, "images": images, "summary": summarize(results)}

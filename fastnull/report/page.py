@@ -286,7 +286,7 @@ def _flat(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield suite, results[suite]
     for which, value in results.get("noise", {}).items():
         yield f"with noise, {which}", value
-    for suite, title in (("corruptions", ""), ("imagenet-c", "imagenet-c ")):
+    for suite, title in (("corruptions", ""), ("imagenet-c", "imagenet-c "), ("cifar10-c", "cifar10-c ")):
         for name, table in results.get(suite, {}).items():
             for severity, value in table.items():
                 yield f"{title}{name}, severity {severity}", value
@@ -303,7 +303,9 @@ def _provenance(
             f"Evaluation: {_image_counts(protocol)} images ({protocol['subset']}, `{protocol['data']}`), attacks in "
             f"the {ball} norm, PGD with {protocol['steps']} steps of {protocol['step_size']}, "
             f"{_count(protocol['restarts'], 'restart')}, random start; seed {protocol['seed']}.",
-            f"Corruptions: {protocol['corruption_source']}; severities {', '.join(map(str, protocol['severities']))}.",
+            f"Attacked: {protocol.get('attacked', 'all images, to the last step')}.",
+            f"Corruptions: {protocol['corruption_source']}{_size(protocol.get('corruption_size'))}; severities "
+            f"{', '.join(map(str, protocol['severities']))}.",
             f"Weights evaluated in {protocol['dtype']} on {origin.get('device_name', 'an unknown device')}.",
             f"fastnull {origin.get('fastnull')} (commit {origin.get('commit') or 'unknown'}), "
             f"torch {origin.get('torch')}, timm {origin.get('timm')}, Python {origin.get('python')}; "
@@ -321,6 +323,10 @@ def _provenance(
         )
         yield Heading("Reproduce it", 3)
         yield Code(demo["command"])
+
+
+def _size(pixels: int | None) -> str:
+    return "" if pixels is None else f", at {pixels}x{pixels} pixels before resizing"
 
 
 def _settings_table(trained: Mapping[str, Run]) -> Table:
