@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from fastnull.checks import check_choice, check_fields, check_number, refuse_ren
 from fastnull.data.sources import EMBEDDED
 from fastnull.finetune.config import SMALL_MODELS, FinetuneConfig
 from fastnull.finetune.plan import step_cost
+from fastnull.paths import same_setting
 from fastnull.robustness import DEMO_CORRUPTIONS
 from fastnull.robustness.settings import EvaluationSettings
 from fastnull.robustness.suites import FOLDER_SUITES
@@ -54,6 +56,8 @@ RENAMED_METHODS = {"clean-only": "none", "per-image": "per_image"}
 START = "start"
 """Name of the folder with the training that all methods of a seed start from."""
 SPLITS = ("test", "held-out")
+GROWING = ("methods", "recipes", "seeds", "first_seed")
+"""Fields that may change when a comparison is resumed, as long as its finished runs remain part of it."""
 HELD_OUT = 0.2
 """Fraction of the training images that the split `held-out` excludes from training."""
 AS_IN_EVALUATE = (
@@ -329,9 +333,19 @@ class CompareSettings:
         return [suite for suite in self.suites if suite in FOLDER_SUITES]
 
 
-def changed(before: Mapping[str, Any], settings: CompareSettings, now: Mapping[str, Any]) -> list[str]:
-    """Names of the fields in which the settings of a file (`before`) and the current ones (`now`, as JSON) differ."""
-    return [entry.name for entry in fields(settings) if before.get(entry.name) != now[entry.name]]
+def changed(before: CompareSettings, now: CompareSettings) -> list[str]:
+    """What differs between two settings, except in GROWING."""
+    one, other = plain(asdict(before)), plain(asdict(now))
+    return [
+        f"{name} (was {one[name]!r}, now {value!r})"
+        for name, value in other.items()
+        if name not in GROWING and not same_setting(one[name], value)
+    ]
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as in a JSON file: tuples become lists."""
+    return json.loads(json.dumps(values))
 
 
 def _configuration(where: str, values: Mapping[str, Any]) -> FinetuneConfig:

@@ -87,9 +87,8 @@ class Task:
 
     Attributes:
         plan: steps of the training; None if the start is only evaluated.
-        after: folder of the run that must be finished before; None if the task can begin at once.
-        start: folder of the run whose weights this one begins with, if `inputs` make the model.
-        norm_of: whether the noise has the norm of the noise in the run in `after`.
+        start: folder of the run whose weights this one begins with, if the comparison trains them.
+        norm_of: folder of the run whose noise has the norm that this one's noise gets; None: its own norm.
         cost: rough cost of training and evaluation, in forward passes of the model for one image.
     """
 
@@ -100,9 +99,8 @@ class Task:
     settings: CompareSettings
     inputs: Inputs
     plan: Plan | None
-    after: Path | None
     start: Path | None
-    norm_of: bool
+    norm_of: Path | None
     cost: float
 
     @property
@@ -114,6 +112,11 @@ class Task:
     def folder(self) -> Path:
         """Output folder of the run."""
         return Path(self.config.out or "")
+
+    @property
+    def after(self) -> tuple[Path, ...]:
+        """Folders of the runs that must be finished before."""
+        return tuple(folder for folder in (self.start, self.norm_of) if folder is not None)
 
     @property
     def results(self) -> Path:
@@ -200,25 +203,21 @@ def _tasks(
         start = settings.start(kind, seed, **given, out=str(first), resume=True)
         if start is not None:
             plan = _plan(START, start, train)
-            yield Task(
-                seed, None, start, clean, settings, inputs, plan, None, None, False, plan.total_cost + test
-            )  # fmt: skip
+            yield Task(seed, None, start, clean, settings, inputs, plan, None, None, plan.total_cost + test)
         elif seed == settings.first_seed:  # the other seeds begin with the same weights
             config = settings.clean(**given, **writing, out=str(first))
-            yield Task(seed, None, config, clean, settings, inputs, None, None, None, False, test)
+            yield Task(seed, None, config, clean, settings, inputs, None, None, None, test)
         for method in methods:
             begin = given if start is None else {"checkpoint": str(first / WEIGHTS)}
             config = settings.configuration(
                 method, **begin, **writing, compute_budget=settings.budget, out=str(place(folder, seed, method)),
                 label=method if label else None,
             )  # fmt: skip
-            norm_of = settings.recipe(method).get(NORM_OF)
-            after = None if start is None else first
+            other = settings.recipe(method).get(NORM_OF)
             plan = _plan(method, config, train)
             yield Task(
-                seed, method, config, evaluations, settings, inputs, plan,
-                after if norm_of is None else place(folder, seed, norm_of), after, norm_of is not None,
-                plan.total_cost + measuring,
+                seed, method, config, evaluations, settings, inputs, plan, None if start is None else first,
+                None if other is None else place(folder, seed, other), plan.total_cost + measuring,
             )  # fmt: skip
 
 
@@ -296,10 +295,10 @@ def work(task: Task, tell: Callable[[float], None] = lambda _: None) -> str:
                 model = prepare(config, device, task.model(), task.inputs.train_data).model
             line = task.name
         else:
-            if task.norm_of and task.after is not None:
+            if task.norm_of is not None:
                 with preserved():
                     ready = prepare(config, device, task.model(), task.inputs.train_data)
-                    config = _equal_norm(config, task.after, ready)
+                    config = _equal_norm(config, task.norm_of, ready)
             per_step = task.plan.total_cost / task.plan.steps
 
             def trained(bar: str, steps: float) -> None:
