@@ -257,8 +257,8 @@ def _check_evaluation(settings: CompareSettings, model: nn.Module, test: Dataset
             suite_classes(part, settings.root or "", model)
         tried = tuple(suite for suite in each.suites if suite in NEEDY)
         if tried:
-            once = replace(each, suites=tried, eps=each.eps[:1], steps=1, restarts=1, limit=1)
-            evaluate(model, data, once, noise=noise)
+            short: dict[str, Any] = {"eps": each.eps[:1], "severities": each.severities[:1], "steps": 1, "restarts": 1}
+            evaluate(model, data, replace(each, suites=tried, limit=1, **short), noise=noise)
 
 
 def file_digest(path: str) -> str:

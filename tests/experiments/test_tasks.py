@@ -109,8 +109,9 @@ def test_command_on_a_folder_and_a_checkpoint(
         config = json.loads((run / "config.json").read_text())["config"]
         assert config["checkpoint"] == str(out / "seed-1" / "start" / "last.safetensors")
         assert (config["crop_scale"], config["color_jitter"]) == (0.5, 0)
-        counts = json.loads((run / "results.json").read_text())["protocol"]["suite_images"]
-        assert counts == {"clean": 12, "fgsm": 8, "apgd": 4, "corruptions": 8}
+        protocol = json.loads((run / "results.json").read_text())["protocol"]
+        assert protocol["suite_images"] == {"clean": 12, "fgsm": 8, "apgd": 4, "corruptions": 8}
+        assert protocol["backend"].startswith("FrozenEncoder"), "that of the attacks"
         assert not list(run.glob("state-*")), "states of a finished run take three times the space of its weights"
         assert not list(run.glob("part-*"))
 
