@@ -23,7 +23,6 @@ from fastnull.synthesis.config import ALL_MODES
 from fastnull.synthesis.objective import influence
 from fastnull.vit import SITES, NormalizedModel
 
-
 MODES = tuple(mode for mode in ALL_MODES if mode != "free")
 """Free noise has tests of its own, in tests/synthesis/test_free.py."""
 

@@ -19,7 +19,7 @@ from fastnull.ops.common import no_autocast
 from fastnull.progress import progress_bar
 from fastnull.rng import KeyedRandom, preserved
 from fastnull.synthesis.batches import Batches, as_batches, count_images, embed_batch, one_size
-from fastnull.synthesis.config import SynthesisConfig
+from fastnull.synthesis.config import MODES, SynthesisConfig
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.solvers import expand_as_noise, norms, perturb, replayed_noise
 from fastnull.synthesis.starts import bank_start, checked_start, draw_start
@@ -100,8 +100,8 @@ def synthesize(
         SynthesisInterrupted: on Ctrl-C.
     """
     config = config or SynthesisConfig()
-    if config.mode == "random":
-        raise ValueError("config.mode must be universal, per_image or boundary; random noise is not synthesised")
+    if config.mode not in MODES:
+        raise ValueError(f"config.mode must be {', '.join(MODES)}; {config.mode} noise is not synthesised")
     encoder = (
         model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, config.encoder_dtype, site=config.site)
     )
