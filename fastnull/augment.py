@@ -147,7 +147,7 @@ class NullspaceAugment:
         self.encoder = FrozenEncoder(model, dtype or config.encoder_dtype, backend, config.site)
         self.model = model
         self._solve = self._solver()
-        self._free = FreeNoise(config, partial(_mean, model)) if mode == "free" else None
+        self._free = FreeNoise(config) if mode == "free" else None
         self.step = 0
         self.enabled = True
         self.stats: dict[str, Tensor] = {}
@@ -230,7 +230,7 @@ class NullspaceAugment:
         trusting = self._trusting(images)
         self._check(images)
         rows = torch.arange(len(images)) if self._place is None else self._place.rows
-        free.begin(self.step, images.device)
+        free.begin(self.step, images.device, partial(_mean, self.model))
         self.step += 1
         images = images.detach().requires_grad_()
         due = self._due(rows, images.device)
@@ -436,7 +436,7 @@ class NullspaceAugment:
                 check_noise(state["bank"], "the state's bank")
             free = None
             if self._free is not None:
-                free = FreeNoise(config, partial(_mean, self.model))
+                free = FreeNoise(config)
                 free.load_state_dict(state["free"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state must be what state_dict() returned: {error}") from None

@@ -82,28 +82,33 @@ class FreeNoise:
 
     Args:
         config: limits, step_size, ranges, contrast, seed, and ε for the mean influence.
-        mean: mean of a number [] over the processes of the training.
 
     Attributes:
         strength: factor on all lengths [], at most 1.
     """
 
-    def __init__(self, config: SynthesisConfig, mean: Callable[[Tensor], Tensor]) -> None:
-        self._config, self._mean = config, mean
+    def __init__(self, config: SynthesisConfig) -> None:
+        self._config = config
         self.strength = torch.tensor(FIRST_STRENGTH)
         self._step: int | None = None
         self._before: list[Visited] = []
         self._now: list[Visited] = []
 
-    def begin(self, step: int, device: torch.device) -> None:
+    def begin(self, step: int, device: torch.device, mean: Callable[[Tensor], Tensor]) -> None:
         """Begin a part of a step: if it is the first, the images of the step before become due, and the strength
-        follows the influence of their noise."""
+        follows the influence of the noise in that step.
+
+        Args:
+            step: number of the step.
+            device: of the new images.
+            mean: mean of a number [] over the processes of the training.
+        """
         if step == self._step:
             return
         self._step, self._before, self._now = step, _settled(self._now), []
         self.strength = self.strength.to(device)
         if self._before:
-            found = self._mean(torch.stack([visited.influence.to(device) for visited in self._before]).mean())
+            found = mean(torch.stack([visited.influence.to(device) for visited in self._before]).mean())
             error = ((self._config.eps - found) / self._config.eps).clamp(-1, 1)
             raised = (self.strength * (RATE * error).exp()).clamp(max=1)
             self.strength = torch.where(found.isfinite(), raised, self.strength)
