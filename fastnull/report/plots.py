@@ -30,6 +30,7 @@ STYLES = (
     {"color": "#882255", "marker": ">", "linestyle": "-"},
     {"color": "#999933", "marker": "p", "linestyle": "-."},
     {"color": "#332288", "marker": "h", "linestyle": "-"},
+    {"color": "#44AA99", "marker": "*", "linestyle": ":"},
 )
 
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
