@@ -34,7 +34,7 @@ RECOMMENDED: dict[tuple[str, bool], dict[str, Any]] = {
     # (mode, in pixels): settings in token units, or in pixels in [0, 1]
     ("boundary", False): {"eps": 0.1, "limit": 0.25, "steps": 3},
     ("boundary", True): {**_IN_PIXELS, "eps": 0.6, "steps": 1, "objective": "prediction"},
-    ("free", True): {**_IN_PIXELS, "eps": 0.3},
+    ("free", True): {**_IN_PIXELS, "eps": 0.2},
     ("per_image", False): {"limit": 1.0, "steps": 30},
     ("per_image", True): {"limit": 8 / 255, "steps": 30, "lr": 2 / 255},
     ("universal", False): {"limit": 3.0},
