@@ -13,6 +13,7 @@ inside a ball of fixed radius. The delay by one step and the strength are ours.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,6 +94,7 @@ class FreeNoise:
         self._step: int | None = None
         self._before: list[Visited] = []
         self._now: list[Visited] = []
+        self._warned = False
 
     def begin(self, step: int, device: torch.device, mean: Callable[[Tensor], Tensor]) -> None:
         """Begin a part of a step: if it is the first, the images of the step before become due, and the strength
@@ -105,7 +107,15 @@ class FreeNoise:
         """
         if step == self._step:
             return
-        self._step, self._before, self._now = step, _settled(self._now), []
+        before = _settled(self._now)
+        if len(before) < len(self._now) and not self._warned:
+            warnings.warn(
+                "fastnull: no gradient reached the images of the step before, so they have no noisy view: the loss had "
+                "no backward pass, or the model detaches its input",
+                stacklevel=4,
+            )
+            self._warned = True
+        self._step, self._before, self._now = step, before, []
         self.strength = self.strength.to(device)
         if self._before:
             found = mean(torch.stack([visited.influence.to(device) for visited in self._before]).mean())
