@@ -20,7 +20,7 @@ from fastnull.record import device_name, read_json, version_of, write_json
 
 
 def folder() -> Path:
-    """`fastnull/selftest` in the user's cache folder: XDG_CACHE_HOME, else ~/.cache. Raises OSError if there is none."""
+    """`fastnull/selftest` in the user's cache folder: XDG_CACHE_HOME, else ~/.cache. Raises OSError without one."""
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:  # a user without an entry, as in some containers
