@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, default_collate
 
 from fastnull.checks import check_device, check_images
 from fastnull.data.image_files import to_pixels
-from fastnull.data.sources import evaluation_data, keyed
+from fastnull.data.sources import Samples, evaluation_data, keyed
 from fastnull.data.subset import even_subset, labels_of
 from fastnull.distributed.processes import Processes
 from fastnull.encoder.frozen import FrozenEncoder
@@ -277,6 +277,9 @@ def evaluation_set(settings: CompareSettings, config: FinetuneConfig, inputs: In
     other = inputs.test_data if settings.split == "test" else None
     found = prepare(config, next(model.parameters()).device, model, inputs.train_data, other).validation
     assert found is not None
+    if isinstance(found, Samples) and found.transform is not None:
+        evaluation = found.transform  # makes bytes
+        found.transform = lambda image: to_pixels(evaluation(image))
     return found
 
 

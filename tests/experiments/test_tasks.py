@@ -291,6 +291,13 @@ def test_held_out_split_is_not_the_test_set(tmp_path: Path) -> None:
     assert not set(held) & set(ready.train.base.indices)  # type: ignore[attr-defined]
 
 
+def test_held_out_split_of_a_folder(tiny: CompareSettings, tmp_path: Path) -> None:
+    settings = replace(tiny, split="held-out", methods=("none",), images=None)
+    run_compare(tmp_path / "out", settings, progress=False)
+    protocol = json.loads((tmp_path / "out" / "seed-0" / "none" / "results.json").read_text())["protocol"]
+    assert protocol["n"] == round(0.2 * 48)
+
+
 def test_dry_run_times_every_method_and_suite(
     pictures: Path,
     checkpoint: Path,
