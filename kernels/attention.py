@@ -196,7 +196,7 @@ def attention_kernel(
 def _query_gradient(
     source,  # q of one head; k and v follow at distances of `part`
     grad_o,  # of the same head
-    target,  # likewise
+    target,  # dq of the same head; dk and dv follow
     logs,  # [N] float32, written: log2 of the row's sum of powers
     deltas,  # [N] float32, written: rowsum(P dP)
     start,

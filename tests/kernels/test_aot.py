@@ -218,6 +218,14 @@ def test_sizes_of_one_compile() -> None:
         compile_for(launch, 90)
 
 
+def test_the_halves_of_attention_s_backward_are_apart() -> None:
+    """The second reads what other threads stored in the first: a barrier that the interpreter would not miss."""
+    built = compile_for(launches_for("attention, 50 tokens", 90)[1], 90)
+    first, second = re.split(r"\bbarrier\b", built.ir)
+    assert first.count("tt.store ") == 3, "dq, logs, deltas"
+    assert second.count("tt.store ") == 2, "dk, dv"
+
+
 def test_spills_are_found() -> None:
     """The resource reader against a kernel that must spill: 64 x 256 scores and their gradient, with 4 warps."""
     launch = launches_for("attention, 197 tokens", 90)[1]
