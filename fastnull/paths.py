@@ -23,6 +23,13 @@ def check_readable(name: str, path: StrPath) -> None:
         raise ValueError(f"{name} must be a regular file or a folder; {os.fspath(path)} is {_kind(mode)}")
 
 
+def same_setting(one: object, other: object) -> bool:
+    """Whether two values are equal, or two paths of the same file or folder."""
+    if isinstance(one, str) and isinstance(other, str):
+        return os.path.realpath(one) == os.path.realpath(other)
+    return one == other
+
+
 def check_replaceable(path: StrPath) -> None:
     """Raise ValueError if `path` exists and is not a regular file: renaming would replace a device, pipe or link."""
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastnull.report.plots import canvas
+from fastnull.report.plots import canvas, draw_bars, legend_below
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,16 +29,14 @@ def draw() -> bytes:
         for axis, data in zip(axes, ("digits", "photos"), strict=True):
             path = ROOT / "benchmarks" / "results" / f"robustness-{data}" / "comparison.json"
             found = json.loads(path.read_text(encoding="utf-8"))["methods"]
-            for index, (method, (label, colour)) in enumerate(METHODS.items()):
-                means = [found[method]["mean"][name] for name in MEASURES]
-                deviations = [found[method]["std"][name] for name in MEASURES]
-                places = [group + 0.17 * (index - 2) for group in range(len(MEASURES))]
-                axis.bar(places, means, 0.16, yerr=deviations, label=label, color=colour, error_kw={"elinewidth": 1})
-            axis.set(title=data, ylim=(0, 100), xticks=range(len(MEASURES)), xticklabels=MEASURES.values())
-            axis.grid(visible=False, axis="x")
+            values = {
+                label: [(found[method]["mean"][name], found[method]["std"][name]) for name in MEASURES]
+                for method, (label, _) in METHODS.items()
+            }
+            draw_bars(axis, list(MEASURES.values()), values, [colour for _, colour in METHODS.values()])
+            axis.set_title(data)
         axes[0].set_ylabel("accuracy [%]")
-        handles, labels = axes[0].get_legend_handles_labels()
-        axes[0].figure.legend(handles, labels, frameon=False, ncols=3, loc="outside lower center")
+        legend_below(axes[0])
         return done("", "").png
 
 

@@ -1,4 +1,4 @@
-"""Real pictures for tests of image files: crops of those that come with scikit-image and scikit-learn."""
+"""Image files for tests: crops of the pictures of scikit-image and scikit-learn, and CIFAR-10-C in miniature."""
 
 from __future__ import annotations
 
@@ -22,4 +22,24 @@ def write_pictures(root: Path) -> Path:
             for number in range(count):
                 left = offset + 20 * number
                 Image.fromarray(picture[100:148, left : left + 40]).save(folder / f"{number}.png")
+    return root
+
+
+def write_cifar10_c(root: Path) -> Path:
+    """Write root/cifar10-c/ as published, with two images of each class for each severity, and return the root.
+
+    The images are grey, by class; those of severity 4 look like the next class.
+    """
+    import numpy as np
+
+    from fastnull.robustness.suites import CIFAR10_CORRUPTIONS
+
+    folder = root / "cifar10-c"
+    folder.mkdir()
+    labels = np.tile(np.arange(10), 10)  # [5 severities x 20]
+    shown = np.where(np.arange(100) // 20 == 3, labels + 1, labels)
+    pixels = np.zeros((100, 32, 32, 3), np.uint8) + (20 * shown[:, None, None, None]).astype(np.uint8)
+    for name in CIFAR10_CORRUPTIONS:
+        np.save(folder / f"{name}.npy", pixels)
+    np.save(folder / "labels.npy", labels.astype(np.uint8))
     return root

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastnull.noise import Noise
-from fastnull.paths import check_output, check_readable, check_replaceable
+from fastnull.paths import check_output, check_readable, check_replaceable, same_setting
 from fastnull.record import replacing, write_json
 
 
@@ -185,3 +185,14 @@ def test_obstacles_are_reported_first(place: Path) -> None:
     os.mkfifo("run/state-1")
     with pytest.raises(ValueError, match="state-1 cannot be written: it is a named pipe"):
         check_output("run", {}, files=FILES)
+
+
+def test_settings_that_name_the_same_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked").symlink_to("images")
+    for same in ("images", "./images/", "x/../images", "linked", str(tmp_path / "images")):
+        assert same_setting("images", same)
+    for other in ("image", "images/train", None, 1):
+        assert not same_setting("images", other)
+    assert same_setting([1, None], [1, None])
+    assert not same_setting(None, False)

@@ -49,8 +49,8 @@ def compare(args: argparse.Namespace) -> None:
 
     Finetune a model with every method at equal cost, attack and corrupt it, and write means, standard deviations and
     paired differences with 95 % confidence intervals. Every seed starts from the given weights. If the head is new or
-    the weights are random, it first has one clean training, which all its methods share. Finished runs are kept:
-    --resume continues.
+    the weights are random, it first has one clean training, which all its methods share. --resume continues and keeps
+    finished runs: methods, recipes and seeds can be added, not removed.
 
     example:
       fastnull compare --model vit_small_patch16_224 --pretrained --data images --seeds 3 --out runs/images

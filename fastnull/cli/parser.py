@@ -144,7 +144,8 @@ def _folder(parser: _Parser, what: str, **how: Any) -> None:
     option("--out", metavar="FOLDER", help="folder for the runs and the report", **how)
     option("--jobs", type=int, metavar="N", help="processes (default: one per core, at most 4; on a GPU 1)")
     option("--overwrite", action="store_true", help=f"start over in a folder that holds {what}")
-    option("--resume", action="store_true", help="continue in such a folder; finished runs are kept")
+    what = "continue in such a folder: finished runs are kept, and must still be asked for, others are added"
+    option("--resume", action="store_true", help=what)
 
 
 def _inspect(parser: _Parser) -> None:

@@ -10,7 +10,6 @@ stopped run continues. The settings are in `settings.py`, the runs in `tasks.py`
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pickle
 import shutil
@@ -24,11 +23,12 @@ import torch
 from torch import nn
 
 from fastnull.checks import check_number
-from fastnull.experiments.settings import START, CompareSettings, changed
+from fastnull.experiments.settings import START, CompareSettings, changed, plain
 from fastnull.experiments.tasks import WEIGHTS, Inputs, Task, place, plan_tasks, work
 from fastnull.experiments.workers import Progress, run_in_processes, threads
 from fastnull.finetune.config import SMALL_MODELS
 from fastnull.finetune.prepare import Data
+from fastnull.paths import same_setting
 from fastnull.progress import progress_bar
 from fastnull.record import provenance, read_json, replacing, write_json
 from fastnull.report import write_report
@@ -71,7 +71,8 @@ def run_compare(
 
     Raises:
         ValueError, TypeError: settings that do not fit model or data, reported before anything is written; the folder
-            holds a comparison and neither overwrite nor resume is given, or one with other settings.
+            holds a comparison and neither overwrite nor resume is given, or one with other settings or with finished
+            runs that are no longer asked for.
         ImportError: scikit-learn, scikit-image or matplotlib is missing.
         KeyboardInterrupt: on Ctrl-C, after the current runs have saved their state.
     """
@@ -126,7 +127,7 @@ def run_methods(
         inputs: model and data given as objects instead of names.
         kind: name of the experiment in files and messages.
         overwrite: start over if the folder holds one.
-        resume: continue it; finished runs are not repeated.
+        resume: continue it; finished runs are not repeated. Methods, recipes and seeds can be added to them.
         jobs: number of processes. Small models use one thread in each, so results do not depend on `jobs`; other models
             divide the threads. With more than one, model and data must be picklable, and a script that calls this needs
             the usual `if __name__ == "__main__"`.
@@ -182,7 +183,7 @@ def thread_count(settings: CompareSettings, jobs: int) -> int:
 
 def _finished(tasks: Sequence[Task]) -> list[Task]:
     """Tasks with results, except starts whose weights are missing and needed by a method of their seed."""
-    needed = {task.after for task in tasks if not task.results.exists()}
+    needed = {task.start for task in tasks if not task.results.exists()}
     return [
         task
         for task in tasks
@@ -219,8 +220,7 @@ def _prepare(
 ) -> None:
     """Prepare the folder, write the settings and what data and model are; raise ValueError if it cannot be used.
 
-    Both may change until a method is finished. Runs begun with others are removed, and runs begun with the same
-    continue.
+    All settings may change until a method is finished, then those in GROWING. Runs begun with others are removed.
     """
     if overwrite and resume:
         raise ValueError("give either resume or overwrite, not both")
@@ -230,29 +230,41 @@ def _prepare(
     held = path.exists()
     if not held and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no {kind}: give another folder")
-    differing: list[str] = []
+    removed = list(folder.glob("seed-*")) if held else []
     if held and not overwrite:
-        finished = any(folder.glob(f"seed-*/*/{RESULTS}"))
+        finished = {results.parent for results in folder.glob(f"seed-*/*/{RESULTS}")}
         if finished and not resume:
             raise ValueError(f"{folder} holds a {kind} already: resume=True continues it, overwrite=True starts over")
-        now, found = json.loads(json.dumps([asdict(settings), about]))  # tuples become lists, as in the file
-        record = read_json(path)
-        before = record.get("about") or record.get("begun") or {}
-        differing = changed(_settings_in(path, kind), settings, now) or [
-            f"{name} (was {before[name]}, now {value})"
-            for name, value in found.items()
-            if before.get(name, value) != value
+        before, begun = _recorded(path, kind, type(settings))
+        differing = changed(before, settings) or [
+            f"{name} (was {begun[name]!r}, now {value!r})"
+            for name, value in plain(about).items()
+            if not same_setting(begun.get(name, value), value)
         ]
-        if finished and differing:
-            raise ValueError(f"cannot resume the {kind} in {folder} with other settings: {', '.join(differing)}")
-    if held and (overwrite or differing):
-        for run in folder.glob("seed-*"):
-            shutil.rmtree(run)
+        if finished or not differing:
+            was, now = (plain({name: each.recipe(name) for name in each.methods}) for each in (before, settings))
+            removed = [run for run in folder.glob("seed-*/*") if was.get(run.name) != now.get(run.name)]
+            asked = {place(folder, seed, method) for seed in settings.seed_list for method in settings.methods}
+            differing += sorted({f"recipe of {run.name}" for run in removed if run in finished & asked})
+            lost = sorted(finished - asked)
+            if differing:
+                raise ValueError(f"cannot resume the {kind} in {folder} with other settings: {', '.join(differing)}")
+            if lost:
+                raise ValueError(
+                    f"cannot resume the {kind} in {folder} without {lost[0].relative_to(folder)}, which is finished: "
+                    "methods and seeds can be added, not removed"
+                )
+    for run in removed:
+        shutil.rmtree(run)
     write_json(path, {"settings": asdict(settings), "begun": about})
 
 
-def _settings_in(path: Path, kind: str) -> dict[str, Any]:
-    settings = read_json(path).get("settings")
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is not a record of a {kind}: it has no settings; overwrite=True starts over")
-    return settings
+def _recorded(path: Path, kind: str, settings: type[CompareSettings]) -> tuple[CompareSettings, dict[str, Any]]:
+    """The settings in the record of an experiment, and what it says about data and model."""
+    record = read_json(path)
+    try:
+        return settings(**record["settings"]), dict(record.get("about") or record.get("begun") or {})
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a record of a {kind} of this version ({error}); overwrite=True starts over"
+        ) from error

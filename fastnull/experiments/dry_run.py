@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import default_collate
 
 from fastnull.data.image_files import to_pixels
@@ -161,12 +161,15 @@ def _seconds_per_image(task: Task, settings: EvaluationSettings, suite: str, rea
         settings, eps=settings.eps[:1], limit=None, severities=settings.severities[:1], final_iterate=True
     )
 
-    def seconds(name: str, images: Tensor, labels: Tensor) -> float:
+    def seconds(name: str, given: Any) -> float:
         alone = replace(settings, suites=(name,))
-        return _timed(lambda: evaluate(ready.model, (images, labels), alone, noise=noise), device)
+        return _timed(lambda: evaluate(ready.model, given, alone, noise=noise), device)
 
-    overhead = seconds("clean", images[:1], labels[:1])  # e.g. digests of the weights
-    measuring = max(0.0, seconds(timed, images, labels) - overhead) / numbers_of(timed, settings)
+    overhead = seconds("clean", (images[:1], labels[:1]))  # e.g. digests of the weights
+    given: Any = (images, labels)
+    if timed == "corruptions" and settings.corruption_size is not None:  # it loads the files itself
+        settings, given, loading = replace(settings, limit=len(indices)), data, 0.0
+    measuring = max(0.0, seconds(timed, given) - overhead) / numbers_of(timed, settings)
     return (loading + measuring) / len(indices)
 
 

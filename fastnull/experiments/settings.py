@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from fastnull.checks import check_choice, check_fields, check_number, refuse_ren
 from fastnull.data.sources import EMBEDDED
 from fastnull.finetune.config import SMALL_MODELS, FinetuneConfig
 from fastnull.finetune.plan import step_cost
+from fastnull.paths import same_setting
 from fastnull.robustness import DEMO_CORRUPTIONS
 from fastnull.robustness.settings import EvaluationSettings
 from fastnull.robustness.suites import FOLDER_SUITES
@@ -54,8 +56,15 @@ RENAMED_METHODS = {"clean-only": "none", "per-image": "per_image"}
 START = "start"
 """Name of the folder with the training that all methods of a seed start from."""
 SPLITS = ("test", "held-out")
+GROWING = ("methods", "recipes", "seeds", "first_seed")
+"""Fields that may change when a comparison is resumed, as long as its finished runs remain part of it."""
 HELD_OUT = 0.2
 """Fraction of the training images that the split `held-out` excludes from training."""
+AS_IN_EVALUATE = (
+    "restarts", "final_iterate", "corruptions", "corruption_size", "severities", "root", "frost_folder", "skip_bad",
+    "workers",
+)  # fmt: skip
+"""Fields of EvaluationSettings with the same name and meaning in CompareSettings."""
 COSTLY = ("apgd", "apgd_t", "autoattack", "cw", "patch")
 """Suites limited by `costly_images`."""
 WARMUP_EPOCHS, WARMUP_FRACTION = 2, 0.2
@@ -106,12 +115,18 @@ class CompareSettings:
         suites: suites of `evaluate` to measure.
         eps: radii of the attacks in 1/255 of the pixel range, L-infinity.
         pgd_steps: steps of PGD, MI-FGSM and APGD.
+        restarts: of PGD and APGD.
+        final_iterate: judge attacks by their last point, as other libraries do, instead of the worst one.
         corruptions: names of fastnull.robustness.CORRUPTIONS.
+        corruption_size: pixels at which image files are corrupted, before they are resized for the model; 32 has
+            CIFAR-10-C's constants; none: the model's size.
         severities: severities of the corruptions, 1 to 5.
         images: test images for all suites but clean, drawn evenly from all classes; none: all. Suite clean always
             takes all.
         costly_images: the same for apgd, apgd_t, autoattack, cw and patch; none: `images`.
-        root: folder of the published test sets, for suites such as imagenet-c.
+        root: folder of the published test sets, for suites such as imagenet-c and cifar10-c.
+        frost_folder: folder of pictures for the corruption frost; none: those that the package generates.
+        skip_bad: skip and list unreadable image files of the evaluation; false: raise an error.
         noise: file with the noise of suite noise, from `fastnull synthesize`.
         eval_batch_size: batch size of the evaluation.
         workers: processes that load images; 0 loads in the main process.
@@ -149,11 +164,16 @@ class CompareSettings:
     suites: tuple[str, ...] = ("clean", "fgsm", "pgd", "corruptions")
     eps: tuple[float, ...] = (1, 2, 4, 8)
     pgd_steps: int = 10
+    restarts: int = 1
+    final_iterate: bool = False
     corruptions: tuple[str, ...] = DEMO_CORRUPTIONS
+    corruption_size: int | None = None
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     images: int | None = None
     costly_images: int | None = None
     root: str | None = None
+    frost_folder: str | None = None
+    skip_bad: bool = False
     noise: str | None = None
     eval_batch_size: int = 256
     workers: int = 0
@@ -283,12 +303,12 @@ class CompareSettings:
         limits = {
             suite: costly if suite in COSTLY else None if suite == "clean" else self.images for suite in self.suites
         }
+        same: dict[str, Any] = {name: getattr(self, name) for name in AS_IN_EVALUATE}
         for limit in dict.fromkeys(limits.values()):
             yield EvaluationSettings(
                 suites=tuple(suite for suite in limits if limits[suite] == limit),
                 limit=limit, eps=tuple(radius / 255 for radius in self.eps), steps=self.pgd_steps,
-                corruptions=self.corruptions, severities=self.severities, root=self.root,
-                batch_size=self.eval_batch_size, workers=self.workers, progress=False, **changes,
+                batch_size=self.eval_batch_size, progress=False, **same, **changes,
             )  # fmt: skip
 
     @property
@@ -313,9 +333,19 @@ class CompareSettings:
         return [suite for suite in self.suites if suite in FOLDER_SUITES]
 
 
-def changed(before: Mapping[str, Any], settings: CompareSettings, now: Mapping[str, Any]) -> list[str]:
-    """Names of the fields in which the settings of a file (`before`) and the current ones (`now`, as JSON) differ."""
-    return [entry.name for entry in fields(settings) if before.get(entry.name) != now[entry.name]]
+def changed(before: CompareSettings, now: CompareSettings) -> list[str]:
+    """What differs between two settings, except in GROWING."""
+    one, other = plain(asdict(before)), plain(asdict(now))
+    return [
+        f"{name} (was {one[name]!r}, now {value!r})"
+        for name, value in other.items()
+        if name not in GROWING and not same_setting(one[name], value)
+    ]
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as in a JSON file: tuples become lists."""
+    return json.loads(json.dumps(values))
 
 
 def _configuration(where: str, values: Mapping[str, Any]) -> FinetuneConfig:

@@ -29,14 +29,14 @@ from fastnull.finetune.checkpoint import network_of
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.loop import finetune
 from fastnull.finetune.plan import Plan, make_plan
-from fastnull.finetune.prepare import Data, Prepared, prepare
+from fastnull.finetune.prepare import Data, Prepared, cache_of, prepare
 from fastnull.finetune.training import Training
 from fastnull.noise import Noise
 from fastnull.progress import listening
 from fastnull.record import write_json
 from fastnull.report.runs import METRICS, RESULTS, read_metrics
 from fastnull.rng import KeyedRandom, preserved
-from fastnull.robustness import corrupt, evaluate
+from fastnull.robustness import evaluate
 from fastnull.robustness.measurements import CW
 from fastnull.robustness.settings import BALL_ATTACKS, EvaluationSettings
 from fastnull.robustness.suites import FOLDER_SUITES, suite_classes, suite_parts
@@ -48,8 +48,8 @@ from fastnull.synthesis.starts import draw_start
 START_RESULTS = "start.json"
 WEIGHTS = "last.safetensors"
 CALIBRATION_IMAGES = 256
-NEEDY = ("apgd_t", "patch", "noise")
-"""Suites that do not support all models."""
+NEEDY = ("apgd_t", "patch", "noise", "corruptions")
+"""Suites that do not support all models and images: they need a number of classes, an image size, a shape of tokens."""
 FOLDER_IMAGES = 10_000
 """Number of images that the progress bar assumes for a published test set. Counting its files can take minutes."""
 
@@ -87,9 +87,8 @@ class Task:
 
     Attributes:
         plan: steps of the training; None if the start is only evaluated.
-        after: folder of the run that must be finished before; None if the task can begin at once.
-        start: folder of the run whose weights this one begins with, if `inputs` make the model.
-        norm_of: whether the noise has the norm of the noise in the run in `after`.
+        start: folder of the run whose weights this one begins with, if the comparison trains them.
+        norm_of: folder of the run whose noise has the norm that this one's noise gets; None: its own norm.
         cost: rough cost of training and evaluation, in forward passes of the model for one image.
     """
 
@@ -100,9 +99,8 @@ class Task:
     settings: CompareSettings
     inputs: Inputs
     plan: Plan | None
-    after: Path | None
     start: Path | None
-    norm_of: bool
+    norm_of: Path | None
     cost: float
 
     @property
@@ -114,6 +112,11 @@ class Task:
     def folder(self) -> Path:
         """Output folder of the run."""
         return Path(self.config.out or "")
+
+    @property
+    def after(self) -> tuple[Path, ...]:
+        """Folders of the runs that must be finished before."""
+        return tuple(folder for folder in (self.start, self.norm_of) if folder is not None)
 
     @property
     def results(self) -> Path:
@@ -200,25 +203,21 @@ def _tasks(
         start = settings.start(kind, seed, **given, out=str(first), resume=True)
         if start is not None:
             plan = _plan(START, start, train)
-            yield Task(
-                seed, None, start, clean, settings, inputs, plan, None, None, False, plan.total_cost + test
-            )  # fmt: skip
+            yield Task(seed, None, start, clean, settings, inputs, plan, None, None, plan.total_cost + test)
         elif seed == settings.first_seed:  # the other seeds begin with the same weights
             config = settings.clean(**given, **writing, out=str(first))
-            yield Task(seed, None, config, clean, settings, inputs, None, None, None, False, test)
+            yield Task(seed, None, config, clean, settings, inputs, None, None, None, test)
         for method in methods:
             begin = given if start is None else {"checkpoint": str(first / WEIGHTS)}
             config = settings.configuration(
                 method, **begin, **writing, compute_budget=settings.budget, out=str(place(folder, seed, method)),
                 label=method if label else None,
             )  # fmt: skip
-            norm_of = settings.recipe(method).get(NORM_OF)
-            after = None if start is None else first
+            other = settings.recipe(method).get(NORM_OF)
             plan = _plan(method, config, train)
             yield Task(
-                seed, method, config, evaluations, settings, inputs, plan,
-                after if norm_of is None else place(folder, seed, norm_of), after, norm_of is not None,
-                plan.total_cost + measuring,
+                seed, method, config, evaluations, settings, inputs, plan, None if start is None else first,
+                None if other is None else place(folder, seed, other), plan.total_cost + measuring,
             )  # fmt: skip
 
 
@@ -232,8 +231,10 @@ def _plan(name: str, config: FinetuneConfig, images: int) -> Plan:
 def _check_training(task: Task, ready: Prepared) -> None:
     """Raise the error that the training would raise before its first step."""
     assert task.plan is not None
+    device, alone = torch.device(task.settings.where), Processes()
     try:
-        Training(task.config, ready.model, task.plan, ready.num_classes, torch.device(task.settings.where), Processes())
+        Training(task.config, ready.model, task.plan, ready.num_classes, device, alone)
+        cache_of(task.config, ready, device, alone)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{task.method or START}: {error}") from error
 
@@ -249,20 +250,15 @@ def _check_evaluation(settings: CompareSettings, model: nn.Module, test: Dataset
     images, labels = default_collate([test[0]])
     check_images(images, name="test images")
     noise = None if settings.noise is None else Noise.load(settings.noise)
+    # corruption before resizing needs the files
+    data: Any = (images, labels) if settings.corruption_size is None else test
     for each in settings.evaluations():
-        for corruption in each.corruptions if "corruptions" in each.suites else ():
-            for severity in each.severities:
-                try:
-                    corrupt(images, corruption, severity)
-                except (ValueError, RuntimeError) as error:
-                    raise ValueError(f"corruption {corruption} does not take these images: {error}") from error
         for part in each.folders:
             suite_classes(part, settings.root or "", model)
         tried = tuple(suite for suite in each.suites if suite in NEEDY)
         if tried:
-            # they have requirements on the number of classes, the tiling of the image or the shape of the tokens
-            once = replace(each, suites=tried, eps=each.eps[:1], steps=1, limit=None)
-            evaluate(model, (images, labels), once, noise=noise)
+            short: dict[str, Any] = {"eps": each.eps[:1], "severities": each.severities[:1], "steps": 1, "restarts": 1}
+            evaluate(model, data, replace(each, suites=tried, limit=1, **short), noise=noise)
 
 
 def file_digest(path: str) -> str:
@@ -273,7 +269,8 @@ def file_digest(path: str) -> str:
 def evaluation_set(settings: CompareSettings, config: FinetuneConfig, inputs: Inputs, model: nn.Module) -> Dataset[Any]:
     """The evaluation images, with labels that are class indices of the model."""
     if settings.split == "test" and inputs.test_data is None:
-        return evaluation_data(config.data, model, data_dir=config.data_dir, download=config.download)
+        where: dict[str, Any] = {"data_dir": config.data_dir, "download": config.download}
+        return evaluation_data(config.data, model, **where, skip_bad=settings.skip_bad)
     other = inputs.test_data if settings.split == "test" else None
     found = prepare(config, next(model.parameters()).device, model, inputs.train_data, other).validation
     assert found is not None
@@ -301,10 +298,10 @@ def work(task: Task, tell: Callable[[float], None] = lambda _: None) -> str:
                 model = prepare(config, device, task.model(), task.inputs.train_data).model
             line = task.name
         else:
-            if task.norm_of and task.after is not None:
+            if task.norm_of is not None:
                 with preserved():
                     ready = prepare(config, device, task.model(), task.inputs.train_data)
-                    config = _equal_norm(config, task.after, ready)
+                    config = _equal_norm(config, task.norm_of, ready)
             per_step = task.plan.total_cost / task.plan.steps
 
             def trained(bar: str, steps: float) -> None:
@@ -351,7 +348,8 @@ def _measure(task: Task, config: FinetuneConfig, model: nn.Module, tell: Callabl
 def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Merge results of `evaluate` for the same data and model, with different suites and numbers of images.
 
-    The protocol is that of the first result, with all suites; `suite_images` has the number of images of each suite.
+    The protocol is that of the first result, with all suites and what only the others know; `suite_images` has the
+    number of images of each suite.
     """
     results: dict[str, Any] = {}
     images: dict[str, Any] = {}
@@ -361,6 +359,8 @@ def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         images |= record["images"]
         counts |= dict.fromkeys(record["protocol"]["suites"], record["protocol"]["n"])
     protocol = {**records[0]["protocol"], "suites": list(counts), "suite_images": counts}
+    for name, unused in (("backend", "autograd"), ("autoattack", None), ("folders", {})):
+        protocol[name] = next((r["protocol"][name] for r in records if r["protocol"][name] != unused), unused)
     if len(records) > 1:
         protocol["subset"] = "where fewer than all, drawn evenly over the classes by the seed"
     return {"protocol": protocol, "results": results, "images": images, "summary": summarize(results)}

@@ -19,7 +19,7 @@ from fastnull.progress import watched
 
 
 class Ordered(Protocol):
-    """A task with its own folder. It may have to wait for the task of another folder."""
+    """A task with its own folder. It may have to wait for tasks of other folders."""
 
     @property
     def name(self) -> str: ...
@@ -28,7 +28,7 @@ class Ordered(Protocol):
     def folder(self) -> Path: ...
 
     @property
-    def after(self) -> Path | None: ...
+    def after(self) -> Collection[Path]: ...
 
     @property
     def cost(self) -> float: ...
@@ -85,7 +85,7 @@ def run_in_processes(
     threads: int = 1,
     finished: Collection[Path] = (),
 ) -> None:
-    """Run all tasks; each starts when the task that it waits for is finished.
+    """Run all tasks; each starts when the tasks that it waits for are finished.
 
     Args:
         work: a function at the top level of a module, so that it can be pickled.
@@ -107,7 +107,7 @@ def run_in_processes(
     running: dict[Future[str], Task] = {}
     with pool:
         while waiting or running:
-            ready = [task for task in waiting if task.after is None or task.after in ended]
+            ready = [task for task in waiting if ended.issuperset(task.after)]
             # submit only tasks that can start now: a pool runs all submitted tasks, even after Ctrl-C
             for task in ready[: jobs - len(running)]:
                 waiting.remove(task)

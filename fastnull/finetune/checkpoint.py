@@ -31,6 +31,7 @@ from fastnull.distributed.sharded_state import check_shards
 from fastnull.finetune.config import RENAMED
 from fastnull.finetune.logs import Log
 from fastnull.folder_lock import check_unlocked, locked
+from fastnull.paths import same_setting
 from fastnull.record import provenance, replacing, write_json
 from fastnull.tensor_files import write_tensors
 from fastnull.vit import NormalizedModel, unwrap
@@ -296,7 +297,7 @@ class RunFolder:
         now = flat(json.loads(json.dumps(config)))  # tuples become lists, as in the file
         keys = sorted((before.keys() | now.keys()) - FREE_KEYS)
         pairs = {key: {"was": before.get(key), "now": now.get(key)} for key in keys}
-        self.changed = {key: pair for key, pair in pairs.items() if pair["was"] != pair["now"]}
+        self.changed = {key: pair for key, pair in pairs.items() if not same_setting(pair["was"], pair["now"])}
         self._refuse()
 
     def _refuse(self) -> None:

@@ -21,7 +21,7 @@ from fastnull.record import read_json
 from fastnull.report.claims import MEASURES, Claim, make_claims, sentences
 from fastnull.report.comparison import describe
 from fastnull.report.document import Block, Bullets, Code, Details, Figure, Heading, Paragraph, Table, write_document
-from fastnull.report.plots import Series, accuracy_over_eps, corruption_bars
+from fastnull.report.plots import Series, accuracy_over_eps, corruption_bars, overview
 from fastnull.report.runs import Run, load_runs, phrase
 from fastnull.robustness.settings import BALL_ATTACKS
 from fastnull.robustness.suites import FOLDER_SUITES
@@ -31,6 +31,8 @@ DEMO, COMPARISON = "demo.json", "comparison.json"
 _BASELINES = ("none", "random", "universal", "adversarial", "trades")
 _CLAIMANTS = ("universal", "per_image", "boundary")
 
+_MEANS = {"clean": "clean", "adversarial_mean": "under attack, mean", "corruption_mean": "corrupted, mean"}
+"""Values of a summary in the headline → title."""
 _OUTCOMES = (
     ("holds", "What holds", "good"),
     ("fails", "What does not hold", "bad"),
@@ -81,7 +83,7 @@ def compose(
     title = "fastnull demo: finetuning with nullspace noise" if demo else "fastnull: robustness report"
     blocks: list[Block] = [Heading(title, 1), *_introduction(runs, grouped, demo)]
     blocks += [Paragraph(text) for text in about]
-    blocks += [Heading("Result"), _headline(grouped)]
+    blocks += [Heading("Result"), _headline(grouped), *_overview(grouped)]
     blocks += [Heading("What holds on this data and what does not"), *_claims_section(grouped)]
     blocks += [Heading("Accuracy under attack"), *_attack_figure(grouped)]
     blocks += [Heading("Accuracy under corruption"), *_corruption_figure(grouped)]
@@ -141,18 +143,13 @@ def _differing_protocols(runs: Sequence[Run]) -> str:
 
 
 def _headline(grouped: Mapping[str, Sequence[Run]]) -> Table:
-    columns = {
-        "clean [%]": "clean",
-        "under attack, mean [%]": "adversarial_mean",
-        "corrupted, mean [%]": "corruption_mean",
-    }
-    header = ["finetuned with", *columns]
+    header = ["finetuned with", *(f"{title} [%]" for title in _MEANS.values())]
     with_cost = any(run.spent for runs in grouped.values() for run in runs)
     if with_cost:
         header += ["cost [forward passes per image]", "steps", "time [s]", "of which synthesis"]
     rows = []
     for method, runs in grouped.items():
-        row = [method, *(_mean_std([run.record["summary"].get(key) for run in runs]) for key in columns.values())]
+        row = [method, *(_mean_std([run.record["summary"].get(key) for run in runs]) for key in _MEANS)]
         if with_cost:
             row += [
                 _mean_std([run.spent.get("forward_passes") for run in runs], digits=0, deviation=False),
@@ -171,6 +168,26 @@ def _headline(grouped: Mapping[str, Sequence[Run]]) -> Table:
             "spent on making noise or attacking."
         )
     return Table(header, rows, caption)
+
+
+def _overview(grouped: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
+    """The figure for the first page of a project: PGD over the radius, and the means of the headline."""
+    protocol = next(iter(grouped.values()))[0].record["protocol"]
+    series = _over_radius(grouped, "pgd")
+    summaries = {method: [run.record["summary"] for run in runs] for method, runs in grouped.items()}
+    every = [summary for of_method in summaries.values() for summary in of_method]
+    means = {key: title for key, title in _MEANS.items() if all(summary.get(key) is not None for summary in every)}
+    if len(series) < max(2, len(grouped)) or not means:
+        return
+    yield overview(
+        f"PGD, {protocol['steps']} steps",
+        series,
+        protocol["norm"],
+        [title.removesuffix(", mean") for title in means.values()],
+        {method: [_moments([s[key] for s in of_method]) for key in means] for method, of_method in summaries.items()},
+        "Left: accuracy over the radius of the attack (0: clean). Right: the first columns of the table. Whiskers: "
+        "standard deviation over seeds.",
+    )
 
 
 def _claims_section(grouped: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
@@ -228,13 +245,7 @@ def _attack_figure(grouped: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
     panels: dict[str, Series] = {}
     protocol = next(iter(grouped.values()))[0].record["protocol"]
     for suite in ("fgsm", "pgd", "apgd"):
-        series = {}
-        for method, runs in grouped.items():
-            tables = [_radii(run.record, suite) for run in runs]
-            shared = [radius for radius in tables[0] if all(radius in table for table in tables)]
-            points = [(radius, *_moments([table[radius] for table in tables])) for radius in shared]
-            if points:
-                series[method] = points
+        series = _over_radius(grouped, suite)
         if series:
             panels[suite.upper() if suite == "fgsm" else f"{suite.upper()}, {protocol['steps']} steps"] = series
     if not panels:
@@ -245,6 +256,18 @@ def _attack_figure(grouped: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
         protocol["norm"],
         "Accuracy over the radius of the attack (0: clean). Whiskers: standard deviation over seeds.",
     )
+
+
+def _over_radius(grouped: Mapping[str, Sequence[Run]], suite: str) -> Series:
+    """Accuracy of the methods over the radii that all runs of a method have."""
+    series = {}
+    for method, runs in grouped.items():
+        tables = [_radii(run.record, suite) for run in runs]
+        shared = [radius for radius in tables[0] if all(radius in table for table in tables)]
+        points = [(radius, *_moments([table[radius] for table in tables])) for radius in shared]
+        if points:
+            series[method] = points
+    return series
 
 
 def _corruption_figure(grouped: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
@@ -286,7 +309,7 @@ def _flat(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield suite, results[suite]
     for which, value in results.get("noise", {}).items():
         yield f"with noise, {which}", value
-    for suite, title in (("corruptions", ""), ("imagenet-c", "imagenet-c ")):
+    for suite, title in (("corruptions", ""), ("imagenet-c", "imagenet-c "), ("cifar10-c", "cifar10-c ")):
         for name, table in results.get(suite, {}).items():
             for severity, value in table.items():
                 yield f"{title}{name}, severity {severity}", value
@@ -303,7 +326,9 @@ def _provenance(
             f"Evaluation: {_image_counts(protocol)} images ({protocol['subset']}, `{protocol['data']}`), attacks in "
             f"the {ball} norm, PGD with {protocol['steps']} steps of {protocol['step_size']}, "
             f"{_count(protocol['restarts'], 'restart')}, random start; seed {protocol['seed']}.",
-            f"Corruptions: {protocol['corruption_source']}; severities {', '.join(map(str, protocol['severities']))}.",
+            f"Attacked: {protocol.get('attacked', 'all images, to the last step')}.",
+            f"Corruptions: {protocol['corruption_source']}{_size(protocol.get('corruption_size'))}; severities "
+            f"{', '.join(map(str, protocol['severities']))}.",
             f"Weights evaluated in {protocol['dtype']} on {origin.get('device_name', 'an unknown device')}.",
             f"fastnull {origin.get('fastnull')} (commit {origin.get('commit') or 'unknown'}), "
             f"torch {origin.get('torch')}, timm {origin.get('timm')}, Python {origin.get('python')}; "
@@ -321,6 +346,10 @@ def _provenance(
         )
         yield Heading("Reproduce it", 3)
         yield Code(demo["command"])
+
+
+def _size(pixels: int | None) -> str:
+    return "" if pixels is None else f", at {pixels}x{pixels} pixels before resizing"
 
 
 def _settings_table(trained: Mapping[str, Run]) -> Table:

@@ -17,7 +17,7 @@ from fastnull.report.document import Figure
 INK = "#010203"
 """Placeholder of the text colour: black in the PNG, `currentColor` in the SVG."""
 
-# Okabe and Ito's colours for colour-blind readers; markers and dashes differ too
+# Okabe and Ito's colours for colour-blind readers, then some of Tol's; markers and dashes differ too
 STYLES = (
     {"color": INK, "marker": "o", "linestyle": "--"},
     {"color": "#E69F00", "marker": "s", "linestyle": "-"},
@@ -27,12 +27,17 @@ STYLES = (
     {"color": "#D55E00", "marker": "P", "linestyle": "-."},
     {"color": "#CC79A7", "marker": "X", "linestyle": "-"},
     {"color": "#8C8C8C", "marker": "<", "linestyle": ":"},
+    {"color": "#882255", "marker": ">", "linestyle": "-"},
+    {"color": "#999933", "marker": "p", "linestyle": "-."},
+    {"color": "#332288", "marker": "h", "linestyle": "-"},
 )
 
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
 
 Series = Mapping[str, Sequence[tuple[float, float, float]]]
 """Label → points (x, mean, standard deviation)."""
+Bars = Mapping[str, Sequence[tuple[float, float]]]
+"""Label → (mean, standard deviation) for each group of bars."""
 
 
 def import_pyplot() -> ModuleType:
@@ -49,16 +54,11 @@ def import_pyplot() -> ModuleType:
 
 def accuracy_over_eps(panels: Mapping[str, Series], norm: str, caption: str) -> Figure:
     """One panel per attack: accuracy in % over its radius, a line per method, with standard deviations."""
-    unit = "1/255 of the pixel range" if norm == "linf" else "L2 norm, pixels in [0, 1]"
     with canvas("accuracy_over_eps", 1, len(panels), width=10, height=4.6) as (axes, done):
         for axis, (attack, series) in zip(axes, panels.items(), strict=True):
-            for style, (label, points) in zip(styles(len(series)), series.items(), strict=True):
-                x, mean, deviation = zip(*points, strict=True)
-                axis.errorbar(x, mean, yerr=deviation, label=label, capsize=2.5, elinewidth=1, **style)
-            axis.set(title=attack, xlabel=f"radius ε of the attack [{unit}]", ylim=(0, 100))
-            axis.set_xticks(sorted({point[0] for points in series.values() for point in points}))
+            _draw_lines(axis, attack, series, norm)
         axes[0].set_ylabel("accuracy [%]")
-        _legend_below(axes[0])
+        legend_below(axes[0])
         worst = {
             attack: ", ".join(f"{label} {points[-1][1]:.0f} %" for label, points in series.items())
             for attack, series in panels.items()
@@ -69,20 +69,47 @@ def accuracy_over_eps(panels: Mapping[str, Series], norm: str, caption: str) -> 
         return done(alt, caption)
 
 
-def corruption_bars(names: Sequence[str], values: Mapping[str, Sequence[tuple[float, float]]], caption: str) -> Figure:
-    """A group of bars per corruption, a bar per method: (mean, standard deviation) of the accuracy in %."""
+def _draw_lines(axis: Any, attack: str, series: Series, norm: str) -> None:
+    unit = "1/255 of the pixel range" if norm == "linf" else "L2 norm, pixels in [0, 1]"
+    for style, (label, points) in zip(styles(len(series)), series.items(), strict=True):
+        x, mean, deviation = zip(*points, strict=True)
+        axis.errorbar(x, mean, yerr=deviation, label=label, capsize=2.5, elinewidth=1, **style)
+    axis.set(title=attack, xlabel=f"radius ε of the attack [{unit}]", ylim=(0, 100))
+    axis.set_xticks(sorted({point[0] for points in series.values() for point in points}))
+
+
+def overview(attack: str, series: Series, norm: str, groups: Sequence[str], values: Bars, caption: str) -> Figure:
+    """Accuracy in % over the radius of an attack, and bars for groups such as clean and corrupted."""
+    with canvas("overview", 1, 2, width=10, height=4.6) as (axes, done):
+        _draw_lines(axes[0], attack, series, norm)
+        axes[0].set_ylabel("accuracy [%]")
+        draw_bars(axes[1], groups, values)
+        axes[1].set_title("mean accuracy")
+        legend_below(axes[0])
+        means = (f"{label} {', '.join(f'{mean:.0f}' for mean, _ in pairs)} %" for label, pairs in values.items())
+        return done(f"Accuracy over the radius of {attack}; {', '.join(groups)}: " + "; ".join(means), caption)
+
+
+def draw_bars(axis: Any, groups: Sequence[str], values: Bars, colours: Sequence[str] | None = None) -> None:
+    """A bar per label in each group, with accuracies in %."""
     width = 0.84 / max(1, len(values))
+    colours = colours or [style["color"] for style in styles(len(values))]
+    for index, (colour, (label, pairs)) in enumerate(zip(colours, values.items(), strict=True)):
+        x = [place + (index - (len(values) - 1) / 2) * width for place in range(len(groups))]
+        mean, deviation = zip(*pairs, strict=True)
+        whiskers = {"elinewidth": 1, "ecolor": "#808080"}
+        axis.bar(x, mean, width * 0.92, yerr=deviation, label=label, color=colour, error_kw=whiskers)
+    axis.set_xticks(range(len(groups)), [name.replace("_", "\n") for name in groups])
+    axis.set_ylim(0, 100)
+    axis.grid(axis="x", visible=False)
+
+
+def corruption_bars(names: Sequence[str], values: Bars, caption: str) -> Figure:
+    """A group of bars per corruption, a bar per method."""
     with canvas("corruptions", 1, 1, width=10, height=4.6) as (axes, done):
-        axis = axes[0]
-        for index, (style, (label, pairs)) in enumerate(zip(styles(len(values)), values.items(), strict=True)):
-            x = [place + (index - (len(values) - 1) / 2) * width for place in range(len(names))]
-            mean, deviation = zip(*pairs, strict=True)
-            whiskers = {"elinewidth": 1, "ecolor": "#808080"}
-            axis.bar(x, mean, width * 0.92, yerr=deviation, label=label, color=style["color"], error_kw=whiskers)
-        axis.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
-        axis.set(ylabel="accuracy [%]", ylim=(0, 100))
-        axis.grid(axis="x", visible=False)
-        _legend_below(axis)
+        draw_bars(axes[0], names, values)
+        axes[0].set_ylabel("accuracy [%]")
+        legend_below(axes[0])
         means = (f"{label} {sum(m for m, _ in pairs) / len(pairs):.0f} %" for label, pairs in values.items())
         return done("Accuracy under each corruption; means over them: " + ", ".join(means), caption)
 
@@ -152,7 +179,7 @@ def styles(count: int) -> list[dict[str, Any]]:
     return styles
 
 
-def _legend_below(axis: Any) -> None:
+def legend_below(axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     axis.figure.legend(handles, labels, frameon=False, ncols=min(3, len(labels)), loc="outside lower center")
 

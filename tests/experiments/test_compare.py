@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ import fastnull.experiments.compare
 from fastnull.cli import main
 from fastnull.experiments.compare import run_compare
 from fastnull.experiments.settings import CompareSettings
-from fastnull.experiments.tasks import Task
+from fastnull.experiments.tasks import Inputs, Task, plan_tasks
 from fastnull.progress import _Silent
 from fastnull.report.claims import compare
 from fastnull.report.comparison import format_comparison, summarize_runs
@@ -92,8 +93,8 @@ def test_resume_does_only_what_is_missing(done: Path, monkeypatch: pytest.Monkey
         weights.unlink()  # a finished row needs none
     monkeypatch.setattr(fastnull.experiments.compare, "work", lambda *_: pytest.fail("done again"))
     run_compare(done, TINY, resume=True, progress=False)
-    with pytest.raises(ValueError, match="other settings: seeds"):
-        run_compare(done, replace(TINY, seeds=3), resume=True)
+    with pytest.raises(ValueError, match=r"other settings: budget \(was 13, now 26\)"):
+        run_compare(done, replace(TINY, budget=26), resume=True)
     with pytest.raises(ValueError, match="holds a comparison already"):
         run_compare(done, TINY)
     names: list[str] = []
@@ -110,6 +111,41 @@ def test_resume_does_only_what_is_missing(done: Path, monkeypatch: pytest.Monkey
     after = record_of(done)
     assert after["differences"] == before["differences"]
     assert after["about"] == before["about"]
+
+
+def test_a_finished_comparison_can_be_extended(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(done, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    # of an earlier version, without the fields that were added since
+    record = record_of(out)
+    for name in ("restarts", "final_iterate", "corruption_size", "frost_folder", "skip_bad"):
+        del record["settings"][name]
+    (out / "comparison.json").write_text(json.dumps(record))
+    before = {path: path.read_bytes() for path in out.glob("seed-*/*/results.json")}
+    names: list[str] = []
+
+    def work(task: Task, tell: Callable[[float], None]) -> str:
+        names.append(task.name)
+        return do(task, tell)
+
+    do = fastnull.experiments.tasks.work
+    monkeypatch.setattr(fastnull.experiments.compare, "work", work)
+    more = replace(
+        TINY, methods=("smooth", *TINY.methods), first_seed=2, seeds=3,
+        recipes={**TINY.recipes, "smooth": {"augment": "random", "site": "pixels", "norm_of": "boundary-pixels"}},
+    )  # fmt: skip
+    now = run_compare(out, more, resume=True, progress=False)
+    new = [f"seed 2, {name}" for name in ("start", "none", "boundary-pixels", "wide", "smooth", "random-pixels")]
+    old = [f"seed {seed}, {name}" for seed in (3, 4) for name in ("start", "smooth")]
+    assert sorted(names) == sorted([*new, *old])
+    assert names.index("seed 3, start") < names.index("seed 3, smooth")
+    assert {path: path.read_bytes() for path in before} == before
+    assert list(now["methods"]) == list(more.methods)
+    for name in TINY.methods:
+        assert list(now["methods"][name]["seeds"]) == ["2", "3", "4"]
+    assert len(next(row for row in now["differences"] if row["method"] == "smooth")["per_seed"]) == 3
+    after = plan_tasks(out, more, Inputs())[0][-1].after
+    assert [folder.name for folder in after] == ["start", "boundary-pixels"], "what another process must have finished"
 
 
 def test_the_bar_counts_all_work_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,20 +240,57 @@ def test_settings_without_a_finished_run_do_not_block(tmp_path: Path) -> None:
     for resume in (False, True):
         prepare(TINY, resume=resume)  # the same settings: it goes on
         assert state.exists()
-    prepare(replace(TINY, seeds=3))  # the corrected command: it starts over
+    prepare(replace(TINY, budget=26))  # the corrected command: it starts over
     assert not begun.exists()
-    assert record_of(out)["settings"]["seeds"] == 3
-    (out / "seed-3" / "none").mkdir(parents=True)
-    (out / "seed-3" / "none" / "results.json").write_text("{}")
+    assert record_of(out)["settings"]["budget"] == 26
+    prepare(TINY)
+    results, unfinished = out / "seed-3" / "none" / "results.json", out / "seed-3" / "wide"
+    for place in (results.parent, unfinished):
+        place.mkdir(parents=True)
+    results.write_text("{}")
     with pytest.raises(ValueError, match="holds a comparison already"):
-        prepare(replace(TINY, seeds=3))
-    with pytest.raises(ValueError, match=r"cannot resume the comparison in .* with other settings: seeds"):
-        prepare(TINY, resume=True)
-    with pytest.raises(ValueError, match=r"with other settings: train \(was 48, now 47\)"):
-        prepare(replace(TINY, seeds=3), train=47, resume=True)
-    assert (out / "seed-3" / "none" / "results.json").exists()
+        prepare(TINY)
+    with pytest.raises(
+        ValueError, match=r"cannot resume the comparison in .* with other settings: train \(was 48, now"
+    ):
+        prepare(TINY, train=47, resume=True)
+    for settings, message in (
+        ({"first_seed": 4}, r"without seed-3.none, which is finished: methods and seeds can be added, not removed"),
+        ({"methods": ("wide",)}, r"without seed-3.none"),
+        ({"recipes": {**TINY.recipes, "none": {"augment": "trades"}}}, "with other settings: recipe of none"),
+        ({"first_seed": 4, "lr": 1.0}, r"with other settings: lr \(was None, now 1.0\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(replace(TINY, **settings), resume=True)  # type: ignore[arg-type]
+    prepare(replace(TINY, seeds=5), resume=True)
+    assert unfinished.exists()
+    prepare(replace(TINY, recipes={"wide": {"augment": "random", "noise": {"limit": 2}}}), resume=True)
+    assert not unfinished.exists(), "begun with another recipe"
+    unfinished.mkdir()
+    prepare(replace(TINY, methods=("none",), seeds=1), resume=True)
+    assert not unfinished.exists(), "begun, and no longer asked for"
+    assert results.exists()
     prepare(TINY, overwrite=True)
     assert not (out / "seed-3").exists()
+
+
+def test_another_spelling_of_a_path_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "out" / "seed-3" / "none" / "results.json"
+
+    def prepare(data: str) -> None:
+        settings = replace(TINY, model="vit_digits", data=data)
+        fastnull.experiments.compare._prepare(
+            Path("out"), settings, {"data": data}, "comparison", overwrite=False, resume=True
+        )
+
+    prepare("images")
+    results.parent.mkdir(parents=True)
+    results.write_text("{}")
+    for data in ("./images", str(tmp_path / "images"), "images"):
+        prepare(data)
+    with pytest.raises(ValueError, match=r"other settings: data \(was 'images', now 'others/images'\)"):
+        prepare("others/images")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", "{}", '{"settings": 5}', '{"settings": null}'])

@@ -46,7 +46,7 @@ def test_report_has_every_section(done: Path) -> None:
     assert "Quick run" in text
     assert "fastnull demo --quick" in text
     pictures = {path.stem for path in (done / "report" / "figures").iterdir()}
-    assert pictures == {"accuracy_over_eps", "corruptions", "influence", "token_noise", "exact_nullspace"}
+    assert pictures == {"overview", "accuracy_over_eps", "corruptions", "influence", "token_noise", "exact_nullspace"}
     # the exact nullspace moves no prediction, and the report says by how much
     assert "no probability moves by more than" in text
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
-from fastnull.experiments.settings import RECIPES, CompareSettings
+from fastnull.experiments.settings import AS_IN_EVALUATE, RECIPES, CompareSettings
 from fastnull.finetune.plan import step_cost
+from fastnull.robustness.settings import EvaluationSettings
 
 
 def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:
@@ -63,6 +65,8 @@ def test_every_recipe_is_valid_and_the_budget_pays_for_it() -> None:
         ({"corruptions": ("fgo",)}, "Did you mean 'fog'"),
         ({"corruptions": ()}, "corruptions must name at least one"),
         ({"corruptions": "fog"}, "corruptions must be a tuple"),
+        ({"corruption_size": 8}, "corruption_size must be >= 16"),
+        ({"restarts": 0}, "restarts must be >= 1"),
         ({"severities": (0,)}, "severities must be among 1, 2, 3, 4, 5; got 0"),
         ({"severities": (6,)}, "severities must be among 1, 2, 3, 4, 5; got 6"),
         ({"eps": ()}, "eps must name at least one"),
@@ -117,6 +121,19 @@ def test_names_that_are_folders(name: str) -> None:
 def test_recipes_do_not_set_what_all_have_alike(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"recipe of x: {field} cannot be in a recipe"):
         CompareSettings(methods=("x",), recipes={"x": {"augment": "none", field: value}})
+
+
+def test_a_comparison_has_what_evaluate_has() -> None:
+    own, theirs = ({entry.name for entry in fields(kind)} for kind in (CompareSettings, EvaluationSettings))
+    # steps is pgd_steps, limit is images; the others are set by the comparison
+    assert theirs - own == {"norm", "steps", "seed", "out", "resume", "progress", "limit"}
+    given: dict[str, Any] = {
+        "restarts": 2, "final_iterate": True, "corruptions": ("fog",), "corruption_size": 32, "severities": (2,),
+        "root": "sets", "frost_folder": "frost", "skip_bad": True, "workers": 1,
+    }  # fmt: skip
+    assert set(given) == set(AS_IN_EVALUATE)
+    for each in CompareSettings(images=5, **given).evaluations():
+        assert {name: getattr(each, name) for name in given} == given
 
 
 def test_suites_with_the_same_number_of_images_go_together() -> None:

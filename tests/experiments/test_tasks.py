@@ -21,10 +21,12 @@ from fastnull.experiments.dry_run import dry_run
 from fastnull.experiments.settings import CompareSettings
 from fastnull.experiments.tasks import Inputs, plan_tasks, scale_of_norm, work
 from fastnull.models import load_model
+from fastnull.robustness.suites import CIFAR10, CIFAR10_CORRUPTIONS
 from fastnull.synthesis import SynthesisConfig, synthesize
 from fastnull.synthesis.solvers import norms, valid_noise
 from fastnull.synthesis.starts import draw_start, step_source
 from fastnull.tensor_files import write_tensors
+from tests.pictures import write_cifar10_c
 
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
@@ -107,8 +109,9 @@ def test_command_on_a_folder_and_a_checkpoint(
         config = json.loads((run / "config.json").read_text())["config"]
         assert config["checkpoint"] == str(out / "seed-1" / "start" / "last.safetensors")
         assert (config["crop_scale"], config["color_jitter"]) == (0.5, 0)
-        counts = json.loads((run / "results.json").read_text())["protocol"]["suite_images"]
-        assert counts == {"clean": 12, "fgsm": 8, "apgd": 4, "corruptions": 8}
+        protocol = json.loads((run / "results.json").read_text())["protocol"]
+        assert protocol["suite_images"] == {"clean": 12, "fgsm": 8, "apgd": 4, "corruptions": 8}
+        assert protocol["backend"].startswith("FrozenEncoder"), "that of the attacks"
         assert not list(run.glob("state-*")), "states of a finished run take three times the space of its weights"
         assert not list(run.glob("part-*"))
 
@@ -191,6 +194,28 @@ def test_all_suites(tmp_path: Path) -> None:
         assert f"| {row} |" in report
 
 
+def test_evaluation_as_in_evaluate(tiny: CompareSettings, tmp_path: Path) -> None:
+    """Corruption at the images' own size, PGD with the usual protocol, and the published files of CIFAR-10-C."""
+    for split in ("train", "val"):
+        colours = {name: (25 * number, 99, 99) for number, name in enumerate(CIFAR10)}
+        write_pictures(tmp_path / "pictures", split, colours, 2)
+    write_cifar10_c(tmp_path)
+    settings = replace(
+        tiny, data=str(tmp_path / "pictures"), methods=("none",), suites=("clean", "pgd", "corruptions", "cifar10-c"),
+        pgd_steps=1, restarts=2, final_iterate=True, corruption_size=32, root=str(tmp_path), images=10,
+    )  # fmt: skip
+    assert "corruptions    " in dry_run(settings, progress=False)
+    run_compare(tmp_path / "out", settings, progress=False)
+    record = json.loads((tmp_path / "out" / "seed-0" / "none" / "results.json").read_text())
+    protocol = record["protocol"]
+    assert (protocol["restarts"], protocol["corruption_size"]) == (2, 32)
+    assert list(protocol["folders"]) == ["cifar10-c"]
+    assert tuple(record["results"]["cifar10-c"]) == CIFAR10_CORRUPTIONS
+    report = (tmp_path / "out" / "report" / "report.md").read_text()
+    for text in ("Attacked: all images, to the last step.", "at 32x32 pixels", "| cifar10-c fog, severity 1 |"):
+        assert text in report
+
+
 BAD = [
     ({"checkpoint": "WIDE"}, r"wide\.safetensors does not fit .*of another shape: .*\[1, 17, 48\] in the file"),
     ({"data": "ONE"}, "training data must have at least two classes; it has only blue"),
@@ -201,6 +226,10 @@ BAD = [
     ({"start_epochs": 0}, "start_epochs must be >= 1 where the head is new"),
     ({"split": "held-out", "batch_size": 16}, "the held-out split has 10 images, fewer than a batch of 16"),
     ({"suites": ("imagenet-c",), "root": "ROOT"}, "imagenet-c: there is no folder .*gaussian_noise/1"),
+    ({"suites": ("cifar10-c",), "root": "ROOT"}, r"cifar10-c: cannot read .*shot_noise\.npy"),
+    ({"data": "digits", "checkpoint": None, "corruption_size": 32}, "corruption_size needs image files"),
+    ({"frost_folder": "no/such", "corruptions": ("frost",)}, "no/such"),
+    ({"common": {"cache": "ram"}}, "start: cache='ram': .* GB of images for 2e-05 GB of free memory"),
     ({"layer_decay": 0.5, "common": {"opt": "nosuch"}}, "start: opt must be one of"),
     ({"recipes": {"x": {"augment": "none", "accumulate": 7}}, "methods": ("x",)}, "x: batch_size must be"),
     ({"suites": ("clean", "apgd_t")}, "apgd_t/4/255: .* needs 4 classes or more; the model has 2"),
@@ -211,8 +240,9 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD)
 def test_bad_input_is_reported_before_anything_is_written(
-    changes: dict[str, Any], message: str, tiny: CompareSettings, tmp_path: Path
+    changes: dict[str, Any], message: str, tiny: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fastnull.data.cache, "free_memory", lambda: 20_000)
     places = {"WIDE": tmp_path / "wide.safetensors", "ONE": tmp_path / "one", "OTHER": tmp_path / "other"}
     places["ROOT"] = tmp_path
     if changes.get("checkpoint"):
@@ -222,6 +252,8 @@ def test_bad_input_is_reported_before_anything_is_written(
         write_pictures(tmp_path / name, "train", train, 8)
         write_pictures(tmp_path / name, "val", val, 8)
     (tmp_path / "imagenet-c").mkdir()
+    (tmp_path / "cifar10-c").mkdir()
+    (tmp_path / "cifar10-c" / "shot_noise.npy").write_bytes(b"rubbish")
     changes = {name: str(places.get(value, value)) if type(value) is str else value for name, value in changes.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_compare(tmp_path / "out", replace(tiny, **changes), progress=False)
@@ -252,8 +284,8 @@ def test_a_corruption_that_the_images_do_not_allow(
     def fails(*_: object, **__: object) -> None:
         raise ValueError("too small")
 
-    monkeypatch.setattr("fastnull.experiments.tasks.corrupt", fails)
-    with pytest.raises(ValueError, match="corruption contrast does not take these images: too small"):
+    monkeypatch.setattr("fastnull.robustness.measurements.corrupt", fails)
+    with pytest.raises(ValueError, match="corruptions/contrast/1: too small"):
         run_compare(tmp_path / "out", tiny, progress=False)
     assert not (tmp_path / "out").exists()
 

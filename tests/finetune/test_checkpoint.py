@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import warnings
 
@@ -12,7 +13,7 @@ import torch
 
 from fastnull.finetune.checkpoint import RunFolder, read_state, write_state
 
-CONFIG = {"lr": 0.1, "epochs": 2, "betas": (0.9, 0.99), "workers": 0}
+CONFIG = {"lr": 0.1, "epochs": 2, "betas": (0.9, 0.99), "workers": 0, "data": "images"}
 
 
 def folder(path, **changes):
@@ -105,7 +106,8 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
 
 def test_resume_with_other_settings_names_them(tmp_path):
     folder(tmp_path)
-    RunFolder(tmp_path, {**CONFIG, "workers": 2}, resume=True)  # how it runs, not what it computes
+    # how it runs, not what it computes; and another spelling of a path
+    RunFolder(tmp_path, {**CONFIG, "workers": 2, "data": os.path.abspath("images")}, resume=True)
     with pytest.raises(ValueError, match=r"epochs \(was 2, now 3\), lr \(was 0.1, now 0.2\). force=True uses"):
         RunFolder(tmp_path, {**CONFIG, "lr": 0.2, "epochs": 3}, resume=True)
     (tmp_path / "config.json").write_text("{")

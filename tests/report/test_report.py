@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastnull.experiments.settings import RECIPES
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.report import compose, page, write_report
 from fastnull.report.claims import Claim, Comparison, compare, make_claims, sentences
 from fastnull.report.document import Bullets, Details, Figure, Heading, Paragraph, Table, to_html, to_markdown
 from fastnull.report.illustrations import Illustrations
 from fastnull.report.page import _noise_settings
+from fastnull.report.plots import styles
 from fastnull.report.runs import load_runs
 from tests.damage import damaged
 
@@ -119,12 +121,12 @@ def test_page_stands_alone_and_text_has_its_pictures(runs: Path, tmp_path: Path)
     assert "@import" not in html
     assert not re.search(r"url\((?!['\"]?(#|data:))", html)
     assert "prefers-color-scheme: dark" in html
-    assert html.count('role="img"') == 2
+    assert html.count('role="img"') == 3
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids)), "figures share ids, so one would borrow another's clip paths"
     text = page.with_name("report.md").read_text(encoding="utf-8")
     pictures = re.findall(r"!\[(.+?)\]\((.+?)\)", text)
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     for alt, path in pictures:
         assert "%" in alt
         assert (page.parent / path).read_bytes().startswith(b"\x89PNG")
@@ -235,6 +237,29 @@ def test_results_alone_and_partial_ones(tmp_path: Path) -> None:
     assert "No attack was run" in to_markdown(compose(load_runs([tmp_path / "mine.json"])))
 
 
+def test_overview_shows_the_means_of_the_headline(runs: Path, tmp_path: Path) -> None:
+    def overview() -> list[Figure]:
+        return [block for block in compose(load_runs([runs])) if isinstance(block, Figure) and block.name == "overview"]
+
+    (figure,) = overview()
+    for text in ("Accuracy over the radius of PGD, 10 steps; clean, under attack, corrupted: none 97, 50, 45 %", "; "):
+        assert text in figure.alt
+    assert "boundary, pixels 97, 82, 60 %" in figure.alt
+    results = runs / "random-1" / "results.json"
+    values = json.loads(results.read_text())
+    values["summary"]["corruption_mean"] = None
+    results.write_text(json.dumps(values))
+    assert "; clean, under attack: none 97, 50 %; random" in overview()[0].alt, "measured for every run"
+    del values["results"]["pgd"]
+    results.write_text(json.dumps(values))
+    assert overview() == []
+
+
+def test_methods_have_their_own_colours() -> None:
+    # as many as a comparison has by default
+    assert len({style["color"] for style in styles(len(RECIPES))}) == len(RECIPES)
+
+
 def test_errors(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         write_report([tmp_path / "nowhere"], tmp_path / "r")
@@ -281,7 +306,7 @@ def test_document_escapes_and_aligns() -> None:
 
 def test_svg_is_well_formed_and_follows_the_page(runs: Path) -> None:
     figures = [block for block in compose(load_runs([runs])) if isinstance(block, Figure)]
-    assert {figure.name for figure in figures} == {"accuracy_over_eps", "corruptions"}
+    assert {figure.name for figure in figures} == {"overview", "accuracy_over_eps", "corruptions"}
     for figure in figures:
         root = ET.fromstring(figure.svg)
         assert root.get("fill") == "currentColor"

@@ -16,6 +16,7 @@ from fastnull.data import evaluation_data
 from fastnull.robustness import CORRUPTIONS, corrupt, evaluate, format_table
 from fastnull.robustness.corruptions.constants import CIFAR10_C, IMAGENET_C
 from fastnull.robustness.suites import CIFAR10, CIFAR10_CORRUPTIONS
+from tests.pictures import write_cifar10_c
 from tests.robustness.small_model import Returning
 
 image = pytest.importorskip("PIL.Image")
@@ -39,16 +40,7 @@ class Reader(nn.Module):
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two images of each class for each severity; those of severity 4 look like the next class."""
-    folder = tmp_path / "cifar10-c"
-    folder.mkdir()
-    labels = np.tile(np.arange(10), 10)  # [5 severities x 20]
-    shown = np.where(np.arange(100) // 20 == 3, labels + 1, labels)
-    pixels = np.zeros((100, 32, 32, 3), np.uint8) + (20 * shown[:, None, None, None]).astype(np.uint8)
-    for name in CIFAR10_CORRUPTIONS:
-        np.save(folder / f"{name}.npy", pixels)
-    np.save(folder / "labels.npy", labels.astype(np.uint8))
-    return tmp_path
+    return write_cifar10_c(tmp_path)
 
 
 def test_published_files(root: Path) -> None:
