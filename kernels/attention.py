@@ -1,16 +1,18 @@
 """Attention over short sequences from packed qkv, and its backward into packed dqkv (formulas: ops/attention).
 
-Each program handles one image, one head and one block of rows. There are no sums across programs, so results are
-bitwise reproducible. Scores are never written to memory. If the keys fit in one block, a program holds whole rows of
-scores; otherwise it loops over blocks of keys with an online softmax. The backward needs neither o nor row sums of the
-forward. It has two kernels:
+Scores are never written to memory, and there are no sums across programs, so results are bitwise reproducible. If the
+keys fit in one block, a program holds whole rows of scores; otherwise it loops over blocks of keys with an online
+softmax. In the forward, a program handles a block of rows of one head of one image.
+
+In the backward, a program handles one head of one image: first dq, block by block, then dk and dv. It needs neither o
+nor row sums of the forward.
 
     dq:      S = q k^T;  P;  dP = do v^T;  delta = rowsum(P dP);  dS = P (dP - delta);  dq = scale dS k
-             also writes log2 of each row's sum of powers and delta for the other kernel: 8 bytes per row and head
+             also writes log2 of each row's sum of powers and delta for the second half: 8 bytes per row and head
     dk, dv:  S^T = k q^T;  P^T;  dP^T = v do^T;  dS^T = P^T (dP^T - delta);  dv = P^T do;  dk = scale dS^T q
 
 Products: 7 if dq has whole rows, else 9 (dS needs delta first, so S and dP are computed twice); an implementation with
-atomics has 5. The second kernel computes the transposed scores directly, because Triton before 3.7.1 silently
+atomics has 5. The second half computes the transposed scores directly, because Triton before 3.7.1 silently
 miscompiles the transpose of a product on sm_90.
 """
 
@@ -37,7 +39,8 @@ class AttentionTile:
     `generation`) from `since` on.
 
     If keys + tail cover all tokens, a program holds whole rows of scores in two tiles. Triton's tile sizes are powers
-    of two, so 257 keys need 256 + 16, about half of the 512 of a single tile.
+    of two, so 257 keys need 256 + 16, about half of the 512 of a single tile. The second half of the backward takes
+    `block` keys and `queries` queries at a time.
     """
 
     head: int
@@ -47,6 +50,7 @@ class AttentionTile:
     warps: int
     stages: int = 2
     tail: int = 0
+    block: int = 64
     since: int = 80
 
 
@@ -66,27 +70,24 @@ FORWARD = (
     AttentionTile(128, ANY, 64, 64, 4, since=90),
     AttentionTile(128, ANY, 64, 32, 4),  # 64 x 64 spills on sm_80: under 3.6 with 4 warps, under 3.9 with 8
 )
-QUERY_GRADIENT = (
-    AttentionTile(64, 64, 64, 64, 4),
-    AttentionTile(64, 80, 64, 64, 4, tail=16),
+GRADIENT = (
+    AttentionTile(64, 64, 64, 64, 4, stages=1, since=90),  # too few blocks to load ahead
+    AttentionTile(64, 80, 64, 64, 4, stages=1, tail=16, since=90),
+    AttentionTile(64, 64, 32, 64, 4),
+    AttentionTile(64, 80, 32, 64, 4, stages=1, tail=16),
     AttentionTile(64, 256, 64, 256, 8, since=100),
     AttentionTile(64, 272, 64, 256, 8, tail=16, since=100),
+    AttentionTile(64, ANY, 64, 64, 8, since=100),  # with 4 warps it spills under 3.9
     # On sm_90, 64 whole rows of S and dP spill, and 32 are too few for wgmma.
     AttentionTile(64, ANY, 64, 64, 4, since=90),
     AttentionTile(32, 272, 64, 64, 4),  # with heads of 32, whole rows and blocks of 128 keys spill on sm_80
     AttentionTile(64, 256, 32, 256, 8),
-    AttentionTile(64, 272, 32, 256, 8, tail=16),
-    AttentionTile(64, ANY, 64, 64, 4),  # 64 x 128 with 4 warps spills
-    AttentionTile(128, ANY, 64, 32, 8, since=100),  # 64 x 64 spills under 3.6
+    AttentionTile(64, 272, 32, 256, 8, tail=16, block=32),  # blocks of 64 spill under 3.6
+    AttentionTile(64, ANY, 64, 64, 4, block=32),  # likewise, and 64 x 128
     AttentionTile(128, ANY, 64, 64, 8),
 )
-KEY_GRADIENT = (
-    AttentionTile(64, ANY, 64, 64, 4, since=90),  # 64 x 128 with 4 warps and 128 x 128 with 8 spill
-    AttentionTile(64, ANY, 32, 64, 4),  # 64 x 64 spills under 3.6
-    AttentionTile(128, ANY, 64, 64, 8),
-)
-# float32 products are exact ("ieee") and run on CUDA cores; with 4 warps the operands of a tile spill.
-FLOAT32 = (AttentionTile(64, ANY, 32, 32, 8), AttentionTile(128, ANY, 16, 16, 8))
+# float32 products are exact ("ieee") and run on CUDA cores; with 4 warps the operands of 32 x 32 spill.
+FLOAT32 = (AttentionTile(64, ANY, 32, 32, 8, block=32), AttentionTile(128, ANY, 16, 32, 4, block=16))
 # Changes that `fastnull selftest --tiles` tries; a tile smaller than the row loops over the keys.
 CANDIDATES = (
     {"queries": 64, "keys": 64, "warps": 4, "tail": 0},
@@ -192,26 +193,19 @@ def attention_kernel(
 
 
 @triton.jit
-def attention_dq_kernel(
-    qkv,  # [B, N, 3, H, d], dense in d
-    grad_o,  # [B, N, H, d], dense in d
-    dqkv,  # [B, N, 3, H, d], dense in d
-    logs,  # [B, H, N] float32, written: log2 of the row's sum of powers
-    deltas,  # [B, H, N] float32, written: rowsum(P dP)
+def _query_gradient(
+    source,  # q of one head; k and v follow at distances of `part`
+    grad_o,  # of the same head
+    target,  # dq of the same head; dk and dv follow
+    logs,  # [N] float32, written: log2 of the row's sum of powers
+    deltas,  # [N] float32, written: rowsum(P dP)
+    start,
     N,
-    H,
     scale,
-    qkv_b,
     qkv_n,
-    qkv_part,
-    qkv_h,
-    grad_b,
+    part,
     grad_n,
-    grad_h,
-    dqkv_b,
-    dqkv_n,
-    dqkv_part,
-    dqkv_h,
+    target_n,
     HEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -219,19 +213,17 @@ def attention_dq_kernel(
     TAIL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    blocks = tl.cdiv(N, QUERIES)
-    image, head = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
-    query = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
-    source = qkv + image * qkv_b + head * qkv_h
+    """dq of the block of queries at `start`, and the two values of each row that `_key_gradient` needs."""
+    query = start + tl.arange(0, QUERIES)
     scale_log2 = scale * LOG2_E
     q = _rows(source, query, N, qkv_n, HEAD, WIDTH)
-    do = _rows(grad_o + image * grad_b + head * grad_h, query, N, grad_n, HEAD, WIDTH)
+    do = _rows(grad_o, query, N, grad_n, HEAD, WIDTH)
     if WHOLE:
-        k, v, key = _keys(source, 0, N, qkv_n, qkv_part, HEAD, WIDTH, KEYS)
+        k, v, key = _keys(source, 0, N, qkv_n, part, HEAD, WIDTH, KEYS)
         s = _scores(q, k, key, N, scale_log2)
         top = tl.max(s, 1)
         if TAIL:
-            k_tail, v_tail, key_tail = _keys(source, KEYS, N, qkv_n, qkv_part, HEAD, WIDTH, TAIL)
+            k_tail, v_tail, key_tail = _keys(source, KEYS, N, qkv_n, part, HEAD, WIDTH, TAIL)
             s_tail = _scores(q, k_tail, key_tail, N, scale_log2)
             top = tl.maximum(top, tl.max(s_tail, 1))
         p = tl.exp2(s - top[:, None])
@@ -254,8 +246,8 @@ def attention_dq_kernel(
         top = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
         delta = tl.zeros([QUERIES], tl.float32)
-        for start in range(0, N, KEYS):
-            k, v, key = _keys(source, start, N, qkv_n, qkv_part, HEAD, WIDTH, KEYS)
+        for first in range(0, N, KEYS):
+            k, v, key = _keys(source, first, N, qkv_n, part, HEAD, WIDTH, KEYS)
             s = _scores(q, k, key, N, scale_log2)
             new_top = tl.maximum(top, tl.max(s, 1))
             shrink = tl.exp2(top - new_top)
@@ -266,24 +258,63 @@ def attention_dq_kernel(
         delta = delta / total
         log = top + tl.log2(total)
         dq = tl.zeros([QUERIES, WIDTH], tl.float32)
-        for start in range(0, N, KEYS):
-            k, v, key = _keys(source, start, N, qkv_n, qkv_part, HEAD, WIDTH, KEYS)
+        for first in range(0, N, KEYS):
+            k, v, key = _keys(source, first, N, qkv_n, part, HEAD, WIDTH, KEYS)
             p = tl.exp2(_scores(q, k, key, N, scale_log2) - log[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    _store_rows(dqkv + image * dqkv_b + head * dqkv_h, query, dq * scale, N, dqkv_n, HEAD, WIDTH)
-    row = (image * H + head) * N + query
-    tl.store(logs + row, log, query < N)
-    tl.store(deltas + row, delta, query < N)
+    _store_rows(target, query, dq * scale, N, target_n, HEAD, WIDTH)
+    tl.store(logs + query, log, query < N)
+    tl.store(deltas + query, delta, query < N)
 
 
 @triton.jit
-def attention_dkdv_kernel(
+def _key_gradient(
+    source,
+    grad_o,
+    target,
+    logs,
+    deltas,
+    start,
+    N,
+    scale,
+    qkv_n,
+    part,
+    grad_n,
+    target_n,
+    target_part,
+    HEAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """dk and dv of the block of keys at `start`, from the logs and deltas of all rows."""
+    scale_log2 = scale * LOG2_E
+    k, v, key = _keys(source, start, N, qkv_n, part, HEAD, WIDTH, KEYS)
+    dk = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv = tl.zeros([KEYS, WIDTH], tl.float32)
+    for first in range(0, N, QUERIES):
+        query = first + tl.arange(0, QUERIES)
+        q = _rows(source, query, N, qkv_n, HEAD, WIDTH)
+        do = _rows(grad_o, query, N, grad_n, HEAD, WIDTH)
+        # Infinity makes the probabilities of queries beyond N zero. Rows of keys beyond N are not stored.
+        log = tl.load(logs + query, query < N, float("inf"))
+        delta = tl.load(deltas + query, query < N, 0.0)
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - log[None, :])  # [keys, queries]
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    _store_rows(target + target_part, key, dk * scale, N, target_n, HEAD, WIDTH)
+    _store_rows(target + 2 * target_part, key, dv, N, target_n, HEAD, WIDTH)
+
+
+@triton.jit
+def attention_dqkv_kernel(
     qkv,  # [B, N, 3, H, d], dense in d
     grad_o,  # [B, N, H, d], dense in d
     dqkv,  # [B, N, 3, H, d], dense in d
-    logs,  # [B, H, N] float32, from attention_dq_kernel
-    deltas,  # [B, H, N] float32, from attention_dq_kernel
+    logs,  # [B, H, N] float32
+    deltas,  # [B, H, N] float32
     N,
     H,
     scale,
@@ -302,31 +333,28 @@ def attention_dkdv_kernel(
     WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    TAIL: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(N, KEYS)
-    image, head = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
-    key = tl.program_id(0) % blocks * KEYS + tl.arange(0, KEYS)
+    image, head = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     source = qkv + image * qkv_b + head * qkv_h
-    scale_log2 = scale * LOG2_E
-    k = _rows(source + qkv_part, key, N, qkv_n, HEAD, WIDTH)
-    v = _rows(source + 2 * qkv_part, key, N, qkv_n, HEAD, WIDTH)
-    dk = tl.zeros([KEYS, WIDTH], tl.float32)
-    dv = tl.zeros([KEYS, WIDTH], tl.float32)
-    for start in range(0, N, QUERIES):
-        query = start + tl.arange(0, QUERIES)
-        q = _rows(source, query, N, qkv_n, HEAD, WIDTH)
-        do = _rows(grad_o + image * grad_b + head * grad_h, query, N, grad_n, HEAD, WIDTH)
-        row = (image * H + head) * N + query
-        # Infinity makes the probabilities of queries beyond N zero. Rows of keys beyond N are not stored.
-        log = tl.load(logs + row, query < N, float("inf"))
-        delta = tl.load(deltas + row, query < N, 0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - log[None, :])  # [keys, queries]
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    grad_o += image * grad_b + head * grad_h
     target = dqkv + image * dqkv_b + head * dqkv_h
-    _store_rows(target + dqkv_part, key, dk * scale, N, dqkv_n, HEAD, WIDTH)
-    _store_rows(target + 2 * dqkv_part, key, dv, N, dqkv_n, HEAD, WIDTH)
+    logs += (image * H + head) * N
+    deltas += (image * H + head) * N
+    # The loops inside are pipelined, not these. Addresses moved out of these would spill.
+    for start in tl.range(0, N, QUERIES, num_stages=1, disable_licm=True):
+        _query_gradient(
+            source, grad_o, target, logs, deltas, start, N, scale, qkv_n, qkv_part, grad_n, dqkv_n,
+            HEAD, WIDTH, QUERIES, KEYS, TAIL, WHOLE,
+        )  # fmt: skip
+    tl.debug_barrier()  # the logs and deltas that other threads of the program wrote are read below
+    for start in tl.range(0, N, BLOCK, num_stages=1, disable_licm=True):
+        _key_gradient(
+            source, grad_o, target, logs, deltas, start, N, scale, qkv_n, qkv_part, grad_n, dqkv_n, dqkv_part,
+            HEAD, WIDTH, QUERIES, BLOCK,
+        )  # fmt: skip
 
 
 def _check(qkv: Tensor) -> None:
@@ -374,13 +402,10 @@ def attention_dqkv_out(qkv: Tensor, grad_o: Tensor, scale: float, dqkv: Tensor) 
         return
     B, N, _, H, d = qkv.shape
     logs, deltas = (empty((B, H, N), dtype=torch.float32, device=qkv.device) for _ in range(2))
-    arguments = (qkv, grad_o, dqkv, logs, deltas, N, H, scale)
-    strides = (*qkv.stride()[:4], *grad_o.stride()[:3], *dqkv.stride()[:4])
-    of_queries, of_keys = _tile(QUERY_GRADIENT, qkv), _tile(KEY_GRADIENT, qkv)
+    tile = _tile(GRADIENT, qkv)
     with on_device_of(qkv):
-        attention_dq_kernel[(triton.cdiv(N, of_queries.queries) * B * H,)](
-            *arguments, *strides, **_row(of_queries, N), **_constants(of_queries, d), **COMPILE
-        )
-        attention_dkdv_kernel[(triton.cdiv(N, of_keys.keys) * B * H,)](
-            *arguments, *strides, **_constants(of_keys, d), **COMPILE
-        )
+        attention_dqkv_kernel[(B * H,)](
+            qkv, grad_o, dqkv, logs, deltas, N, H, scale,
+            *qkv.stride()[:4], *grad_o.stride()[:3], *dqkv.stride()[:4],
+            **_row(tile, N), **_constants(tile, d), BLOCK=tile.block, **COMPILE,
+        )  # fmt: skip

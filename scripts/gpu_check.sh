@@ -26,7 +26,7 @@ done
 case $RUN in
   1) PARTS="install probe gradient built selftest steps tests" ;;
   2)
-    PARTS="install probe compiled built sanitizer profile autotune"
+    PARTS="install probe compiled built cuda sanitizer profile autotune"
     export FASTNULL_KERNELS=triton ;; # no time for a self-test: what it chose is measured in run 1
   *) echo "gpu_check.sh: --run must be 1 or 2; got '$RUN'" >&2 && exit 98 ;;
 esac
@@ -86,6 +86,10 @@ steps() {
 
 compiled() { bench compiled --seconds 2 --models vit_base_patch16_224 vit_small_patch16_224; }
 
+cuda() { # the C++ kernels, and Triton's for the ops that have none: beside the rows of `compiled`
+  FASTNULL_KERNELS=cuda bench cuda --seconds 1 --no-compile --models vit_base_patch16_224
+}
+
 autotune() { bench autotune --seconds 2 --compile-mode max-autotune --models vit_base_patch16_224; }
 
 tests() { # a worker that meets a CUDA error ends itself, and another one goes on
@@ -141,7 +145,7 @@ code="import importlib.util as i, sys; sys.exit(i.find_spec('fastnull.kernels') 
 
 failed=0
 : >"$OUT/log.txt" && : >"$OUT/table.txt"
-export -f install build built probe gradient selftest bench steps compiled autotune tests sanitizer profile
+export -f install build built probe gradient selftest bench steps compiled cuda autotune tests sanitizer profile
 export DRY OUT WORK PYTHON
 for part in $PARTS; do
   if [ "$part" != install ] && [ ! -e "$WORK/build.log" ]; then # nvcc works beside the parts before `built`

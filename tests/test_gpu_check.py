@@ -21,7 +21,7 @@ from fastnull.models import create_model
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
     1: ["install", "probe", "gradient", "built", "selftest", "steps", "tests"],
-    2: ["install", "probe", "compiled", "built", "sanitizer", "profile", "autotune"],
+    2: ["install", "probe", "compiled", "built", "cuda", "sanitizer", "profile", "autotune"],
 }
 
 
@@ -43,7 +43,7 @@ def results(table: str) -> dict[str, str]:
 def test_a_dry_run_does_every_part(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install fastnull[triton]")
     # what run 2 has beside another mode of torch.compile
-    for number, only in ((1, PARTS[1]), (2, ["sanitizer", "profile"])):
+    for number, only in ((1, PARTS[1]), (2, ["cuda", "sanitizer", "profile"])):
         done = run("gpu_check.sh", "--run", str(number), "--only", " ".join(only), "--dry-run", str(tmp_path))
         assert done.returncode == 0, done.stdout + done.stderr
         table = (tmp_path / "table.txt").read_text()
@@ -51,7 +51,7 @@ def test_a_dry_run_does_every_part(tmp_path: Path) -> None:
         for text in ("backend cpu", "digits             ok", "attention_out float32 17 16: ") if number == 1 else ():
             assert text in table
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["log.txt", "profile.json", "selftest-vit_digits.json", "steps.json", "table.txt"]
+    assert names == ["cuda.json", "log.txt", "profile.json", "selftest-vit_digits.json", "steps.json", "table.txt"]
 
 
 PRETENDED = """#!/bin/sh
@@ -66,7 +66,9 @@ case "$*" in
   *"pip install"*) test -e fastnull/kernels && echo "no setuptools" && exit 1 ;;
   *setup.py*) test ! -e pyproject.toml && echo "nvcc for $TORCH_CUDA_ARCH_LIST, $FASTNULL_CUDA" >>"{calls}" ;;
   *"fastnull selftest"*) cp "{folder}/selftest" "$last" ;;
-  *"fastnull bench"*) mkdir -p "$last" && cp "{folder}/bench" "$last/20260101T000000Z-x.json" ;;
+  *"fastnull bench"*)
+    echo "rows of $FASTNULL_KERNELS" >>"{calls}"
+    mkdir -p "$last" && cp "{folder}/bench" "$last/20260101T000000Z-x.json" ;;
   *pytest*) cat "{folder}/pytest" ;;
 esac
 """
@@ -138,6 +140,11 @@ def test_what_a_gpu_is_asked_for(machine: Path, number: int) -> None:
         assert "  40 PASSED, 40 FAILED\n  FAILED tests/gpu/test_ops_on_gpu.py::test_opcheck - worker" in table
         assert "  attention_out 0 64: library 0.5 50 %; triton: error 0.4" in table
     else:
+        assert [line.split()[-1] for line in calls.splitlines() if line.startswith("rows")] == [
+            "triton",
+            "cuda",
+            "triton",
+        ]
         assert [line.split()[2] for line in calls.splitlines() if line.startswith("compute-s")] == [
             "memcheck",
             "racecheck",

@@ -4,7 +4,7 @@ A synthesis runs `FrozenEncoder` hundreds of times. Its backends compute the sam
     reference   the model's own modules under autograd with frozen parameters; for any model with an adapter
     cpu         forward and input gradient written out (fastnull.encoder.explicit) on library GEMMs and the C++ ops of
                 csrc/cpu
-    cuda        the same code on cuBLAS and the Triton kernels of kernels/
+    cuda        the same code on cuBLAS, the Triton kernels of kernels/ and the CUDA kernels of csrc/cuda
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastnull.encoder.explicit.encoder import ExplicitEncoder
 from fastnull.encoder.explicit.products import automatic_dtype, products_dtype
 from fastnull.encoder.proof import check_structure, check_values, problems_of
 from fastnull.ops.attention import WIDEST_HEAD
-from fastnull.ops.common import NATIVE_DTYPES, in_autocast, switched_off, told, triton_problem
+from fastnull.ops.common import NATIVE_DTYPES, gpu_problem, in_autocast, switched_off, told, triton_problem
 from fastnull.selftest import prove
 from fastnull.vit.base import SplitViT, check_site
 from fastnull.vit.exact import same, snapshot
@@ -72,8 +72,8 @@ class FrozenEncoder:
     Raises:
         ValueError: unknown backend or site; a model that no adapter knows; a model that is sharded already (see
             `sharding`); or a forced backend that cannot run the model: on another device or on several devices, or with
-            a part that has no written-out form (UnsupportedModelError). For `cuda` also a GPU below sm_80, no Triton,
-            float64, and heads wider than 128, for which `auto` uses torch's attention.
+            a part that has no written-out form (UnsupportedModelError). For `cuda` also a GPU below sm_80, neither
+            Triton nor a build of csrc/cuda, float64, and heads wider than 128, for which `auto` uses torch's attention.
     """
 
     def __init__(
@@ -400,7 +400,9 @@ def _checked_parts(vit: SplitViT, dtype: torch.dtype, device: torch.device, back
         raise UnsupportedModelError(f"a model on several devices ({', '.join(sorted(devices))})")
     if device.type == "cuda":
         # with native code switched off, the ops run on their references, which need neither this GPU nor Triton
-        problem = "" if switched_off() else triton_problem(device)
+        problem = "" if switched_off() else gpu_problem(device)
+        if backend == "auto" and not switched_off():  # without Triton, LayerNorm and GELU are slower than autograd's
+            problem = problem or triton_problem()
         if problem:
             told.add(device)  # this error or its warning says it
             raise UnsupportedModelError(f"{device} ({problem})")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastnull.checks import RANGE_TOLERANCE, check_finite, check_number
 from fastnull.nullspace.box_least_squares import box_least_squares
 from fastnull.nullspace.box_projection import box_projection
-from fastnull.ops.common import NATIVE_DTYPES, no_autocast, switched_off, triton_problem
+from fastnull.ops.common import NATIVE_DTYPES, gpu_problem, no_autocast, switched_off
 from fastnull.ops.patch_project import patch_project
 from fastnull.selftest import prove
 from fastnull.selftest.problems import Problem
@@ -383,7 +383,7 @@ class PatchNullspace:
 @functools.cache
 def _prove(device: torch.device, dtype: torch.dtype, patch_size: int, pixels: int, complement: bool) -> None:
     """Have the kernels of the projection checked, unless this machine knows them."""
-    if dtype in NATIVE_DTYPES["cuda"] and not switched_off() and not triton_problem(device):
+    if dtype in NATIVE_DTYPES["cuda"] and not switched_off() and not gpu_problem(device):
         prove([Problem("patch_project_out", (dtype, (patch_size, pixels, int(complement))))], device)
 
 

@@ -102,14 +102,14 @@ def use_native(op: str, *tensors: Tensor | None) -> bool:
     device = given[0].device
     if any(t.device != device or t.dtype not in NATIVE_DTYPES.get(device.type, ()) for t in given):
         return False
-    return _C.cpu_available() if device.type == "cpu" else not _C._disabled and _triton_serves(device)
+    return _C.cpu_available() if device.type == "cpu" else not _C._disabled and _gpu_serves(device)
 
 
 @functools.cache
-def _triton_serves(device: torch.device) -> bool:
+def _gpu_serves(device: torch.device) -> bool:
     if switched_off():
         return False
-    problem = triton_problem(device)
+    problem = gpu_problem(device)
     if problem and device not in told:
         install = "Install it with `pip install fastnull[triton]`, or set" if "need Triton" in problem else "Set"
         warnings.warn(
@@ -127,18 +127,27 @@ def switched_off() -> bool:
 
 
 @functools.cache
-def triton_problem(device: torch.device) -> str:
-    """Why the Triton kernels do not run on this GPU; empty if they do. The first call imports them and registers the
-    dispatchers of all ops."""
+def gpu_problem(device: torch.device) -> str:
+    """Why no kernel runs on this GPU; empty if some do: those of Triton, or of csrc/cuda if nvcc built them. The first
+    call imports them and registers the dispatchers of all ops."""
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_GPU:
         have, need = (f"sm_{major}{minor}" for major, minor in (capability, OLDEST_GPU))
         return f"the kernels need a GPU of at least {need}, this one is {have}"
+    problem = triton_problem()
+    if problem and not _C.cuda.load():
+        return problem
+    register_choices()
+    return ""
+
+
+@functools.cache
+def triton_problem() -> str:
+    """Why the Triton kernels cannot be imported; empty if they can."""
     try:
         import fastnull.kernels  # noqa: F401
     except ImportError as failure:
         return f"the kernels need Triton ({failure})"
-    register_choices()
     return ""
 
 

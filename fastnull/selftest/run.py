@@ -93,8 +93,8 @@ def _short_of_memory(found: Found) -> bool:
 @contextmanager
 def _alone() -> Iterator[None]:
     """Lock the folder of results: other processes on this machine wait. No lock if the folder cannot be created."""
-    folder = store.folder()
     try:
+        folder = store.folder()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".tried").touch()
     except OSError:  # reported when the results are written

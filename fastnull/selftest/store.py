@@ -20,8 +20,12 @@ from fastnull.record import device_name, read_json, version_of, write_json
 
 
 def folder() -> Path:
-    """`fastnull/selftest` in the user's cache folder: XDG_CACHE_HOME, else ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnull" / "selftest"
+    """`fastnull/selftest` in the user's cache folder: XDG_CACHE_HOME, else ~/.cache. Raises OSError without one."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user without an entry, as in some containers
+        raise OSError(f"{error} Set XDG_CACHE_HOME.") from error
+    return cache / "fastnull" / "selftest"
 
 
 @functools.cache

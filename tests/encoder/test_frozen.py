@@ -527,7 +527,7 @@ class Recorded(TorchDispatchMode):
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The meta device as a GPU whose kernels run nothing: it takes no other device's tensors and gives no values."""
     monkeypatch.setitem(common.NATIVE_DTYPES, "meta", common.NATIVE_DTYPES["cuda"])
-    monkeypatch.setattr(common, "_triton_serves", lambda device: True)
+    monkeypatch.setattr(common, "_gpu_serves", lambda device: True)
     yield torch.device("meta")
 
 
@@ -581,7 +581,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Device → why its kernels do not run ("" where they do), and an ExplicitEncoder that only says it was made."""
     problems = {"cuda:0": ""}
     proven.clear()
-    monkeypatch.setattr(encoder, "triton_problem", lambda device: problems[str(device)])
+    monkeypatch.setattr(encoder, "gpu_problem", lambda device: problems[str(device)])
+    monkeypatch.setattr(encoder, "triton_problem", lambda: "")
     monkeypatch.setattr(encoder, "ExplicitEncoder", lambda vit, parts, dtype, compute: (parts, dtype, compute))
     for check in ("check_structure", "check_values", "problems_of"):  # there is no model behind it
         monkeypatch.setattr(encoder, check, lambda *_, **__: None)
@@ -632,6 +633,30 @@ def test_what_a_gpu_cannot_run_is_a_warning_once_or_an_error(
     assert (torch.device("cuda:0") in common.told) == bool(gpus["cuda:0"]), "the ops need not say it again"
     with pytest.raises(UnsupportedModelError, match=f"backend 'cuda' does not support .*{message}"):
         encoder._explicit(given, dtype, "cuda")
+
+
+def test_without_triton_csrc_s_kernels_serve_where_the_backend_is_forced(
+    vit: NormalizedModel, gpus: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to itself the model stays on the reference backend: csrc/cuda has no LayerNorm and GELU."""
+    given, parts = on_gpu(vit)
+    monkeypatch.setattr(encoder, "triton_problem", lambda: "the kernels need Triton (no module)")
+    with pytest.warns(UserWarning, match=r"reference backend: cuda:0 \(.* need Triton \(no module\)\)") as seen:
+        assert [encoder._explicit(given, torch.bfloat16, "auto") for _ in range(2)] == [None, None]
+    assert len(seen) == 1
+    assert encoder._explicit(given, torch.bfloat16, "cuda") == (parts, torch.bfloat16, torch.bfloat16)
+    assert proven == ["cuda:0"]
+
+
+def test_a_device_without_kernels_takes_the_reference_backend(vit: NormalizedModel, gpus: dict[str, str]) -> None:
+    given, _ = on_gpu(vit, devices=("mps:0",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert encoder._explicit(given, torch.float32, "auto") is None
+    assert not proven
+    for backend in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match=f"needs a model on a device of type '{backend}'; it is on mps:0"):
+            encoder._explicit(given, torch.float32, backend)
 
 
 def test_wide_heads_take_torchs_attention_on_a_gpu_and_say_so_once(vit: NormalizedModel, gpus: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,14 @@ import numpy
 import pytest
 import torch
 
+from fastnull import choices
+from fastnull.choices import Outcome
 from fastnull.finetune import FinetuneConfig, finetune
 from fastnull.finetune.checkpoint import read_state, write_state
 from fastnull.finetune.config import AUGMENTS
 from fastnull.finetune.plan import make_plan
 from fastnull.models import create_model
+from fastnull.record import device_name
 from tests.finetune.runs import (
     GREEN,
     RED,
@@ -188,6 +192,30 @@ def test_finished_run_resumes_to_its_result(tmp_path, few):
     again = finetune(replace(config, resume=True), train_data=few)
     assert again.best_accuracy == first.best_accuracy
     assert [record["loss"] for record in again.history] == [record["loss"] for record in first.history]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason"),
+    [(Outcome(ms=9.0), ""), (Outcome(problem="wrong: error 1"), "wrong: error 1"), (None, "was not checked here")],
+)
+def test_implementations_of_ops_are_kept_or_a_warning_names_them(tmp_path, few, monkeypatch, outcome, reason):
+    """A run of a GPU's kernels, resumed where the results of the self-test are others. The CPU stands for the GPU."""
+    problem, gpu = "attention_out bfloat16 17 16", device_name(torch.device("cpu"))
+    for name in ("_found", "_pinned", "_used"):
+        monkeypatch.setattr(choices, name, {})
+    config = replace(SMALL, num_classes=10, epochs=2, out=str(tmp_path))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, lambda: signal.raise_signal(signal.SIGINT))
+        choices.use(problem, "triton")
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config, train_data=few)
+    choices.add(gpu, {problem: {"library": Outcome(ms=1.0), **({"triton": outcome} if outcome else {})}})
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        finetune(replace(config, resume=True), train_data=few)
+    said = [str(each.message) for each in seen if "not bit for bit" in str(each.message)]
+    assert [line.split("because ")[1] for line in said] == ([f"{problem}: triton {reason}"] if reason else [])
+    assert choices.ranked(gpu, problem) == (["library"] if reason else ["triton", "library"])
 
 
 def test_resume_with_another_model_is_refused(tmp_path, few):

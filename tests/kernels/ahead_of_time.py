@@ -42,12 +42,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Resources of a compiled kernel: registers a thread, bytes of stack (spills) and of shared memory, and its PTX."""
+    """Resources of a compiled kernel: registers a thread, bytes of stack (spills) and of shared memory, its PTX, and
+    what Triton makes of it first."""
 
     registers: int
     stack: int
     shared: int
     ptx: str
+    ir: str
 
 
 def launches_of(call: Callable[[], None]) -> list[Launch]:
@@ -95,4 +97,4 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
         command = [str(tools / "cuobjdump"), "-res-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
-    return Compiled(registers, stack, built.metadata.shared, built.asm["ptx"])
+    return Compiled(registers, stack, built.metadata.shared, built.asm["ptx"], built.asm["ttir"])

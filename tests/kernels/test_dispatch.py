@@ -12,13 +12,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastnull import _C, ops, testing
-from fastnull.ops import common
+from fastnull.ops import common, dispatch
 from fastnull.ops.layer_norm import layer_norm_ref
 
 
 def _forget() -> None:
-    common.triton_problem.cache_clear()
-    common._triton_serves.cache_clear()
+    for known in (common.gpu_problem, common.triton_problem, common._gpu_serves):
+        known.cache_clear()
 
 
 @pytest.fixture
@@ -50,6 +50,10 @@ def test_references_switch_ops_off_by_name(hopper: torch.Tensor, names: tuple[st
             assert not common.use_native("noise_step", hopper)
         assert common.use_native("noise_step", hopper) == bool(names)
     assert common.use_native("layer_norm", hopper)
+
+
+def test_a_device_without_kernels_takes_the_reference() -> None:
+    assert not any(common.use_native(op, torch.empty(2, 8, device="meta")) for op in ops.OPS), "as on mps"
 
 
 def test_a_switched_off_op_runs_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +114,24 @@ def test_every_kernel_is_registered_for_cuda(hopper: torch.Tensor) -> None:
 
 def test_a_missing_triton_is_explained_once(hopper: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastnull.kernels", None)  # importing it now raises ImportError
+    monkeypatch.setattr(_C.cuda, "load", lambda: False)
     with pytest.warns(RuntimeWarning, match=r"the kernels need Triton .*`pip install fastnull\[triton\]") as warned:
         served = [common.use_native("layer_norm", hopper) for _ in range(2)]
     assert served == [False, False]
     assert len(warned) == 1
+
+
+def test_without_triton_the_kernels_of_csrc_serve(hopper: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are checked and chosen beside the library's ways; there is nothing to warn of."""
+    monkeypatch.setitem(sys.modules, "fastnull.kernels", None)
+    monkeypatch.setattr(_C.cuda, "load", lambda: True)
+    monkeypatch.setattr(dispatch, "CUDA_NAMESPACE", "fastnull")  # csrc/cuda's ops are not registered here
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(common.use_native(op, hopper) for op in ops.OPS)
+    for op, cuda in (("noise_objective_out", {"cuda"}), ("layer_norm_out", set())):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnull::{op}", "CUDA")
+        assert dispatch.implementations(op, hopper.device).keys() == {"library"} | cuda
 
 
 def test_cpu_tensors_never_import_triton() -> None:

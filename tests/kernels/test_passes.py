@@ -72,7 +72,7 @@ def step_of(make_vit: Callable[..., Any], depth: int, fused: tuple[str, ...]) ->
     return step
 
 
-ATTENTION = {"attention_kernel": 1, "attention_dq_kernel": 1, "attention_dkdv_kernel": 1}
+ATTENTION = {"attention_kernel": 1, "attention_dqkv_kernel": 1}
 COMMON = {"layer_norm_kernel": 2, "addmm": 1, "addmm_": 2, "layer_norm_dx_kernel": 2, **ATTENTION}
 # Passes that a product makes in any case: it reads its input and writes its output.
 PLAIN = {"addmm_": 1 + 1 + 4 + 1, "linear_gelu_kernel": 1 + 4, "linear_dgelu_kernel": 1 + 4}
@@ -80,9 +80,9 @@ PLAIN = {"addmm_": 1 + 1 + 4 + 1, "linear_gelu_kernel": 1 + 4, "linear_dgelu_ker
 # 34 = norms 2 x 2 and 2 x 4, the stream read by two products 2, GELU and its derivative 2 x 10. Fused, GELU leaves 2 of
 # its 10: its derivative is 4 times as wide as an activation, one byte a value.
 CASES = {
-    (): ({"mm": 5, "gelu_kernel": 1, "dgelu_kernel": 1}, 17, 34),
-    ("linear_gelu",): ({"mm": 4, "linear_gelu_kernel": 1, "dgelu_kernel": 1}, 16, 26),
-    ("linear_gelu", "linear_dgelu"): ({"mm": 3, "linear_gelu_kernel": 1, "linear_dgelu_kernel": 1}, 15, 18),
+    (): ({"mm": 5, "gelu_kernel": 1, "dgelu_kernel": 1}, 16, 34),
+    ("linear_gelu",): ({"mm": 4, "linear_gelu_kernel": 1, "dgelu_kernel": 1}, 15, 26),
+    ("linear_gelu", "linear_dgelu"): ({"mm": 3, "linear_gelu_kernel": 1, "linear_dgelu_kernel": 1}, 14, 18),
 }
 
 
@@ -91,7 +91,7 @@ def test_launches_and_passes_of_a_block(
     make_vit: Callable[..., Any], fused: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(common.NATIVE_DTYPES, "meta", common.NATIVE_DTYPES["cuda"])
-    monkeypatch.setattr(common, "_triton_serves", lambda device: True)
+    monkeypatch.setattr(common, "_gpu_serves", lambda device: True)
     deep, shallow = step_of(make_vit, 3, fused), step_of(make_vit, 2, fused)
     launches, moved = deep.launches - shallow.launches, deep.bytes - shallow.bytes
     of_products, count, passes = CASES[fused]

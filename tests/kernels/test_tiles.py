@@ -16,7 +16,7 @@ from fastnull.kernels.tiles import change_name, changed, with_change
 from fastnull.ops import dispatch
 
 TABLES = (
-    [(attention, table) for table in (attention.FORWARD, attention.QUERY_GRADIENT, attention.KEY_GRADIENT)]
+    [(attention, table) for table in (attention.FORWARD, attention.GRADIENT)]
     + [(module, module.TILES) for module in (gelu, layer_norm, linear_gelu, patch_project)]
 )  # fmt: skip
 

@@ -522,7 +522,7 @@ def test_a_gpu_s_projection_has_its_kernels_checked(monkeypatch: pytest.MonkeyPa
     asked: list[str] = []
     monkeypatch.setattr(patch, "prove", lambda problems, device: asked.extend(each.name for each in problems))
     reasons = {"cuda:0": "", "cuda:1": "the kernels need Triton"}
-    monkeypatch.setattr(patch, "triton_problem", lambda device: reasons[str(device)])
+    monkeypatch.setattr(patch, "gpu_problem", lambda device: reasons[str(device)])
     for device in reasons:
         for dtype in (torch.float32, torch.float64):
             patch._prove.__wrapped__(torch.device(device), dtype, 16, 768, True)

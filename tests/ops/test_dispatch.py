@@ -13,6 +13,7 @@ from fastnull.choices import Outcome
 from fastnull.ops import dispatch
 from fastnull.ops.common import REFERENCES
 from fastnull.ops.dispatch import Implementation, dispatcher, implementations, problem_name
+from fastnull.record import provenance
 from fastnull.selftest.problems import OPS, Problem
 
 GPU = "NVIDIA H100"
@@ -76,7 +77,7 @@ def test_a_resumed_run_keeps_what_it_had(asked: list[str]) -> None:
     launch(qkv(), 0.2, None)
     assert asked == ["cuda", "flash"]
     assert choices.in_use() == {PROBLEM: "flash"}
-    assert choices.in_records() == {"implementations": {PROBLEM: "flash"}}
+    assert provenance()["implementations"] == {PROBLEM: "flash"}, "in every record"
 
 
 def test_switches(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

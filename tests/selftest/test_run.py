@@ -129,11 +129,16 @@ def test_another_version_or_device_has_results_of_its_own(
     assert len(list(store.folder().glob("*.json"))) == 2
 
 
+@pytest.mark.parametrize("missing", ["folder", "home"])
 def test_without_a_cache_folder_it_goes_on_and_says_so_once(
-    runs: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    if missing == "home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that the system does not know
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(2):

@@ -36,7 +36,7 @@ def test_forward_and_gradient(case: tuple[int, int, int, int], dtype: torch.dtyp
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has its own tiles alone")
 @pytest.mark.parametrize("capability", [90, 100])
-@pytest.mark.parametrize("tokens", [197, 257])
+@pytest.mark.parametrize("tokens", [65, 197, 257])
 def test_tiles_of_newer_gpus(tokens: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole rows of 64 queries in the forward, and on sm_100 in dq; the cases above run sm_80's tiles."""
     monkeypatch.setattr(attention_kernels, "generation_of", lambda x: capability)
@@ -45,7 +45,7 @@ def test_tiles_of_newer_gpus(tokens: int, capability: int, monkeypatch: pytest.M
 
 def test_every_tile_of_the_tables_is_reached() -> None:
     """An entry behind a wider one would never run."""
-    for entries in (attention_kernels.FORWARD, attention_kernels.QUERY_GRADIENT, attention_kernels.KEY_GRADIENT):
+    for entries in (attention_kernels.FORWARD, attention_kernels.GRADIENT):
         for index, tile in enumerate(entries):
             wider = [
                 t for t in entries[:index] if t.head >= tile.head and t.tokens >= tile.tokens and t.since <= tile.since
