@@ -29,7 +29,7 @@ from fastnull.robustness.suites import FOLDER_SUITES
 DEMO, COMPARISON = "demo.json", "comparison.json"
 
 _BASELINES = ("none", "random", "universal", "adversarial", "trades")
-_CLAIMANTS = ("universal", "per_image", "boundary")
+_CLAIMANTS = ("universal", "per_image", "boundary", "free")
 
 _MEANS = {"clean": "clean", "adversarial_mean": "under attack, mean", "corruption_mean": "corrupted, mean"}
 """Values of a summary in the headline → title."""
@@ -395,8 +395,9 @@ def _noise_settings(noise: Mapping[str, Any], augment: str, site: str) -> str:
     if augment == "random":
         return how
     how += f", ε {noise['eps']:g}"
-    if noise.get("steps"):
-        how += f", {noise['steps']} step{'s' if noise['steps'] > 1 else ''}"
+    steps = 1 if augment == "free" else noise.get("steps")
+    if steps:
+        how += f", {steps} step{'s' if steps > 1 else ''}"
         if noise.get("step_size"):
             how += f" of {'up to ' if step_range else ''}{length('step_size')}"
     return how

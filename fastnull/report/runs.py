@@ -29,11 +29,12 @@ _NAMES = {
     "universal": "universal noise",
     "per_image": "noise per image",
     "boundary": "boundary noise",
+    "free": "free noise",
     "adversarial": "adversarial training",
     "trades": "TRADES",
 }
 _SITES = {"patch": "tokens", "block0": "block 0", "pixels": "pixels"}
-_NO_SITE = ("none", "adversarial", "trades")
+_NO_SITE = ("none", "free", "adversarial", "trades")
 _PROTOCOL: dict[str, Any] = {
     "n": int | None, "norm": str, "steps": int, "restarts": int, "severities": tuple[int, ...], "subset": Any,
     "data": Any, "step_size": Any, "seed": Any, "corruption_source": Any, "dtype": Any,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastnull.experiments.settings import RECIPES
-from fastnull.finetune.config import FinetuneConfig
+from fastnull.finetune.config import AUGMENTS, FinetuneConfig
 from fastnull.report import compose, page, write_report
 from fastnull.report.claims import Claim, Comparison, compare, make_claims, sentences
 from fastnull.report.document import Bullets, Details, Figure, Heading, Paragraph, Table, to_html, to_markdown
@@ -220,6 +220,13 @@ def test_settings_that_differ_are_not_averaged(tmp_path: Path) -> None:
     assert labels == ["boundary, tokens, noise.eps 0.1", "boundary, tokens, noise.eps 0.6", "none", "none (2)"]
 
 
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_every_way_of_finetuning_has_a_report(augment: str, tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path / "runs" / f"{augment}-{seed}", {"augment": augment}, seed, record(90.0, 50.0, 40.0))
+    assert f"| {load_runs([tmp_path / 'runs'])[0].method}" in markdown_of([tmp_path / "runs"], tmp_path / "report")
+
+
 def test_results_alone_and_partial_ones(tmp_path: Path) -> None:
     alone = record(90, 50, 50)
     del alone["results"]["corruptions"], alone["results"]["pgd"]
@@ -323,6 +330,8 @@ def test_settings_of_boundary_noise_are_shown() -> None:
     assert _noise_settings({**noise, "contrast": 0.2}, "random", "pixels") == "start up to ±64/255 at contrast 0.2"
     plain = {"limit": 0.25, "eps": 0.6, "steps": 3, "step_size": None, "step_range": 0.0, "limit_range": 0.0}
     assert _noise_settings(plain, "boundary", "patch") == "start ±0.25, ε 0.6, 3 steps"
+    free = {**noise, "steps": None, "eps": 0.2}
+    assert _noise_settings(free, "free", "pixels") == "start up to ±64/255, ε 0.2, 1 step of up to 16/255"
 
 
 @pytest.mark.parametrize("name", ["results.json", "config.json", "metrics.jsonl", "demo.json"])
