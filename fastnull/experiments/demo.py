@@ -1,4 +1,4 @@
-"""The demo: six ways of finetuning a small ViT on digits at equal compute, measured alike, with a report.
+"""The demo: seven ways of finetuning a small ViT on digits at equal compute, measured alike, with a report.
 
 It is a comparison (`fastnull.experiments.compare`) of fixed methods, and pictures of the noise.
 """
@@ -22,7 +22,7 @@ from fastnull.report import DEMO, write_report
 from fastnull.report.illustrations import FILE as NOISE
 from fastnull.report.illustrations import illustrate
 
-METHODS = ("none", "random", "universal", "boundary-tokens", "boundary-pixels", "adversarial")
+METHODS = ("none", "random", "universal", "boundary-tokens", "boundary-pixels", "free", "adversarial")
 
 
 @dataclass(frozen=True)
