@@ -232,7 +232,7 @@ class NullspaceAugment:
         rows = torch.arange(len(images)) if self._place is None else self._place.rows
         free.begin(self.step, images.device, partial(_mean, self.model))
         self.step += 1
-        images = images.detach().requires_grad_()
+        images = images.detach().clone().requires_grad_()  # loops may load the next batch into the same memory
         due = self._due(rows, images.device)
         logits = logits_of(self.model(images if due is None else torch.cat([images, due[0].images + due[1]])))
         clean, noisy = logits[: len(images)], logits[len(images) :]
@@ -245,7 +245,7 @@ class NullspaceAugment:
             found = influence(due[0].logits, noisy.detach()).mean().float()
             self.stats = {"influence": found, "norm": norms(due[1]).mean()}
             every = torch.cat([labels, due[0].labels])
-        free.keep(rows, images, labels, clean, found)
+        free.keep(rows, images, labels.clone(), clean, found)
         return criterion(logits, every), clean
 
     def _due(self, rows: Tensor, device: torch.device) -> tuple[Visited, Tensor] | None:

@@ -187,6 +187,17 @@ def test_the_user_s_images_are_left_alone(loud: NormalizedModel, images: Tensor,
     assert not own.requires_grad
 
 
+def test_batches_in_the_same_memory(loud: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    """A loop that copies every batch into one buffer."""
+    other = copy.deepcopy(loud)
+    apart, together = NullspaceAugment(loud, "free"), NullspaceAugment(other, "free")
+    buffer, classes = images.clone(), labels.clone()
+    for shift in range(3):
+        buffer.copy_(images.roll(shift, 0))
+        classes.copy_(labels.roll(shift, 0))
+        assert torch.equal(step(apart, images.roll(shift, 0), labels.roll(shift, 0)), step(together, buffer, classes))
+
+
 @pytest.mark.parametrize("how", ["views", "outputs", "attach"])
 def test_what_needs_no_backward_of_the_loss_is_refused(loud: NormalizedModel, images: Tensor, how: str) -> None:
     aug = NullspaceAugment(loud, "free")
