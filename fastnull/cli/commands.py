@@ -24,8 +24,8 @@ from fastnull.paths import check_output
 def demo(args: argparse.Namespace) -> None:
     """Compare seven ways of finetuning on small images, with a report.
 
-    Train a small ViT on handwritten digits (they come with scikit-learn), finetune it in seven ways at equal cost, attack
-    and corrupt it, and write a report. It takes some minutes on two CPU cores; --quick takes about one.
+    Train a small ViT on handwritten digits (they come with scikit-learn), finetune it in seven ways at equal cost,
+    attack and corrupt it, and write a report. It takes some minutes on two CPU cores; --quick takes about one.
 
     example:
       fastnull demo --quick --out runs/demo
