@@ -417,7 +417,7 @@ class NullspaceAugment:
         Raises:
             ValueError: the state is invalid, or of another mode or site; the augmentation is then unchanged.
         """
-        missing = [key for key in ("mode", "config", "step", "bank", "dtype") if key not in state]
+        missing = [key for key in ("mode", "config", "step", "bank", "dtype", "free") if key not in state]
         if missing:
             raise ValueError(f"state must be what state_dict() returned; it lacks {', '.join(missing)}")
         given = state["config"] if isinstance(state["config"], Mapping) else {}

@@ -46,6 +46,8 @@ def test_every_augmentation_learns(half_trained, augment):
     config = FinetuneConfig(augment=augment, epochs=2, lr=1e-3, attack_steps=2, attack_eps=2 / 255, progress=False)
     if augment == "universal":  # small noise, or the differences between the banks of the epochs dominate the loss
         config = replace(config, noise={"limit": 0.25})
+    if augment == "free":  # likewise, or the growing strength does
+        config = replace(config, noise={"limit": 2 / 255, "smooth_limit": 0.0, "step_size": 2 / 255})
     result = finetune(config, copy.deepcopy(half_trained.model))
     first, last = result.history[0], result.history[-1]
     assert last["loss"] < first["loss"]
