@@ -42,7 +42,7 @@ from fastnull.synthesis.objective import influence
 from fastnull.synthesis.replay import Replay
 from fastnull.synthesis.run import synthesize
 from fastnull.synthesis.solvers import norms, replayed_noise, valid_noise
-from fastnull.synthesis.starts import Start, draw_start, step_source, warm_start
+from fastnull.synthesis.starts import Start, draw_start, step_source
 from fastnull.vit.base import inside_frozen, logits_of
 
 MODES = ALL_MODES
@@ -351,7 +351,7 @@ class NullspaceAugment:
             return None
         seed = int(torch.randint(2**31, (), generator=generator(self.config.seed, self.step)))
         config = replace(self.config, seed=seed)
-        start = warm_start(config, self._bank.tokens) if config.warm and self._bank else None
+        start = self._bank if config.warm else None
         self._bank = synthesize(self.encoder, batches, config, check=check, start=start, progress=progress, mean=mean)
         return self._bank
 

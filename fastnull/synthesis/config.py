@@ -85,9 +85,10 @@ class SynthesisConfig:
         limit_range: each start has its own limit, drawn from U((1 − limit_range)·limit, limit).
         smooth_limit: in pixels: a smooth field of up to this strength is added to each start, see
             fastnull.synthesis.starts.
-        contrast: in pixels, not universal: start and step are meant for images of this contrast (standard
-            deviation of an image's values) and are scaled for others, see
-            fastnull.synthesis.starts.scale_to_contrast; 0: the same for all.
+        contrast: limits, step_size and lr are meant for images of this contrast (standard deviation of an image's
+            values at the site) and are proportional to it, in pixels up to 1.5 times; universal noise takes the mean
+            of the check images. At the token sites 1 makes the standard deviation of an image's tokens the unit of
+            all lengths. 0: the lengths are absolute.
         eps: the largest influence allowed; in mode boundary the influence to reach, in mode free its mean.
         solver: universal: `gauss_newton` uses the change of every single image's probabilities, see
             fastnull.synthesis.gauss_newton; `adamw` follows the gradient of the mean distance between logits
@@ -111,7 +112,8 @@ class SynthesisConfig:
         keep: universal: keep clean tokens and logits of the first round on the device for the later rounds, if half of
             a GPU's free memory can hold them (otherwise it warns). None keeps them for sequences, True for loaders too
             (whose later rounds then repeat the first), False never.
-        warm: universal: fraction of the last bank in the start of NullspaceAugment.refresh; the rest is new.
+        warm: universal: fraction of `start`, or of the last bank in NullspaceAugment.refresh, in what a synthesis
+            starts from; the rest is new. 0 starts from new noise, or from a `start` as it is.
         growing: universal: start with an eighth of each batch, and double it whenever all noises meet ε on theirs.
         final_scale: universal: at the end scale each noise, up or down, until its influence on the check images is just
             below ε.
@@ -178,11 +180,8 @@ class SynthesisConfig:
             # a limit in token units makes no sense in pixels
             check_number(name, getattr(self, name), 0, 1 if self.site == "pixels" else None)
         check_number("contrast", self.contrast, 0)
-        for name in ("smooth_limit", "contrast"):
-            if getattr(self, name) and self.site != "pixels":
-                raise ValueError(f"{name} is for site 'pixels'; got site={self.site!r}")
-        if self.contrast and self.mode == "universal":
-            raise ValueError("contrast is for modes with one noise per image; mode 'universal' has shared noise")
+        if self.smooth_limit and self.site != "pixels":
+            raise ValueError(f"smooth_limit is for site 'pixels'; got site={self.site!r}")
         if self.objective == PREDICTION and self.mode != "boundary":
             raise ValueError(f"objective {PREDICTION!r} is for mode 'boundary'; got mode={self.mode!r}")
         for name in ("limit_range", "step_range"):

@@ -22,7 +22,7 @@ from fastnull.synthesis.batches import Batches, as_batches, count_images, embed_
 from fastnull.synthesis.config import MODES, SynthesisConfig
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.solvers import expand_as_noise, norms, perturb, replayed_noise
-from fastnull.synthesis.starts import bank_start, checked_start, draw_start
+from fastnull.synthesis.starts import at_mean_contrast, bank_start, checked_start, draw_start, warm_start
 from fastnull.synthesis.universal import Mean, UniversalRun, judge, scaled_to_eps
 from fastnull.vit.base import SplitViT
 
@@ -83,7 +83,8 @@ def synthesize(
         check: universal: images to judge the influence on, in the forms of `batches`. None holds out a tenth of the
             batches: the last ones of a sequence, or the first ones of a loader, which a later round may contain if the
             loader shuffles. If there is one batch, it holds out a tenth of its images.
-        start: noise to start from instead of random noise: [M, ...] (universal), or one per image, in order.
+        start: noise to start from instead of random noise, or (config.warm > 0) beside it: [M, ...] (universal), or one
+            per image, in order.
         progress: show a progress bar.
         mean: universal: takes the mean of a tensor over several processes. Each process passes its own part of every
             batch and of the check images, and all get the same noise. None is one process.
@@ -161,11 +162,13 @@ def _universal(
         total = config.steps or config.rounds * data.per_round
         _check_room((config.count, *data.shape), encoder.device)
         shape = (config.count, *data.shape)
+        used = at_mean_contrast(config, torch.cat([tokens for tokens, _ in data.check]), mean)
         if start is None:
-            bank = bank_start(shape, config, data.like)
+            bank = bank_start(shape, used, data.like)
         else:
             bank = checked_start(start, shape, data.like)
-        run = UniversalRun(encoder, data, config, bank, mean)
+            bank = warm_start(used, bank) if config.warm else bank
+        run = UniversalRun(encoder, data, used, bank, mean)
         bar = progress_bar(total, show=progress, desc="synthesize", unit=" step")
         try:
             run.run(total, bar)

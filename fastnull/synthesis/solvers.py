@@ -48,8 +48,8 @@ def own_noise(
         tokens: at the site, without noise [B, ...].
         clean: logits without noise [B, K].
         start: noise to start from [B, ...].
-        config: eps, objective and steps are used; per_image: lr, weight_decay, schedule and log_norm_weight too.
-        step_size: boundary: [] or [B]; None is `boundary_step_size`.
+        config: eps, objective and steps are used; per_image: weight_decay, schedule and log_norm_weight too.
+        step_size: of the first step, [] or [B]; None is `first_step_size`.
 
     Returns:
         The noise [B, ...], the influence before the last step [B] and the number of updates [B].
@@ -60,7 +60,7 @@ def own_noise(
     with no_autocast(tokens.device):
         noise = valid_noise(tokens, start) if pixels else start.clone()
         state = None if config.mode == "boundary" else AdamWState.zeros(noise)
-        size = boundary_step_size(start.shape[1:], config) if step_size is None else step_size
+        size = first_step_size(start.shape[1:], config) if step_size is None else step_size
         for step in range(steps):
             influence, gradient = own_gradients(encoder, tokens, noise, clean, config.objective)
             if state is None:
@@ -68,7 +68,7 @@ def own_noise(
                 move(noise, gradient, boundary_gate(influence, config.eps), lr=size)
             else:
                 gradient = gradient - log_norm_gradient(noise, config.log_norm_weight)
-                gate, lr = descent_gate(influence, config.eps), learning_rate(config, step, steps)
+                gate, lr = descent_gate(influence, config.eps), size * decay(config, step, steps)
                 adamw_step(noise, gradient, state, gate, lr=lr, weight_decay=config.weight_decay)
             if pixels:
                 noise = valid_noise(tokens, noise)
@@ -84,9 +84,11 @@ def replayed_noise(encoder: FrozenEncoder, config: SynthesisConfig) -> Replay:
     return Replay(solve, use_graph(config.graph, encoder.device, encoder.backend), buffers=encoder.buffers)
 
 
-def boundary_step_size(shape: Sequence[int], config: SynthesisConfig) -> float:
-    """Length of a step: config.step_size, or a tenth of the norm that a start of this shape has in the mean. That norm
-    is not measured, because the images at hand can be a part of the batch."""
+def first_step_size(shape: Sequence[int], config: SynthesisConfig) -> float:
+    """The highest learning rate, or in mode boundary the length of a step: step_size, or a tenth of the norm that a
+    start of this shape has in the mean. It is not measured, because the images at hand can be a part of the batch."""
+    if config.mode == "per_image":
+        return config.rate
     strength = config.limit * (1 - config.limit_range / 2)
     return config.step_size or TENTH * strength * math.sqrt(math.prod(shape) / 3)
 
@@ -172,11 +174,9 @@ def own_gradients(
     return influence, gradient
 
 
-def learning_rate(config: SynthesisConfig, step: int, period: int) -> float:
-    """lr of AdamW or radius of Gauss-Newton: constant, or a cosine that falls to 0 over the period."""
-    if config.schedule == "constant":
-        return config.rate
-    return config.rate * (1 + math.cos(math.pi * step / period)) / 2
+def decay(config: SynthesisConfig, step: int, period: int) -> float:
+    """Factor on AdamW's lr or Gauss-Newton's radius: 1, or a cosine that falls from 1 to 0 over the period."""
+    return 1.0 if config.schedule == "constant" else (1 + math.cos(math.pi * step / period)) / 2
 
 
 def log_norm_gradient(noise: Tensor, weight: float) -> Tensor | float:

@@ -12,8 +12,9 @@ the model then learns to ignore, and hardly changes one of high contrast. Noise 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from fastnull.checks import check_finite, check_number
 from fastnull.rng import KeyedRandom
 from fastnull.synthesis.config import SynthesisConfig
-from fastnull.synthesis.solvers import TENTH, boundary_step_size, expand_as_noise, norms
+from fastnull.synthesis.solvers import TENTH, expand_as_noise, first_step_size, norms
 
 GRIDS = 4
 """How many grids smooth fields are drawn on: of 1, 2, 4 and 8 cells a side. Each image gets one of them."""
@@ -37,7 +38,7 @@ class Start(NamedTuple):
     noise: Tensor
     """[B, ...]"""
     step_size: float | Tensor
-    """Length of a boundary step: one for all (a number or []), or one for each image [B]."""
+    """Length of a boundary step, or the highest learning rate: one for all (a number or []), or one per image [B]."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -51,30 +52,32 @@ def step_source(seed: int, step: int, rows: Tensor) -> KeyedRandom:
 
 
 def draw_start(tokens: Tensor, config: SynthesisConfig, source: KeyedRandom, *, given: Tensor | None = None) -> Start:
-    """The noise that synthesis starts from and its step sizes, both scaled to the contrast of the images.
+    """The noise that synthesis starts from and its step sizes, both proportional to the contrast with config.contrast.
 
     The host draws nothing and does not wait for a device.
 
     Args:
         tokens: at the site, without noise [B, ...].
-        config: limits, ranges, contrast and step_size are used.
+        config: limits, ranges, contrast, step_size and lr are used.
         source: of the random numbers, on the device of the tokens. An image gets the same numbers in every batch.
-        given: noise [B, ...] to start from in place of a drawn one; it is not scaled to the contrast.
+        given: noise [B, ...] to start from in place of a drawn one; it is not scaled.
 
     Raises:
         ValueError, TypeError: `given` of another shape or dtype, or limits beyond float32.
     """
-    if given is not None:
-        noise = checked_start(given, tokens.shape, tokens)
-        size: float | Tensor = config.step_size or TENTH * norms(noise).mean()
-    else:
-        noise = start_noise(tokens.shape[1:], config, source, tokens.dtype)
-        size = boundary_step_size(tokens.shape[1:], config)
+    noise = (
+        start_noise(tokens.shape[1:], config, source, tokens.dtype)
+        if given is None
+        else checked_start(given, tokens.shape, tokens)
+    )
+    by_norm = given is not None and config.mode == "boundary" and config.step_size is None
+    size: float | Tensor = TENTH * norms(noise).mean() if by_norm else first_step_size(tokens.shape[1:], config)
     if config.step_range:
         size = size * (1 - config.step_range * source.uniform().to(noise.dtype))
-    if given is not None:
+    if not config.contrast:
         return Start(noise, size)
-    return Start(*scale_to_contrast(tokens, noise, size, config))
+    factor = relative_contrast(tokens, config).to(noise.dtype)
+    return Start(noise * expand_as_noise(factor, noise) if given is None else noise, size if by_norm else size * factor)
 
 
 def start_noise(shape: Sequence[int], config: SynthesisConfig, source: KeyedRandom, dtype: torch.dtype) -> Tensor:
@@ -101,16 +104,32 @@ def start_noise(shape: Sequence[int], config: SynthesisConfig, source: KeyedRand
     return noise.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def scale_to_contrast(
-    images: Tensor, start: Tensor, size: float | Tensor, config: SynthesisConfig
-) -> tuple[Tensor, float | Tensor]:
-    """A start [B, ...] and step sizes for the contrast of the images [B, ...], the standard deviation of an image's
-    values: both times contrast / config.contrast, but at most MOST_CONTRAST. With config.contrast 0 as they are.
+def relative_contrast(tokens: Tensor, config: SynthesisConfig) -> Tensor:
+    """Standard deviation of the values of each image at the site [B, ...] over config.contrast, [B] in at least
+    float32; in pixels at most MOST_CONTRAST."""
+    wide = tokens.flatten(1).to(torch.promote_types(tokens.dtype, torch.float32))
+    factor = wide.std(1) / config.contrast
+    return factor.clamp(max=MOST_CONTRAST) if config.site == "pixels" else factor
+
+
+def at_mean_contrast(
+    config: SynthesisConfig, tokens: Tensor, mean: Callable[[Tensor], Tensor] | None
+) -> SynthesisConfig:
+    """Settings of a universal synthesis with limits and lr for the mean contrast of the tokens [B, ...].
+
+    Args:
+        config: with `contrast`; without it the result is the same.
+        tokens: at the site, without noise.
+        mean: takes the mean over processes that hold other tokens; None is one process.
     """
     if not config.contrast:
-        return start, size
-    factor = (images.flatten(1).std(1) / config.contrast).clamp(max=MOST_CONTRAST).to(start.dtype)  # [B]
-    return start * expand_as_noise(factor, start), size * factor
+        return config
+    contrast = relative_contrast(tokens, config).mean()
+    factor = float(contrast if mean is None else mean(contrast))
+    changes: dict[str, Any] = {} if config.rule == "gauss_newton" else {"lr": factor * config.rate}
+    for name in ("limit", "smooth_limit"):
+        changes[name] = factor * getattr(config, name)
+    return replace(config, contrast=0.0, **changes)
 
 
 def _smooth(shape: Sequence[int], source: KeyedRandom) -> Tensor:

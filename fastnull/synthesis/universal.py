@@ -24,8 +24,8 @@ from fastnull.synthesis.gauss_newton import gauss_newton_step
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.replay import Replay, Report, use_graph
 from fastnull.synthesis.solvers import (
+    decay,
     expand_as_noise,
-    learning_rate,
     log_norm_gradient,
     norms,
     perturb,
@@ -104,7 +104,7 @@ class UniversalRun:
         config, data = self._config, self._data
         period = config.rounds * data.batches if config.schedule == "published" else total
         self._records = self._records.new_empty(total, 3)
-        rates = [learning_rate(config, step, period) for step in range(total)]
+        rates = [config.rate * decay(config, step, period) for step in range(total)]
         # copied once, since a copy to the device in each step would wait for the step before
         lr = torch.tensor(rates, dtype=torch.float64).to(self._records.device)
         for step, pair in zip(range(total), data.stream(), strict=False):

@@ -494,9 +494,8 @@ def test_interrupt_carries_the_noise_so_far(vit: NormalizedModel, images: Tensor
         ({"step_range": -0.5}, "step_range must be"),
         ({"objective": "prediction", "mode": "universal"}, "for mode 'boundary'; got mode='universal'"),
         ({"smooth_limit": -0.1, "site": "pixels"}, "smooth_limit must be"),
-        ({"contrast": 0.1, "mode": "boundary"}, "contrast is for site 'pixels'; got site='patch'"),
+        ({"contrast": -0.1}, "contrast must be >= 0; got -0.1"),
         ({"limit": 3.0, "site": "pixels"}, "limit must be >= 0 and <= 1; got 3.0"),
-        ({"contrast": 0.1, "site": "pixels"}, "contrast is for modes with one noise per image"),
         ({"smooth_limit": 0.1, "site": "patch"}, "smooth_limit is for site 'pixels'; got site='patch'"),
     ],
 )

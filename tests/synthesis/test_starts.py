@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastnull.augment import NullspaceAugment
+from fastnull.encoder import FrozenEncoder
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.models import create_model
 from fastnull.rng import KeyedRandom, Place, generator
 from fastnull.synthesis import SynthesisConfig, synthesize
+from fastnull.synthesis.config import MODES
 from fastnull.synthesis.solvers import norms
 from fastnull.synthesis.starts import (
     GRIDS,
@@ -27,6 +29,7 @@ from fastnull.synthesis.starts import (
     start_noise,
     step_source,
 )
+from fastnull.vit import NormalizedModel
 
 SHAPE = (400, 3, 16, 16)
 
@@ -185,6 +188,48 @@ def test_noise_is_in_proportion_to_contrast_and_parts_get_that_of_the_whole() ->
     torch.testing.assert_close(draw(config, rows), whole[rows])
     plain = draw(replace(config, contrast=0.0), torch.arange(5))
     torch.testing.assert_close(plain.abs().flatten(1).amax(1), torch.full((5,), 0.014), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(("site", "contrast"), [("patch", 1.0), ("block0", 2.0), ("pixels", 0.2)])
+@pytest.mark.parametrize("mode", MODES)
+def test_lengths_are_relative_to_contrast(vit: NormalizedModel, mode: str, site: str, contrast: float) -> None:
+    images = 0.4 + 0.2 * torch.rand(4, 3, 16, 16, generator=generator(1))
+    encoder = FrozenEncoder(vit, site=site)
+    scale = encoder.embed(images).flatten(1).std(1) / contrast  # [B]
+    assert (scale - 1).abs().min() > 0.1
+    lengths: dict[str, Any] = {"limit": 0.05, ("step_size" if mode == "boundary" else "lr"): 0.01}
+    plain: dict[str, Any] = {"steps": 2, "stop": "never", "smooth_limit": 0.0, "step_range": 0.0, "eps": 1e-9}
+    config = SynthesisConfig(mode=mode, site=site, contrast=contrast, **lengths, **plain)
+    check: dict[str, Any] = {"check": images} if mode == "universal" else {}
+
+    def absolute(factor: Tensor) -> Tensor:
+        scaled = {name: float(factor) * value for name, value in lengths.items()}
+        return synthesize(encoder, images, replace(config, contrast=0.0, **scaled), **check).tokens
+
+    if mode == "universal":
+        expected = absolute(scale.mean())
+    else:
+        expected = torch.stack([absolute(factor)[image] for image, factor in enumerate(scale)])
+    noise = synthesize(encoder, images, config, **check).tokens
+    torch.testing.assert_close(noise, expected, rtol=1e-4, atol=1e-6)
+    assert noise.abs().max() > 0
+
+
+@torch.no_grad()
+def test_a_model_cannot_outgrow_noise_relative_to_its_tokens() -> None:
+    model = create_model("vit_digits").train()
+    images = torch.rand(4, 3, 16, 16, generator=generator(1))
+
+    def ratio(contrast: float) -> Tensor:
+        augment = NullspaceAugment(model, config=SynthesisConfig(mode="random", limit=0.5, contrast=contrast))
+        tokens = augment.encoder.embed(images)
+        return norms(augment.at(0, Place(torch.arange(4), 4)).draw(tokens)) / norms(tokens)
+
+    relative, absolute = ratio(1.0), ratio(0.0)
+    for parameter in model.network.patch_embed.parameters():
+        parameter.mul_(10)
+    torch.testing.assert_close(ratio(1.0), relative)
+    torch.testing.assert_close(ratio(0.0), absolute / 10)
 
 
 @torch.no_grad()
