@@ -31,7 +31,7 @@ from fastnull.synthesis.universal import judge, scaled_to_eps
 
 TRAINING = 9
 """Batches: the last one is what a synthesis judges its noise on, the rest of the images nobody uses."""
-BASE = SynthesisConfig(eps=DIGITS_EPS, limit=1.0)
+BASE = SynthesisConfig(eps=DIGITS_EPS, limit=1.0, contrast=0.0)
 SETTINGS = {
     "default": BASE,
     "solver=adamw": replace(BASE, solver="adamw", steps=DIGITS_STEPS),

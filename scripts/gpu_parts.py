@@ -88,7 +88,7 @@ def _gradient(name: str) -> tuple[float, float, bool]:
         for each in (exact, torchs, encoder)
     )
     own_off, off = (float(1 - torch.cosine_similarity(right, each).min()) for each in (own, mine))
-    config = SynthesisConfig(limit=1.0, lr=0.02, steps=16, stop="never", graph=False)
+    config = SynthesisConfig(limit=1.0, contrast=0.0, lr=0.02, steps=16, stop="never", graph=False)
     eager, graph = (synthesize(encoder, [images], replace(config, graph=each)).tokens for each in (False, GPU))
     return off, own_off, eager.equal(graph)
 

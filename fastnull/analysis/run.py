@@ -315,7 +315,7 @@ def _spectrum(job: _Job) -> Work:
 def _transfer(job: _Job) -> Work:
     model, settings = job.model, job.settings
     tokens = settings.synthesis()
-    pixels = replace(tokens, site="pixels", limit=PIXEL_LIMIT, lr=PIXEL_LR)
+    pixels = replace(tokens, site="pixels", contrast=0.0, limit=PIXEL_LIMIT, lr=PIXEL_LR)
     rows = transfer.transfer(
         job.models, job.train.split(settings.batch_size), job.test, {"token": tokens, "pixel": pixels},
         batch_size=settings.batch_size,

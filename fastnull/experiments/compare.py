@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from fastnull.checks import check_number
-from fastnull.experiments.settings import START, CompareSettings, changed, plain
+from fastnull.experiments.settings import NORM_OF, START, CompareSettings, changed, plain
 from fastnull.experiments.tasks import WEIGHTS, Inputs, Task, place, plan_tasks, work
 from fastnull.experiments.workers import Progress, run_in_processes, threads
 from fastnull.finetune.config import SMALL_MODELS
@@ -33,7 +33,7 @@ from fastnull.progress import progress_bar
 from fastnull.record import provenance, read_json, replacing, write_json
 from fastnull.report import write_report
 from fastnull.report.comparison import format_comparison, summarize_runs
-from fastnull.report.runs import RESULTS, load_runs
+from fastnull.report.runs import RESULTS, SETTINGS, load_runs
 
 OWN_FILES = ("seed-*", "workers.log", "report/report.html", "report/report.md", "report/figures/*.png")
 """Patterns of the files in the folder, besides the settings."""
@@ -145,7 +145,7 @@ def run_methods(
     if jobs > 1:
         _check_picklable(inputs)
     tasks, about = plan_tasks(folder, settings, inputs, label=label)[:2]
-    _prepare(folder, settings, about, kind, overwrite, resume)
+    _prepare(folder, settings, about, kind, overwrite, resume, tasks)
     finished = _finished(tasks)
     count = thread_count(settings, jobs)
     total, done = (sum(task.cost for task in some) for some in (tasks, finished))
@@ -216,7 +216,13 @@ def _check_picklable(inputs: Inputs) -> None:
 
 
 def _prepare(
-    folder: Path, settings: CompareSettings, about: Mapping[str, Any], kind: str, overwrite: bool, resume: bool
+    folder: Path,
+    settings: CompareSettings,
+    about: Mapping[str, Any],
+    kind: str,
+    overwrite: bool,
+    resume: bool,
+    tasks: Sequence[Task] = (),
 ) -> None:
     """Prepare the folder, write the settings and what data and model are; raise ValueError if it cannot be used.
 
@@ -246,6 +252,7 @@ def _prepare(
             removed = [run for run in folder.glob("seed-*/*") if was.get(run.name) != now.get(run.name)]
             asked = {place(folder, seed, method) for seed in settings.seed_list for method in settings.methods}
             differing += sorted({f"recipe of {run.name}" for run in removed if run in finished & asked})
+            differing = differing or _other_recipes(tasks)
             lost = sorted(finished - asked)
             if differing:
                 raise ValueError(f"cannot resume the {kind} in {folder} with other settings: {', '.join(differing)}")
@@ -257,6 +264,28 @@ def _prepare(
     for run in removed:
         shutil.rmtree(run)
     write_json(path, {"settings": asdict(settings), "begun": about})
+
+
+def _other_recipes(tasks: Sequence[Task]) -> list[str]:
+    """Where the noise or the recipe of a finished run differs from what this version has under the same name."""
+    found = set()
+    for task in tasks:
+        if task.method is None or not task.results.exists() or not (task.folder / SETTINGS).exists():
+            continue
+        record = read_json(task.folder / SETTINGS)
+        names = task.settings.recipe(task.method).keys() - {"noise", NORM_OF}
+        recipe = {name: getattr(task.config, name) for name in names}
+        pairs = [(record["config"], recipe)]
+        synthesis = task.config.synthesis()
+        if synthesis is not None and task.norm_of is None:  # else the limits were scaled in the run
+            pairs.append((record["synthesis"] or {}, asdict(synthesis)))
+        for before, now in pairs:
+            found |= {
+                f"{name} of {task.method} (was {before[name]!r}, now {value!r})"
+                for name, value in plain(now).items()
+                if name in before and name != "seed" and before[name] != value
+            }
+    return sorted(found)
 
 
 def _recorded(path: Path, kind: str, settings: type[CompareSettings]) -> tuple[CompareSettings, dict[str, Any]]:

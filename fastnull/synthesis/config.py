@@ -27,19 +27,20 @@ LEAST_EPS_IN_16_BITS = 0.01
 """Below it `auto` keeps the model's dtype: rounding to bfloat16 alone has an influence of up to 3e-4."""
 STOPS = ("check", "batch", "never")
 
+_IN_TOKENS: dict[str, Any] = {"contrast": 1.0}
 _IN_PIXELS: dict[str, Any] = {
     "limit": 8 / 255, "step_size": 12 / 255, "step_range": 1.0, "smooth_limit": 48 / 255, "contrast": 0.2,
 }  # fmt: skip
 RECOMMENDED: dict[tuple[str, bool], dict[str, Any]] = {
-    # (mode, in pixels): settings in token units, or in pixels in [0, 1]
-    ("boundary", False): {"eps": 0.1, "limit": 0.25, "steps": 3},
+    # (mode, in pixels): lengths as multiples of the tokens' standard deviation, or in pixels in [0, 1]
+    ("boundary", False): {**_IN_TOKENS, "eps": 0.1, "limit": 0.5, "steps": 3},
     ("boundary", True): {**_IN_PIXELS, "eps": 0.6, "steps": 1, "objective": "prediction"},
     ("free", True): {**_IN_PIXELS, "eps": 0.2},
-    ("per_image", False): {"limit": 1.0, "steps": 30},
+    ("per_image", False): {**_IN_TOKENS, "limit": 2.0, "steps": 30, "lr": 0.2},
     ("per_image", True): {"limit": 8 / 255, "steps": 30, "lr": 2 / 255},
-    ("universal", False): {"limit": 3.0},
+    ("universal", False): {**_IN_TOKENS, "limit": 3.0},
     ("universal", True): {"limit": 16 / 255, "lr": 2 / 255},
-    ("random", False): {"limit": 0.5},
+    ("random", False): {**_IN_TOKENS, "limit": 1.0},
     ("random", True): {"limit": 8 / 255},
 }  # fmt: skip
 """Values of settings that are None, by mode and site; no other place holds them. Those of boundary noise in pixels come
@@ -71,7 +72,8 @@ RENAMED = {"image_ratio": "image_fraction", "limit_spread": "limit_range", "step
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """Settings of a synthesis. Lengths are in the units of the site: token units, or pixels in [0, 1].
+    """Settings of a synthesis. Lengths are in pixels in [0, 1], or at the token sites in multiples of the standard
+    deviation of the tokens (contrast 1; with contrast 0 in token units).
 
     Fields that are None get the recommended value of mode and site (RECOMMENDED) in __init__, so that
     `SynthesisConfig(mode="boundary", site="pixels")` is the recipe of docs/recipe.md.
@@ -274,8 +276,9 @@ class SynthesisConfig:
             changes: fields to change.
         """
         common = cls(
-            limit=3.0, lr=0.1, weight_decay=0.01, rounds=3, image_fraction=0.1, schedule="published", stop="batch"
-        )
+            limit=3.0, contrast=0.0, lr=0.1, weight_decay=0.01, rounds=3, image_fraction=0.1, schedule="published",
+            stop="batch",
+        )  # fmt: skip
         presets = {
             "finetune": {"eps": 0.03, "objective": "l2_squared"},
             "first": {"eps": 0.01, "objective": "l2"},

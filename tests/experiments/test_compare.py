@@ -16,12 +16,13 @@ import torch
 import fastnull.experiments.compare
 from fastnull.cli import main
 from fastnull.experiments.compare import run_compare
-from fastnull.experiments.settings import CompareSettings
+from fastnull.experiments.settings import RECIPES, CompareSettings
 from fastnull.experiments.tasks import Inputs, Task, plan_tasks
 from fastnull.progress import _Silent
 from fastnull.report.claims import compare
 from fastnull.report.comparison import format_comparison, summarize_runs
 from fastnull.report.runs import Run
+from fastnull.synthesis.config import RECOMMENDED
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -111,6 +112,18 @@ def test_resume_does_only_what_is_missing(done: Path, monkeypatch: pytest.Monkey
     after = record_of(done)
     assert after["differences"] == before["differences"]
     assert after["about"] == before["about"]
+
+
+def test_another_version_with_other_recipes_does_not_continue(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (done / "comparison.json").read_bytes()
+    monkeypatch.setitem(RECOMMENDED["boundary", True], "step_size", 10 / 255)
+    with pytest.raises(ValueError, match=r"other settings: step_size of boundary-pixels \(was 0\.047.*, now 0\.039"):
+        run_compare(done, TINY, resume=True)
+    monkeypatch.undo()
+    monkeypatch.setitem(RECIPES, "random-pixels", {**RECIPES["random-pixels"], "noise_fraction": 0.25})
+    with pytest.raises(ValueError, match=r"other settings: noise_fraction of random-pixels \(was 0\.5, now 0\.25\)"):
+        run_compare(done, TINY, resume=True)
+    assert (done / "comparison.json").read_bytes() == before
 
 
 def test_a_finished_comparison_can_be_extended(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

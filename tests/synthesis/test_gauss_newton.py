@@ -193,7 +193,7 @@ def test_it_needs_a_third_of_the_updates_of_adamw() -> None:
         for block in model.network.blocks:
             block.mlp.fc1.weight.mul_(4)
     batches = list(torch.rand(8, 16, 3, 16, 16))
-    limits: dict[str, Any] = {"limit": 1.0, "eps": 1e-5, "steps": 400}
+    limits: dict[str, Any] = {"limit": 1.0, "contrast": 0.0, "eps": 1e-5, "steps": 400}
     ours = synthesize(model, batches, SynthesisConfig(**limits))
     theirs = synthesize(model, batches, SynthesisConfig(solver="adamw", **limits))
     assert ours.converged.item()

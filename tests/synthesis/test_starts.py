@@ -158,7 +158,7 @@ def test_steps_are_spread_over_the_images_and_parts_get_those_of_the_whole() -> 
 
 @pytest.mark.parametrize("limit_range", [0.0, 0.8])
 def test_a_step_is_a_tenth_of_the_norm_of_a_start(limit_range: float) -> None:
-    config = SynthesisConfig(mode="boundary", limit=0.5, limit_range=limit_range)
+    config = SynthesisConfig(mode="boundary", limit=0.5, limit_range=limit_range, contrast=0.0)
     noise, size = draw_start(torch.zeros(400, 16, 32), config, source(400))
     assert size == pytest.approx(0.1 * float(norms(noise).mean()), rel=0.03)
     assert draw_start(noise[:3], config, source(3)).step_size == size
