@@ -75,7 +75,7 @@ def _starts(model: nn.Module, settings: BenchSettings, count: int) -> Tensor:
 
 
 def _case(task: Task, settings: BenchSettings) -> Case:
-    config = SynthesisConfig(eps=task.eps, final_scale=True, contrast=0.0)  # the published start
+    config = SynthesisConfig(eps=task.eps, limit=3.0, contrast=0.0, final_scale=True)  # the published start
     variants = []
     for dtype in dtypes(settings):
         encoder = FrozenEncoder(task.model, dtype=dtype)

@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "noise": {"limit": 8 / 255, "smooth_limit": 48 / 255, "contrast": 0.2}, NORM_OF: "boundary-pixels",
     },
     # AdamW from a start that meets ε on the small models within the updates of a budget
-    "universal": {"augment": "universal", "noise": {"limit": 2.5, "lr": 0.5, "image_fraction": 1.0}},
+    "universal": {"augment": "universal", "noise": {"lr": 0.2, "image_fraction": 1.0}},
     "per_image": {"augment": "per_image"},
     "boundary-tokens": {"augment": "boundary", "site": "patch", "noise": {"eps": 0.6}},
     # the default: one view, half of the images noisy

@@ -391,7 +391,7 @@ def _noise_settings(noise: Mapping[str, Any], augment: str, site: str) -> str:
     if noise.get("smooth_limit"):
         how += f", smooth field up to ±{length('smooth_limit')}"
     if noise.get("contrast"):
-        how += f" at contrast {noise['contrast']:g}"
+        how += f" at contrast {noise['contrast']:g}" if site == "pixels" else " (unit: spread of the tokens)"
     if augment == "random":
         return how
     how += f", ε {noise['eps']:g}"
