@@ -151,7 +151,7 @@ def _subjects(args: argparse.Namespace, seed: int) -> tuple[str, nn.Module, dict
         return args.model, open_model(args).eval(), {name: open_model(args, name).eval() for name in args.others}
     from fastnull.analysis.small import small_family, small_model
 
-    for name in ("checkpoint", "pretrained", "num_classes"):
+    for name in ("checkpoint", "pretrained", "num_classes", "img_size"):
         if getattr(args, name):
             raise ValueError(f"{option_of(name)} needs --model")
     model = small_model(args.data, seed=seed, device=_device(args))
@@ -424,12 +424,12 @@ def open_model(args: argparse.Namespace, name: str | None = None) -> nn.Module:
     from fastnull.models import create_model, load_model
 
     device, name = _device(args), args.model if name is None else name
-    given = {key: getattr(args, key) for key in ("num_classes", "pretrained", "checkpoint")}
+    given = {key: getattr(args, key) for key in ("num_classes", "img_size", "pretrained", "checkpoint")}
     if Path(name).is_file():
         for key, value in given.items():
             if value is not None and value is not False:
                 raise ValueError(
-                    f"{option_of(key)} is for a model by name; {name} is a file that has weights and classes"
+                    f"{option_of(key)} is for a model by name; {name} is a file that has weights, classes and size"
                 )
         return load_model(name).to(device)
     if Path(name).suffix in (".safetensors", ".pth", ".pt"):

@@ -265,6 +265,7 @@ def _model_and_data(parser: _Parser, *, required: bool = True) -> None:
     option("--checkpoint", metavar="FILE", help="weights for a model given by name (.safetensors, .pth)")
     option("--pretrained", action="store_true", help="timm's pretrained weights")
     option("--num-classes", type=int, metavar="N", help="classes of the head (default: the model's own)")
+    option("--img-size", type=int, metavar="PIXELS", help="height and width of the images (default: the model's own)")
     option("--device", metavar="DEVICE", help="torch device (default: cuda if there is one, else cpu)")
     option = parser.add_argument_group("the data").add_argument
     what = "digits, photos, a folder with train/ and val/, or torch/... or hfds/..."

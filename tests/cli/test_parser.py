@@ -262,13 +262,27 @@ def test_errors_are_one_line(words: list[str], message: str, capsys: pytest.Capt
 
 @pytest.mark.parametrize("command", [["evaluate"], ["tune"], ["synthesize", "--out", "n.safetensors"]])
 @pytest.mark.parametrize(
-    "option", [["--num-classes", "10"], ["--num-classes", "0"], ["--pretrained"], ["--checkpoint", "w.pth"]]
+    "option",
+    [
+        ["--num-classes", "10"],
+        ["--num-classes", "0"],
+        ["--img-size", "32"],
+        ["--pretrained"],
+        ["--checkpoint", "w.pth"],
+    ],
 )
 def test_a_model_file_has_its_classes_and_weights(
     run: Path, command: list[str], option: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refused(capsys, *command, "--model", run / "last.safetensors", *option)
     assert f"{option[0]} is for a model by name; " in line
+
+
+def test_a_model_at_the_size_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "--model", "vit_tiny_patch16_224", "--num-classes", "10", "--data", "digits", "--limit", "10"]
+    assert main([*words, "--suite", "clean", "--img-size", "16"]) == 0
+    assert "--img-size" not in capsys.readouterr().err
+    assert "224" in refused(capsys, *words, "--suite", "clean")
 
 
 def test_evaluate_completes_a_file_or_replaces_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
