@@ -51,7 +51,7 @@ FREE_KEYS = frozenset(
 `compile` may change the rounding.)"""
 TIED_KEYS = frozenset({"model", "num_classes", "img_size", "opt"})
 """Settings that `force` cannot change: a state cannot be read with other values."""
-TIED_SWITCHES = frozenset({"ema_decay", "layer_decay", "weight_decay"})
+TIED_SWITCHES = frozenset({"ema_decay", "layer_decay", "start_fraction", "weight_decay"})
 """Settings that `force` may change but not switch on or off, because a state would have other tensors or groups."""
 
 

@@ -140,6 +140,9 @@ class FinetuneConfig:
     layer_decay: float | None = option(None, "factor of the learning rate per layer, downwards (0, 1]")
     clip_grad: float | None = option(None, "largest L2 norm of the gradient")
     ema_decay: float | None = option(None, "decay of the averaged weights, warmed up as 1 - (1 + step)^(-2/3)")
+    start_fraction: float = option(
+        0.0, "fraction of the weights at the start in those that are evaluated and saved [0, 1)"
+    )
 
     # the run
     device: str | None = option(None, "torch device; none: cuda if available, else cpu")
@@ -314,4 +317,4 @@ _RANGES: tuple[tuple[str, float | None, float | None, bool], ...] = (
     ("weight_decay", 0, None, False), ("warmup_epochs", 0, None, False), ("layer_decay", 0, 1, True),
     ("clip_grad", 0, None, True),
 )  # fmt: skip
-_BELOW_ONE = ("drop_path", "val_fraction", "smoothing", "ema_decay")
+_BELOW_ONE = ("drop_path", "val_fraction", "smoothing", "ema_decay", "start_fraction")

@@ -35,7 +35,8 @@ def described(config: FinetuneConfig, prepared: Prepared, processes: Processes) 
     images = plan.batch_size // (processes.world * config.accumulate)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    copies = 4 + (config.ema_decay is not None)  # weights, gradients, two moments
+    # weights, gradients, two moments
+    copies = 4 + (config.ema_decay is not None) + 2 * (config.start_fraction > 0)
     shards = processes.world if config.shard else 1
     encoder = _encoder(model, config, sharded=shards > 1)
     image = to_pixels(train[0][0].unsqueeze(0), next(model.parameters()).device)
@@ -47,6 +48,8 @@ def described(config: FinetuneConfig, prepared: Prepared, processes: Processes) 
     held_in = "weights, gradients, two moments"
     if config.ema_decay is not None:
         held_in += " and an average"
+    if config.start_fraction:
+        held_in += ", the start and its average"
     if shards > 1:
         held_in += f" (a shard of {shards})"
     lines = [

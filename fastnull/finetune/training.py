@@ -26,6 +26,7 @@ from fastnull.distributed.sharded_state import load_state_of, load_whole_state, 
 from fastnull.finetune.config import ATTACKS, FinetuneConfig
 from fastnull.finetune.controls import AdversarialTraining, CleanOnly, Stopwatch, TimedAugment, Trades
 from fastnull.finetune.plan import REFRESH_COST, Plan
+from fastnull.finetune.start_average import StartAverage
 from fastnull.record import device_name
 from fastnull.rng import Place, generator
 from fastnull.vit import NormalizedModel, unwrap
@@ -47,8 +48,8 @@ class FinetuneResult:
     """The result of a run.
 
     Attributes:
-        model: with its last weights (the averaged ones with ema_decay), in eval mode. With `shard` every process holds
-            a shard, and all must call the model together; the files hold whole weights.
+        model: with its last weights (the averaged ones with ema_decay or start_fraction), in eval mode. With `shard`
+            every process holds a shard, and all must call the model together; the files hold whole weights.
         history: one record per epoch: epoch, step, loss (mean over the epoch), val_accuracy in %, and seconds so far.
         best_epoch, best_accuracy: on the held-out images, in %; None without them.
         best_path, last_path: weights (.safetensors) of the best epoch and the last step; None if not written.
@@ -116,6 +117,9 @@ class Training:
         with self.autocast():  # whose dtype the synthesis takes over
             self.augment = _augment(config, self._called, self.watch)
         self.ema = timm.utils.ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self._average = None
+        if config.start_fraction:
+            self._average = StartAverage(model, config.start_fraction, processes, sharded=self.sharded)
         if self.sharded:
             self._shard()
         self.optimizer = _optimizer(config, model)
@@ -152,8 +156,9 @@ class Training:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model that is evaluated and saved: the averaged one, if any."""
-        return self.model if self.ema is None else self.ema.module
+        """The model that is evaluated and saved: the averaged one, if any, with the weights of the last step."""
+        trained = self.model if self.ema is None else self.ema.module
+        return trained if self._average is None else self._average.of(trained)
 
     @property
     def lacks_bank(self) -> bool:
@@ -339,6 +344,7 @@ class Training:
         return {
             "step": self.step,
             **weights,
+            "start": None if self._average is None else self._average.state_dict(),
             "scaler": self.scaler.state_dict(),
             "augment": self._augment_state(),
             "loss_sum": self.processes.mean(self._loss_sum),
@@ -380,6 +386,8 @@ class Training:
         missing = sorted((_ENTRIES | weights) - state.keys())
         if missing:
             raise ValueError(f"the training state is of another version of fastnull: it lacks {', '.join(missing)}")
+        if self._average is not None:
+            self._average.check(state.get("start"))
         average = None if self.ema is None else self.ema.module
         fresh = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         try:

@@ -48,7 +48,10 @@ def with_noise(changes: dict[str, Any]) -> dict[str, Any]:
     return {**changes, "noise": {"steps": 2, "limit": 0.25, "eps": 0.02, **changes.get("noise", {})}}
 
 
-MIXED = {"mixup": 0.4, "cutmix": 0.5, "smoothing": 0.1, "clip_grad": 1.0, "ema_decay": 0.9, "layer_decay": 0.8}
+MIXED = {
+    "mixup": 0.4, "cutmix": 0.5, "smoothing": 0.1, "clip_grad": 1.0, "ema_decay": 0.9, "layer_decay": 0.8,
+    "start_fraction": 0.3,
+}  # fmt: skip
 SHARED: dict[str, dict[str, Any]] = {
     **{augment: {"augment": augment} for augment in AUGMENTS},
     "boundary in pixels": {"augment": "boundary", "site": "pixels", "noise": {"limit": 8 / 255}},

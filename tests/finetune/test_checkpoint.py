@@ -133,7 +133,8 @@ def test_forced_settings_are_taken_over_and_written_down(tmp_path):
 
 @pytest.mark.parametrize(
     ("was", "now"), [({"opt": "adamw"}, {"opt": "sgd"}), ({"num_classes": 10}, {"num_classes": 5}),
-                     ({"ema_decay": None}, {"ema_decay": 0.9}), ({"layer_decay": 0.8}, {"layer_decay": None})],
+                     ({"ema_decay": None}, {"ema_decay": 0.9}), ({"layer_decay": 0.8}, {"layer_decay": None}),
+                     ({"start_fraction": 0.0}, {"start_fraction": 0.5})],
 )  # fmt: skip
 def test_what_a_state_is_tied_to_cannot_be_forced(tmp_path, was, now):
     run = RunFolder(tmp_path, was)

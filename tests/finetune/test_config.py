@@ -39,6 +39,7 @@ BAD_SETTINGS = {
     "min_lr": ({"min_lr": 1.0}, "min_lr must be <= lr"),
     "odd": ({"mixup": 0.1, "batch_size": 5}, "batch_size must be even"),
     "smoothing": ({"smoothing": 1.0}, "smoothing must be >= 0 and < 1"),
+    "start_fraction": ({"start_fraction": 1.0}, "start_fraction must be >= 0 and < 1"),
     "amp": ({"amp": "float8"}, "amp must be one of"),
     "preset": ({"noise": {"preset": "finetune"}}, "noise.preset is for augment='universal'"),
     "both": ({"resume": True, "overwrite": True}, "either resume or overwrite"),

@@ -45,7 +45,7 @@ from tests.pictures import write_pictures
 def test_stopped_run_goes_on_bitwise(tmp_path, few, monkeypatch, augment):
     config = small(
         augment, drop_path=0.2, mixup=0.4, cutmix=0.5, smoothing=0.1, ema_decay=0.9, clip_grad=1.0,
-        layer_decay=0.8, warmup_epochs=0.5, num_classes=10,
+        layer_decay=0.8, warmup_epochs=0.5, num_classes=10, start_fraction=0.3,
     )  # fmt: skip
     whole, parts = replace(config, out=str(tmp_path / "whole")), replace(config, out=str(tmp_path / "parts"))
     finetune(whole, train_data=few)

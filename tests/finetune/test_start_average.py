@@ -1,0 +1,53 @@
+"""Weights between those of the start and the trained ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastnull.finetune import finetune
+from fastnull.models import create_model, load_model
+from fastnull.rng import generator
+from tests.finetune.runs import small
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_the_result_lies_between_start_and_end(tmp_path, few, ema_decay):
+    """The training itself is the same, held-out images are judged on the average, and so is the best epoch."""
+    start = create_model("vit_digits", num_classes=10)
+    config = small("boundary", num_classes=10, ema_decay=ema_decay, val_fraction=0.2, lr=1e-2)
+    found = {}
+    for fraction in (0.0, 0.25):
+        out = str(tmp_path / str(fraction))
+        found[fraction] = finetune(replace(config, start_fraction=fraction, out=out), copy.deepcopy(start), few)
+    plain, average = found[0.0], found[0.25]
+    moved = 0.0
+    for (name, first), end, mean in zip(
+        start.state_dict().items(), plain.model.state_dict().values(), average.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(mean, 0.75 * end + 0.25 * first, msg=name)
+        moved = max(moved, float((mean - end).abs().max()))
+    assert moved > 1e-3
+    assert [record["loss"] for record in average.history] == [record["loss"] for record in plain.history]
+    saved = load_model(average.last_path)
+    images = torch.rand(4, 3, 16, 16, generator=generator(1))
+    with torch.no_grad():
+        torch.testing.assert_close(saved.eval()(images), average.model(images))
+    assert json.loads((tmp_path / "0.25" / "config.json").read_text())["config"]["start_fraction"] == 0.25
+
+
+def test_another_start_is_refused_at_resume(tmp_path, few):
+    config = small("none", num_classes=10, start_fraction=0.5, out=str(tmp_path))
+    start = create_model("vit_digits", num_classes=10)
+    finetune(config, copy.deepcopy(start), few)
+    before = (tmp_path / "last.safetensors").read_bytes()
+    finetune(replace(config, resume=True), copy.deepcopy(start), few)
+    with torch.no_grad():
+        next(start.network.head.parameters()).add_(0.01)
+    with pytest.raises(ValueError, match="start_fraction needs the weights that the run began with"):
+        finetune(replace(config, resume=True), start, few)
+    assert (tmp_path / "last.safetensors").read_bytes() == before
