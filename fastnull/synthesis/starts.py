@@ -124,8 +124,10 @@ def at_mean_contrast(
     """
     if not config.contrast:
         return config
-    contrast = relative_contrast(tokens, config).mean()
-    factor = float(contrast if mean is None else mean(contrast))
+    contrast = relative_contrast(tokens, config)
+    sums = torch.stack([contrast.sum(), contrast.new_tensor(len(contrast))])
+    total, count = (sums if mean is None else mean(sums)).tolist()  # processes may hold different numbers of images
+    factor = total / count
     changes: dict[str, Any] = {} if config.rule == "gauss_newton" else {"lr": factor * config.rate}
     for name in ("limit", "smooth_limit"):
         changes[name] = factor * getattr(config, name)
