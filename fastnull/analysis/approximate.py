@@ -79,7 +79,7 @@ def over_lambda(
     pairs = embedded_pairs(encoder, images, batch_size)
     rows = []
     for value in lambdas:
-        noise = synthesize(encoder, batches, replace(config, log_norm_weight=value, stop="never"))
+        noise = synthesize(encoder, batches, replace(config, log_norm_weight=value, stop="never", solver="adamw"))
         kinds = {"learned": noise.tokens.cpu(), **controls(noise.tokens[0], CONTROLS, config.seed)}
         rows += [measured_row(encoder, found, pairs, {"lambda": value, "kind": kind}) for kind, found in kinds.items()]
     return rows

@@ -36,7 +36,7 @@ class AnalysisSettings:
         seed: of images, noise and small models.
         families: exact: timm models whose patch embeddings are compared.
         eps: approximate, transfer: target influence of learned noise.
-        limit: approximate, transfer: token noise starts in U(-limit, limit).
+        limit: approximate, transfer: token noise starts in U(-limit, limit), in standard deviations of the tokens.
         steps: approximate, transfer: maximum number of updates of a learned noise.
         finetune_epochs: approximate: epochs of finetuning over which the noise is measured; 0 skips it.
         rank: spectrum: singular values at each depth.
@@ -51,7 +51,7 @@ class AnalysisSettings:
     seed: int = 0
     families: tuple[str, ...] = exact.FAMILIES
     eps: float = 0.03
-    limit: float = 1.0
+    limit: float = 3.0
     steps: int = 100
     finetune_epochs: int = 4
     rank: int = 64
