@@ -278,11 +278,21 @@ def test_a_model_file_has_its_classes_and_weights(
     assert f"{option[0]} is for a model by name; " in line
 
 
-def test_a_model_at_the_size_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["evaluate", "--model", "vit_tiny_patch16_224", "--num-classes", "10", "--data", "digits", "--limit", "10"]
-    assert main([*words, "--suite", "clean", "--img-size", "16"]) == 0
-    assert "--img-size" not in capsys.readouterr().err
-    assert "224" in refused(capsys, *words, "--suite", "clean")
+def test_a_model_at_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = tmp_path / "noise.safetensors"
+    words = [
+        "synthesize",
+        "--model",
+        "vit_tiny_patch16_224",
+        "--num-classes",
+        "10",
+        "--data",
+        "digits",
+        "--images",
+        "4",
+    ]
+    assert main([*map(str, words), "--img-size", "32", "--steps", "1", "--out", str(noise)]) == 0
+    assert Noise.load(noise).tokens.shape == (1, 4, 192)
 
 
 def test_evaluate_completes_a_file_or_replaces_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
