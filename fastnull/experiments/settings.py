@@ -282,7 +282,8 @@ class CompareSettings:
                 raise ValueError(f"start_epochs must be >= 1 where {what}; got 0")
             return None
         lr = self.start_lr or (SMALL_START_LR if self.network in SMALL_MODELS else self.lr)
-        return self.clean(epochs=epochs, lr=lr, warmup_epochs=0.3 * epochs, seed=seed, **changes)
+        own = {"epochs": epochs, "lr": lr, "warmup_epochs": 0.3 * epochs, "start_fraction": 0.0}
+        return self.clean(**own, seed=seed, **changes)
 
     def clean(self, **changes: Any) -> FinetuneConfig:
         """The configuration of training on clean images, with `changes`."""

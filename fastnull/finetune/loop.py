@@ -78,6 +78,8 @@ def finetune(
             stack.enter_context(torch.random.fork_rng(devices=[device]))
         seed_everything(config.seed, _INIT_KEY)
         ready = prepare(config, device, model, train_data, val_data)
+        if config.start_fraction and getattr(unwrap(ready.model), "new_head", False):
+            raise ValueError("start_fraction mixes in the weights at the start, but their head is new: train it first")
         ready = keep_images(config, ready, device, processes)
         plan = make_plan(config, len(ready.train), processes.world)
         training = Training(config, ready.model, plan, ready.num_classes, device, processes)

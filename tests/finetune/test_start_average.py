@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastnull.experiments.settings import CompareSettings
 from fastnull.finetune import finetune
-from fastnull.models import create_model, load_model
+from fastnull.models import create_model, load_model, save_checkpoint
 from fastnull.rng import generator
 from tests.finetune.runs import small
 
@@ -51,3 +52,16 @@ def test_another_start_is_refused_at_resume(tmp_path, few):
     with pytest.raises(ValueError, match="start_fraction needs the weights that the run began with"):
         finetune(replace(config, resume=True), start, few)
     assert (tmp_path / "last.safetensors").read_bytes() == before
+
+
+def test_a_new_head_is_refused(tmp_path, few):
+    weights = tmp_path / "weights.safetensors"
+    save_checkpoint(create_model("vit_digits", num_classes=7), weights)
+    config = small("none", num_classes=10, checkpoint=str(weights), start_fraction=0.5, out=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="start_fraction mixes in the weights at the start, but their head is new"):
+        finetune(config, train_data=few)
+    settings = CompareSettings(common={"start_fraction": 0.5}, methods=("none",))
+    start = settings.start("new head", 0)
+    assert start is not None
+    assert start.start_fraction == 0, "the training of the head itself"
+    assert settings.configuration("none").start_fraction == 0.5
