@@ -162,7 +162,7 @@ def _universal(
         total = config.steps or config.rounds * data.per_round
         _check_room((config.count, *data.shape), encoder.device)
         shape = (config.count, *data.shape)
-        used = at_mean_contrast(config, torch.cat([tokens for tokens, _ in data.check]), mean)
+        used = at_mean_contrast(config, [tokens for tokens, _ in data.check], mean)
         if start is None:
             bank = bank_start(shape, used, data.like)
         else:

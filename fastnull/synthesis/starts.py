@@ -113,18 +113,18 @@ def relative_contrast(tokens: Tensor, config: SynthesisConfig) -> Tensor:
 
 
 def at_mean_contrast(
-    config: SynthesisConfig, tokens: Tensor, mean: Callable[[Tensor], Tensor] | None
+    config: SynthesisConfig, batches: Sequence[Tensor], mean: Callable[[Tensor], Tensor] | None
 ) -> SynthesisConfig:
-    """Settings of a universal synthesis with limits and lr for the mean contrast of the tokens [B, ...].
+    """Settings of a universal synthesis with limits and lr for the mean contrast of images.
 
     Args:
         config: with `contrast`; without it the result is the same.
-        tokens: at the site, without noise.
-        mean: takes the mean over processes that hold other tokens; None is one process.
+        batches: of images at the site [B, ...], without noise.
+        mean: takes the mean over processes that hold other images; None is one process.
     """
     if not config.contrast:
         return config
-    contrast = relative_contrast(tokens, config)
+    contrast = torch.cat([relative_contrast(tokens, config) for tokens in batches])
     sums = torch.stack([contrast.sum(), contrast.new_tensor(len(contrast))])
     total, count = (sums if mean is None else mean(sums)).tolist()  # processes may hold different numbers of images
     factor = total / count
