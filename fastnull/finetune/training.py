@@ -35,7 +35,7 @@ from fastnull.vit.layers import Layered
 STEP_KEY = 1
 """(seed, STEP_KEY, step) is the key of a step's random numbers."""
 _NEVER = 2**62
-_ENTRIES = {"step", "scaler", "augment", "loss_sum", "history", "best", "spent", "seconds"}
+_ENTRIES = {"step", "start", "scaler", "augment", "loss_sum", "history", "best", "spent", "seconds"}
 """Entries of a training state besides the weights."""
 
 
@@ -387,7 +387,7 @@ class Training:
         if missing:
             raise ValueError(f"the training state is of another version of fastnull: it lacks {', '.join(missing)}")
         if self._average is not None:
-            self._average.check(state.get("start"))
+            self._average.check(state["start"])
         average = None if self.ema is None else self.ema.module
         fresh = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         try:

@@ -144,7 +144,7 @@ def test_sections_and_headline(runs: Path, tmp_path: Path) -> None:
     settings = section(text, "Settings of the methods")
     assert "start ±8/255" in settings
     # the mean of the second half, 0.2 and 0.4
-    assert "| boundary, tokens | start ±0.25, ε 0.1, 3 steps | 0.3 |" in settings
+    assert "| boundary, tokens | start ±0.5 (unit: spread of the tokens), ε 0.1, 3 steps | 0.3 |" in settings
 
 
 def test_claims_follow_the_numbers(runs: Path, tmp_path: Path) -> None:
