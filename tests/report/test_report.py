@@ -144,7 +144,7 @@ def test_sections_and_headline(runs: Path, tmp_path: Path) -> None:
     settings = section(text, "Settings of the methods")
     assert "start ±8/255" in settings
     # the mean of the second half, 0.2 and 0.4
-    assert "| boundary, tokens | start ±0.5 (unit: spread of the tokens), ε 0.1, 3 steps | 0.3 |" in settings
+    assert "| boundary, tokens | start ±0.5, ε 0.1, 3 steps | 0.3 |" in settings
 
 
 def test_claims_follow_the_numbers(runs: Path, tmp_path: Path) -> None:
@@ -330,6 +330,8 @@ def test_settings_of_boundary_noise_are_shown() -> None:
     assert _noise_settings({**noise, "contrast": 0.2}, "random", "pixels") == "start up to ±64/255 at contrast 0.2"
     plain = {"limit": 0.25, "eps": 0.6, "steps": 3, "step_size": None, "step_range": 0.0, "limit_range": 0.0}
     assert _noise_settings(plain, "boundary", "patch") == "start ±0.25, ε 0.6, 3 steps"
+    relative = _noise_settings({**plain, "contrast": 1.0}, "boundary", "patch")
+    assert relative == "start ±0.25 (unit: spread of the tokens), ε 0.6, 3 steps"
     free = {**noise, "steps": None, "eps": 0.2}
     assert _noise_settings(free, "free", "pixels") == "start up to ±64/255, ε 0.2, 1 step of up to 16/255"
 

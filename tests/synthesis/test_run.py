@@ -34,6 +34,9 @@ from fastnull.synthesis.run import NoiseNotFiniteError
 from fastnull.synthesis.solvers import perturb
 from fastnull.vit import SITES, NormalizedModel
 
+START: dict[str, Any] = {"steps": 1, "limit": 3.0, "contrast": 0.0, "lr": 1e-30, "stop": "never"}
+"""A synthesis that ends where the published loop starts."""
+
 
 def published_loop(model: NormalizedModel, loader: list[Tensor], start: Tensor, squared: bool, eps: float) -> Tensor:
     """The published loop from its description, in a few lines: nothing of the package but the model's own modules."""
@@ -68,7 +71,7 @@ def test_published_preset_is_the_published_loop(vit: NormalizedModel, preset: st
     vit = vit.double()
     loader = [torch.rand(4, 3, 16, 16, dtype=torch.float64) for _ in range(70)]  # 3 rounds x 7 batches = 21 steps
     config = SynthesisConfig.published(preset, eps=1e-9, seed=3)
-    start = synthesize(vit, loader[:1], SynthesisConfig(steps=1, limit=3.0, contrast=0.0, lr=1e-30, seed=3, stop="never")).tokens
+    start = synthesize(vit, loader[:1], SynthesisConfig(**START, seed=3)).tokens
     ours = synthesize(vit, loader, config)
     theirs = published_loop(vit, loader, start, squared, eps=1e-9)
     assert ours.steps.item() == 21
@@ -79,7 +82,7 @@ def test_published_preset_is_the_published_loop(vit: NormalizedModel, preset: st
 def test_published_preset_stops_where_the_published_loop_does(vit: NormalizedModel) -> None:
     vit = vit.double()
     loader = [torch.rand(4, 3, 16, 16, dtype=torch.float64) for _ in range(70)]
-    start = synthesize(vit, loader[:1], SynthesisConfig(steps=1, limit=3.0, contrast=0.0, lr=1e-30, stop="never")).tokens
+    start = synthesize(vit, loader[:1], SynthesisConfig(**START)).tokens
     # an eps that is met on the way: just above the least influence of a run that is never stopped
     free = synthesize(vit, loader, SynthesisConfig.published("first", eps=1e-9))
     eps = min(record["influence"] for record in free.history[:-1]) * (1 + 1e-6)
