@@ -29,7 +29,7 @@ class StartAverage:
     """
 
     def __init__(self, model: nn.Module, fraction: float, processes: Processes, *, sharded: bool) -> None:
-        self._fraction, self._processes = fraction, processes
+        self._fraction = fraction
         self._module = copy.deepcopy(model).requires_grad_(False)
         if sharded:
             shard(self._module)
