@@ -1,7 +1,8 @@
 """The finetuning loop: open the data, train, validate, save; stop and resume at any step.
 
 Its parts: `prepare` (data and model), `training` (a step: views, loss, update, and the state of a run), `refresh`
-(batches for universal noise), `held_out` (validation), `saving` (logs, weights and states), `stopping`.
+(batches for universal noise), `held_out` (validation), `start_average` (weights between start and end), `saving` (logs,
+weights and states), `stopping`.
 """
 
 from __future__ import annotations
