@@ -37,10 +37,10 @@ def test_only_regular_files_are_replaced(kind: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)  # a socket's path must be short
     path = Path("out.json")
     OBSTACLES[kind](path)
-    before = os.lstat(path)
+    before = os.lstat(path)[:7]  # without times: following a link changes its time of access
     with pytest.raises(ValueError, match=f"out.json cannot be written: it is {kind.removesuffix(' to nothing')}"):
         write_json(path, {})
-    assert os.lstat(path) == before
+    assert os.lstat(path)[:7] == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) in (["out.json"], ["out.json", "real"])
 
 

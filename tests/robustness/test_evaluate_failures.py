@@ -123,10 +123,10 @@ def test_what_is_not_a_regular_file_is_neither_read_nor_replaced(
     monkeypatch.chdir(tmp_path)  # a socket's path must be short
     place = Path("result.json")
     OBSTACLES[kind](place)
-    before = os.lstat(place)
+    before = os.lstat(place)[:7]  # without times: following a link changes its time of access
     with pytest.raises(ValueError, match=r"result\.json"):
         evaluate(make_model(dtype=torch.float64), make_data(), out=place, resume=resume, **QUICK)
-    assert os.lstat(place) == before
+    assert os.lstat(place)[:7] == before
 
 
 def left_by(path: Path, process: int) -> Path:
