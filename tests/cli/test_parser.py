@@ -278,20 +278,10 @@ def test_a_model_file_has_its_classes_and_weights(
     assert f"{option[0]} is for a model by name; " in line
 
 
-def test_a_model_at_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_at_another_size(tmp_path: Path) -> None:
     noise = tmp_path / "noise.safetensors"
-    words = [
-        "synthesize",
-        "--model",
-        "vit_tiny_patch16_224",
-        "--num-classes",
-        "10",
-        "--data",
-        "digits",
-        "--images",
-        "4",
-    ]
-    assert main([*map(str, words), "--img-size", "32", "--steps", "1", "--out", str(noise)]) == 0
+    model = ["--model", "vit_tiny_patch16_224", "--num-classes", "10", "--img-size", "32"]
+    assert main(["synthesize", *model, "--data", "digits", "--images", "4", "--steps", "1", "--out", str(noise)]) == 0
     assert Noise.load(noise).tokens.shape == (1, 4, 192)
 
 
