@@ -24,7 +24,7 @@ from torch import nn
 
 from fastnull.checks import check_number
 from fastnull.experiments.settings import NORM_OF, START, CompareSettings, changed, plain
-from fastnull.experiments.tasks import WEIGHTS, Inputs, Task, place, plan_tasks, work
+from fastnull.experiments.tasks import SCALED_TO_NORM, WEIGHTS, Inputs, Task, place, plan_tasks, work
 from fastnull.experiments.workers import Progress, run_in_processes, threads
 from fastnull.finetune.config import SMALL_MODELS
 from fastnull.finetune.prepare import Data
@@ -252,7 +252,9 @@ def _prepare(
             removed = [run for run in folder.glob("seed-*/*") if was.get(run.name) != now.get(run.name)]
             asked = {place(folder, seed, method) for seed in settings.seed_list for method in settings.methods}
             differing += sorted({f"recipe of {run.name}" for run in removed if run in finished & asked})
-            differing = differing or _other_recipes(tasks)
+            others = [(task, _other_recipe(task)) for task in tasks if task.folder not in removed]
+            removed += [task.folder for task, found in others if found and not task.results.exists()]
+            differing = differing or sorted({text for task, found in others if task.results.exists() for text in found})
             lost = sorted(finished - asked)
             if differing:
                 raise ValueError(f"cannot resume the {kind} in {folder} with other settings: {', '.join(differing)}")
@@ -266,26 +268,27 @@ def _prepare(
     write_json(path, {"settings": asdict(settings), "begun": about})
 
 
-def _other_recipes(tasks: Sequence[Task]) -> list[str]:
-    """Where the noise or the recipe of a finished run differs from what this version has under the same name."""
-    found = set()
-    for task in tasks:
-        if task.method is None or not task.results.exists() or not (task.folder / SETTINGS).exists():
-            continue
-        record = read_json(task.folder / SETTINGS)
-        names = task.settings.recipe(task.method).keys() - {"noise", NORM_OF}
-        recipe = {name: getattr(task.config, name) for name in names}
-        pairs = [(record["config"], recipe)]
-        synthesis = task.config.synthesis()
-        if synthesis is not None and task.norm_of is None:  # else the limits were scaled in the run
-            pairs.append((record["synthesis"] or {}, asdict(synthesis)))
-        for before, now in pairs:
-            found |= {
-                f"{name} of {task.method} (was {before[name]!r}, now {value!r})"
-                for name, value in plain(now).items()
-                if name in before and name != "seed" and before[name] != value
-            }
-    return sorted(found)
+def _other_recipe(task: Task) -> list[str]:
+    """Where the noise or the recipe of a run that was begun differs from what this version has under the same name."""
+    if task.method is None or not (task.folder / SETTINGS).exists():
+        return []
+    record = read_json(task.folder / SETTINGS)
+    names = task.settings.recipe(task.method).keys() - {"noise", NORM_OF}
+    recipe = {name: getattr(task.config, name) for name in names}
+    if recipe.get("lr", 0) is None:  # chosen by `finetune`
+        del recipe["lr"]
+    synthesis = task.config.synthesis()
+    noise = {} if synthesis is None else asdict(synthesis)
+    if task.norm_of is not None:
+        for name in SCALED_TO_NORM:
+            del noise[name]
+    pairs = [(record["config"], recipe), (record["synthesis"] or {}, noise)]
+    return sorted(
+        f"{name} of {task.method} (was {before[name]!r}, now {value!r})"
+        for before, now in pairs
+        for name, value in plain(now).items()
+        if name in before and name != "seed" and before[name] != value
+    )
 
 
 def _recorded(path: Path, kind: str, settings: type[CompareSettings]) -> tuple[CompareSettings, dict[str, Any]]:

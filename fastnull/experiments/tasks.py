@@ -29,7 +29,7 @@ from fastnull.finetune.checkpoint import network_of
 from fastnull.finetune.config import FinetuneConfig
 from fastnull.finetune.loop import finetune
 from fastnull.finetune.plan import Plan, make_plan
-from fastnull.finetune.prepare import Data, Prepared, cache_of, prepare
+from fastnull.finetune.prepare import Data, Prepared, cache_of, check_start, head_is_trained, prepare
 from fastnull.finetune.training import Training
 from fastnull.noise import Noise
 from fastnull.progress import listening
@@ -48,6 +48,8 @@ from fastnull.synthesis.starts import draw_start
 START_RESULTS = "start.json"
 WEIGHTS = "last.safetensors"
 CALIBRATION_IMAGES = 256
+SCALED_TO_NORM = ("limit", "smooth_limit")
+"""Settings of random noise that `norm_of` scales."""
 NEEDY = ("apgd_t", "patch", "noise", "corruptions")
 """Suites that do not support all models and images: they need a number of classes, an image size, a shape of tokens."""
 FOLDER_IMAGES = 10_000
@@ -78,6 +80,7 @@ class Inputs:
             from safetensors.torch import load_file
 
             network_of(model).load_state_dict(load_file(str(start / WEIGHTS)))
+            head_is_trained(model)
         return model
 
 
@@ -233,6 +236,8 @@ def _check_training(task: Task, ready: Prepared) -> None:
     assert task.plan is not None
     device, alone = torch.device(task.settings.where), Processes()
     try:
+        if task.start is None:
+            check_start(task.config, ready.model)
         Training(task.config, ready.model, task.plan, ready.num_classes, device, alone)
         cache_of(task.config, ready, device, alone)
     except (TypeError, ValueError) as error:
@@ -417,7 +422,8 @@ def _equal_norm(config: FinetuneConfig, other: Path, ready: Prepared) -> Finetun
     start = config.synthesis()
     assert start is not None
     scale = scale_of_norm(statistics.fmean(seen), inputs, start)
-    return replace(config, noise=replace(start, limit=scale * start.limit, smooth_limit=scale * start.smooth_limit))
+    scaled: dict[str, Any] = {name: scale * getattr(start, name) for name in SCALED_TO_NORM}
+    return replace(config, noise=replace(start, **scaled))
 
 
 def scale_of_norm(norm: float, inputs: Tensor, start: SynthesisConfig) -> float:

@@ -49,9 +49,10 @@ FREE_KEYS = frozenset(
 )
 """Settings that a resumed run may change, because they do not change what it computes. (Another device, `accumulate` or
 `compile` may change the rounding.)"""
-TIED_KEYS = frozenset({"model", "num_classes", "img_size", "opt"})
-"""Settings that `force` cannot change: a state cannot be read with other values."""
-TIED_SWITCHES = frozenset({"ema_decay", "layer_decay", "start_fraction", "weight_decay"})
+TIED_KEYS = frozenset({"model", "num_classes", "img_size", "opt", "start_fraction"})
+"""Settings that `force` cannot change: a state cannot be read with other values, or the weights that were saved before
+would not fit them."""
+TIED_SWITCHES = frozenset({"ema_decay", "layer_decay", "weight_decay"})
 """Settings that `force` may change but not switch on or off, because a state would have other tensors or groups."""
 
 

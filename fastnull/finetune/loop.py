@@ -20,7 +20,7 @@ from fastnull.finetune.checkpoint import RunFolder
 from fastnull.finetune.config import FinetuneConfig, recommended_lr
 from fastnull.finetune.held_out import checked_labels, held_out_loaders, validate
 from fastnull.finetune.plan import make_plan
-from fastnull.finetune.prepare import Data, Prepared, keep_images, prepare
+from fastnull.finetune.prepare import Data, Prepared, head_is_trained, keep_images, prepare
 from fastnull.finetune.refresh import RefreshBatches
 from fastnull.finetune.saving import log, resume_or_begin, run_folder, save
 from fastnull.finetune.stopping import StopRequest
@@ -79,8 +79,6 @@ def finetune(
             stack.enter_context(torch.random.fork_rng(devices=[device]))
         seed_everything(config.seed, _INIT_KEY)
         ready = prepare(config, device, model, train_data, val_data)
-        if config.start_fraction and getattr(unwrap(ready.model), "new_head", False):
-            raise ValueError("start_fraction mixes in the weights at the start, but their head is new: train it first")
         ready = keep_images(config, ready, device, processes)
         plan = make_plan(config, len(ready.train), processes.world)
         training = Training(config, ready.model, plan, ready.num_classes, device, processes)
@@ -88,7 +86,10 @@ def finetune(
         stop = stack.enter_context(StopRequest(processes))
         with explained(processes):
             _train(training, ready, folder, stop)
-    return training.result(*(None, None) if folder is None else folder.weights())
+    result = training.result(*(None, None) if folder is None else folder.weights())
+    for trained in (ready.model, result.model):
+        head_is_trained(trained)
+    return result
 
 
 def _train(training: Training, ready: Prepared, folder: RunFolder | None, stop: StopRequest) -> None:

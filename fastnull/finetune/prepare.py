@@ -55,8 +55,22 @@ def prepare(
     num_classes = _try_out(model, train, validation, device)
     if num_classes < 2:
         raise ValueError(f"the model must have at least two classes to learn; its logits have {num_classes}")
+    check_start(config, model)
     known = classes_of(model)
     return Prepared(model, train, validation, num_classes, known if isinstance(known, list) else source.classes)
+
+
+def check_start(config: FinetuneConfig, model: nn.Module) -> None:
+    """Raise ValueError if start_fraction would average with a head that is not trained."""
+    if config.start_fraction and getattr(unwrap(model), "new_head", False):
+        raise ValueError("start_fraction mixes in the weights at the start, but their head is new: train it first")
+
+
+def head_is_trained(model: nn.Module) -> None:
+    """Record that a new head has been trained."""
+    inner = unwrap(model)
+    if isinstance(inner, NormalizedModel):
+        inner.new_head = False
 
 
 def cache_of(

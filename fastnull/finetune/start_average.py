@@ -30,7 +30,7 @@ class StartAverage:
 
     def __init__(self, model: nn.Module, fraction: float, processes: Processes, *, sharded: bool) -> None:
         self._fraction = fraction
-        self._module = copy.deepcopy(model).requires_grad_(False)
+        self._module = copy.deepcopy(model)
         if sharded:
             shard(self._module)
         self._start = [local(parameter).clone() for parameter in self._module.parameters()]
@@ -46,9 +46,16 @@ class StartAverage:
     def of(self, trained: nn.Module) -> nn.Module:
         """The model with the average of the start and the weights that `trained` has now; always the same object."""
         for mine, its, start in zip(self._module.parameters(), trained.parameters(), self._start, strict=True):
-            local(mine).copy_(local(its)).lerp_(start, self._fraction)
-        for mine, its in zip(self._module.buffers(), trained.buffers(), strict=True):
             local(mine).copy_(local(its))
+            if mine.is_floating_point():  # quantised layers hold integers
+                local(mine).lerp_(start, self._fraction)
+        buffers = dict(self._module.named_buffers())
+        for name, its in trained.named_buffers():
+            owner, _, own = name.rpartition(".")
+            if name in buffers and buffers[name].shape == its.shape:
+                local(buffers[name]).copy_(local(its))
+            else:  # made in a forward pass
+                self._module.get_submodule(owner).register_buffer(own, its.clone())
         return self._module
 
     def state_dict(self) -> tuple[float, float]:

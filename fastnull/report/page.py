@@ -366,6 +366,8 @@ def _settings_table(trained: Mapping[str, Run]) -> Table:
             how = "none"
         else:
             how = _noise_settings(noise, config["augment"], config["site"])
+        if config.get("start_fraction"):
+            how += f"; weights averaged with {config['start_fraction']:g} of the start"
         influence = f"{run.spent['influence']:.2g}" if "influence" in run.spent else "–"
         cost, epochs = str(plan.get("step_cost", "–")), str(plan.get("epochs", config["epochs"]))
         rate = "–" if config["lr"] is None else f"{config['lr']:g}"

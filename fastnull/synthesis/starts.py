@@ -72,7 +72,7 @@ def draw_start(tokens: Tensor, config: SynthesisConfig, source: KeyedRandom, *, 
     )
     by_norm = given is not None and config.mode == "boundary" and config.step_size is None
     size: float | Tensor = TENTH * norms(noise).mean() if by_norm else first_step_size(tokens.shape[1:], config)
-    if config.step_range:
+    if config.step_range and config.mode != "per_image":
         size = size * (1 - config.step_range * source.uniform().to(noise.dtype))
     if not config.contrast:
         return Start(noise, size)
@@ -121,6 +121,9 @@ def at_mean_contrast(
         config: with `contrast`; without it the result is the same.
         batches: of images at the site [B, ...], without noise.
         mean: takes the mean over processes that hold other images; None is one process.
+
+    Raises:
+        ValueError: the images have no contrast.
     """
     if not config.contrast:
         return config
@@ -128,9 +131,15 @@ def at_mean_contrast(
     sums = torch.stack([contrast.sum(), contrast.new_tensor(len(contrast))])
     total, count = (sums if mean is None else mean(sums)).tolist()  # processes may hold different numbers of images
     factor = total / count
+    if factor == 0:
+        raise ValueError(
+            f"the check images have no contrast at site {config.site!r}, and lengths are proportional to it: use "
+            "images that are not constant, or contrast=0"
+        )
     changes: dict[str, Any] = {} if config.rule == "gauss_newton" else {"lr": factor * config.rate}
     for name in ("limit", "smooth_limit"):
-        changes[name] = factor * getattr(config, name)
+        scaled = factor * getattr(config, name)
+        changes[name] = min(scaled, 1.0) if config.site == "pixels" else scaled
     return replace(config, contrast=0.0, **changes)
 
 

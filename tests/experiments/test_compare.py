@@ -126,6 +126,30 @@ def test_another_version_with_other_recipes_does_not_continue(done: Path, monkey
     assert (done / "comparison.json").read_bytes() == before
 
 
+def test_a_run_begun_by_another_version_starts_over(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    begun = out / "seed-4" / "boundary-pixels"
+    (begun / "results.json").unlink()
+    settings = json.loads((begun / "config.json").read_text())
+    settings["synthesis"]["step_size"] = 10 / 255
+    (begun / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(fastnull.experiments.compare, "work", lambda *_: pytest.fail("begins"))
+    with pytest.raises(pytest.fail.Exception, match="begins"):
+        run_compare(out, TINY, resume=True, progress=False)
+    assert not begun.exists()
+    assert (out / "seed-3" / "boundary-pixels" / "results.json").exists()
+
+
+def test_other_noise_of_the_same_norm_is_another_recipe(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {**RECIPES["random-pixels"], "noise": {"contrast": 0.1}}
+    monkeypatch.setitem(RECIPES, "random-pixels", other)
+    with pytest.raises(ValueError, match=r"other settings: contrast of random-pixels \(was 0\.0, now 0\.1\)"):
+        run_compare(done, TINY, resume=True)
+
+
 def test_a_finished_comparison_can_be_extended(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     shutil.copytree(done, out, ignore=shutil.ignore_patterns("*.safetensors"))

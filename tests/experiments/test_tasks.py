@@ -61,6 +61,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_a_new_head_is_trained_before_weights_are_averaged_with_the_start(checkpoint: Path, tmp_path: Path) -> None:
+    images, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 2
+    settings = CompareSettings(
+        model="mine", data="mine", methods=("average",), seeds=1,
+        recipes={"average": {"augment": "none", "start_fraction": 0.5}},
+        start_epochs=1, budget=3, batch_size=8, suites=("clean",),
+    )  # fmt: skip
+    inputs = Inputs(
+        lambda: fastnull.create_model("vit_digits", num_classes=2, checkpoint=checkpoint),
+        (images, labels),
+        (images, labels),
+    )
+    for task in plan_tasks(tmp_path, settings, inputs)[0]:
+        work(task)
+    assert (tmp_path / "seed-0" / "average" / "results.json").exists()
+    with pytest.raises(
+        ValueError, match="average: start_fraction mixes in the weights at the start, but their head is"
+    ):
+        plan_tasks(tmp_path, replace(settings, start_epochs=0), inputs)
+
+
 @pytest.fixture
 def tiny(pictures: Path, checkpoint: Path) -> CompareSettings:
     return CompareSettings(

@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from fastnull.experiments.settings import CompareSettings
 from fastnull.finetune import finetune
+from fastnull.finetune.dry_run import dry_run
 from fastnull.models import create_model, load_model, save_checkpoint
 from fastnull.rng import generator
 from tests.finetune.runs import small
@@ -61,7 +63,59 @@ def test_a_new_head_is_refused(tmp_path, few):
     with pytest.raises(ValueError, match="start_fraction mixes in the weights at the start, but their head is new"):
         finetune(config, train_data=few)
     settings = CompareSettings(common={"start_fraction": 0.5}, methods=("none",))
+    with pytest.raises(ValueError, match="their head is new: train it first"):
+        dry_run(replace(config, data="digits"))
     start = settings.start("new head", 0)
     assert start is not None
     assert start.start_fraction == 0, "the training of the head itself"
     assert settings.configuration("none").start_fraction == 0.5
+
+
+def test_a_head_that_was_trained_is_no_longer_new(tmp_path, few):
+    weights = tmp_path / "weights.safetensors"
+    save_checkpoint(create_model("vit_digits", num_classes=7), weights)
+    model = create_model("vit_digits", num_classes=10, checkpoint=weights)
+    model.network.pos_embed.requires_grad_(False)
+    config = small("none", num_classes=10)
+    smooth = finetune(replace(config, ema_decay=0.9), copy.deepcopy(model), few).model
+    assert not smooth.new_head
+    first = finetune(config, model, few).model
+    average = finetune(replace(config, start_fraction=0.5), first, few).model
+    trainable = {name: parameter.requires_grad for name, parameter in average.named_parameters()}
+    assert trainable == {name: parameter.requires_grad for name, parameter in first.named_parameters()}
+    before = average.network.head.weight.detach().clone()
+    finetune(config, average, few)
+    assert not torch.equal(average.network.head.weight, before), "the result can be trained further"
+
+
+class Quantised(nn.Module):
+    """A frozen scale of integers, and buffers that the first forward passes make and enlarge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, 1, 1, dtype=torch.int8), requires_grad=False)
+        self.linear = nn.Linear(768, 10)
+        self.register_buffer("calls", torch.zeros(0))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls = torch.cat([self.calls, self.calls.new_ones(1)])
+            self.register_buffer("seen", images.mean())
+        return self.linear((images * self.scale).flatten(1))
+
+
+def test_integers_and_buffers_are_those_of_the_trained_model(few):
+    model = Quantised()
+    start = copy.deepcopy(model.linear.weight)
+    average = finetune(small("none", start_fraction=0.25), model, few).model
+    assert torch.equal(average.scale, model.scale)
+    assert torch.equal(average.seen, model.seen)
+    assert torch.equal(average.calls, model.calls)
+    torch.testing.assert_close(average.linear.weight, 0.75 * model.linear.weight + 0.25 * start)
+
+
+def test_another_fraction_is_another_run(tmp_path, few):
+    config = small("none", num_classes=10, start_fraction=0.5, out=str(tmp_path))
+    finetune(config, create_model("vit_digits", num_classes=10), few)
+    with pytest.raises(ValueError, match=r"another value of start_fraction \(was 0\.5, now 0\.25\)"):
+        finetune(replace(config, start_fraction=0.25, resume=True, force=True), train_data=few)

@@ -145,6 +145,15 @@ def test_sections_and_headline(runs: Path, tmp_path: Path) -> None:
     assert "start ±8/255" in settings
     # the mean of the second half, 0.2 and 0.4
     assert "| boundary, tokens | start ±0.5, ε 0.1, 3 steps | 0.3 |" in settings
+    assert "averaged" not in settings
+    file = runs / "clean-0" / "config.json"
+    before = file.read_text()
+    about = json.loads(before)
+    about["config"] |= {"start_fraction": 0.25, "label": "averaged"}
+    file.write_text(json.dumps(about))
+    text = markdown_of([runs], tmp_path / "averaged")
+    file.write_text(before)
+    assert "| averaged | none; weights averaged with 0.25 of the start |" in section(text, "Settings of the methods")
 
 
 def test_claims_follow_the_numbers(runs: Path, tmp_path: Path) -> None:

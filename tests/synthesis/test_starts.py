@@ -25,6 +25,7 @@ from fastnull.synthesis.starts import (
     MOST_CELLS,
     MOST_CONTRAST,
     _smooth,
+    at_mean_contrast,
     draw_start,
     start_noise,
     step_source,
@@ -213,6 +214,27 @@ def test_lengths_are_relative_to_contrast(vit: NormalizedModel, mode: str, site:
     noise = synthesize(encoder, images, config, **check).tokens
     torch.testing.assert_close(noise, expected, rtol=1e-4, atol=1e-6)
     assert noise.abs().max() > 0
+
+
+def test_universal_lengths_at_the_mean_contrast_are_valid() -> None:
+    pixels = torch.rand(4, 3, 16, 16, generator=generator(1))  # of contrast 0.29
+    config = SynthesisConfig(site="pixels", limit=0.8, contrast=0.1, lr=0.1)
+    found = at_mean_contrast(config, [pixels], None)
+    assert (found.limit, found.contrast) == (1.0, 0.0)
+    assert found.rate == pytest.approx(0.15)
+    with pytest.raises(ValueError, match=r"check images have no contrast at site 'pixels'.*contrast=0"):
+        at_mean_contrast(config, [torch.full_like(pixels, 0.5)], None)
+
+
+def test_the_range_of_steps_is_that_of_boundary_noise() -> None:
+    tokens = torch.rand(4, 9, 8, generator=generator(1))
+    sizes = {}
+    for mode in ("boundary", "per_image"):
+        config = SynthesisConfig(mode=mode, step_range=0.5, step_size=1.0, lr=1.0, contrast=0.0)
+        size = draw_start(tokens, config, step_source(0, 0, torch.arange(4))).step_size
+        sizes[mode] = torch.as_tensor(size).unique()
+    assert len(sizes["boundary"]) == 4
+    assert sizes["per_image"].tolist() == [1.0]
 
 
 @torch.no_grad()
