@@ -234,6 +234,8 @@ class NullspaceAugment:
         self.step += 1
         images = images.detach().clone().requires_grad_()  # loops may load the next batch into the same memory
         due = self._due(rows, images.device)
+        if due is not None and due[1].shape[1:] != images.shape[1:]:
+            due = None  # a training that changes the size of its images has a step without a noisy view
         logits = logits_of(self.model(images if due is None else torch.cat([images, due[0].images + due[1]])))
         clean, noisy = logits[: len(images)], logits[len(images) :]
         with trusting:
@@ -244,7 +246,7 @@ class NullspaceAugment:
         if due is not None:
             found = influence(due[0].logits, noisy.detach()).mean().float()
             self.stats = {"influence": found, "norm": norms(due[1]).mean()}
-            every = torch.cat([labels, due[0].labels])
+            every = _both_labels(labels, due[0].labels, logits)
         free.keep(rows, images, labels.clone(), clean, found)
         return criterion(logits, every), clean
 
@@ -604,6 +606,16 @@ def _for_a_loss(labels: Tensor, logits: Tensor) -> Tensor:
     if labels.is_floating_point():
         return labels
     return labels.long() if labels.ndim == 1 else labels.to(logits.dtype)
+
+
+def _both_labels(new: Tensor, before: Tensor, logits: Tensor) -> Tensor:
+    """Labels of both halves of a batch: classes [2 B], or probabilities [2 B, K] if those of a half are."""
+    if new.ndim != before.ndim:  # Mixup that begins or ends
+        new, before = (
+            nn.functional.one_hot(labels, logits.shape[-1]).to(logits.dtype) if labels.ndim == 1 else labels
+            for labels in (new, before)
+        )
+    return torch.cat([new, before])
 
 
 def _random_state(device: torch.device) -> Tensor:

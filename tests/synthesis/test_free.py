@@ -14,6 +14,7 @@ from torch import Tensor
 from fastnull.augment import NullspaceAugment
 from fastnull.finetune import FinetuneConfig
 from fastnull.finetune.plan import make_plan
+from fastnull.models import create_model
 from fastnull.rng import Place
 from fastnull.synthesis import SynthesisConfig, synthesize
 from fastnull.synthesis.free import FIRST_STRENGTH, RATE
@@ -139,6 +140,26 @@ def test_batches_of_several_sizes(
         step(aug, images[:size], labels[:size])
         assert len(seen[-1]) == size + min(before, size)
         before = size
+
+
+def test_a_change_of_the_image_size_costs_one_noisy_view(labels: Tensor) -> None:
+    """Progressive resizing."""
+    model = create_model("vit_digits", dynamic_img_size=True).train()
+    aug = NullspaceAugment(model, "free")
+    seen = given(model)
+    for side in (16, 16, 24, 24):
+        step(aug, torch.rand(8, 3, side, side), labels)
+    assert [len(images) for images in seen] == [8, 16, 8, 16]
+
+
+def test_labels_may_become_probabilities(loud: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    """Mixup that is used in some steps only."""
+    soft = F.one_hot(labels, 10).float()
+    found = []
+    for kinds in ((labels, labels, labels), (labels, soft, labels)):
+        aug = NullspaceAugment(copy.deepcopy(loud), "free")
+        found.append(torch.stack([step(aug, images, kind) for kind in kinds]))
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_scaled_losses_and_values_that_are_not_finite(loud: NormalizedModel, images: Tensor, labels: Tensor) -> None:
