@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from fastnull.checks import check_number
 from fastnull.compat import import_timm
-from fastnull.data.classes import classes_of, match_classes, model_names, names_of
+from fastnull.data.classes import classes_of, match_classes, model_names, names_of, warn_of_assumed_order
 from fastnull.data.image_files import (
     BadImageError,
     ImageFiles,
@@ -169,11 +169,15 @@ def evaluation_data(
     if _timm_name(data):
         base = _timm_dataset(data, data_dir, "validation", download)
         names = names_of(base)
+        if labelled and names is not None:
+            warn_of_assumed_order(known, names)
         matched = None if names is None else match_classes(known, names, name=data)
         return Samples(base, lambda image: to_pixels(evaluation(image)), view.channels, classes=matched)
     tested = _split_folder(data, _TEST_FOLDERS)
     if not isinstance(known, list):
         train = [folder.name for folder in class_folders(_split_folder(data, ("train",)))]
+        if labelled:
+            warn_of_assumed_order(known, train)
         known = model_names(known, train, name=f"{data}/train")
     return ImageFiles(ImageFolder(tested, known), evaluation, view.channels, skip_bad)
 
