@@ -37,6 +37,7 @@ class ImageFolder(Dataset[Sample]):
             model, or their number (see `match_classes`); None: the folders themselves.
 
     Attributes:
+        root: the folder.
         classes: names of the classes in the order of the labels.
         files: path and label of each image.
 
@@ -46,6 +47,7 @@ class ImageFolder(Dataset[Sample]):
     """
 
     def __init__(self, root: str | os.PathLike[str], classes: Sequence[str] | int | None = None) -> None:
+        self.root = Path(root)
         folders = class_folders(root)
         names = [folder.name for folder in folders]
         self.classes = model_names(classes, names, name=f"data: {printable(root)}")

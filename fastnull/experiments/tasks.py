@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from fastnull.checks import check_device, check_images
+from fastnull.data.digest import cheap_digest
 from fastnull.data.image_files import to_pixels
-from fastnull.data.sources import Samples, evaluation_data, keyed
+from fastnull.data.sources import EMBEDDED, Samples, evaluation_data, keyed
 from fastnull.data.subset import even_subset, labels_of
 from fastnull.distributed.processes import Processes
 from fastnull.encoder.frozen import FrozenEncoder
@@ -173,6 +174,8 @@ def plan_tasks(
             if task.seed == settings.first_seed and task.plan is not None:
                 _check_training(task, ready)
     weights = settings.checkpoint or ("pretrained" if settings.pretrained else None)
+    # embedded data is computed, with rounding that differs between machines
+    own = inputs.train_data is not None or inputs.test_data is not None or settings.data not in EMBEDDED
     about = {
         "model": settings.network or type(network_of(ready.model)).__name__,
         "parameters": sum(parameter.numel() for parameter in ready.model.parameters()),
@@ -185,6 +188,8 @@ def plan_tasks(
         "pixels": list(test[0][0].shape[1:]),
         "train": len(ready.train),
         "test": len(test),  # type: ignore[arg-type]
+        "train_digest": cheap_digest(ready.train) if own else None,
+        "test_digest": cheap_digest(test) if own else None,
     }
     return tasks, about, ready
 
