@@ -219,6 +219,9 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         channels: convert images to grey (1) or RGB (3).
         skip_bad: an unreadable file gives a grey image with the label BAD; False: an error.
 
+    Attributes:
+        shown: what the transform does, for records; None if unknown.
+
     Raises:
         ValueError: another number of channels.
     """
@@ -227,6 +230,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         self, files: ImageFolder, transform: Callable[[Any], Tensor], channels: int, skip_bad: bool = False
     ) -> None:
         self.files, self.transform, self.skip_bad = files, transform, skip_bad
+        self.shown: str | None = None
         self.mode = image_mode(channels)
 
     def __len__(self) -> int:

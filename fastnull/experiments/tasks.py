@@ -23,6 +23,7 @@ from fastnull.data.digest import cheap_digest
 from fastnull.data.image_files import to_pixels
 from fastnull.data.sources import EMBEDDED, Samples, evaluation_data, keyed
 from fastnull.data.subset import even_subset, labels_of
+from fastnull.data.view import View
 from fastnull.distributed.processes import Processes
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.experiments.settings import NORM_OF, START, CompareSettings
@@ -156,6 +157,10 @@ def plan_tasks(
     if inputs.model is not None and (settings.checkpoint is not None or settings.pretrained):
         raise ValueError("checkpoint and pretrained are for a model by name; the function makes its own weights")
     given: dict[str, Any] = {"checkpoint": settings.checkpoint, "pretrained": settings.pretrained}
+    if isinstance(inputs.model, nn.Module):
+        raise TypeError(
+            f"model must be a function that returns a new model for each run; got a {type(inputs.model).__name__}"
+        )
     model = inputs.make(settings.first_seed)
     if model is not None and inputs.make(settings.first_seed) is model:
         raise ValueError("model must make a new model each time it is called; it returned the same one twice")
@@ -287,6 +292,7 @@ def evaluation_set(settings: CompareSettings, config: FinetuneConfig, inputs: In
     if isinstance(found, Samples) and found.transform is not None:
         evaluation = found.transform  # makes bytes
         found.transform = lambda image: to_pixels(evaluation(image))
+        found.shown = str(View.of(model))
     return found
 
 

@@ -288,11 +288,12 @@ def test_bad_input_is_reported_before_anything_is_written(
         ({"train_data": some_images(24), "test_data": (torch.rand(4, 1, 16, 16), torch.arange(4) % 2)}, "3 channels"),
         ({"model": lambda: SAME}, "model must make a new model each time"),
         ({"model": lambda: make_model(), "jobs": 2}, "jobs must be 1 here: .*lambda"),
+        ({"model": SAME}, "model must be a function that returns a new model for each run; got a NormalizedModel"),
     ],
 )
 def test_bad_input_in_python(given: dict[str, Any], message: str, tiny: CompareSettings, tmp_path: Path) -> None:
     settings = replace(tiny, num_classes=2, checkpoint=None if "model" in given else tiny.checkpoint)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         run_compare(tmp_path / "out", settings, progress=False, **given)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="checkpoint and pretrained are for a model by name"):
