@@ -207,27 +207,35 @@ def _check_normalisation(path: str | os.PathLike[str], mean: Any, std: Any, chan
                 raise ValueError(str(error)) from error
 
 
+class ForeignFileError(ValueError):
+    """A file of weights that `save_checkpoint` did not write, so it does not name its model."""
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Metadata of a file of `save_checkpoint`: name, classes (their number), class_names (a list or None), kwargs,
     mean, std, provenance and others.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of `save_checkpoint`, or a damaged one.
+        ForeignFileError: not a file of `save_checkpoint`.
+        ValueError: a damaged one.
     """
     from safetensors import SafetensorError, safe_open
 
     path = _existing(path)
+    foreign = ForeignFileError(
+        f"{path} was not written by fastnull's save_checkpoint and does not name its model: use "
+        "create_model(name, checkpoint=...)"
+    )
+    if path.suffix in _TORCH_SUFFIXES:
+        raise foreign
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     if header.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} was not written by fastnull's save_checkpoint and does not name its model: use "
-            "create_model(name, checkpoint=...)"
-        )
+        raise foreign
     try:
         return {key: value if key == "format" else json.loads(value) for key, value in header.items()}
     except (ValueError, RecursionError) as error:

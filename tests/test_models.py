@@ -20,7 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastnull.compat import import_timm
-from fastnull.models import create_model, load_model, read_metadata, read_state_dict, save_checkpoint
+from fastnull.models import (
+    ForeignFileError,
+    create_model,
+    load_model,
+    read_metadata,
+    read_state_dict,
+    save_checkpoint,
+)
 from fastnull.nullspace import PatchNullspace
 from fastnull.nullspace.inspection import inspect_models
 from fastnull.vit import NormalizedModel
@@ -382,6 +389,10 @@ def test_loading_what_is_no_model_file(state: dict[str, Tensor], path: Path) -> 
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"m\.safetensors is truncated or not a safetensors file"):
         load_model(path)
+    for name in ("m.pth", "m.pth.tar"):
+        torch.save({"state_dict": state}, path.with_name(name))
+        with pytest.raises(ForeignFileError, match=rf"{name} was not written by fastnull.*create_model\(name"):
+            load_model(path.with_name(name))
 
 
 @pytest.mark.parametrize("names", [["cat", "dog", "frog"], ["a\nb", "caf\u00e9", "\udcff"]])

@@ -168,6 +168,7 @@ def finetune(args: argparse.Namespace) -> None:
     example:
       fastnull finetune --model vit_small_patch16_224 --pretrained --data images --out runs/first
     """
+    from fastnull.data.sources import has_test_images
     from fastnull.finetune.checkpoint import RUN_FILES
     from fastnull.finetune.config import FinetuneConfig
     from fastnull.finetune.dry_run import dry_run
@@ -205,6 +206,9 @@ def finetune(args: argparse.Namespace) -> None:
     after = ["fastnull", "evaluate", "--model", str(result.last_path), "--data", config.data]
     after += ["--data-dir", str(config.data_dir)] if config.data_dir else []
     print(f"weights: {result.last_path}")
+    if not has_test_images(config.data):
+        print(f"next: test images in {Path(config.data) / 'val'}, for fastnull evaluate")
+        return
     print(f"next: {shlex.join([*after, '--out', str(Path(config.out) / 'results.json')])}")
 
 
@@ -228,7 +232,6 @@ def evaluate(args: argparse.Namespace) -> None:
       fastnull evaluate --model runs/first/last.safetensors --data images --eps 1/255 2/255 --out results.json
     """
     from fastnull.data.sources import evaluation_data
-    from fastnull.models import load_model
     from fastnull.noise import Noise
     from fastnull.robustness import evaluate as run
     from fastnull.robustness import format_published, format_table
@@ -252,7 +255,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.data != "imagenet-val" and settings.on_data:
         where = {"data_dir": args.data_dir, "download": args.download, "skip_bad": settings.skip_bad}
         data = evaluation_data(args.data, model, **where)
-    source = None if args.source is None else load_model(args.source)
+    source = None if args.source is None else _model_file(args.source, "--source takes")
     noise = None if args.noise is None else Noise.load(args.noise)
     found = _together(lambda: run(model, data, settings, source=source, noise=noise))
     if found is None:
@@ -325,10 +328,11 @@ def synthesize(args: argparse.Namespace) -> None:
       fastnull synthesize --model runs/first/last.safetensors --data digits --out noise.safetensors --limit 1
     """
     from fastnull.noise import Noise
-    from fastnull.synthesis.config import SynthesisConfig
-    from fastnull.synthesis.run import EpsilonNotMetError, SynthesisInterrupted, SynthesisOutOfMemoryError
+    from fastnull.synthesis.config import MODES, SynthesisConfig
+    from fastnull.synthesis.run import EpsilonNotMetError, SynthesisInterrupted, SynthesisOutOfMemoryError, check_mode
     from fastnull.synthesis.run import synthesize as run
 
+    check_mode(getattr(args, "mode", MODES[0]))  # before its site, which is that of the training
     base = SynthesisConfig if args.preset is None else SynthesisConfig.published(args.preset)
     config: SynthesisConfig = from_options(base, args)
     out = Path(args.out)
@@ -421,22 +425,38 @@ def open_model(args: argparse.Namespace, name: str | None = None) -> nn.Module:
     Raises:
         FileNotFoundError, ValueError: no such file or name, or no such device here.
     """
-    from fastnull.models import create_model, load_model
+    from fastnull.models import create_model
 
     device, name = _device(args), args.model if name is None else name
     given = {key: getattr(args, key) for key in ("num_classes", "img_size", "pretrained", "checkpoint")}
     if Path(name).is_file():
+        takes, advice = "--others takes names and", ""
+        if name == args.model:
+            takes, advice = "--model takes a name or", f". Give the architecture: --model NAME --checkpoint {name}"
+        model = _model_file(name, takes, advice)
         for key, value in given.items():
             if value is not None and value is not False:
                 raise ValueError(
                     f"{option_of(key)} is for a model by name; {name} is a file that has weights, classes and size"
                 )
-        return load_model(name).to(device)
+        return model.to(device)
     if Path(name).suffix in (".safetensors", ".pth", ".pt"):
         raise FileNotFoundError(f"there is no file {name}")
     if args.checkpoint is None and not args.pretrained:
         print("note: no --checkpoint and no --pretrained, so the weights are random", file=sys.stderr)
     return create_model(name, **given).to(device)
+
+
+def _model_file(path: str, takes: str, advice: str = "") -> nn.Module:
+    """The model in a file of `save_checkpoint`; the error for another file is in terms of options."""
+    from fastnull.models import ForeignFileError, load_model
+
+    try:
+        return load_model(path)
+    except ForeignFileError as error:
+        raise ValueError(
+            f"{takes} a file of fastnull finetune; {path} is another and does not name its model{advice}"
+        ) from error
 
 
 def _device(args: argparse.Namespace) -> torch.device:

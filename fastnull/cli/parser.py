@@ -63,6 +63,7 @@ def _print_error(error: Exception) -> int:
         text = f"{'' if kind is RuntimeError and text else f'{kind.__name__}: '}{text} (--debug shows where)"
     # the functions behind name their arguments, the user has options
     text = re.sub(r"\b(resume|overwrite|force)=True\b", r"--\1", text)
+    text = text.replace("resume=False", "--overwrite")
     # torchrun mixes what its processes write
     rank = os.environ.get("RANK", "0")
     if sys.stderr is not None:

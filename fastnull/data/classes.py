@@ -7,7 +7,9 @@ classes.
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -80,6 +82,44 @@ def model_names(
         "without names, so they cannot be matched. A model that fastnull finetuned on the data has the names; "
         "otherwise set them: model.classes = [...]"
     )
+
+
+def warn_of_assumed_order(model_classes: Sequence[str] | int | None, folder_classes: Sequence[str]) -> None:
+    """Warn, once for each list, if a model without names gets classes in an order that torchvision would not give them.
+
+    Labels of another order would be wrong in silence: only the numbers of classes are compared.
+
+    Args:
+        model_classes: result of `classes_of(model)`.
+        folder_classes: class names of the data in the order of its labels.
+    """
+    counted = model_classes is None or model_classes == len(folder_classes)
+    names = list(folder_classes)
+    if counted and names == sorted(names, key=class_order) and names != sorted(names):
+        _warn_of_order(tuple(names))
+
+
+@functools.cache
+def _warn_of_order(names: tuple[str, ...]) -> None:
+    plain = sorted(names)
+    at = next(place for place, name in enumerate(plain) if name != names[place])
+    warnings.warn(
+        f"the model has no class names: its classes are assumed in timm's order of the folders, {shortened(names)}. In "
+        f"torchvision's order class {at} is {printable(plain[at])}, not {printable(names[at])}. If the model has "
+        "another order, set model.classes = [...]",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def class_order(name: str) -> tuple[list[Any], str]:
+    """Sort key of class folders, as timm numbers them: 2 before 10, lower case. The name itself orders Cat and cat."""
+    return natural_parts(name.lower()), name
+
+
+def natural_parts(name: str) -> list[Any]:
+    """A name as texts and numbers in turn, which compare with 2 before 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def classes_of(model: nn.Module) -> list[str] | int | None:

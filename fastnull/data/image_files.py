@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastnull.data.classes import match_classes, model_names, printable
+from fastnull.data.classes import class_order, match_classes, model_names, natural_parts, printable
 
 IMAGE_SUFFIXES = (
     ".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -29,8 +28,8 @@ Sample = tuple[Any, Any]
 class ImageFolder(Dataset[Sample]):
     """Images in one folder per class: root/class/.../image.png.
 
-    Classes are numbered in natural order (2 before 10), which ImageNetV2 needs. Links are followed. Names that start
-    with a dot are ignored.
+    Classes are numbered in timm's order (2 before 10, upper and lower case alike), which ImageNetV2 needs. Links are
+    followed. Names that start with a dot are ignored.
 
     Args:
         root: the folder.
@@ -38,6 +37,7 @@ class ImageFolder(Dataset[Sample]):
             model, or their number (see `match_classes`); None: the folders themselves.
 
     Attributes:
+        root: the folder.
         classes: names of the classes in the order of the labels.
         files: path and label of each image.
 
@@ -47,6 +47,7 @@ class ImageFolder(Dataset[Sample]):
     """
 
     def __init__(self, root: str | os.PathLike[str], classes: Sequence[str] | int | None = None) -> None:
+        self.root = Path(root)
         folders = class_folders(root)
         names = [folder.name for folder in folders]
         self.classes = model_names(classes, names, name=f"data: {printable(root)}")
@@ -72,7 +73,7 @@ class ImageFolder(Dataset[Sample]):
 
 
 def class_folders(root: str | os.PathLike[str]) -> list[Path]:
-    """The folders of the classes in `root`, in natural order.
+    """The folders of the classes in `root`, in the order of `class_order`.
 
     Raises:
         ValueError: no such folder, or it cannot be read, contains no folder, or contains a broken link.
@@ -87,7 +88,7 @@ def class_folders(root: str | os.PathLike[str]) -> list[Path]:
     lost = [path for path in entries if path.is_symlink() and not path.exists()]
     if lost:
         raise ValueError(f"data: {printable(lost[0])} is a broken link; without it the class numbers would change")
-    folders = sorted((path for path in entries if path.is_dir()), key=lambda path: _natural(path.name))
+    folders = sorted((path for path in entries if path.is_dir()), key=lambda path: class_order(path.name))
     if not folders:
         raise ValueError(f"data: {printable(root)} must hold one folder of images per class; it holds no folder")
     return folders
@@ -218,6 +219,9 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         channels: convert images to grey (1) or RGB (3).
         skip_bad: an unreadable file gives a grey image with the label BAD; False: an error.
 
+    Attributes:
+        shown: what the transform does, for records; None if unknown.
+
     Raises:
         ValueError: another number of channels.
     """
@@ -226,6 +230,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         self, files: ImageFolder, transform: Callable[[Any], Tensor], channels: int, skip_bad: bool = False
     ) -> None:
         self.files, self.transform, self.skip_bad = files, transform, skip_bad
+        self.shown: str | None = None
         self.mode = image_mode(channels)
 
     def __len__(self) -> int:
@@ -261,5 +266,5 @@ def to_pixels(images: Tensor, device: torch.device | str | None = None) -> Tenso
 
 
 def _natural(name: str) -> tuple[list[Any], str]:
-    """Sort key with 2 before 10; the name itself orders 01 and 1."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
+    """Sort key of files with 2 before 10; the name itself orders 01 and 1."""
+    return natural_parts(name), name

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from fastnull.checks import check_number
 from fastnull.compat import import_timm
-from fastnull.data.classes import classes_of, match_classes, model_names, names_of
+from fastnull.data.classes import classes_of, match_classes, model_names, names_of, warn_of_assumed_order
 from fastnull.data.image_files import (
     BadImageError,
     ImageFiles,
@@ -169,13 +169,26 @@ def evaluation_data(
     if _timm_name(data):
         base = _timm_dataset(data, data_dir, "validation", download)
         names = names_of(base)
+        if labelled and names is not None:
+            warn_of_assumed_order(known, names)
         matched = None if names is None else match_classes(known, names, name=data)
-        return Samples(base, lambda image: to_pixels(evaluation(image)), view.channels, classes=matched)
+        samples = Samples(base, lambda image: to_pixels(evaluation(image)), view.channels, classes=matched)
+        samples.shown = str(view)
+        return samples
     tested = _split_folder(data, _TEST_FOLDERS)
     if not isinstance(known, list):
         train = [folder.name for folder in class_folders(_split_folder(data, ("train",)))]
+        if labelled:
+            warn_of_assumed_order(known, train)
         known = model_names(known, train, name=f"{data}/train")
-    return ImageFiles(ImageFolder(tested, known), evaluation, view.channels, skip_bad)
+    files = ImageFiles(ImageFolder(tested, known), evaluation, view.channels, skip_bad)
+    files.shown = str(view)
+    return files
+
+
+def has_test_images(data: str) -> bool:
+    """Whether `evaluation_data` finds a test set; only folders can lack one."""
+    return not os.path.isdir(data) or any((Path(data) / name).is_dir() for name in _TEST_FOLDERS)
 
 
 class Samples(Dataset[tuple[Tensor, Any]]):
@@ -187,6 +200,9 @@ class Samples(Dataset[tuple[Tensor, Any]]):
         channels: convert PIL images to grey (1) or RGB (3); None: no conversion.
         seed: of the random numbers.
         classes: new label of each class of `base` (see `match_classes`); None: labels are kept.
+
+    Attributes:
+        shown: what the transform does, for records; None if unknown.
 
     Raises:
         ValueError: another number of channels.
@@ -201,6 +217,7 @@ class Samples(Dataset[tuple[Tensor, Any]]):
         classes: Sequence[int] | None = None,
     ) -> None:
         self.base, self.transform, self.seed = base, transform, seed
+        self.shown: str | None = None
         self.mode = None if channels is None else image_mode(channels)
         in_order = classes is None or list(classes) == list(range(len(classes)))
         self.labels = None if classes is None or in_order else torch.tensor(classes)

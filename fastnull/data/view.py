@@ -52,6 +52,10 @@ class View:
             std=per_channel(config["std"], channels),
         )
 
+    def __str__(self) -> str:
+        """How `evaluation` changes images, for records."""
+        return f"resized (crop {self.crop:g}, {self.interpolation}), cropped to {self.size[0]}x{self.size[1]}"
+
     def evaluation(self) -> Callable[[Any], Tensor]:
         """Resize and centre crop; PIL image → bytes [C, H, W]."""
         return import_timm().data.create_transform(

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from fastnull.checks import check_device, check_images
+from fastnull.data.digest import cheap_digest
 from fastnull.data.image_files import to_pixels
-from fastnull.data.sources import Samples, evaluation_data, keyed
+from fastnull.data.sources import EMBEDDED, Samples, evaluation_data, keyed
 from fastnull.data.subset import even_subset, labels_of
+from fastnull.data.view import View
 from fastnull.distributed.processes import Processes
 from fastnull.encoder.frozen import FrozenEncoder
 from fastnull.experiments.settings import NORM_OF, START, CompareSettings
@@ -155,6 +157,10 @@ def plan_tasks(
     if inputs.model is not None and (settings.checkpoint is not None or settings.pretrained):
         raise ValueError("checkpoint and pretrained are for a model by name; the function makes its own weights")
     given: dict[str, Any] = {"checkpoint": settings.checkpoint, "pretrained": settings.pretrained}
+    if isinstance(inputs.model, nn.Module):
+        raise TypeError(
+            f"model must be a function that returns a new model for each run; got a {type(inputs.model).__name__}"
+        )
     model = inputs.make(settings.first_seed)
     if model is not None and inputs.make(settings.first_seed) is model:
         raise ValueError("model must make a new model each time it is called; it returned the same one twice")
@@ -173,6 +179,8 @@ def plan_tasks(
             if task.seed == settings.first_seed and task.plan is not None:
                 _check_training(task, ready)
     weights = settings.checkpoint or ("pretrained" if settings.pretrained else None)
+    # embedded data is computed, with rounding that differs between machines
+    own = inputs.train_data is not None or inputs.test_data is not None or settings.data not in EMBEDDED
     about = {
         "model": settings.network or type(network_of(ready.model)).__name__,
         "parameters": sum(parameter.numel() for parameter in ready.model.parameters()),
@@ -185,6 +193,8 @@ def plan_tasks(
         "pixels": list(test[0][0].shape[1:]),
         "train": len(ready.train),
         "test": len(test),  # type: ignore[arg-type]
+        "train_digest": cheap_digest(ready.train) if own else None,
+        "test_digest": cheap_digest(test) if own else None,
     }
     return tasks, about, ready
 
@@ -282,6 +292,7 @@ def evaluation_set(settings: CompareSettings, config: FinetuneConfig, inputs: In
     if isinstance(found, Samples) and found.transform is not None:
         evaluation = found.transform  # makes bytes
         found.transform = lambda image: to_pixels(evaluation(image))
+        found.shown = str(View.of(model))
     return found
 
 

@@ -71,8 +71,9 @@ class RunFolder:
         run: identifier of the run in config.json and in its states; None before either exists.
 
     Raises:
-        ValueError: the folder holds a run and neither overwrite nor resume is set; a resumed run has other settings
-            without `force`, or ones that `force` cannot change; another process writes in the folder.
+        ValueError: the folder holds a run and neither overwrite nor resume is set (a run with these settings that wrote
+            only its configuration does not count); a resumed run has other settings without `force`, or ones that
+            `force` cannot change; another process writes in the folder.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class RunFolder:
 
     def _check(self) -> None:
         held = self._held()
-        if held and not (self._overwrite or self._resume):
+        if held and not (self._overwrite or self._resume or self._is_unstarted(held)):
             raise ValueError(
                 f"out {self.path} holds a run already: resume=True resumes it, overwrite=True starts again"
             )
@@ -121,8 +122,9 @@ class RunFolder:
     def open(self) -> None:
         """Create the folder, or remove the run that is overwritten. Call it when the new run is about to start."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if self._overwrite:
-            for file in self._held():
+        held = self._held()
+        if self._overwrite or (not self._resume and self._is_unstarted(held)):
+            for file in held:
                 file.unlink()
         for name in (*_OWN_FILES, "state-*.pt"):  # left by a killed process
             for half in self.path.glob(f".{name}.*.tmp"):
@@ -276,6 +278,19 @@ class RunFolder:
         """The files of training states, newest first."""
         return sorted((path for path in self.path.glob("state-*.pt") if _STATE.fullmatch(path.name)), reverse=True)
 
+    def _is_unstarted(self, held: list[Path]) -> bool:
+        """Whether the folder holds only the configuration of a run with these settings that failed before it had a
+        result, at an unreadable image for example."""
+        if any(file not in (self._config_file, self.metrics) for file in held) or not self._config_file.exists():
+            return False
+        if self.metrics.exists() and self.metrics.stat().st_size:
+            return False
+        try:
+            written = self._written()
+        except ValueError:  # of another program
+            return False
+        return "run" in written and not self._differences(written["config"], self._config)
+
     def _held(self) -> list[Path]:
         return [self.path / name for name in _OWN_FILES if (self.path / name).exists()] + self.states()
 
@@ -294,12 +309,16 @@ class RunFolder:
             return
         written = self._written()
         refuse_renamed(f"{self._config_file}, of an earlier version,", written["config"], RENAMED, ValueError)
-        before, self.run = flat(written["config"]), written.get("run")
-        now = flat(json.loads(json.dumps(config)))  # tuples become lists, as in the file
+        self.run = written.get("run")
+        self.changed = self._differences(written["config"], config)
+        self._refuse()
+
+    @staticmethod
+    def _differences(written: dict[str, Any], config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        before, now = flat(written), flat(json.loads(json.dumps(config)))  # tuples become lists, as in the file
         keys = sorted((before.keys() | now.keys()) - FREE_KEYS)
         pairs = {key: {"was": before.get(key), "now": now.get(key)} for key in keys}
-        self.changed = {key: pair for key, pair in pairs.items() if not same_setting(pair["was"], pair["now"])}
-        self._refuse()
+        return {key: pair for key, pair in pairs.items() if not same_setting(pair["was"], pair["now"])}
 
     def _refuse(self) -> None:
         """Raise for settings that changed without force, or that force cannot change."""

@@ -15,7 +15,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from fastnull.checks import as_labels, check_images
 from fastnull.data.cache import Cache, CachedImages, keep, plan_cache
-from fastnull.data.classes import classes_of, match_classes, model_names, names_of, shortened
+from fastnull.data.classes import (
+    classes_of,
+    match_classes,
+    model_names,
+    names_of,
+    shortened,
+    warn_of_assumed_order,
+)
 from fastnull.data.image_files import to_pixels
 from fastnull.data.sources import Samples, Source, embedded, hold_out, open_source
 from fastnull.data.view import View
@@ -49,7 +56,10 @@ def prepare(
     source = _source(config, train_data)
     if source.classes is not None and len(source.classes) < 2:
         raise ValueError(f"training data must have at least two classes; it has only {shortened(source.classes)}")
+    learned = model is not None or config.pretrained or config.checkpoint is not None
     model = (_create_model(config, source) if model is None else model).to(device)
+    if learned and source.classes is not None and not getattr(unwrap(model), "new_head", False):
+        warn_of_assumed_order(classes_of(model), source.classes)  # a new head learns any order
     labels = _match_classes(model, source)
     train, validation = _datasets(config, source, labels, val_data, model)
     num_classes = _try_out(model, train, validation, device)

@@ -106,7 +106,7 @@ def format_comparison(record: Mapping[str, Any]) -> str:
     seeds = len(next(iter(methods.values()))["seeds"])
     lines += [
         "",
-        f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}, at equal training compute.",
+        f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}, {_compute(methods)}.",
         "",
     ]
     first = next(iter(methods))
@@ -127,6 +127,19 @@ def format_comparison(record: Mapping[str, Any]) -> str:
     for text in describe(record):
         lines += ["", text]
     return "\n".join(lines) + "\n"
+
+
+def _compute(methods: Mapping[str, Any]) -> str:
+    """Whether the methods spent the same compute. The refresh of universal noise may stop early."""
+    spent = {name: found["mean"]["forward_passes"] for name, found in methods.items()}
+    steps = [found["mean"]["steps"] for found in methods.values()]
+    if None in spent.values() or not all(steps):
+        return "at most the same training compute"
+    step = max(passes / count for passes, count in zip(spent.values(), steps, strict=True))
+    if max(spent.values()) - min(spent.values()) <= step:
+        return "at equal training compute"
+    each = ", ".join(f"{name} {passes:.3g}" for name, passes in spent.items())
+    return f"at most the same training compute (forward passes for each training image: {each})"
 
 
 def describe(record: Mapping[str, Any]) -> list[str]:

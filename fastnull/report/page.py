@@ -23,6 +23,7 @@ from fastnull.report.comparison import describe
 from fastnull.report.document import Block, Bullets, Code, Details, Figure, Heading, Paragraph, Table, write_document
 from fastnull.report.plots import Series, accuracy_over_eps, corruption_bars, overview
 from fastnull.report.runs import Run, load_runs, phrase
+from fastnull.robustness.protocol import AS_GIVEN
 from fastnull.robustness.settings import BALL_ATTACKS
 from fastnull.robustness.suites import FOLDER_SUITES
 
@@ -139,6 +140,8 @@ def _image_counts(protocol: Mapping[str, Any]) -> str:
 def _differing_protocols(runs: Sequence[Run]) -> str:
     protocols = [run.record["protocol"] for run in runs]
     keys = {key for protocol in protocols for key in protocol} - {"weights", "provenance"}
+    if any(protocol.get("transform") == AS_GIVEN for protocol in protocols):
+        keys.discard("transform")
     return ", ".join(sorted(key for key in keys if any(p.get(key) != protocols[0].get(key) for p in protocols)))
 
 

@@ -44,7 +44,15 @@ from fastnull.robustness.measurements import (
     plain,
 )
 from fastnull.robustness.metrics import Accuracy
-from fastnull.robustness.protocol import data_digest, dtype_name, normalisation, resumed, tensor_digest, weights_digest
+from fastnull.robustness.protocol import (
+    AS_GIVEN,
+    data_digest,
+    dtype_name,
+    normalisation,
+    resumed,
+    tensor_digest,
+    weights_digest,
+)
 from fastnull.robustness.settings import ATTACKS, EvaluationSettings
 from fastnull.robustness.suites import FOLDER_SUITES, open_suite, suite_classes
 from fastnull.robustness.table import eps_name, summarize
@@ -178,7 +186,7 @@ def _images(
     device: torch.device,
 ) -> tuple[EvaluationData | None, str]:
     """The images of all suites without a folder (None if there is no such suite), and their transform."""
-    transform = "none: the images as given, pixels in [0, 1]"
+    transform = getattr(data, "shown", None) or AS_GIVEN
     if not settings.on_data:
         return None, transform
     if data is None:

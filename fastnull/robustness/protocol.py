@@ -21,6 +21,9 @@ from fastnull.robustness.settings import BALL_ATTACKS
 from fastnull.vit import unwrap
 
 DIGEST_IMAGES = 32
+AS_GIVEN = "none: the images as given, pixels in [0, 1]"
+"""`transform` of images that have none. Earlier files have it for image folders too, so protocols are told apart by the
+digest of the images instead."""
 
 
 def data_digest(data: EvaluationData) -> str:
@@ -129,6 +132,8 @@ def resumed(out: str | os.PathLike[str], protocol: Mapping[str, Any]) -> dict[st
     old = record["protocol"]
     wanted = json.loads(json.dumps(protocol))
     unknown = {"provenance"} | ({"n"} if wanted["n"] is None else set())
+    if old.get("transform") == AS_GIVEN:
+        unknown.add("transform")
     different = [
         f"{key} ({old.get(key)!r} there, {wanted.get(key)!r} now)"
         for key in sorted((old.keys() | wanted.keys()) - unknown)
@@ -139,4 +144,5 @@ def resumed(out: str | os.PathLike[str], protocol: Mapping[str, Any]) -> dict[st
             f"{out} was made under another protocol: {'; '.join(different)}. "
             "Give another file, or set resume=False to start again"
         )
+    old["transform"] = wanted["transform"]
     return record

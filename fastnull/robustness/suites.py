@@ -105,7 +105,7 @@ def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, ski
         show = view.evaluation()
         order = [places[known] for known in CIFAR10]
         images = Samples(ArrayPart(name, root), lambda image: to_pixels(show(image)), view.channels, classes=order)
-        return FolderSet(images, None, _resized(view))
+        return FolderSet(images, None, str(view))
     folder, _, known = check_layout(name, root)
     files = ImageFolder(folder, known)
     files.files = [(path, places[known[label]]) for path, label in files.files]
@@ -114,12 +114,8 @@ def open_suite(name: str, root: str | os.PathLike[str], model: nn.Module, *, ski
     mask = None
     if layout.classes < 1000:
         mask = torch.zeros(count, dtype=torch.bool).index_fill_(0, torch.tensor(sorted(places.values())), True)
-    how = "unchanged, resized only if the model has another size" if layout.as_is else _resized(view)
+    how = "unchanged, resized only if the model has another size" if layout.as_is else str(view)
     return FolderSet(ImageFiles(files, transform, view.channels, skip_bad), mask, how)
-
-
-def _resized(view: View) -> str:
-    return f"resized (crop {view.crop:g}, {view.interpolation}), cropped to {view.size[0]}x{view.size[1]}"
 
 
 class ArrayPart(Dataset[Sample]):

@@ -19,7 +19,7 @@ from fastnull.ops.common import no_autocast
 from fastnull.progress import progress_bar
 from fastnull.rng import KeyedRandom, preserved
 from fastnull.synthesis.batches import Batches, as_batches, count_images, embed_batch, one_size
-from fastnull.synthesis.config import MODES, SynthesisConfig
+from fastnull.synthesis.config import ALL_MODES, MODES, SynthesisConfig
 from fastnull.synthesis.objective import influence
 from fastnull.synthesis.solvers import expand_as_noise, norms, perturb, replayed_noise
 from fastnull.synthesis.starts import at_mean_contrast, bank_start, checked_start, draw_start, warm_start
@@ -101,8 +101,7 @@ def synthesize(
         SynthesisInterrupted: on Ctrl-C.
     """
     config = config or SynthesisConfig()
-    if config.mode not in MODES:
-        raise ValueError(f"config.mode must be {', '.join(MODES)}; {config.mode} noise is not synthesised")
+    check_mode(config.mode, "config.mode")
     encoder = (
         model if isinstance(model, FrozenEncoder) else FrozenEncoder(model, config.encoder_dtype, site=config.site)
     )
@@ -119,6 +118,12 @@ def synthesize(
         if config.mode == "universal":
             return _universal(encoder, batches, check, config, start, progress, mean)
         return _per_image(encoder, batches, config, start, progress)
+
+
+def check_mode(mode: str, name: str = "mode") -> None:
+    """Raise ValueError for a mode whose noise only arises in training."""
+    if mode in ALL_MODES and mode not in MODES:
+        raise ValueError(f"{name} must be {', '.join(MODES)}; {mode} noise is not synthesised, finetuning makes it")
 
 
 def measure_influence(

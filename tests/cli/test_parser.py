@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,9 @@ from fastnull.finetune import FinetuneConfig
 from fastnull.models import create_model
 from fastnull.noise import Noise
 from fastnull.synthesis import SynthesisConfig, SynthesisInterrupted, synthesize
+from fastnull.tensor_files import write_tensors
 from tests.commands import refused
+from tests.finetune.runs import BLUE, RED, coloured
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +155,9 @@ def test_finetune_evaluate_report(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert found["protocol"]["n"] == 16
     assert "--resume completes it, --overwrite replaces it" in refused(capsys, *words)
     assert main([*words, "--resume"]) == 0
+    line = refused(capsys, *words[:-1], "4", "--resume")
+    assert "set --overwrite to start again" in line
+    assert "resume=False" not in line
     assert main([*words[:5], "--suite", "clean", "--limit", "1000000000000", "--overwrite"]) == 0
     protocol = json.loads(results.read_text())["protocol"]
     assert (protocol["n"], protocol["subset"]) == (500, "1000000000000, drawn evenly over the classes by the seed")
@@ -194,6 +200,34 @@ def test_synthesize_preset_and_unmet_eps(run: Path, tmp_path: Path, capsys: pyte
     settings = Noise.load(beside).metadata["config"]
     assert (settings["weight_decay"], settings["eps"], settings["limit"]) == (0.01, 1e-12, 3.0)
     assert "preset must be one of" in refused(capsys, *words[:-6], "--preset", "second")
+
+
+def test_finetune_starts_again_after_an_unreadable_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = coloured(tmp_path / "data", {"cat": RED, "dog": BLUE})
+    broken = data / "train" / "dog" / "3.png"
+    image = broken.read_bytes()
+    broken.write_bytes(image[: len(image) // 2])
+    words = ["finetune", "--model", "vit_digits", "--data", str(data), "--batch-size", "8", "--val-fraction", "0",
+             "--epochs", "1", "--augment", "none", "--cache", "none", "--no-progress",
+             "--out", str(tmp_path / "run")]  # fmt: skip
+    assert "cannot read the image file" in refused(capsys, *words)
+    assert (tmp_path / "run" / "config.json").exists()
+    broken.write_bytes(image)
+    assert main(words) == 0
+    assert "holds a run already" in refused(capsys, *words)
+
+
+def test_finetune_says_what_evaluate_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = coloured(tmp_path / "data", {"cat": RED, "dog": BLUE})
+    words = ["finetune", "--model", "vit_digits", "--data", str(data), "--batch-size", "4", "--epochs", "1",
+             "--augment", "none", "--no-progress", "--overwrite", "--out", str(tmp_path / "run")]  # fmt: skip
+    assert main(words) == 0
+    assert f"next: fastnull evaluate --model {tmp_path / 'run' / 'last.safetensors'}" in capsys.readouterr().out
+    shutil.rmtree(data / "val")
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert f"next: test images in {data / 'val'}, for fastnull evaluate" in text
+    assert "--model" not in text
 
 
 def test_interrupted_synthesis_keeps_its_noise(
@@ -245,6 +279,10 @@ def test_interrupted_demo_says_how_to_go_on(
         (["synthesize", "--model", "vit_digits", "--out", "n", "--images", "0"], "images must be"),
         (["evaluate", "--model", "vit_digits", "--suite", "imagenet-r", "--root", "x"], "ROOT/imagenet-r/CLASS/"),
         (["evaluate", "--model", "vit_digits", "--eps", "2"], "eps must be"),
+        (
+            ["synthesize", "--model", "m", "--out", "n", "--mode", "free"],
+            "per_image, boundary; free noise is not synth",
+        ),
         (["compare", "--out", "x", "--seeds", "0"], "seeds must be"),
         (["compare", "--out", "x", "--methods", "trade"], "Did you mean 'trades'"),
         (["compare", "--out", "x", "--recipes", "/no/where.json"], "there is no file /no/where.json"),
@@ -276,6 +314,24 @@ def test_a_model_file_has_its_classes_and_weights(
 ) -> None:
     line = refused(capsys, *command, "--model", run / "last.safetensors", *option)
     assert f"{option[0]} is for a model by name; " in line
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.pth.tar", "w.safetensors"])
+def test_a_checkpoint_of_another_program_needs_its_architecture(
+    name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / name
+    state = create_model("vit_digits").network.state_dict()
+    if name.endswith(".safetensors"):
+        write_tensors(file, state, {})
+    else:
+        torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, file)
+    line = refused(capsys, "evaluate", "--model", file)
+    assert "--model takes a name or a file of fastnull finetune" in line
+    assert f"--model NAME --checkpoint {file}" in line
+    assert main(["evaluate", "--model", "vit_digits", "--checkpoint", str(file), "--suite", "clean"]) == 0
+    line = refused(capsys, "evaluate", "--model", run / "last.safetensors", "--source", file)
+    assert "--source takes a file of fastnull finetune" in line
 
 
 def test_a_model_at_another_size(tmp_path: Path) -> None:

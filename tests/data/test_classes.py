@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,19 @@ import torch
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
+from fastnull.compat import import_timm
 from fastnull.data import Samples
-from fastnull.data.classes import classes_of, match_classes, names_of, printable, shortened, wordnet_ids
+from fastnull.data.classes import (
+    _warn_of_order,
+    class_order,
+    classes_of,
+    match_classes,
+    names_of,
+    printable,
+    shortened,
+    warn_of_assumed_order,
+    wordnet_ids,
+)
 from fastnull.data.image_files import ImageFiles, ImageFolder
 from fastnull.data.subset import labels_of
 from fastnull.models import create_model
@@ -56,6 +68,34 @@ def test_matches(model: Any, folder: list[str], labels: list[int]) -> None:
 def test_mismatches_show_both_lists(model: Any, folder: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         match_classes(model, folder)
+
+
+def test_class_folders_are_in_timms_order() -> None:
+    import_timm()
+    from timm.utils.misc import natural_key
+
+    for names in (["cat", "Bird", "apple"], ["10", "2", "1"], ["Z_1", "za", "ZB", "a10", "A9"], ["n2", "n10", "N3"]):
+        assert sorted(names, key=class_order) == sorted(names, key=natural_key)
+    numbers = [str(number) for number in range(1000)]  # ImageNetV2
+    assert sorted(sorted(numbers), key=class_order) == numbers
+    # timm's order of equal keys is that of the file system
+    assert sorted(["cat", "01", "Cat", "1"], key=class_order) == ["01", "1", "Cat", "cat"]
+
+
+def test_an_assumed_order_that_is_not_torchvisions_warns_once() -> None:
+    _warn_of_order.cache_clear()
+    message = "timm's order of the folders, apple, Bird, cat. In torchvision's order class 0 is Bird, not apple"
+    with pytest.warns(UserWarning, match=message):
+        warn_of_assumed_order(3, ["apple", "Bird", "cat"])
+    with pytest.warns(UserWarning, match="class 1 is 10, not 2"):
+        warn_of_assumed_order(None, ["1", "2", "10"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_assumed_order(3, ["apple", "Bird", "cat"])  # said already
+        warn_of_assumed_order(["cat", "apple", "Bird"], ["apple", "Bird", "cat"])  # matched by name
+        warn_of_assumed_order(1000, list(wordnet_ids()[:3]))
+        warn_of_assumed_order(2, ["cat", "dog"])  # one order for all
+        warn_of_assumed_order(3, ["dog", "cat", "10"])  # no order of folders: the data set has its own
 
 
 def test_one_string_is_no_list_of_names() -> None:

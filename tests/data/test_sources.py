@@ -23,6 +23,7 @@ from fastnull.data import (
     open_source,
     to_pixels,
 )
+from fastnull.data.classes import _warn_of_order
 from fastnull.data.image_files import BadImageError
 from fastnull.data.photos import Crops
 from fastnull.data.view import View
@@ -75,6 +76,22 @@ def test_folder_classes_are_in_natural_order(tmp_path):
     assert [label for _, label in found.files] == [0, 1, 2]
     assert found[0][0].mode == "RGB"
     assert ImageFolder(tmp_path, ["10", "9", "1", "0"])[0][1] == 2  # the training folder's numbering holds
+
+
+@pytest.mark.parametrize("names", [("cat", "Bird", "apple"), ("10", "9", "1")])
+def test_a_checkpoint_without_names_is_evaluated_with_timms_labels(tmp_path, model, names):
+    from timm.data import create_dataset
+
+    for split in ("train", "val"):
+        for number, name in enumerate(names):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (80 * number,) * 3).save(tmp_path / split / name / "a.png")
+    _warn_of_order.cache_clear()
+    with pytest.warns(UserWarning, match="the model has no class names"):
+        found = evaluation_data(str(tmp_path), model)
+    labels = {round(float(image.mean()) * 255): label for image, label in (found[index] for index in range(3))}
+    theirs = create_dataset("", root=str(tmp_path / "val"))
+    assert labels == {image.getpixel((0, 0))[0]: label for image, label in (theirs[index] for index in range(3))}
 
 
 def test_folder_errors(tmp_path):

@@ -236,6 +236,17 @@ def test_processes_give_the_same_numbers_in_the_right_order(tmp_path: Path, done
             assert mine[name] == theirs[name]
 
 
+def test_compute_is_called_equal_only_where_it_is(done: Path) -> None:
+    record = record_of(done)
+    assert "over 2 seeds, at equal training compute." in format_comparison(record)
+    record["methods"]["wide"]["mean"]["forward_passes"] = 11.5
+    told = format_comparison(record)
+    assert "at most the same training compute (forward passes for each training image: none 12.9" in told
+    assert "wide 11.5)." in told
+    record["methods"]["wide"]["mean"]["forward_passes"] = None
+    assert "over 2 seeds, at most the same training compute." in format_comparison(record)
+
+
 def test_statistics_by_hand() -> None:
     def run(method: str, seed: int, clean: float) -> Run:
         summary = {"clean": clean, "adversarial_mean": clean / 2, "corruption_mean": None, "mce": None}

@@ -16,7 +16,7 @@ import fastnull
 import fastnull.experiments.tasks
 from fastnull.cli import main
 from fastnull.data import embedded
-from fastnull.experiments.compare import run_compare
+from fastnull.experiments.compare import _prepare, run_compare
 from fastnull.experiments.dry_run import dry_run
 from fastnull.experiments.settings import CompareSettings
 from fastnull.experiments.tasks import Inputs, plan_tasks, scale_of_norm, work
@@ -288,11 +288,12 @@ def test_bad_input_is_reported_before_anything_is_written(
         ({"train_data": some_images(24), "test_data": (torch.rand(4, 1, 16, 16), torch.arange(4) % 2)}, "3 channels"),
         ({"model": lambda: SAME}, "model must make a new model each time"),
         ({"model": lambda: make_model(), "jobs": 2}, "jobs must be 1 here: .*lambda"),
+        ({"model": SAME}, "model must be a function that returns a new model for each run; got a NormalizedModel"),
     ],
 )
 def test_bad_input_in_python(given: dict[str, Any], message: str, tiny: CompareSettings, tmp_path: Path) -> None:
     settings = replace(tiny, num_classes=2, checkpoint=None if "model" in given else tiny.checkpoint)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         run_compare(tmp_path / "out", settings, progress=False, **given)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="checkpoint and pretrained are for a model by name"):
@@ -320,6 +321,33 @@ def test_another_checkpoint_of_the_same_name_is_noticed(tiny: CompareSettings, t
     write_tensors(copied, fastnull.create_model("vit_digits").network.state_dict(), {})
     now = plan_tasks(tmp_path, settings, Inputs())[1]
     assert [name for name in now if now[name] != first[name]] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_another_picture_in_place_of_one_is_noticed(
+    split: str, tiny: CompareSettings, pictures: Path, tmp_path: Path
+) -> None:
+    """Methods that are added to a comparison must be measured on the images of the others."""
+    copied = tmp_path / "pictures"
+    shutil.copytree(pictures, copied)
+    settings, out = replace(tiny, data=str(copied)), tmp_path / "out"
+    tasks, about, _ = plan_tasks(out, settings, Inputs())
+    _prepare(out, settings, about, "comparison", False, False, tasks)
+    finished = out / "seed-0" / "none" / "results.json"
+    finished.parent.mkdir(parents=True)
+    finished.write_text("{}")
+    (copied / split / "red" / "1.png").unlink()
+    shutil.copy(pictures / split / "red" / "2.png", copied / split / "red" / "7777.png")
+    tasks, about, _ = plan_tasks(out, settings, Inputs())
+    name = "test_digest" if split == "val" else "train_digest"
+    with pytest.raises(ValueError, match=rf"cannot resume the comparison in .* with other settings: {name} \(was"):
+        _prepare(out, settings, about, "comparison", False, True, tasks)
+    # a comparison of a version that did not record it
+    record = json.loads((out / "comparison.json").read_text())
+    for each in ("train_digest", "test_digest"):
+        del record["begun"][each]
+    (out / "comparison.json").write_text(json.dumps(record))
+    _prepare(out, settings, about, "comparison", False, True, tasks)
 
 
 def test_held_out_split_is_not_the_test_set(tmp_path: Path) -> None:

@@ -104,6 +104,27 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
         RunFolder(tmp_path / "notes.txt", CONFIG)
 
 
+def test_a_run_that_failed_before_it_had_a_result_may_start_again(tmp_path):
+    folder(tmp_path)
+    config = tmp_path / "config.json"
+    before = config.read_text()
+    again = RunFolder(tmp_path, {**CONFIG, "workers": 2})
+    assert config.read_text() == before  # the new run has not started
+    again.open()
+    again.describe(CONFIG, "cpu", data={"train": 5})  # the folder of images was repaired
+    assert json.loads(config.read_text())["data"] == {"train": 5}
+    with pytest.raises(ValueError, match="holds a run already"):
+        RunFolder(tmp_path, {**CONFIG, "lr": 0.2})
+    for name in ("metrics.jsonl", "best.safetensors", "last.safetensors", "state-000000001.pt"):
+        (tmp_path / name).write_text("something")
+        with pytest.raises(ValueError, match="holds a run already"):
+            RunFolder(tmp_path, CONFIG)
+        (tmp_path / name).unlink()
+    config.write_text('{"model_type": "vit"}')  # of another program
+    with pytest.raises(ValueError, match="holds a run already"):
+        RunFolder(tmp_path, CONFIG)
+
+
 def test_resume_with_other_settings_names_them(tmp_path):
     folder(tmp_path)
     # how it runs, not what it computes; and another spelling of a path

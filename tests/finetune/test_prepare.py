@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,12 @@ from torch.utils.data import TensorDataset
 
 from fastnull.compat import import_timm
 from fastnull.data import evaluation_data
+from fastnull.data.classes import _warn_of_order
 from fastnull.distributed import Processes
 from fastnull.finetune import FinetuneConfig, finetune
 from fastnull.finetune.config import AUGMENTS
 from fastnull.finetune.plan import make_plan
+from fastnull.finetune.prepare import prepare
 from fastnull.finetune.training import Training
 from fastnull.models import create_model, load_model, save_checkpoint
 from tests.finetune.runs import (
@@ -84,6 +87,18 @@ def test_a_head_for_other_classes_starts_fresh(tmp_path):
     assert found.classes == ["bird", "frog"]
     assert not torch.allclose(found.network.head.weight, model.network.head.weight, atol=1e-3)
     torch.testing.assert_close(found.network.blocks[0].attn.qkv.weight, model.network.blocks[0].attn.qkv.weight)
+
+
+def test_a_kept_head_without_names_warns_of_the_assumed_order(tmp_path):
+    """A new head learns any order; one that was trained elsewhere may have torchvision's."""
+    data = coloured(tmp_path / "data", {"apple": RED, "Bird": GREEN})
+    config = replace(SMALL, data=str(data), img_size=16)
+    _warn_of_order.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prepare(config, torch.device("cpu")).model.classes == ["apple", "Bird"]
+    with pytest.warns(UserWarning, match="assumed in timm's order of the folders, apple, Bird"):
+        prepare(config, torch.device("cpu"), create_model("vit_digits", num_classes=2))
 
 
 def test_a_given_model_must_have_the_datas_classes(tmp_path):

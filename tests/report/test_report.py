@@ -236,6 +236,18 @@ def test_every_way_of_finetuning_has_a_report(augment: str, tmp_path: Path) -> N
     assert f"| {load_runs([tmp_path / 'runs'])[0].method}" in markdown_of([tmp_path / "runs"], tmp_path / "report")
 
 
+def test_a_view_that_is_not_recorded_is_no_other_protocol(tmp_path: Path) -> None:
+    """Earlier files do not say how the images of a folder were resized."""
+    shown = {"mine": "none: the images as given, pixels in [0, 1]", "theirs": "resized", "others": "resized"}
+    for name, transform in shown.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record(90, 50, 50, transform=transform)))
+    text = markdown_of([tmp_path / f"{name}.json" for name in shown], tmp_path / "same")
+    assert "Not comparable" not in text
+    (tmp_path / "mine.json").write_text(json.dumps(record(90, 50, 50, transform="cropped")))
+    text = markdown_of([tmp_path / f"{name}.json" for name in shown], tmp_path / "other")
+    assert "under different protocols (transform)" in text
+
+
 def test_results_alone_and_partial_ones(tmp_path: Path) -> None:
     alone = record(90, 50, 50)
     del alone["results"]["corruptions"], alone["results"]["pgd"]

@@ -15,9 +15,13 @@ import torch.multiprocessing
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastnull.data import evaluation_data
+from fastnull.models import create_model
 from fastnull.noise import Noise
 from fastnull.robustness import cw_l2, evaluate, fgsm, mi_fgsm, patch_attack, pgd
+from fastnull.robustness.protocol import AS_GIVEN
 from fastnull.vit import NormalizedModel
+from tests.finetune.runs import BLUE, RED, coloured
 from tests.robustness.small_model import Returning, make_model
 from tests.robustness.test_evaluate import QUICK, Counting, accuracy, make_data
 
@@ -165,3 +169,21 @@ def test_outputs_with_logits_are_unwrapped() -> None:
     expected = evaluate(model, make_data(), **QUICK)["results"]
     wrapped = Returning(model, lambda logits: SimpleNamespace(logits=logits))
     assert evaluate(wrapped, make_data(), **QUICK)["results"] == expected
+
+
+def test_the_view_of_files_is_recorded(tmp_path: Path) -> None:
+    """Earlier files, which lack it, can be completed."""
+    data = coloured(tmp_path / "data", {"cat": RED, "dog": BLUE})
+    model, out = create_model("vit_digits", num_classes=2).eval(), tmp_path / "results.json"
+    files = evaluation_data(str(data), model)
+    record = evaluate(model, files, suites=("clean",), out=out, progress=False)
+    view = "resized (crop 0.875, bicubic), cropped to 16x16"
+    assert record["protocol"]["transform"] == view
+    record["protocol"]["transform"] = AS_GIVEN
+    record["results"] = {}
+    out.write_text(json.dumps(record))
+    again = evaluate(model, files, suites=("clean",), out=out, progress=False)
+    assert again["protocol"]["transform"] == json.loads(out.read_text())["protocol"]["transform"] == view
+    images, labels = (torch.stack(part) for part in zip(*((i, torch.tensor(k)) for i, k in files), strict=True))
+    given = evaluate(model, (images, labels), suites=("clean",), progress=False)
+    assert given["protocol"]["transform"] == AS_GIVEN
