@@ -207,8 +207,9 @@ class NullspaceAugment:
         Raises:
             RuntimeError: in eval mode, before `refresh` in universal mode, or if no noise was added because the model
                 was compiled and run before this augmentation was created.
-            ValueError, TypeError: invalid images or labels. On a GPU only the values of the first batch are checked, to
-                avoid synchronisation.
+            ValueError, TypeError: invalid images or labels, or a model whose forward interrupts the gradient that the
+                noise needs (torch.no_grad() around a backbone). On a GPU only the values of the first batch are
+                checked, to avoid synchronisation.
         """
         trusting = self._trusting(images)
         if self._free is not None:

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastnull.augment import NullspaceAugment
 from fastnull.encoder import FrozenEncoder
@@ -30,6 +31,20 @@ MODES = tuple(mode for mode in ALL_MODES if mode != "free")
 @pytest.fixture
 def labels() -> Tensor:
     return torch.arange(8)
+
+
+class Probe(nn.Module):
+    """A linear probe that runs its backbone under torch.no_grad(), or detaches."""
+
+    def __init__(self, backbone: nn.Module, how: str) -> None:
+        super().__init__()
+        self.backbone, self.how, self.head = backbone, how, nn.Linear(10, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        modes = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
+        with modes.get(self.how, nullcontext)():
+            features = self.backbone(images)
+        return self.head(features.detach().clone() if self.how == "detach" else features.clone())
 
 
 def ready(model: NormalizedModel, images: Tensor, mode: str, site: str = "patch", **changes: Any) -> NullspaceAugment:
@@ -624,3 +639,45 @@ def test_views_of_a_fraction_are_made_with_each_images_own_logits(vit: Normalize
     tokens = aug.encoder.embed(images)
     noise = aug.at(0).draw(tokens)  # which computes its own clean logits
     torch.testing.assert_close(noisy, aug.encoder(tokens + noise))
+
+
+@pytest.mark.parametrize("how", ["no_grad", "inference", "detach"])
+def test_a_backbone_without_gradient_says_what_to_do(
+    vit: NormalizedModel, images: Tensor, labels: Tensor, how: str
+) -> None:
+    probe = Probe(vit, how).train()
+    for mode in ("boundary", "per_image"):
+        aug = NullspaceAugment(probe, mode, site="pixels")
+        with pytest.raises(
+            ValueError, match=r"no gradient with respect to its input.*backbone\.requires_grad_\(False\)"
+        ):
+            aug.loss(images, labels, F.cross_entropy)
+    with pytest.raises(ValueError, match="mode 'random' needs no gradient"):
+        NullspaceAugment(probe, "universal", site="pixels").refresh([images])
+    aug = NullspaceAugment(probe, "random", site="pixels")
+    loss, _ = aug.loss(images, labels, F.cross_entropy)
+    loss.backward()
+    assert probe.head.weight.grad is not None
+
+
+def test_the_advice_for_a_backbone_without_gradient_works(vit: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    probe = Probe(vit.requires_grad_(False), "none").train()
+    aug = NullspaceAugment(probe)
+    loss, _ = aug.loss(images, labels, F.cross_entropy)
+    loss.backward()
+    assert float(aug.stats["influence"]) > 0
+    assert probe.head.weight.grad is not None
+    assert all(parameter.grad is None for parameter in vit.parameters())
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_images_that_are_not_whole_patches_train(
+    make_vit: Callable[..., NormalizedModel], labels: Tensor, site: str
+) -> None:
+    model = make_vit(img_size=19).train()
+    images = 0.2 + 0.6 * torch.rand(8, 3, 19, 19)
+    aug = NullspaceAugment(model, "boundary", site=site, backend="cpu")
+    loss, _ = aug.loss(images, labels, F.cross_entropy)
+    loss.backward()
+    assert float(aug.stats["influence"]) > 0
+    assert all(parameter.grad is not None for parameter in model.parameters())

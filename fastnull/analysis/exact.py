@@ -98,7 +98,7 @@ def energy(space: PatchNullspace, images: Mapping[str, Tensor], seed: int = 0) -
 
 
 def _fraction(space: PatchNullspace, images: Tensor) -> float:
-    whole = images.double()
+    whole = space.whole_patches(images.double())
     return float(space.project(whole).square().sum() / whole.square().sum())
 
 

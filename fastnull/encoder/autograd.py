@@ -17,6 +17,17 @@ from fastnull.vit.base import SplitViT, frozen
 from fastnull.vit.exact import first_difference
 
 
+class NoGradientError(ValueError):
+    """The model's logits do not depend on its input in the graph of autograd."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the logits of the model have no gradient with respect to its input, from which the noise is made: its "
+            "forward runs (in part) under torch.no_grad() or torch.inference_mode(), or detaches. To train a head "
+            "alone, call backbone.requires_grad_(False) instead; NullspaceAugment's mode 'random' needs no gradient"
+        )
+
+
 class AutogradEncoder:
     """Calls the live model if it has the given dtype, otherwise a copy in that dtype.
 
@@ -81,12 +92,20 @@ class AutogradEncoder:
         by_image: bool = False,
         sum_every: int | None = None,
     ) -> tuple[Tensor, ...]:
-        """As ExplicitEncoder.input_gradient; `cotangent` is called once, with all logits, whatever `by_image` is."""
+        """As ExplicitEncoder.input_gradient; `cotangent` is called once, with all logits, whatever `by_image` is.
+
+        Raises:
+            NoGradientError: the model's forward interrupts the gradient.
+        """
         with frozen(self._vit.model), torch.enable_grad():
             leaf = tokens.detach().to(self.dtype).requires_grad_(True)
             logits = self._vit.logits(leaf, site)
             given, *aux = cotangent(logits.detach(), slice(0, len(tokens)))
-            (gradient,) = torch.autograd.grad(logits, leaf, given)
+            gradient = None
+            if logits.requires_grad:  # maybe only because of a tensor that is not a parameter
+                (gradient,) = torch.autograd.grad(logits, leaf, given, allow_unused=True)
+            if gradient is None:
+                raise NoGradientError
         if sum_every is not None:
             wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
             gradient = gradient.unflatten(0, (-1, sum_every)).sum(1, dtype=wide)

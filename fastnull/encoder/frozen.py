@@ -24,7 +24,7 @@ from fastnull.distributed.sharded import Held, Units, is_sharded
 from fastnull.encoder.autograd import AutogradEncoder
 from fastnull.encoder.explicit.encoder import ExplicitEncoder
 from fastnull.encoder.explicit.products import automatic_dtype, products_dtype
-from fastnull.encoder.proof import check_structure, check_values, problems_of
+from fastnull.encoder.proof import TOLERANCES, check_structure, check_values, problems_of
 from fastnull.ops.attention import WIDEST_HEAD
 from fastnull.ops.common import NATIVE_DTYPES, gpu_problem, in_autocast, switched_off, told, triton_problem
 from fastnull.selftest import prove
@@ -71,9 +71,10 @@ class FrozenEncoder:
 
     Raises:
         ValueError: unknown backend or site; a model that no adapter knows; a model that is sharded already (see
-            `sharding`); or a forced backend that cannot run the model: on another device or on several devices, or with
-            a part that has no written-out form (UnsupportedModelError). For `cuda` also a GPU below sm_80, neither
-            Triton nor a build of csrc/cuda, float64, and heads wider than 128, for which `auto` uses torch's attention.
+            `sharding`); a dtype other than float64, float32, float16 and bfloat16; or a forced backend that cannot run
+            the model: on another device or on several devices, or with a part that has no written-out form
+            (UnsupportedModelError). For `cuda` also a GPU below sm_80, neither Triton nor a build of csrc/cuda,
+            float64, and heads wider than 128, for which `auto` uses torch's attention.
     """
 
     def __init__(
@@ -96,8 +97,12 @@ class FrozenEncoder:
                 "inside `with encoder.sharding():`"
             )
         weight = self.vit.projection.weight
-        if dtype is not None and dtype != AUTO and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype, {AUTO!r} or None; got {dtype!r}")
+        if dtype is not None and dtype != AUTO:
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"dtype must be a torch.dtype, {AUTO!r} or None; got {dtype!r}")
+            if dtype not in TOLERANCES:
+                allowed = ", ".join(map(str, TOLERANCES))
+                raise ValueError(f"dtype must be one of {allowed}, {AUTO!r} or None; got {dtype}")
         own = weight.dtype if dtype is None or isinstance(dtype, str) else dtype
         preferred = automatic_dtype(weight) if dtype == AUTO else own
         self._dtypes = list(dict.fromkeys((preferred, own)))  # the first that the written-out encoder supports is used
@@ -240,8 +245,8 @@ class FrozenEncoder:
 
         Raises:
             ValueError, TypeError, RuntimeError: as the call; ValueError for a cotangent of another shape or a
-                `sum_every` that does not divide B; TypeError if `has_aux` is set and the function does not return a
-                tuple of tensors.
+                `sum_every` that does not divide B, or if the model's forward interrupts the gradient (torch.no_grad());
+                TypeError if `has_aux` is set and the function does not return a tuple of tensors.
         """
         self._check_tokens(tokens)
         if sum_every is not None and (sum_every < 1 or len(tokens) % sum_every):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastnull.checks import RANGE_TOLERANCE, check_finite, check_number
 from fastnull.nullspace.box_least_squares import box_least_squares
@@ -55,6 +56,9 @@ def _check_floating(name: str, value: object, shape: str) -> None:
 
 class PatchNullspace:
     """The kernel of a patch embedding, as a space of image noise.
+
+    Images need not be whole patches: pixels right of and below the last whole patch get no noise. A convolution drops
+    them, so any change there would be invisible too, but a model that pads its images (Swin) reads them.
 
     Args:
         weight: of the projection [D, C, ph, pw], in any floating dtype.
@@ -141,28 +145,38 @@ class PatchNullspace:
         projected in float32 and rounded on return, and this rounding is not in the nullspace.
 
         Args:
-            images: images or noise [B, C, H, W], H and W multiples of the patch.
+            images: images or noise [B, C, H, W] of at least one patch.
 
         Returns:
-            [B, C, H, W] in the dtype of `images`; zeros where `dim` is 0.
+            [B, C, H, W] in the dtype of `images`; zeros where `dim` is 0 and outside the whole patches.
 
         Raises:
             TypeError: not a floating tensor.
-            ValueError: another shape, or H or W is no multiple of the patch.
+            ValueError: another shape, or smaller than a patch.
         """
         grid = self._grid_of(images)
+        whole = self.whole_patches(images)
         dtype = torch.promote_types(images.dtype, torch.float32)
         basis = self._cast(images.device, dtype)
         with no_autocast(images.device):  # 16-bit products would leak
             if self.patch_size[0] == self.patch_size[1]:
                 if images.is_cuda:
                     _prove(images.device, dtype, self.patch_size[0], len(basis), self._complement)
-                noise = patch_project(images.to(dtype), basis, self.patch_size[0], self._complement)
+                noise = patch_project(whole.to(dtype), basis, self.patch_size[0], self._complement)
             else:
-                patches = self._to_patches(images.to(dtype))  # [B, h, w, K]
+                patches = self._to_patches(whole.to(dtype))  # [B, h, w, K]
                 part = (patches @ basis) @ basis.T
                 noise = self._to_images(patches - part if self._complement else part, grid)
-        return noise.to(images.dtype)
+        return bordered(noise.to(images.dtype), images.shape)
+
+    def whole_patches(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] without the pixels right of and below the last whole patch, as a view.
+
+        Raises:
+            TypeError, ValueError: as `project`.
+        """
+        (rows, columns), (ph, pw) = self._grid_of(images), self.patch_size
+        return images[..., : rows * ph, : columns * pw]
 
     def sample(self, like: Tensor, scale: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Random noise in the nullspace: white Gaussian noise, projected and scaled.
@@ -212,8 +226,8 @@ class PatchNullspace:
             grid: (rows, columns) of patches; None means a square grid.
 
         Returns:
-            Image noise [..., C, H, W] and the relative residual ‖W v − t‖ / ‖t‖ over all patches of a noise [...] (0 if
-            t is 0), computed in float64 and returned in the dtype of `token_noise`.
+            Image noise [..., C, H, W] in whole patches and the relative residual ‖W v − t‖ / ‖t‖ over all patches of a
+            noise [...] (0 if t is 0), computed in float64 and returned in the dtype of `token_noise`.
 
         Raises:
             TypeError: token_noise is not a floating tensor.
@@ -229,7 +243,7 @@ class PatchNullspace:
         self._warn_of_unreachable(tokens, reachable)
         if bounds is not None:
             size = (*lead, self.channels, rows * self.patch_size[0], columns * self.patch_size[1])
-            low, high = self._bounds(bounds, size, tokens.device)
+            low, high = (self._rows_of(x.reshape(-1, *size[-3:])) for x in self._bounds(bounds, size, tokens.device))
             patches = box_least_squares(right * scales, reachable, low, high, patches)
 
         missed = (patches @ self.weight.T.to(tokens.device) - tokens).view(token_noise.shape)
@@ -249,7 +263,7 @@ class PatchNullspace:
         not convex. Computed in float64. Ours.
 
         Args:
-            images: [B, C, H, W] within the bounds, H and W multiples of the patch.
+            images: [B, C, H, W] within the bounds. Pixels outside the whole patches do not change.
             target: [B, C, H, W] or [C, H, W], in the units of the images; may lie outside the bounds.
             bounds: (lowest, highest) values of the pictures, finite; numbers or tensors that broadcast to [B, C, H, W].
                 The default is for pixels and a NormalizedModel.
@@ -265,11 +279,12 @@ class PatchNullspace:
         grid = self._grid_of(images)
         check_finite("images", images)
         self._check_kernel()
-        low, high = self._bounds(bounds, images.shape, images.device)
-        patches = self._rows_of(images.to(torch.float64))  # [M, K], M = B·h·w
-        outside = float(torch.maximum(low - patches, patches - high).max()) if len(patches) else 0.0
+        wide = images.to(torch.float64)
+        within = self._bounds(bounds, images.shape, images.device)
+        outside = float(torch.maximum(within[0] - wide, wide - within[1]).max()) if wide.numel() else 0.0
         if outside > RANGE_TOLERANCE:
             raise ValueError(f"images must lie within bounds; they leave them by up to {outside:.4g}")
+        patches, low, high = (self._rows_of(x) for x in (wide, *within))  # [M, K], M = B·h·w
         if target is None:
             wanted = torch.where(patches - low > high - patches, low, high)
         else:
@@ -279,7 +294,9 @@ class PatchNullspace:
         weights = (self.singular_values[: self.rank] / self.singular_values[0]).to(images.device)
         change = box_projection(wanted - patches, self._rows.to(images.device), *room, weights)
         changed = self._to_images((patches + change).clamp(low, high).unflatten(0, (-1, *grid)), grid)
-        return changed.to(images.dtype)
+        result = wide.clamp(*within)
+        self.whole_patches(result).copy_(changed)
+        return result.to(images.dtype)
 
     def __repr__(self) -> str:
         height, width = self.patch_size
@@ -295,16 +312,13 @@ class PatchNullspace:
         return self._casts[key]
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Check a batch of images and return its (rows, columns) of patches, without a host sync."""
+        """Check a batch of images and return its (rows, columns) of whole patches, without a host sync."""
         _check_floating("images", images, "[B, C, H, W]")
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise ValueError(f"images must have shape [B, {self.channels}, H, W]; got {list(images.shape)}")
         (height, width), (ph, pw) = images.shape[2:], self.patch_size
-        if height % ph or width % pw:
-            raise ValueError(
-                f"images must be whole patches of {ph}x{pw} pixels high and wide; got {height}x{width}. "
-                "Resize, crop or pad them first"
-            )
+        if height < ph or width < pw:
+            raise ValueError(f"images must hold at least one patch of {ph}x{pw} pixels; got {height}x{width}")
         return height // ph, width // pw
 
     def _warn_of_unreachable(self, tokens: Tensor, reachable: Tensor) -> None:
@@ -357,27 +371,32 @@ class PatchNullspace:
         return rows, columns
 
     def _bounds(self, bounds: Bounds, size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Checked bounds → two tensors [M, K] in float64, in the order of the patches."""
+        """Checked bounds → two tensors of `size` in float64."""
         wide = tuple(torch.as_tensor(bound, dtype=torch.float64, device=device) for bound in bounds)
-        low, high = check_bounds(wide, size)
-        return self._rows_of(low.reshape(-1, *size[-3:])), self._rows_of(high.reshape(-1, *size[-3:]))
+        return check_bounds(wide, size)
 
     def _rows_of(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] → [M, K], a copy."""
-        return self._to_patches(images).flatten(0, 2)
+        """[B, C, H, W] → the whole patches [M, K], a copy."""
+        return self._to_patches(self.whole_patches(images)).flatten(0, 2)
 
     def _to_patches(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, h, w, C·ph·pw], a copy."""
+        """[B, C, h·ph, w·pw] → [B, h, w, C·ph·pw], a copy."""
         batch, (ph, pw) = images.shape[0], self.patch_size
         rows, columns = images.shape[2] // ph, images.shape[3] // pw
         cut = images.reshape(batch, self.channels, rows, ph, columns, pw)
         return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, self.weight.shape[1])
 
     def _to_images(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[B, h, w, C·ph·pw] → [B, C, H, W], a copy."""
+        """[B, h, w, C·ph·pw] → [B, C, h·ph, w·pw], a copy."""
         (rows, columns), (ph, pw) = grid, self.patch_size
         cut = patches.view(-1, rows, columns, self.channels, ph, pw).permute(0, 3, 1, 4, 2, 5)
         return cut.reshape(-1, self.channels, rows * ph, columns * pw)
+
+
+def bordered(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Images [..., C, h·ph, w·pw] with zeros right and below, up to the last two sides of `size`."""
+    right, below = size[-1] - images.shape[-1], size[-2] - images.shape[-2]
+    return F.pad(images, (0, right, 0, below)) if right or below else images
 
 
 @functools.cache

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastnull.checks import RANGE_TOLERANCE, check_choice, check_images, check_number
 from fastnull.compat import import_timm
 from fastnull.noise import Noise
-from fastnull.nullspace.patch import Bounds, PatchNullspace, check_bounds
+from fastnull.nullspace.patch import Bounds, PatchNullspace, bordered, check_bounds
 from fastnull.rng import generator
 
 try:
@@ -52,7 +53,8 @@ class PixelNullspace(v2.Transform):
     Args:
         source: the model or its PatchNullspace. With a NormalizedModel images are pixels in [0, 1]; otherwise they are
             normalised images, with `bounds` in their units.
-        size: of the images, (H, W) or the side, in whole patches.
+        size: of the images, (H, W) or the side. Exact noise and pre-images are 0 right of and below the last whole
+            patch, see PatchNullspace.
         noise: token noise [M, N, D] of site `patch` (a Noise or a tensor), whose pre-images form the bank; or pixel
             noise [M, C, H, W]. None makes `count` exact noises.
         scale: of exact noise: root mean square over an image, before `valid` applies.
@@ -68,7 +70,7 @@ class PixelNullspace(v2.Transform):
 
     Raises:
         ImportError: no torchvision.
-        ValueError: no kernel and no `noise`, a size that is not in whole patches, or an argument out of range.
+        ValueError: no kernel and no `noise`, a size below a patch, or an argument out of range.
     """
 
     bank: Tensor
@@ -94,9 +96,9 @@ class PixelNullspace(v2.Transform):
         self.p, self.scale, self.count, self.seed = p, scale, count, seed
         self._space = _space(source)
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
-        if any(side < 1 or side % patch for side, patch in zip(self.size, self._space.patch_size, strict=True)):
+        if any(side < patch for side, patch in zip(self.size, self._space.patch_size, strict=True)):
             patch = "x".join(map(str, self._space.patch_size))
-            raise ValueError(f"size must be whole patches of {patch} pixels; got {self.size[0]}x{self.size[1]}")
+            raise ValueError(f"size must hold at least one patch of {patch} pixels; got {self.size[0]}x{self.size[1]}")
         self.bounds: tuple[Tensor, Tensor] | None = None
         if bounds is not None:
             given = [torch.as_tensor(bound, dtype=torch.float32, device="cpu") for bound in bounds]
@@ -179,15 +181,16 @@ class PixelNullspace(v2.Transform):
             if self.valid == "shrink_image":
                 noise = noise * factor.amin(dim=(1, 2, 3), keepdim=True)
             else:
-                cut = self._cut(factor).amin(dim=(1, 3, 5), keepdim=True)  # [B, 1, h, 1, w, 1]
-                noise = (self._cut(noise) * cut).view_as(noise)
+                noise = noise * self._least_of_patches(factor)
         return (images + noise).clamp(low, high)  # after shrinking this only rounds
 
-    def _cut(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, C, h, ph, w, pw]."""
-        batch, channels, height, width = images.shape
-        ph, pw = self._space.patch_size
-        return images.reshape(batch, channels, height // ph, ph, width // pw, pw)
+    def _least_of_patches(self, factor: Tensor) -> Tensor:
+        """[B, C, H, W] in [0, 1] → the least value of each patch, over its channels too [B, 1, H, W]."""
+        (ph, pw), (height, width) = self._space.patch_size, self.size
+        filled = F.pad(factor, (0, -width % pw, 0, -height % ph), value=1.0)
+        cut = filled.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # [B, C, h, ph, w, pw]
+        least = cut.amin(dim=(1, 3, 5)).unsqueeze(1)  # [B, 1, h, w]
+        return least.repeat_interleave(ph, 2).repeat_interleave(pw, 3)[..., :height, :width]
 
     def _made(self, space: PatchNullspace, noise: Noise | Tensor | None, number: int) -> tuple[Tensor, Tensor]:
         """The `number`th bank [M, C, H, W] in float32, and its residuals [M]."""
@@ -202,6 +205,7 @@ class PixelNullspace(v2.Transform):
         if given.ndim == 3:
             rows, columns = (side // patch for side, patch in zip(self.size, space.patch_size, strict=True))
             given, residual = space.preimage(given.double(), grid=(rows, columns))
+            given = bordered(given, self.size)
         else:
             check_images(given, name="noise", channels=space.channels, size=self.size, unit_range=False)
             residual = torch.zeros(len(given), dtype=torch.float32)

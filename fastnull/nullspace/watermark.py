@@ -37,7 +37,7 @@ def key_mark(ns: PatchNullspace, key: int, size: tuple[int, int]) -> Tensor:
     """The mark of a key for pictures of `size`: nullspace noise [C, H, W] of rms 1.
 
     Raises:
-        ValueError: H or W is no multiple of the patch, or no nullspace.
+        ValueError: H or W is smaller than a patch, or no nullspace.
     """
     return ns.sample(torch.empty(1, ns.channels, *size, dtype=torch.float32), generator=generator(key))[0]
 
@@ -108,7 +108,7 @@ def detect(
     found = _whitened(ns, images) if original is None else read(ns, images, original)
     score = _correlation(found, _pattern(ns, mark, images))
     if unmarked is None:
-        patches = images[0].numel() // (ns.dim + ns.rank)
+        patches = ns.whole_patches(images)[0].numel() // (ns.dim + ns.rank)
         return Detection(score, _chance(score, patches * ns.dim))
     if original is not None:
         raise ValueError("unmarked pictures have no original to be compared with: give one of the two")

@@ -38,6 +38,8 @@ def test_energy_is_that_of_the_projection(images: Tensor) -> None:
     assert (mine["weights"], random["weights"], white["images"]) == ("model", "random", "white noise")
     assert mine["expected"] == random["expected"] == 28 / 48
     assert white["pixels"] == pytest.approx(28 / 48, abs=0.05)
+    bordered = torch.nn.functional.pad(images, (0, 3, 0, 2), value=1.0)  # no patch holds the border
+    assert energy(space, {"noise": bordered})[0]["pixels"] == pytest.approx(mine["pixels"])
     hidden = space.project(images)
     assert energy(space, {"hidden": hidden})[0]["pixels"] == pytest.approx(1)
 

@@ -52,6 +52,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "no biases": {"qkv_bias": False, "proj_bias": False},
     "tanh GELU": {"act_layer": "gelu_tanh"},
     "rectangular image and patch": {"img_size": (12, 20), "patch_size": (6, 4)},
+    "images that are not whole patches": {"img_size": (18, 23), "patch_size": (4, 5)},
     "head dim 64, one head": {"embed_dim": 64, "num_heads": 1},
     "odd head dim": {"embed_dim": 27, "num_heads": 3},
 }
@@ -450,6 +451,8 @@ def test_misuse_has_clear_errors(vit: NormalizedModel, images: Tensor) -> None:
         FrozenEncoder(vit, site="block1")
     with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, 'auto' or None; got 'bfloat16'"):
         FrozenEncoder(vit, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"dtype must be one of torch\.float64, .* 'auto' or None; got torch\.int8"):
+        NullspaceAugment(vit, dtype=torch.int8)
     frozen = FrozenEncoder(vit, backend="cpu")
     tokens = frozen.embed(images)
     with pytest.raises(ValueError, match=r"tokens at site 'patch' must have shape \[B, 16, 32\]; got \[8, 15, 32\]"):
@@ -460,6 +463,48 @@ def test_misuse_has_clear_errors(vit: NormalizedModel, images: Tensor) -> None:
         frozen.embed(images[..., :12])
     with pytest.raises(ValueError, match=r"cotangent must have the logits' shape \[8, 10\]; got \[8, 9\]"):
         frozen.input_gradient(tokens, torch.randn(8, 9))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_gradient_is_zero_where_no_patch_is(make_vit: Factory, backend: str) -> None:
+    model = loud(make_vit(img_size=(18, 19)))
+    frozen = FrozenEncoder(model, backend=backend, site="pixels")
+    images = torch.rand(3, 3, 18, 19, requires_grad=True)
+    logits = model(images)
+    cotangent = torch.randn_like(logits)
+    (expected,) = torch.autograd.grad(logits, images, cotangent)
+    _, gradient = frozen.input_gradient(images, cotangent)
+    torch.testing.assert_close(gradient, expected)
+    assert not gradient[..., 16:, :].any()
+    assert not gradient[..., 16:].any()
+    assert gradient[..., :16, :16].count_nonzero() == 3 * 3 * 16 * 16
+    summed = frozen.input_gradient(images.repeat(2, 1, 1, 1), cotangent.repeat(2, 1), sum_every=6)[1]
+    torch.testing.assert_close(summed[0], 2 * expected.sum(0))
+
+
+def test_a_model_that_pads_its_images_runs_on_reference(make_vit: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "_warned", set())
+    model = loud(make_vit(img_size=16, dynamic_img_size=True, dynamic_img_pad=True))
+    with pytest.warns(UserWarning, match="dynamic_img_size is not supported"):
+        frozen = FrozenEncoder(model, site="pixels")
+    images = torch.rand(2, 3, 18, 18)
+    _, gradient = frozen.input_gradient(images, torch.randn(2, 10))
+    assert gradient[..., 16:].count_nonzero() > 0
+    with pytest.raises(UnsupportedModelError, match="dynamic_img"):
+        FrozenEncoder(make_vit(dynamic_img_pad=True), backend="cpu")
+
+
+def test_a_forward_that_lost_its_gradient_is_not_written_out(
+    vit: NormalizedModel, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder, "_warned", set())
+    embed = type(vit.network.patch_embed)
+    monkeypatch.setattr(embed, "forward", torch.no_grad()(embed.forward))
+    with pytest.warns(UserWarning, match="reference backend: a forward without input gradient is not supported"):
+        frozen = FrozenEncoder(vit, site="pixels")
+    torch.testing.assert_close(frozen(images), vit(images))  # which need no gradient
+    with pytest.raises(ValueError, match=r"no gradient with respect to its input.*requires_grad_\(False\)"):
+        frozen.input_gradient(images, torch.randn(8, 10))
 
 
 def test_model_moved_to_another_device_is_noticed(vit: NormalizedModel, images: Tensor) -> None:

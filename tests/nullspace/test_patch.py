@@ -156,6 +156,33 @@ def test_exact_noise_does_not_change_logits(make_vit: Callable[..., NormalizedMo
     assert float((seen - clean).abs().max()) >= 1e4 * rounding
 
 
+def test_images_that_are_not_whole_patches(make_vit: Callable[..., NormalizedModel]) -> None:
+    """The border gets no noise; the whole patches are those of the image without it."""
+    for width, patch_size in ((20, 4), (40, 4), (40, (4, 6))):
+        model = make_vit(img_size=(18, 20), patch_size=patch_size, embed_dim=width)
+        space = PatchNullspace.from_model(model)
+        images = 0.2 + 0.6 * torch.rand(2, 3, 18, 20)
+        whole = space.whole_patches(images)
+        height, across = whole.shape[2:]
+        assert (height, across) == (16, 20 - 20 % space.patch_size[1])
+        inside = torch.zeros(18, 20, dtype=torch.bool)
+        inside[:height, :across] = True
+        for noise in (space.project(images), space.sample(images), space.maximize(images) - images):
+            assert noise.shape == images.shape
+            assert not noise[..., ~inside].any()
+            assert float(noise.norm()) > 0.1
+            with torch.no_grad():
+                torch.testing.assert_close(model(images + noise), model(images), rtol=0, atol=2e-5)
+        torch.testing.assert_close(space.project(images)[..., :height, :across], space.project(whole))
+        assert torch.equal(space.maximize(images)[..., :height, :across], space.maximize(whole))
+        rms = space.sample(images, 0.1).square().mean((1, 2, 3)).sqrt()
+        torch.testing.assert_close(rms, torch.full((2,), 0.1))
+        outside = images.clone()
+        outside[0, 0, 17, 0] = 1.5
+        with pytest.raises(ValueError, match="images must lie within bounds"):
+            space.maximize(outside)
+
+
 def test_nullspace_of_a_plain_model(make_vit: Callable[..., NormalizedModel]) -> None:
     wrapped = make_vit()
     wrapped = NormalizedModel(wrapped.network, [0.5] * 3, [0.3, 0.2, 0.1])
@@ -395,7 +422,7 @@ def test_bad_weights(weight: object, error: type[Exception], message: str) -> No
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), TypeError, "uint8"),
         (torch.zeros(3, 8, 8), ValueError, r"\[B, 3, H, W\]; got \[3, 8, 8\]"),
         (torch.zeros(1, 1, 8, 8), ValueError, r"got \[1, 1, 8, 8\]"),
-        (torch.zeros(1, 3, 8, 9), ValueError, "whole patches of 4x4 pixels high and wide; got 8x9"),
+        (torch.zeros(1, 3, 8, 3), ValueError, "at least one patch of 4x4 pixels; got 8x3"),
     ],
 )
 def test_bad_images(images: object, error: type[Exception], message: str) -> None:

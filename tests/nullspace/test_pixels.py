@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,6 +59,24 @@ def test_shrunk_noise_is_in_the_nullspace_and_images_stay_valid(
     assert leak(vit, images, noisy) < 1e-6
     # the largest factor: every image has a pixel on a bound
     assert bool(((noisy < 1e-6) | (noisy > 1 - 1e-6)).flatten(1).any(1).all())
+
+
+@pytest.mark.parametrize("valid", ["shrink", "shrink_image", "clamp"])
+def test_the_border_beyond_whole_patches_keeps_its_pixels(make_vit: Callable[..., NormalizedModel], valid: str) -> None:
+    model = make_vit(img_size=(18, 19))
+    images = 0.1 + 0.8 * torch.rand(8, 3, 18, 19)
+    noisy = PixelNullspace(model, (18, 19), scale=0.2, valid=valid)(images)
+    assert torch.equal(noisy[..., 16:, :], images[..., 16:, :])
+    assert torch.equal(noisy[..., 16:], images[..., 16:])
+    assert (noisy - images).square().mean(dim=(1, 2, 3)).sqrt().min() > 0.01
+    assert 0 <= noisy.min() <= noisy.max() <= 1
+    assert leak(model, images, noisy) < (1 if valid == "clamp" else 1e-6)
+    bank = PixelNullspace(model, (18, 19), noise=torch.randn(2, 16, 32)).bank
+    assert bank.shape == (2, 3, 18, 19)
+    # noise in pixels may reach the border, whose parts of patches shrink alone
+    given = torch.full((1, 3, 18, 19), 0.5)
+    shrunk = PixelNullspace(model, (18, 19), noise=given)(torch.full((1, 3, 18, 19), 0.7))
+    torch.testing.assert_close(shrunk, torch.ones(1, 3, 18, 19))
 
 
 def test_shrinking_an_image_keeps_the_direction_of_its_noise(vit: NormalizedModel, images: Tensor) -> None:
@@ -196,7 +215,7 @@ def test_running_workers_share_the_bank_and_repeat_with_the_seed(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": 18}, "whole patches of 4x4 pixels; got 18x18"),
+        ({"size": (16, 3)}, "at least one patch of 4x4 pixels; got 16x3"),
         ({"valid": "shrnk"}, "Did you mean 'shrink'"),
         ({"p": 1.5}, "p must be >= 0 and <= 1"),
         ({"count": 0}, "count must be >= 1"),

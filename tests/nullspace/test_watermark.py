@@ -88,6 +88,20 @@ def test_the_rate_of_false_positives_is_that_of_wrong_keys(space: PatchNullspace
     assert float((rates - ideal).abs().max()) < math.sqrt(math.log(2e5) / 2 / len(rates))
 
 
+def test_pictures_that_are_not_whole_patches(space: PatchNullspace) -> None:
+    pictures = photos(36)[1].tensors[0][::10]  # [52, 3, 36, 36]: 4 patches of 8, and 4 pixels more
+    marked = embed(space, pictures, 7)
+    assert torch.equal(marked[..., 32:], pictures[..., 32:])
+    assert float(detect(space, in_8_bits(marked), 7).false_positive_rate.max()) < 1e-9
+    # the border is no dimension of the nullspace: scores and rates are those of the pictures without it
+    pattern = torch.randn(3, 36, 36)
+    found = detect(space, pictures, pattern, original=pictures.flip(0))
+    inner = pictures[..., :32, :32]
+    expected = detect(space, inner, pattern[..., :32, :32], original=inner.flip(0))
+    torch.testing.assert_close(found.score, expected.score)
+    torch.testing.assert_close(found.false_positive_rate, expected.false_positive_rate)
+
+
 def test_a_picture_as_a_mark(space: PatchNullspace, pictures: Tensor) -> None:
     hosts, target, rest = pictures[:4], pictures[20], pictures[24:]
     marked = embed(space, hosts, target, strength=0.1)

@@ -53,6 +53,19 @@ def test_padded_and_oblong_patches_are_refused() -> None:
         token_area(oblong, torch.zeros(1, 3, 32, 32))
 
 
+def test_a_border_that_no_patch_holds_is_no_obstacle() -> None:
+    vit = timm.models.VisionTransformer(img_size=38, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=3)
+    model = NormalizedModel(vit, [0.5] * 3, [0.5] * 3).eval()
+    images = 0.4 + 0.2 * torch.rand(2, 3, 38, 38)
+    assert token_area(model, images) == 16
+    found = patch_attack(model, images, torch.tensor([0, 1]), steps=2)
+    assert torch.equal(found[..., 32:, :], images[..., 32:, :])
+    assert torch.equal(found[..., 32:], images[..., 32:])
+    assert changed(found[..., :32, :32], images[..., :32, :32], 16).sum((1, 2)).tolist() == [1, 1]
+    with pytest.raises(ValueError, match="patch_size must be at most the sides of the images, 38x38; got 39"):
+        patch_attack(model, images, torch.tensor([0, 1]), patch_size=39)
+
+
 def test_a_model_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="no adapter splits"):
         patch_attack(nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), torch.rand(1, 3, 16, 16), torch.tensor([0]))

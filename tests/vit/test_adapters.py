@@ -22,7 +22,7 @@ from fastnull.vit.base import logits_of
 from fastnull.vit.parts import LiveLinear, UnsupportedModelError
 from fastnull.vit.split import as_split
 from tests.vit.support_table import PAGE, images_for, page, row, sites
-from tests.vit.zoo import KINDS, Kind, find
+from tests.vit.zoo import KINDS, SIZE, Kind, find
 
 WRITTEN_OUT = {
     ("timm", "ViT"), ("timm", "DeiT, distilled"), ("timm", "DINOv2, registers"), ("timm", "SigLIP, average pooling"),
@@ -103,6 +103,26 @@ def test_the_written_out_encoder_is_the_model(kind: Kind, monkeypatch: pytest.Mo
             parameter.mul_(1.1)
     fast.sync()
     torch.testing.assert_close(fast(tokens), slow(tokens))
+
+
+@pytest.mark.parametrize("name", ["ViT", "DINOv2", "SigLIP"])
+def test_images_that_are_not_whole_patches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZE, "image_size", 18)  # 4 patches of 4, and 2 pixels that the convolution drops
+    model = find("transformers", name).double()
+    images = torch.rand(2, 3, 18, 18, dtype=torch.float64, requires_grad=True)
+    logits = model(images).logits
+    cotangent = torch.randn_like(logits)
+    (expected,) = torch.autograd.grad(logits, images, cotangent)
+    found, gradient = FrozenEncoder(model, backend="cpu", site="pixels").input_gradient(images, cotangent)
+    torch.testing.assert_close(found, logits)
+    torch.testing.assert_close(gradient, expected)
+    assert not gradient[..., 16:].any()
+
+    model = model.float().train()
+    aug = NullspaceAugment(model)
+    loss, _ = aug.loss(torch.rand(4, 3, 18, 18), torch.tensor([0, 1, 2, 3]), nn.functional.cross_entropy)
+    loss.backward()
+    assert aug.stats["influence"].isfinite()
 
 
 def test_augmentation_trains_it(kind: Kind) -> None:

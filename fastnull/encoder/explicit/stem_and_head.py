@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastnull.encoder.explicit.folded import FoldedLinear, wide
 from fastnull.ops import layer_norm_dx, layer_norm_stats
@@ -86,20 +87,26 @@ class Stem:
             self._norm_pre.sync()
 
     def patches(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] → patch tokens [B, N, D]."""
+        """Images [B, C, H, W] → patch tokens [B, N, D]. As in the convolution, pixels after the last whole patch are
+        dropped."""
         B, C, H, W = images.shape
         (ph, pw), images = self.patch, images.to(self.weight.dtype)
-        cut = images.reshape(B, C, H // ph, ph, W // pw, pw).permute(0, 2, 4, 1, 3, 5)  # [B, gh, gw, C, ph, pw]
+        gh, gw = H // ph, W // pw
+        whole = images[:, :, : gh * ph, : gw * pw]
+        cut = whole.reshape(B, C, gh, ph, gw, pw).permute(0, 2, 4, 1, 3, 5)  # [B, gh, gw, C, ph, pw]
         rows = cut.reshape(-1, self.weight.shape[1])  # one copy, [B·N, C·ph·pw]
         return torch.addmm(self.bias, rows, self.weight.t()).view(B, -1, len(self.weight)).to(self.dtype)
 
     def patches_gradient(self, gradient: Tensor, images: Tensor) -> Tensor:
-        """Gradient of patch tokens [B, N, D] → of images [B, C, H, W]."""
+        """Gradient of patch tokens [B, N, D] → of images [B, C, H, W]; 0 in the pixels that `patches` drops."""
         B, C, H, W = images.shape
         ph, pw = self.patch
+        gh, gw = H // ph, W // pw
         rows = gradient.reshape(-1, len(self.weight)).to(self.weight.dtype) @ self.weight  # [B·N, C·ph·pw]
-        cut = rows.to(self.dtype).view(B, H // ph, W // pw, C, ph, pw)
-        return cut.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
+        cut = rows.to(self.dtype).view(B, gh, gw, C, ph, pw)
+        whole = cut.permute(0, 3, 1, 4, 2, 5).reshape(B, C, gh * ph, gw * pw)
+        # without a border, padding would be one more copy
+        return whole if whole.shape == images.shape else F.pad(whole, (0, W - gw * pw, 0, H - gh * ph))
 
     def prepare(self, patches: Tensor, out: Tensor) -> None:
         """Patch tokens [B, N, D] → input of the first block, into out [B, P + N, D] of any dtype."""

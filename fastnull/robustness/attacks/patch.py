@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastnull.checks import check_images, check_number
 from fastnull.robustness.attacks.base import Best, Victim, model_dtype, scaled, under_attack
@@ -30,16 +31,17 @@ def patch_attack(
     """Optimise the pixels of the most sensitive patches with Adam, anywhere within [0, 1].
 
     Args:
-        model, images, labels, targeted: as in `fgsm`. Both sides of the images are multiples of `patch_size`.
+        model, images, labels, targeted: as in `fgsm`.
         patch_size: in pixels; None: the image area of a token of the model (see `token_area`).
-        patches: number of patches of the model's grid that may change.
+        patches: number of patches of the grid that may change. Pixels right of and below the last whole patch, which a
+            patch embedding drops, stay as they are.
         steps, lr: of Adam, in pixels.
 
     Returns:
         [B, C, H, W] in the images' dtype: a success if one was found, then the largest loss.
 
     Raises:
-        ValueError: images outside [0, 1] or no multiple of the patch, labels out of range, NaN logits, more patches
+        ValueError: images outside [0, 1] or smaller than a patch, labels out of range, NaN logits, more patches
             than there are, or no patch_size for a model whose tokens have no known area.
     """
     check_images(images)
@@ -51,19 +53,22 @@ def patch_attack(
         patch_size = token_area(model, images)
     check_number("patch_size", patch_size, 1)
     height, width = images.shape[2:]
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"images must have sides that are multiples of patch_size {patch_size}; got {height}x{width}")
+    if patch_size > min(height, width):
+        raise ValueError(f"patch_size must be at most the sides of the images, {height}x{width}; got {patch_size}")
     grid = (height // patch_size, width // patch_size)
+    border = (0, width % patch_size, 0, height % patch_size)  # right and below
     check_number("patches", patches, 1, grid[0] * grid[1])
     with under_attack(model, images.device):
         victim = Victim(model, images, labels, targeted=targeted)
         gradient, _, _ = victim.gradient(victim.clean)
         gradient, _ = scaled(gradient)  # its squares would be 0 for confident predictions
-        blocks = gradient.square().unflatten(3, (grid[1], patch_size)).unflatten(2, (grid[0], patch_size))
+        whole = gradient[..., : grid[0] * patch_size, : grid[1] * patch_size]
+        blocks = whole.square().unflatten(3, (grid[1], patch_size)).unflatten(2, (grid[0], patch_size))
         sensitivity = blocks.sum((1, 3, 5)).flatten(1)  # [B, C, gh, p, gw, p] → [B, gh gw]
         chosen = torch.zeros_like(sensitivity).scatter_(1, sensitivity.topk(patches, dim=1).indices, 1)
         mask = chosen.view(-1, 1, *grid)
-        mask = mask.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)  # [B, 1, H, W]
+        mask = mask.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+        mask = F.pad(mask, border)  # [B, 1, H, W]
         point = victim.clean.clone().requires_grad_(True)
         adam = torch.optim.Adam([point], lr=lr)
         best = Best(victim.clean)
@@ -83,7 +88,8 @@ def token_area(model: nn.Module, images: Tensor) -> int:
     """Side, in pixels, of the square of an image [B, C, H, W] that one patch token represents.
 
     It is the ratio that the patch embedding states, or the product of its strides. The receptive field may be larger
-    (overlapping patches, a CNN before the ViT); the squares tile the image.
+    (overlapping patches, a CNN before the ViT); the squares tile the image, up to a border right and below that is
+    narrower than a square.
 
     Raises:
         ValueError: no adapter of fastnull.vit finds patch tokens, or they do not tile the images.
@@ -99,9 +105,8 @@ def token_area(model: nn.Module, images: Tensor) -> int:
     grid = height // area[0], width // area[1]
     with torch.no_grad(), frozen(model):
         shape = list(adapter.patch(images[:1].to(model_dtype(model) or images.dtype)).shape)  # [1, N, D] or a map
-    tiled = grid[0] * area[0] == height and grid[1] * area[1] == width
     found = [*grid] in (shape[1:3], shape[2:4]) if len(shape) == 4 else shape[1] == grid[0] * grid[1]
-    if area[0] != area[1] or not (tiled and found):
+    if area[0] != area[1] or not found:
         raise ValueError(
             f"the tokens of {type(adapter.network).__name__}, {shape}, do not tile images of {height}x{width} in "
             f"squares (one every {area[0]}x{area[1]} pixels), and have no patch of their own: give patch_size"
