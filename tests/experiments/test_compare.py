@@ -239,10 +239,11 @@ def test_processes_give_the_same_numbers_in_the_right_order(tmp_path: Path, done
 def test_compute_is_called_equal_only_where_it_is(done: Path) -> None:
     record = record_of(done)
     assert "over 2 seeds, at equal training compute." in format_comparison(record)
-    record["methods"]["wide"]["mean"]["forward_passes"] = 11.5
+    record["methods"]["wide"]["mean"]["forward_passes"] = BUDGET - 1.5
     told = format_comparison(record)
-    assert "at most the same training compute (forward passes for each training image: none 12.9" in told
-    assert "wide 11.5)." in told
+    spent = record["methods"]["none"]["mean"]["forward_passes"]
+    assert f"at most the same training compute (forward passes for each training image: none {spent:.3g}" in told
+    assert "wide 5.5)." in told
     record["methods"]["wide"]["mean"]["forward_passes"] = None
     assert "over 2 seeds, at most the same training compute." in format_comparison(record)
 
