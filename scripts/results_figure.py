@@ -1,7 +1,8 @@
 """Draws the figures of the committed comparisons, benchmarks/results/robustness-*/*.json.
 
 docs/figures/results.png: clean, attacked and corrupted accuracy of five ways of finetuning small models.
-docs/figures/cifar10.png: clean and corrupted accuracy over that under attack, of all ways of finetuning a DINOv2 ViT.
+docs/figures/cifar10.png: clean and corrupted accuracy over that under attack, of all ways of finetuning a DINOv2 ViT,
+and accuracy over the radius of PGD.
 
 python scripts/results_figure.py
 """
@@ -55,10 +56,11 @@ def methods_of(name: str) -> dict[str, Any]:
 
 
 def trade_off() -> bytes:
-    """The figure as a PNG: a point for each method, with a line to its weights averaged with the start."""
+    """The figure as a PNG: a point for each method, with a line to its weights averaged with the start; then PGD."""
     found = methods_of("robustness-cifar10")
-    with canvas("cifar10", 1, 2, width=10, height=5.4) as (axes, done):
-        for axis, measure in zip(axes, ("clean", "corruption_mean"), strict=True):
+    with canvas("cifar10", 1, 3, width=13, height=5.4) as (axes, done):
+        _draw_radii(axes[2])
+        for axis, measure in zip(axes[:2], ("clean", "corruption_mean"), strict=True):
             for style, (method, label) in zip(styles(len(PRETRAINED)), PRETRAINED.items(), strict=True):
                 names = [name for name in (method, AVERAGED.get(method)) if name in found]
                 if not names:
@@ -72,6 +74,18 @@ def trade_off() -> bytes:
         axes[0].set_ylabel("accuracy [%]")
         legend_below(axes[0])
         return done("", "").png
+
+
+def _draw_radii(axis: Any) -> None:
+    """Accuracy over the radius of PGD, a line for each method; dotted: its weights averaged with the start."""
+    found = json.loads((RESULTS / "robustness-cifar10" / "pgd.json").read_text(encoding="utf-8"))["methods"]
+    for style, method in zip(styles(len(PRETRAINED)), PRETRAINED, strict=True):
+        for name, line in ((method, "-"), (AVERAGED.get(method), ":")):
+            if name in found:
+                points = {float(radius): accuracy for radius, accuracy in found[name]["accuracy"].items()}
+                axis.plot(list(points), list(points.values()), color=style["color"], linewidth=1.2, linestyle=line)
+                axis.plot(list(points), list(points.values()), **{**style, "linestyle": ""})
+    axis.set(xlabel="radius of PGD-10 [1/255], seed 0", title="accuracy over the radius", xticks=[0, 1, 2, 4])
 
 
 def draw() -> bytes:
